@@ -1,0 +1,60 @@
+"""nearkin trains image classifiers that learn from their near kin: neighbours of the same class.
+
+The names below load what they need when they are first used, so that importing nearkin costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nearkin.errors import (
+        ConfigError,
+        DataError,
+        DivergedError,
+        ModelError,
+        NearkinError,
+        Stopped,
+    )
+    from nearkin.evaluate.verbs import evaluate, predict
+    from nearkin.train.run import Result, train
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "train": "nearkin.train.run",
+    "Result": "nearkin.train.run",
+    "evaluate": "nearkin.evaluate.verbs",
+    "predict": "nearkin.evaluate.verbs",
+    "NearkinError": "nearkin.errors",
+    "ConfigError": "nearkin.errors",
+    "DataError": "nearkin.errors",
+    "ModelError": "nearkin.errors",
+    "DivergedError": "nearkin.errors",
+    "Stopped": "nearkin.errors",
+}
+
+__all__ = [
+    "ConfigError",
+    "DataError",
+    "DivergedError",
+    "ModelError",
+    "NearkinError",
+    "Result",
+    "Stopped",
+    "__version__",
+    "evaluate",
+    "predict",
+    "train",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'nearkin' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

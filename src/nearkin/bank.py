@@ -1,0 +1,78 @@
+"""NeighbourBank: the memory of teacher keys that CoNe and its kin attend to."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from nearkin.functional import SoftPairs, soft_pairs
+
+EMPTY = -1
+
+
+class NeighbourBank(nn.Module):
+    """First in, first out memory of `size` entries: key, labels, class probabilities and sample ids.
+
+    All state sits in buffers, pointer and fill included, so that a checkpoint restores it exactly. An empty slot
+    has label -1 and is never usable. It is no part of the network: a buffer there would be broadcast on every step.
+
+    keys `[K, d]`; labels, weights, ids `[K, 2]` (a mixed image has two of each; else the second has weight 0 and
+    id -1); probabilities `[C, K]`, the layout in which the consistency target reads them.
+    """
+
+    keys: Tensor
+    labels: Tensor
+    weights: Tensor
+    ids: Tensor
+    probabilities: Tensor
+    pointer: Tensor
+    filled: Tensor
+
+    def __init__(self, size: int, dim: int, classes: int) -> None:
+        super().__init__()
+        self.register_buffer("keys", torch.zeros(size, dim))
+        self.register_buffer("labels", torch.full((size, 2), EMPTY, dtype=torch.int64))
+        self.register_buffer("weights", torch.zeros(size, 2))
+        self.register_buffer("ids", torch.full((size, 2), EMPTY, dtype=torch.int64))
+        self.register_buffer("probabilities", torch.zeros(classes, size))
+        self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
+
+    def __len__(self) -> int:
+        return self.keys.shape[0]
+
+    @property
+    def pairs(self) -> SoftPairs:
+        """The labels of all entries, as two classes with weights each."""
+        return SoftPairs(self.labels, self.weights)
+
+    @torch.no_grad()
+    def write(self, keys: Tensor, labels: Tensor, probabilities: Tensor, ids: Tensor) -> None:
+        """Replace the oldest entries. Any number of rows; of more than K only the last K remain.
+
+        keys `[B, d]` of unit length; labels `[B]` or `[B, C]`; probabilities `[B, C]`; ids `[B]` or `[B, 2]`.
+        """
+        size = len(self)
+        rows = slice(max(0, keys.shape[0] - size), None)
+        pairs = soft_pairs(labels[rows])
+        count = pairs.labels.shape[0]
+        at = (self.pointer + torch.arange(count, device=self.keys.device)) % size
+        self.keys[at] = keys[rows].detach().to(self.keys.dtype)
+        self.labels[at] = pairs.labels
+        self.weights[at] = pairs.weights.to(self.weights.dtype)
+        self.ids[at] = _two_ids(ids[rows])
+        self.probabilities[:, at] = probabilities[rows].detach().T.to(self.probabilities.dtype)
+        self.pointer.copy_((self.pointer + count) % size)
+        self.filled.copy_((self.filled + count).clamp(max=size))
+
+    def usable(self, ids: Tensor) -> Tensor:
+        """`[B, K]`: True where an entry is filled and shares no sample id with the anchor (`ids` `[B]` or `[B, 2]`)."""
+        mask = (self.labels[:, 0] != EMPTY).expand(ids.shape[0], -1)
+        for own in _two_ids(ids).unbind(1):
+            for theirs in self.ids.unbind(1):
+                mask = mask & ((own[:, None] != theirs) | (own[:, None] == EMPTY))
+        return mask
+
+
+def _two_ids(ids: Tensor) -> Tensor:
+    return torch.stack([ids, torch.full_like(ids, EMPTY)], 1) if ids.dim() == 1 else ids

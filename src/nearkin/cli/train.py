@@ -1,0 +1,75 @@
+"""nearkin train [DATA]"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from nearkin.cli.arguments import Parser, options_table, show_help
+from nearkin.config import RunConfig, merge, read_yaml, to_yaml
+
+USAGE = "nearkin train [DATA] [--objective NAME] [--objective.OPTION VALUE] [--OPTION VALUE]"
+
+
+def main(argv: list[str]) -> int:
+    parser = _parser()
+    given = parser.read(argv)
+    if given.pop("help", False):
+        name = given.get("objective")
+        show_help(parser, _objective_help(name) if name else "")
+        return 0
+    as_json, quiet = given.pop("json", False), given.pop("quiet", False)
+    show = given.pop("print_config", False)
+    resume = given.pop("resume", None)
+    layers = [read_yaml(Path(path)) for path in given.pop("config", [])]
+    values = merge(*layers, given)
+    quiet = quiet or values.get("log_level") in ("warning", "error")
+    from nearkin.train.run import continue_run, resolved, start_run
+
+    if show:
+        sys.stdout.write(to_yaml(resolved(values)))
+        return 0
+    fresh = resume is None
+    _report(
+        start_run(values, quiet=quiet)
+        if fresh
+        else continue_run(Path(resume), values, quiet=quiet),
+        as_json,
+    )
+    return 0
+
+
+def _parser() -> Parser:
+    parser = Parser(USAGE, "Train an image classifier; without DATA, on the built-in digits.")
+    parser.add_argument("data", nargs="?", metavar="DATA", help="what to learn from [digits]")
+    parser.flag("help", "this help; with --objective NAME also its own options")
+    parser.add_argument("-c", "--config", action="append", metavar="FILE", help="options in YAML")
+    parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
+    parser.flag("print-config", "print the resolved options and stop")
+    parser.flag("json", "the result as one JSON object on stdout")
+    parser.flag("quiet", "nothing on stderr but errors")
+    parser.options(RunConfig, without=frozenset({"data", "options"}))
+    return parser
+
+
+def _objective_help(name: str) -> str:
+    from nearkin.objectives import get
+
+    return f"\noptions of the objective {name}:\n" + options_table(get(name).Config, "objective.")
+
+
+def _report(result: Any, as_json: bool) -> None:
+    if result.rank != 0:
+        return
+    if as_json:
+        record = {"run": str(result.run), "test_top1": result.test_top1, "metrics": result.metrics}
+        sys.stdout.write(json.dumps(record, allow_nan=False) + "\n")
+        return
+    if result.test_top1 is None:
+        sys.stdout.write("no test split\n")
+    else:
+        count = result.metrics["n"]
+        sys.stdout.write(f"test top-1 {100 * result.test_top1:.2f} % ({count} images)\n")
+    sys.stdout.write(f"run {result.run}\n")

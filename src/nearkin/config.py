@@ -1,0 +1,218 @@
+"""The options of a run: frozen, validated, in YAML and on the command line alike. Imports no torch.
+
+Options travel flat, `{"epochs": 30, "objective": "cone", "objective.topk": 512}`, until `RunConfig` checks them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from nearkin.errors import ConfigError, nearest, printable
+
+Auto = Literal["auto"]
+Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Side = Annotated[int, Field(ge=4, le=4096)]
+LARGEST_YAML = 1 << 20
+CONFIG_FILE = "config.yaml"  # in every run folder
+# What a resumed run may change: nothing that touches the weights.
+FREE_ON_RESUME = frozenset({"workers", "log_level", "log_every", "save_minutes"})
+
+
+def _option(default: Any, description: str, **limits: Any) -> Any:
+    return Field(default, description=description, **limits)
+
+
+class RunConfig(BaseModel):
+    """Every common option. `auto` is resolved before training, printed and stored (methods: docs/defaults.md)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    # What is learnt, and from what.
+    data: str = _option("digits", "built-in name, folder of class folders, or CSV/parquet table")
+    objective: str = _option("cone", "what to minimise (nearkin list objectives)")
+    options: dict[str, Any] = _option({}, "options of the objective, as --objective.NAME")
+    seed: Annotated[int, Field(ge=0, lt=1 << 62)] = _option(
+        0, "seed of data order, augmentation, initialisation"
+    )
+    epochs: Natural | Auto = _option("auto", "passes over the training images")
+    batch_size: Count | Auto = _option("auto", "images per step, over all processes")
+    accumulate: Count = _option(1, "parts the batch is split into to save memory")
+
+    # The network.
+    model: str = _option("auto", "any timm model (nearkin list models)")
+    pretrained: bool = _option(False, "start from timm's pretrained weights")
+    weights: Path | None = _option(None, "start from the weights in this file")
+    image_size: Side | Auto = _option("auto", "side of the square input, in pixels")
+    channels: Count | Auto = _option("auto", "colour channels: 1 or 3 for image files")
+    stem: Literal["auto", "default", "small"] = _option("auto", "first layers for small images")
+    drop_rate: Share = _option(0.0, "dropout of the pooled features")
+    drop_path: Share = _option(0.0, "stochastic depth of the backbone")
+
+    # The data.
+    val_split: Share = _option(0.1, "share of train held out where no split exists")
+    images_per_class: Count | None = _option(None, "at most so many training images a class")
+    bad_images: Literal["error", "skip"] = _option("error", "unreadable images stop the run or go")
+    augment: Literal["auto", "none", "light", "medium", "strong"] = _option("auto", "strength")
+    flip: bool | Auto = _option("auto", "mirror training images (never auto on digits)")
+    mixup: Amount | Auto = _option("auto", "Beta parameter of mixup, 0 = off")
+    cutmix: Amount | Auto = _option("auto", "Beta parameter of CutMix, 0 = off")
+    class_weights: Literal["none", "balanced"] = _option("none", "weigh cross-entropy by class")
+    workers: Natural | Auto = _option("auto", "processes that load images, per rank")
+
+    # The optimiser.
+    optimizer: Literal["auto", "sgd", "adamw", "lamb"] = _option("auto", "through timm's factory")
+    lr: Amount | Auto = _option("auto", "peak learning rate")
+    min_lr_ratio: Amount = _option(1e-3, "final learning rate / peak", le=1)
+    warmup_epochs: Amount | Auto = _option("auto", "linear warm-up, in epochs")
+    weight_decay: Amount | Auto = _option("auto", "decay of weights")
+    decay_all: bool = _option(False, "decay norms and biases as well")
+    momentum: Share = _option(0.9, "momentum of SGD")
+    clip_grad: Positive | None = _option(None, "largest norm of the gradient")
+    ema: Share = _option(0.0, "momentum of an averaged copy to evaluate, 0 = off")
+
+    # The machine.
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = _option("auto", "of the network")
+    memory_format: Literal["auto", "contiguous", "channels_last"] = _option("auto", "of images")
+    device: Literal["auto", "cpu", "cuda", "mps"] = _option("auto", "where to compute")
+    threads: Count | Auto = _option("auto", "CPU threads of each process")
+
+    # The record.
+    out: Path | None = _option(
+        None, "run folder (must not exist); default runs/DATA-OBJECTIVE-DATE"
+    )
+    log_every: Count = _option(10, "steps between records in metrics.jsonl")
+    save_minutes: Positive = _option(5.0, "minutes between checkpoints")
+    log_level: Literal["debug", "info", "warning", "error"] = _option("info", "of text on stderr")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nest(cls, values: Any) -> Any:
+        """Gather `objective.NAME` keys into `options`."""
+        if not isinstance(values, Mapping):
+            return values
+        options = dict(values.get("options") or {})
+        prefix = "objective."
+        options |= {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
+        rest = {k: v for k, v in values.items() if not k.startswith(prefix)}
+        return rest | {"options": options}
+
+    def flat(self) -> dict[str, Any]:
+        """The options as YAML stores them: plain values, the objective's under `objective.NAME`."""
+        values = self.model_dump(mode="json", exclude={"options"})
+        return values | {f"objective.{k}": v for k, v in self.options.items()}
+
+
+def validate(model: type[BaseModel], values: Mapping[str, Any], prefix: str = "") -> Any:
+    """`model(**values)`, or one ConfigError that names the option, what is wrong with it, and what is allowed."""
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        raise ConfigError(_sentence(error, model, values, prefix)) from None
+
+
+def _sentence(
+    error: ValidationError, model: type[BaseModel], values: Mapping[str, Any], prefix: str
+) -> str:
+    # A union reports one problem per member; the first that is no "should be 'auto'" says the most.
+    problems = sorted(error.errors(), key=lambda p: p["type"] == "literal_error")
+    name = str(problems[0]["loc"][0]) if problems[0]["loc"] else ""
+    same = [p for p in problems if p["loc"] and str(p["loc"][0]) == name]
+    option = f"--{prefix}{name.replace('_', '-')}"
+    if problems[0]["type"] == "extra_forbidden":
+        known = [f"--{prefix}{field.replace('_', '-')}" for field in model.model_fields]
+        return f"Unknown option {printable(option)}.{nearest(option, known)}"
+    wanted = " or ".join(dict.fromkeys(_wanted(p) for p in same))
+    return f"{printable(option)} {printable(str(values.get(name)))!r} is not valid: {wanted}."
+
+
+def _wanted(problem: Any) -> str:
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    return message[:1].lower() + message[1:]
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The flat options of a YAML file. Raises ConfigError when it is missing, too large or no mapping."""
+    try:
+        if path.stat().st_size > LARGEST_YAML:
+            raise ConfigError(
+                f"{printable(str(path))} is larger than 1 MiB; give a nearkin config."
+            )
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ConfigError(f"Cannot read the config {printable(str(path))}: {reason}.") from None
+    if "&" in text and any(isinstance(t, yaml.AliasToken) for t in _tokens(text, path)):
+        raise ConfigError(f"{printable(str(path))} uses YAML aliases; write the values out.")
+    try:
+        loaded = yaml.load(text, Loader=_UniqueKeys)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(
+            f"{printable(str(path))} is not valid YAML: {_one_line(error)}."
+        ) from None
+    return _flatten(loaded, path)
+
+
+def _tokens(text: str, path: Path) -> list[Any]:
+    try:
+        return list(yaml.scan(text, Loader=yaml.SafeLoader))
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(
+            f"{printable(str(path))} is not valid YAML: {_one_line(error)}."
+        ) from None
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """safe_load, but a key given twice is an error instead of a silent choice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [str(key.value) for key, _ in node.value]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.YAMLError(f"the key {twice} is given twice")
+        return super().construct_mapping(node, deep)
+
+
+def _one_line(error: Exception) -> str:
+    return printable(" ".join(str(error).split()))[:200] or "it is nested too deeply"
+
+
+def _flatten(loaded: Any, path: Path) -> dict[str, Any]:
+    if not isinstance(loaded, dict):
+        raise ConfigError(
+            f"{printable(str(path))} holds no options; write lines like `epochs: 30`."
+        )
+    flat: dict[str, Any] = {}
+    for key, value in loaded.items():
+        name = str(key).replace("-", "_")
+        if name == "objective" and isinstance(value, dict):
+            flat["objective"] = value.get("name", "cone")
+            flat |= {f"objective.{k}": v for k, v in value.items() if k != "name"}
+        else:
+            flat[name] = value
+    return flat
+
+
+def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Later layers win. A layer that names another objective drops the options of the earlier one."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        if layer.get("objective", merged.get("objective")) != merged.get("objective"):
+            merged = {k: v for k, v in merged.items() if not k.startswith("objective.")}
+        merged |= layer
+    return merged
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The options as a YAML file that `--config` reads back to the same configuration."""
+    values = config.model_dump(mode="json", exclude={"options"})
+    values["objective"] = {"name": config.objective} | config.options
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

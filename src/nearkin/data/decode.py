@@ -1,0 +1,256 @@
+"""One image file -> pixels. Whatever is wrong with the file becomes a `BadImage` that says so."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import threading
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nearkin.errors import ConfigError, DataError, printable
+
+if TYPE_CHECKING:
+    from PIL.Image import Image, Transpose
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
+MAX_PIXELS = 64_000_000
+MAX_BYTES = 64 * 2**20
+ORIENTATION = 0x0112
+PLAIN = {"1": "L", "L": "L"} | dict.fromkeys(("P", "RGB", "RGBX", "CMYK", "YCbCr"), "RGB")
+
+
+class BadImage(DataError):
+    """An image file that cannot be used. path: as it was given. reason: a few words."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"The image {printable(self.path)} cannot be used: {printable(self.reason)}."
+
+
+class _Refused(Exception):
+    """A reason of ours, on its way into a BadImage."""
+
+
+def check_channels(channels: int) -> None:
+    """Raises ConfigError unless images can be had with so many channels."""
+    if channels not in (1, 3):
+        raise ConfigError(f"--channels {channels} is not possible; use 1 (grey), 3 (RGB) or auto.")
+
+
+def read_image(
+    path: str | os.PathLike[str],
+    *,
+    channels: int,
+    max_pixels: int = MAX_PIXELS,
+    max_bytes: int = MAX_BYTES,
+) -> Tensor:
+    """The pixels of an image file as uint8 `[channels, H, W]`, upright.
+
+    channels: 3 for RGB; 1 for grey, from colour by ITU-R 601 luma (Y = 0.299 R + 0.587 G + 0.114 B).
+    EXIF orientation is applied. Transparent pixels are laid on white. 16-bit grey v becomes v / 257,
+    rounded; 32-bit integers count as 16-bit where they fit. Of an animation the first frame is taken.
+    Colour profiles are not applied, but CIELAB becomes sRGB.
+
+    Raises BadImage for anything but a whole, regular JPEG, PNG, WEBP, BMP, TIFF or GIF file of at most
+    `max_bytes` bytes and `max_pixels` pixels, and for floating-point pixels. Never waits on a pipe.
+    """
+    check_channels(channels)
+    name = os.fspath(path)
+    try:
+        content = _content(name, max_bytes)
+        with _pillow_warnings:
+            image = _upright(content, max_pixels).convert("L" if channels == 1 else "RGB")
+    except MemoryError:
+        raise
+    except Exception as error:  # a decoder may raise anything when bytes are damaged
+        raise BadImage(name, _reason(error)) from error
+    pixels = torch.from_numpy(np.array(image))
+    return pixels[None] if channels == 1 else pixels.permute(2, 0, 1).contiguous()
+
+
+def _content(path: str, max_bytes: int) -> bytes:
+    """All bytes of a regular file. Opening without blocking, then looking, leaves no moment to swap it."""
+    flags = ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY")  # not every system has each
+    descriptor = os.open(path, os.O_RDONLY | sum(getattr(os, flag, 0) for flag in flags))
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise _Refused("it is no regular file")
+        if status.st_size == 0:
+            raise _Refused("it is empty")
+        if status.st_size > max_bytes:
+            raise _Refused(f"it is larger than {max_bytes / 2**20:g} MiB")
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read(max_bytes)
+    finally:
+        os.close(descriptor)
+
+
+def _upright(content: bytes, max_pixels: int) -> Image:
+    """The first frame as mode L or RGB, turned as its EXIF block says."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        width, height = image.size
+        if width * height > max_pixels:  # known from the header, before any pixel is allocated
+            raise _Refused(f"{width} x {height} are more than {max_pixels} pixels")
+        if image.format == "PNG":
+            _check_sums(content)
+        image.load()
+        turn = _turn(image)
+        flat = _eight_bit(image)
+    return flat if turn is None else flat.transpose(turn)
+
+
+def _check_sums(png: bytes) -> None:
+    """Every chunk of a PNG is whole, up to its end mark. Pillow does not look at those of the pixels."""
+    view = memoryview(png)
+    start, name = 8, b""
+    while name != b"IEND":
+        end = start + 12 + int.from_bytes(view[start : start + 4])
+        if end > len(png):
+            raise _Refused("it is truncated")
+        name = bytes(view[start + 4 : start + 8])
+        if zlib.crc32(view[start + 4 : end - 4]) != int.from_bytes(view[end - 4 : end]):
+            raise _Refused("it is damaged (a checksum does not match)")
+        start = end
+
+
+def _turn(image: Image) -> Transpose | None:
+    """What undoes the EXIF orientation, if anything. TIFF files were turned by Pillow while loading."""
+    from PIL.Image import Transpose
+
+    try:
+        orientation = image.getexif().get(ORIENTATION)
+    except Exception:  # a broken EXIF block says nothing of the orientation
+        return None
+    turns = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+    return turns.get(orientation) if isinstance(orientation, int) else None
+
+
+def _eight_bit(image: Image) -> Image:
+    """Mode L or RGB from any mode that the formats can give."""
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        return _from_sixteen_bit(image)
+    if image.mode == "F":
+        raise _Refused(
+            "its pixels are floating-point numbers of unknown range; save it with 8 bits"
+        )
+    if image.mode == "LAB":
+        return _from_lab(image)
+    if image.has_transparency_data:
+        return _on_white(image)
+    if image.mode not in PLAIN:
+        raise _Refused(f"its colour mode {image.mode} is not supported")
+    if image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
+        from PIL import ImageChops
+
+        return ImageChops.invert(image).convert("RGB")  # only Adobe stores inks inverted
+    return image.convert(PLAIN[image.mode])
+
+
+def _from_sixteen_bit(image: Image) -> Image:
+    """Pillow's own conversion would clip at 255."""
+    from PIL import Image
+
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise _Refused("its 32-bit pixels do not fit 16 bits; save it with 8 or 16 bits")
+    grey = (values + 128) // 257
+    grey[values == image.info.get("transparency", -1)] = 255
+    return Image.fromarray(grey.astype(np.uint8))
+
+
+def _from_lab(image: Image) -> Image:
+    """CIELAB (D50) to sRGB."""
+    from PIL import ImageCms
+
+    lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+    converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+    assert converted is not None  # only an in-place conversion returns None
+    return converted
+
+
+def _on_white(image: Image) -> Image:
+    from PIL import Image
+
+    colours = image.convert("RGBA")
+    white = Image.new("RGBA", colours.size, "white")
+    return Image.alpha_composite(white, colours).convert("RGB")
+
+
+def _reason(error: Exception) -> str:
+    """A few words that follow "cannot be used: "."""
+    from PIL import Image, UnidentifiedImageError
+
+    text = " ".join(str(error).split())
+    if isinstance(error, _Refused):
+        return text
+    if isinstance(error, UnidentifiedImageError):
+        return f"it is no readable {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file"
+    if isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
+        return "it has too many pixels"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return "it is truncated" if "truncated" in text.lower() else f"it is damaged ({text[:100]})"
+
+
+class _PillowWarnings:
+    """While any thread is inside: Pillow's warnings are silent, and those of huge images are errors.
+
+    Whether an image is accepted must not depend on the filters of the program around it. The filters
+    are global, and `warnings.catch_warnings` in two threads at once would leave them changed; so the
+    first thread that enters sets them and the last that leaves restores them.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+
+    def __enter__(self) -> None:
+        from PIL.Image import DecompressionBombWarning
+
+        with self._lock:
+            if self._inside == 0:
+                self._saved = warnings.catch_warnings()
+                self._saved.__enter__()
+                warnings.filterwarnings("ignore", module=r"PIL\.")
+                warnings.filterwarnings("error", category=DecompressionBombWarning)
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._saved.__exit__(None, None, None)
+
+
+_pillow_warnings = _PillowWarnings()
+
+
+@contextmanager
+def quiet_pillow() -> Iterator[None]:
+    """Hold Pillow's warnings back over many images: cheaper than once per image."""
+    with _pillow_warnings:
+        yield

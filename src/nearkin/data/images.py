@@ -1,0 +1,137 @@
+"""Where the pixels of a split come from. Sources are picklable and small: workers get a copy."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Protocol, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nearkin.data.decode import check_channels, read_image
+
+Rows = Sequence[int] | NDArray[np.int64]
+
+
+class ImageSource(Protocol):
+    """Images in a fixed order."""
+
+    @property
+    def channels(self) -> int:
+        """Of every image that `read` gives: 1 or 3."""
+
+    @property
+    def from_files(self) -> bool:
+        """Whether images are decoded from files, which takes time and can fail."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, row: int) -> Tensor:
+        """uint8 `[channels, H, W]`. Raises BadImage."""
+
+    def name(self, row: int) -> str:
+        """The name to show for a row, unique in the source."""
+
+    def identity(self, row: int) -> bytes:
+        """Bytes that differ when the image is another one."""
+
+    def take(self, rows: Rows) -> Self:
+        """The source with only `rows`, in that order."""
+
+    def with_channels(self, channels: int) -> Self:
+        """The source with its images converted to 1 or 3 channels."""
+
+
+class Files:
+    """Image files under a folder. `paths` are kept packed: a Python string each would triple the memory
+    and, touched by every worker, make each copy it."""
+
+    from_files = True
+
+    def __init__(self, root: str, paths: Iterable[str], channels: int = 3) -> None:
+        check_channels(channels)
+        encoded = [os.fsencode(path) for path in paths]
+        self.root, self.channels = root, channels
+        self._names = b"".join(encoded)
+        self._ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def name(self, row: int) -> str:
+        """The path as it was given, relative to the root."""
+        return os.fsdecode(self._names[self._ends[row] : self._ends[row + 1]])
+
+    def path(self, row: int) -> str:
+        """The path to open."""
+        return os.path.join(self.root, self.name(row))  # noqa: PTH118 - a Path would normalise it
+
+    def read(self, row: int) -> Tensor:
+        return read_image(self.path(row), channels=self.channels)
+
+    def identity(self, row: int) -> bytes:
+        """The path and the size of the file; a size of -1 if there is none."""
+        try:
+            size = os.stat(self.path(row)).st_size  # noqa: PTH116 - called once per image
+        except (OSError, ValueError):
+            size = -1
+        return os.fsencode(self.name(row)) + b"\0%d" % size
+
+    def take(self, rows: Rows) -> Self:
+        return type(self)(self.root, [self.name(int(row)) for row in rows], self.channels)
+
+    def with_channels(self, channels: int) -> Self:
+        return type(self)(self.root, (self.name(row) for row in range(len(self))), channels)
+
+
+class Arrays:
+    """Images of one size in memory. array: uint8 `[N, H, W, C]`, C = 1 or 3. prefix: names are prefix/row.
+
+    channels: to convert to, by default C. numbers: the rows that names tell, by default 0 ... N - 1.
+    """
+
+    from_files = False
+
+    def __init__(
+        self,
+        array: NDArray[np.uint8],
+        prefix: str,
+        channels: int | None = None,
+        numbers: NDArray[np.int64] | None = None,
+    ) -> None:
+        self.channels = array.shape[-1] if channels is None else channels
+        check_channels(self.channels)
+        self._array, self._prefix = np.ascontiguousarray(array), prefix
+        self._numbers = np.arange(len(array)) if numbers is None else numbers
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    def name(self, row: int) -> str:
+        return f"{self._prefix}/{self._numbers[row]}"
+
+    def read(self, row: int) -> Tensor:
+        image = torch.from_numpy(self._array[row]).permute(2, 0, 1)
+        if image.shape[0] == self.channels:
+            return image
+        return image.expand(3, -1, -1) if self.channels == 3 else _luma(image)
+
+    def identity(self, row: int) -> bytes:
+        return bytes(self._array[row].tobytes())
+
+    def take(self, rows: Rows) -> Self:
+        index = np.asarray(rows, dtype=np.int64)
+        return type(self)(self._array[index], self._prefix, self.channels, self._numbers[index])
+
+    def with_channels(self, channels: int) -> Self:
+        return type(self)(self._array, self._prefix, channels, self._numbers)
+
+
+def _luma(image: Tensor) -> Tensor:
+    """ITU-R 601 in 16-bit fixed point, as Pillow rounds it: grey arrays equal grey files."""
+    weights = torch.tensor([19595, 38470, 7471], dtype=torch.int32)
+    grey = (image.int() * weights[:, None, None]).sum(0, keepdim=True) + (1 << 15)
+    return (grey >> 16).to(torch.uint8)

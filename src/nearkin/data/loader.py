@@ -1,0 +1,189 @@
+"""Batches of images. What a batch holds depends on its keys alone, never on the worker that makes it."""
+
+from __future__ import annotations
+
+import random
+import signal
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from nearkin.data.dataset import Split
+from nearkin.data.decode import BadImage
+from nearkin.data.order import SampleKey, sample_seed
+from nearkin.data.transforms import Transform
+from nearkin.errors import DataError, NearkinError
+from nearkin.types import Batch
+
+
+class WorkersDied(NearkinError):
+    """A process that loads images ended before its work (exit 75: what was saved can be continued)."""
+
+    code = 75
+
+
+def train_loader(
+    split: Split,
+    transform: Transform,
+    order: Iterable[list[SampleKey]],
+    *,
+    views: int,
+    seed: int,
+    workers: int,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """One `Batch` for each list of keys in `order`: images uint8 `[views, b, C, H, W]`, labels and index `[b]`.
+
+    Each view is made under a random state that `sample_seed` gives, so that 0, 1 or 4 workers make the same
+    batches; the global random states are left as they were. index: the row in the split.
+
+    Raises DataError when an image can no longer be read, WorkersDied when a worker ends early.
+    """
+    return _batches(_TrainViews(split, transform, views, seed), order, workers, pin_memory)
+
+
+def eval_loader(
+    split: Split,
+    transform: Transform,
+    rows: Sequence[int],
+    *,
+    batch_size: int,
+    workers: int,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """Batches of one view of each of `rows`, in their order, none padded and none dropped: the last is smaller.
+
+    Raises as `train_loader`.
+    """
+    order = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    return _batches(_PlainViews(split, transform), order, workers, pin_memory)
+
+
+class _Views(Dataset[Batch | DataError]):
+    """Makes whole batches, and gives an error back as a value: torch would lose its text and its class."""
+
+    def __init__(self, split: Split, transform: Transform) -> None:
+        self.split, self.transform = split, transform
+
+    def rows(self, keys: Sequence[Any]) -> list[int]:
+        raise NotImplementedError
+
+    def views(self, keys: Sequence[Any]) -> list[list[Tensor]]:
+        """For each view, the image of each key."""
+        raise NotImplementedError
+
+    def __getitems__(self, keys: Sequence[Any]) -> Batch | DataError:
+        try:
+            views = self.views(keys)
+        except BadImage as error:
+            return DataError(
+                f"{str(error).rstrip('.')}, though it could be read at the start; mend it, and start again."
+            )
+        # In a worker this collates into shared memory, which saves a copy.
+        stacked: Tensor = default_collate([image for view in views for image in view])
+        rows = self.rows(keys)
+        return Batch(
+            stacked.view(len(views), len(rows), *stacked.shape[1:]),
+            torch.from_numpy(self.split.labels[rows]),
+            torch.tensor(rows),
+        )
+
+
+class _PlainViews(_Views):
+    """Keys are rows."""
+
+    def rows(self, keys: Sequence[int]) -> list[int]:
+        return list(keys)
+
+    def views(self, keys: Sequence[int]) -> list[list[Tensor]]:
+        return [[self.transform(self.split.images.read(row)) for row in keys]]
+
+
+class _TrainViews(_Views):
+    """Keys say which draw of an image this is."""
+
+    def __init__(self, split: Split, transform: Transform, views: int, seed: int) -> None:
+        super().__init__(split, transform)
+        self.count, self.seed = views, seed
+
+    def rows(self, keys: Sequence[SampleKey]) -> list[int]:
+        return [key.row for key in keys]
+
+    def views(self, keys: Sequence[SampleKey]) -> list[list[Tensor]]:
+        made: list[list[Tensor]] = [[] for _ in range(self.count)]
+        with _borrowed_random_states():
+            for key in keys:
+                image = self.split.images.read(key.row)
+                for view in range(self.count):
+                    _seed(sample_seed(self.seed, key.epoch, key.row, key.occurrence, view))
+                    made[view].append(self.transform(image))
+        return made
+
+
+def _seed(seed: int) -> None:
+    """For torch, whose RNG our transforms use, and for Python and NumPy, which a caller's own may use."""
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - the global state is what such transforms read
+
+
+@contextmanager
+def _borrowed_random_states() -> Iterator[None]:
+    """Give the global random states back as they were."""
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])  # noqa: NPY002
+
+
+def _batches(
+    views: _Views, order: Iterable[Sequence[Any]], workers: int, pin_memory: bool
+) -> Iterator[Batch]:
+    loader: DataLoader[Batch | DataError] = DataLoader(
+        views,
+        batch_sampler=order,  # type: ignore[arg-type]  # any iterable of keys will do
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        worker_init_fn=_ignore_signals,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # otherwise each loader would draw from the global state
+    )
+    with _named_deaths():
+        yield from map(_batch, loader)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _batch(made: Batch | DataError) -> Batch:
+    if isinstance(made, DataError):
+        raise made
+    return made
+
+
+def _ignore_signals(_: int) -> None:
+    """The main process decides what a signal means; workers that died of it would spoil its last step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@contextmanager
+def _named_deaths() -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
+            raise
+        raise WorkersDied(
+            "A process that loads images died, often for want of memory or of room in /dev/shm; "
+            "lower --workers, or use --workers 0, and continue with --resume."
+        ) from error

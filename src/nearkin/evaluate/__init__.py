@@ -1,0 +1,1 @@
+"""The evaluation room: predictions, metrics, statistics."""

@@ -1,0 +1,65 @@
+"""Writing files so that a crash, a full disk or a power cut leaves the old one or the new one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from nearkin.errors import NearkinError, printable
+
+
+class SaveFailed(NearkinError):
+    """A file could not be written; what lay there before is untouched (exit 75: go on later)."""
+
+    code = 75
+
+
+@contextlib.contextmanager
+def reporting(failure: str) -> Iterator[None]:
+    """Turn an `OSError` inside the block into a `SaveFailed` that begins with `failure`."""
+    try:
+        yield
+    except OSError as error:
+        raise SaveFailed(
+            f"{failure}: {error.strerror or error}; what was saved before is untouched, "
+            "make room or mend the permissions and run again."
+        ) from error
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write `data` to `path` and return once the disk has it. Raises `OSError`."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Return once the disk has the names in `folder`, as a rename needs. Raises `OSError`."""
+    if os.name == "nt":  # Windows opens no folders and keeps the order of renames itself
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace the file at `path` by `data` in one step; readers see the old bytes or the new.
+
+    The temporary lies in the same folder, since a rename is atomic only inside one file system. One
+    writer per file. Raises `SaveFailed`.
+    """
+    temporary = path.with_name(f".tmp-{path.name}")
+    with reporting(f"{printable(str(path))} could not be written"):
+        try:
+            write_synced(temporary, data)
+            temporary.replace(path)
+            sync_folder(path.parent)
+        except BaseException:
+            with contextlib.suppress(OSError):  # the first error is the one to report
+                temporary.unlink(missing_ok=True)
+            raise

@@ -1,0 +1,72 @@
+"""Cross-entropy and its symmetric form."""
+
+from __future__ import annotations
+
+import math
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from nearkin.functional.checks import check_labels, check_smoothing
+from nearkin.functional.labels import Labels, class_rows
+from nearkin.functional.per_anchor import PerAnchor
+from nearkin.functional.precision import full_precision
+from nearkin.functional.validity import all_valid
+
+LEAST_PROBABILITY = 1e-7  # as published: predictions are clipped to [1e-7, 1]
+LOG_OF_NONE = math.log(
+    1e-4
+)  # as published: what stands for log 0 on the classes that are not the label
+
+
+@full_precision
+def cross_entropy(
+    logits: Float[Tensor, "n c"],
+    labels: Labels,
+    *,
+    smoothing: float = 0.0,
+    class_weights: Float[Tensor, " c"] | None = None,
+) -> PerAnchor:
+    """Cross-entropy with label smoothing and class weights.
+
+        L_i = -sum_c w_c ( (1 - s) y_ic + s/C ) log softmax_c(logits_i)
+
+    logits: `[N, C]`. labels: `[N]` integers or `[N, C]` rows that sum to 1.
+    smoothing: s, in [0, 1), torch's form. class_weights: w, `[C]`; no value is divided by them.
+    All anchors are valid. Raises ValueError when smoothing or the shape of labels is wrong.
+    Source: Szegedy et al. 2016, section 7.
+    """
+    check_labels(labels, len(logits))
+    check_smoothing(smoothing)
+    target = class_rows(labels, logits.shape[1], logits.dtype)
+    value = F.cross_entropy(
+        logits, target, weight=class_weights, label_smoothing=smoothing, reduction="none"
+    )
+    return all_valid(value)
+
+
+@full_precision
+def symmetric_ce(
+    logits: Float[Tensor, "n c"], labels: Labels, *, alpha: float, beta: float
+) -> PerAnchor:
+    """Cross-entropy plus the same with prediction and label exchanged: bears wrong labels.
+
+        L_i = alpha CE_i + beta RCE_i
+        CE_i  = -sum_c y_ic log p_ic
+        RCE_i = -log(1e-4) sum_c (1 - y_ic) clip(p_ic, 1e-7, 1)
+
+    RCE is -sum_c p_ic log max(y_ic, 1e-4) for hard labels and linear in y for soft ones.
+
+    logits: `[N, C]`, p their softmax. labels: `[N]` integers or `[N, C]` rows that sum to 1.
+    All anchors are valid. Raises ValueError when the shape of labels is wrong.
+    Source: Wang et al. 2019 and their code; presets (alpha, beta) (0.1, 1) for about 10 classes,
+    (6, 0.1) for 100.
+    """
+    check_labels(labels, len(logits))
+    target = class_rows(labels, logits.shape[1], logits.dtype)
+    log_p = logits.log_softmax(1)
+    forward = -(target * log_p).sum(1)
+    reverse = -LOG_OF_NONE * ((1 - target) * log_p.exp().clamp(LEAST_PROBABILITY, 1)).sum(1)
+    value = alpha * forward + beta * reverse
+    return all_valid(value)

@@ -1,0 +1,88 @@
+"""Contrast between the samples of a batch: SupCon in its two forms, SimCLR's loss, and SINCERE."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from nearkin.functional.checks import check_rows
+from nearkin.functional.labels import Labels
+from nearkin.functional.pairs import batch_pairs, log_count, log_sum
+from nearkin.functional.per_anchor import PerAnchor
+from nearkin.functional.precision import full_precision
+from nearkin.functional.validity import masked
+
+
+@full_precision
+def supcon_out(features: Float[Tensor, "n d"], labels: Labels, *, temperature: float) -> PerAnchor:
+    """Supervised contrast with the mean outside the logarithm (L_out).
+
+        L_i = 1/|P_i| sum_{p != i} a_ip ( LSE_{k != i}(s_ik) - s_ip ),   |P_i| = sum_{p != i} a_ip
+
+    with s = z z' / temperature and a_ij = sum_c y_ic y_jc, 1 or 0 when labels are hard. There is no
+    base-temperature factor.
+
+    features: `[N, d]` rows of unit length. labels: `[N]` integers or `[N, C]` rows that sum to 1.
+    temperature > 0.
+    Invalid: an anchor without a positive (total positiveness over the others is 0).
+    Raises ValueError when temperature or the shape of labels is wrong.
+    Source: Khosla et al. 2020, equation 2; soft labels as in GenSCL (2022); validity is our choice.
+    """
+    pairs = batch_pairs(features, labels, temperature)
+    count = pairs.positive.sum(1)
+    valid = count > 0
+    attraction = (pairs.positive * pairs.similarity).sum(1) / count.where(valid, 1)
+    return masked(log_sum(pairs.similarity, pairs.other) - attraction, valid)
+
+
+@full_precision
+def supcon_in(features: Float[Tensor, "n d"], labels: Labels, *, temperature: float) -> PerAnchor:
+    """Supervised contrast with the mean inside the logarithm (L_in).
+
+        L_i = -log( 1/|P_i| sum_{p != i} a_ip e^(s_ip) / sum_{k != i} e^(s_ik) )
+
+    Shapes, symbols, validity and errors as in `supcon_out`. Source: Khosla et al. 2020, equation 3.
+    """
+    pairs = batch_pairs(features, labels, temperature)
+    count = pairs.positive.sum(1)
+    positives = log_sum(pairs.similarity, pairs.positive) - log_count(count)
+    return masked(log_sum(pairs.similarity, pairs.other) - positives, count > 0)
+
+
+def instance_nce(
+    view1: Float[Tensor, "b d"], view2: Float[Tensor, "b d"], *, temperature: float
+) -> PerAnchor:
+    """Instance discrimination: an image's other view against all other images, own class included.
+
+        L_i = LSE_{k != i}(s_ik) - s_ij,   j the other view of i, over the 2B rows [view1; view2]
+
+    view1, view2: `[B, d]` rows of unit length, row b of both from image b. temperature > 0.
+    Returns 2B anchors, view1's first; all are valid. Raises ValueError when the views differ in
+    size or temperature is wrong. Source: Chen et al. 2020 (SimCLR), equation 1.
+    """
+    check_rows("view2", view2, len(view1))
+    images = torch.arange(len(view1), device=view1.device).repeat(2)
+    # Every image a class of its own: its only positive is its other view.
+    return supcon_out(torch.cat([view1, view2]), images, temperature=temperature)
+
+
+@full_precision
+def sincere(features: Float[Tensor, "n d"], labels: Labels, *, temperature: float) -> PerAnchor:
+    """Supervised InfoNCE: each positive alone against the other classes.
+
+        L_i = -1/|P_i| sum_{p != i} a_ip log( e^(s_ip) / (e^(s_ip) + N_i) )
+            = 1/|P_i| sum_{p != i} a_ip softplus( log N_i - s_ip )
+        N_i = sum_{n != i} (1 - a_in) e^(s_in)
+
+    Shapes, symbols and errors as in `supcon_out`. Invalid: an anchor without a positive. Without a
+    negative its value is 0 and it is valid. Source: Feeney and Hughes 2023 (SINCERE); soft labels
+    are our choice.
+    """
+    pairs = batch_pairs(features, labels, temperature)
+    count = pairs.positive.sum(1)
+    valid = count > 0
+    each = F.softplus(log_sum(pairs.similarity, pairs.negative)[:, None] - pairs.similarity)
+    mean = (pairs.positive * each).sum(1) / count.where(valid, 1)
+    return masked(mean.where(pairs.negative.sum(1) > 0, 0), valid)

@@ -1,0 +1,66 @@
+"""Logits with a margin on the cosine of the sample's own class: CosFace and ArcFace."""
+
+from __future__ import annotations
+
+import math
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from nearkin.functional.checks import check_hard_labels
+from nearkin.functional.labels import Hard, class_rows
+from nearkin.functional.precision import full_precision
+
+
+@full_precision
+def cosface_logits(
+    features: Float[Tensor, "n d"],
+    weight: Float[Tensor, "c d"],
+    labels: Hard,
+    *,
+    margin: float,
+    scale: float,
+) -> Float[Tensor, "n c"]:
+    """Cosines times scale, the own class's lowered by a margin; cross-entropy after.
+
+        logit_ic = scale ( z_i . w_c/|w_c| - margin [c = y_i] )
+
+    features: `[N, d]` rows of unit length. weight: `[C, d]` of any length. labels: `[N]` integers.
+    margin is subtracted from the cosine. Raises ValueError when labels are not `[N]` integers.
+    Source: Wang et al. 2018 (CosFace), equation 4.
+    """
+    cosine, own = _cosines(features, weight, labels)
+    return scale * (cosine - margin * own)
+
+
+@full_precision
+def arcface_logits(
+    features: Float[Tensor, "n d"],
+    weight: Float[Tensor, "c d"],
+    labels: Hard,
+    *,
+    margin: float,
+    scale: float,
+) -> Float[Tensor, "n c"]:
+    """Cosines times scale, the angle to the own class widened by a margin; cross-entropy after.
+
+        logit_ic = scale cos( theta_ic + margin [c = y_i] ),   theta_ic = angle(z_i, w_c)
+
+    Shapes and errors as in `cosface_logits`; margin in radians. The own logit falls with theta up
+    to pi - margin only, as in the paper's equation.
+    Source: Deng et al. 2019 (ArcFace), equation 3.
+    """
+    cosine, own = _cosines(features, weight, labels)
+    square = (1 - cosine) * (1 + cosine)
+    # The gradient of the root is infinite at 0, where rounding decides the sign: 0 is taken there.
+    sine = square.where(square > 0, 1).sqrt().where(square > 0, 0)
+    widened = cosine * math.cos(margin) - sine * math.sin(margin)
+    return scale * widened.where(own > 0, cosine)
+
+
+def _cosines(features: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The cosine of each sample with each class `[N, C]`, and 1 at its own class `[N, C]`."""
+    check_hard_labels(labels, len(features))
+    cosine = features @ F.normalize(weight, dim=1).T
+    return cosine, class_rows(labels, len(weight), cosine.dtype)

@@ -1,0 +1,25 @@
+"""The network room: timm backbones, heads, normalisation over ranks, randomness that belongs to the sample."""
+
+from nearkin.network.backbone import Backbone, build_backbone
+from nearkin.network.batchnorm import SyncBatchNorm, synchronise_batchnorm
+from nearkin.network.heads import projection_head, projection_sizes
+from nearkin.network.network import Network
+from nearkin.network.randomness import KeyedDropout, KeyedDropPath, RandomKey, key_randomness
+from nearkin.network.weights import LoadReport, load_weights, read_safetensors
+
+__all__ = [
+    "Backbone",
+    "KeyedDropPath",
+    "KeyedDropout",
+    "LoadReport",
+    "Network",
+    "RandomKey",
+    "SyncBatchNorm",
+    "build_backbone",
+    "key_randomness",
+    "load_weights",
+    "projection_head",
+    "projection_sizes",
+    "read_safetensors",
+    "synchronise_batchnorm",
+]

@@ -1,0 +1,227 @@
+"""Any timm model as a backbone: pooled features, a stem for small images, mean and deviation. Loads timm late."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nearkin.errors import ConfigError, ModelError, nearest, printable
+from nearkin.network.pretrained import pretrained_options
+
+SMALL_IMAGE = 64  # pixels; up to here `auto` keeps the resolution in the first layer
+# What a timm model raises when a size, a channel count or an option does not suit it.
+_UNFIT = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+class Backbone(NamedTuple):
+    """module: `[N, C, H, W]` -> pooled features `[N, dim]`. mean, std: per channel, of pixels in [0, 1].
+
+    stem: what `auto` became. It follows from `pretrained`, so whoever builds the same network again gives it.
+    """
+
+    module: nn.Module
+    dim: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    stem: Literal["default", "small"]
+
+
+def build_backbone(
+    model: str,
+    *,
+    pretrained: bool,
+    channels: int,
+    image_size: int,
+    stem: Literal["auto", "default", "small"],
+    drop_path: float,
+) -> Backbone:
+    """A timm model without its classifier, for square images of `image_size` pixels.
+
+    stem: `small` keeps the resolution of small images: the first convolution gets stride 1 and, where its kernel
+    is 7 or wider, becomes a fresh 3x3; a max-pool after it stays. `auto` is `small` up to 64 pixels, unless the
+    weights are pretrained or the first convolution cuts patches (our choice).
+    drop_path: rate of stochastic depth; 0 leaves the model's own. Dropout before the classifier is off, since the
+    `Network` has one.
+
+    Raises ConfigError for a model, size, channel count, stem or rate that cannot be, ModelError for pretrained
+    weights that are not to be had.
+    """
+    _check_name(model)
+    options: dict[str, Any] = {"num_classes": 0, "in_chans": channels, "drop_rate": 0.0}
+    if drop_path > 0.0:
+        options["drop_path_rate"] = drop_path
+    with _fitting(model, channels, image_size):
+        module = _create(model, options, image_size)
+    _check_patches(model, module, image_size)
+    if pretrained:
+        module = _fetch(model, options, image_size)
+    small = stem == "small" or (
+        stem == "auto" and image_size <= SMALL_IMAGE and not pretrained and _has_open_stem(module)
+    )
+    if small:
+        _keep_resolution(model, module)
+    with _fitting(model, channels, image_size):
+        dim = _probe(module, channels, image_size)
+    mean, std = _statistics(module, channels)
+    return Backbone(module, dim, mean, std, "small" if small else "default")
+
+
+def _check_name(model: str) -> None:
+    import timm
+
+    if any(character in model for character in ":/\\"):
+        raise ConfigError(
+            f"--model {printable(model)} is no name of a timm model; give one like resnet50, and a file of "
+            "weights with --weights FILE."
+        )
+    name, _, tag = model.partition(".")
+    if not timm.is_model(name):
+        hint = nearest(name, timm.list_models()) or " `nearkin list models` shows all."
+        raise ConfigError(f"timm has no model {printable(name)}.{hint}")
+    known = timm.list_pretrained(f"{name}.*")
+    if tag and model not in known:
+        raise ConfigError(f"timm has no weights {printable(model)}.{nearest(model, known)}")
+
+
+@contextmanager
+def _fitting(model: str, channels: int, image_size: int) -> Iterator[None]:
+    """Turns what timm raises inside the block into a ConfigError."""
+    try:
+        yield
+    except _UNFIT as error:
+        if isinstance(error, TypeError) and "drop_path" in str(error):
+            raise ConfigError(f"{model} has no stochastic depth; leave out --drop-path.") from None
+        raise ConfigError(
+            f"{model} cannot take images of {image_size} x {image_size} pixels and {channels} channels "
+            f"({_first_line(error)}); try another --image-size or --model."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return printable(lines[0][:200])
+
+
+def _create(model: str, options: dict[str, Any], image_size: int) -> nn.Module:
+    import timm
+
+    try:
+        module: nn.Module = timm.create_model(model, img_size=image_size, **options)
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise
+        module = timm.create_model(model, **options)  # it takes any size
+    return module
+
+
+def _fetch(model: str, options: dict[str, Any], image_size: int) -> nn.Module:
+    """The same model with pretrained weights. It could be built without, so what fails is the fetching."""
+    try:
+        return _create(model, options | pretrained_options(model), image_size)
+    except ModelError:
+        raise
+    except Exception as error:  # whatever the hub, the network or a damaged cache may raise
+        raise ModelError(
+            f"The pretrained weights of {model} could not be fetched ({_first_line(error)}); connect once to fill "
+            "the cache, or leave out --pretrained and give --weights FILE."
+        ) from error
+
+
+def _first_convolutions(module: nn.Module) -> dict[str, nn.Conv2d]:
+    """By name, the convolutions that read the image; empty where timm does not know them."""
+    names = _description(module).get("first_conv") or ()
+    parts = dict(module.named_modules())
+    found = {n: parts.get(n) for n in ([names] if isinstance(names, str) else names)}
+    convolutions = {n: part for n, part in found.items() if isinstance(part, nn.Conv2d)}
+    return convolutions if len(convolutions) == len(found) else {}
+
+
+def _description(module: nn.Module) -> dict[str, Any]:
+    """timm's data sheet of a model."""
+    return dict(getattr(module, "pretrained_cfg", None) or {})
+
+
+def _cuts_patches(name: str, convolution: nn.Conv2d) -> bool:
+    tiles = convolution.kernel_size == convolution.stride and convolution.kernel_size != (1, 1)
+    return tiles or "patch_embed" in name
+
+
+def _has_open_stem(module: nn.Module) -> bool:
+    """Whether the image is read by convolutions that overlap."""
+    convolutions = _first_convolutions(module)
+    return bool(convolutions) and not any(_cuts_patches(n, c) for n, c in convolutions.items())
+
+
+def _check_patches(model: str, module: nn.Module, image_size: int) -> None:
+    """A transformer would leave out, without a word, the pixels that fill no patch."""
+    convolutions = _first_convolutions(module)
+    if len(convolutions) != 1:
+        return
+    name, convolution = next(iter(convolutions.items()))
+    patch = convolution.kernel_size[0]
+    if (
+        "patch_embed" in name
+        and convolution.kernel_size == convolution.stride
+        and image_size % patch
+    ):
+        below, above = image_size // patch * patch, (image_size // patch + 1) * patch
+        raise ConfigError(
+            f"{model} cuts images into patches of {patch} pixels, which do not fill --image-size {image_size}; "
+            f"use {f'{below} or ' if below else ''}{above}."
+        )
+
+
+def _keep_resolution(model: str, module: nn.Module) -> None:
+    if not _has_open_stem(module):
+        raise ConfigError(
+            f"--stem small does not fit {model}, whose first layer cuts patches; use --stem default."
+        )
+    for convolution in _first_convolutions(module).values():
+        convolution.stride = (1, 1)
+        if max(convolution.kernel_size) >= 7:
+            convolution.kernel_size = (3, 3)
+            # 0 where the class pads by itself
+            convolution.padding = tuple(min(int(side), 1) for side in convolution.padding)
+            outputs, inputs = convolution.weight.shape[:2]
+            convolution.weight = nn.Parameter(torch.empty(outputs, inputs, 3, 3))
+            nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+
+
+def _probe(module: nn.Module, channels: int, image_size: int) -> int:
+    """The width of the features, seen on two black images."""
+    was = module.training
+    module.eval()
+    with torch.no_grad():
+        features = module(torch.zeros(2, channels, image_size, image_size))
+    module.train(was)
+    if not isinstance(features, Tensor) or features.dim() != 2 or len(features) != 2:
+        raise ValueError("it gives no pooled features")
+    return features.shape[1]
+
+
+def _statistics(module: nn.Module, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The data sheet's mean and deviation. One channel: their averages; other counts: repeated in turn (our choice).
+
+    That is how timm makes pretrained filters fit: it adds them up for one channel and repeats them for more.
+    """
+    description = _description(module)
+
+    def fitted(values: Any) -> tuple[float, ...]:
+        given = tuple(float(value) for value in values)
+        if channels == 1:
+            return (sum(given) / len(given),)
+        return tuple(given[number % len(given)] for number in range(channels))
+
+    return fitted(description["mean"]), fitted(description["std"])

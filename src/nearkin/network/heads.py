@@ -1,0 +1,20 @@
+"""The projection head that contrastive objectives share."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def projection_sizes(dim: int) -> tuple[int, int]:
+    """(hidden, out) for features of width `dim`: max(2 dim, 256) up to 4096, and min(256, dim). Our choice."""
+    return min(max(2 * dim, 256), 4096), min(256, dim)
+
+
+def projection_head(dim: int, hidden: int, out: int, *, batchnorm: bool = True) -> nn.Sequential:
+    """`[N, dim]` -> `[N, out]`: Linear -> BatchNorm -> ReLU -> Linear (CoNe, published code).
+
+    The first layer has a bias only without BatchNorm, which would take it away again.
+    """
+    first = nn.Linear(dim, hidden, bias=not batchnorm)
+    norms = [nn.BatchNorm1d(hidden)] if batchnorm else []
+    return nn.Sequential(first, *norms, nn.ReLU(inplace=True), nn.Linear(hidden, out))

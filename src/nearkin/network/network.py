@@ -1,0 +1,120 @@
+"""A backbone and the heads that an objective asks for: images in, `Outputs` out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from nearkin.errors import ModelError, printable
+from nearkin.network.randomness import RandomKey, key_randomness
+from nearkin.types import Outputs
+
+if TYPE_CHECKING:
+    from nearkin.objectives.base import Head
+
+
+class Network(nn.Module):
+    """Images -> features -> the active heads, each of which reads one field of `Outputs` and writes another.
+
+    backbone: `[N, C, H, W]` -> `[N, dim]`. heads: by name, in the order they run. mean, std: per channel, of pixels
+    in [0, 1]; they are buffers, so that the normalisation travels with the weights.
+    drop_rate: dropout of the pooled features, in [0, 1).
+
+    All dropout and stochastic depth inside, the heads' too, is drawn from `key`: set it before each forward pass in
+    training. A deep copy has a key of its own.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        heads: Mapping[str, Head],
+        *,
+        dim: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        drop_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.dim, self.key = dim, RandomKey()
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
+        self.backbone = backbone
+        self.dropout = nn.Dropout(drop_rate)
+        self.heads = nn.ModuleDict({name: head.module for name, head in heads.items()})
+        self._slots = {name: (head.reads, head.writes) for name, head in heads.items()}
+        key_randomness(self, self.key)
+        # What its author fixed stays fixed in every stage.
+        self._fixed = frozenset(n for n, p in self.named_parameters() if not p.requires_grad)
+        self.activate(tuple(heads), freeze_backbone=False)
+
+    @property
+    def classifies(self) -> bool:
+        """Whether an active head writes class logits."""
+        return any(self._slots[name][1] == "logits" for name in self.active)
+
+    def activate(self, heads: tuple[str, ...], freeze_backbone: bool) -> None:
+        """Run these heads, in this order, and train them; the others rest.
+
+        What rests, and a frozen backbone, gets no gradient and stays in eval mode, whatever `train` says.
+        Raises ModelError for a head that the network does not have.
+        """
+        unknown = [name for name in heads if name not in self._slots]
+        if unknown:
+            raise ModelError(
+                f"The network has no head {printable(unknown[0])}; it has {', '.join(self._slots)}."
+            )
+        self.active = heads
+        self.freeze_backbone = freeze_backbone
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name not in self._fixed)
+        for part in self._frozen():
+            part.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Network:
+        """Training mode for all but the frozen parts."""
+        super().train(mode)
+        for part in self._frozen():
+            part.eval()
+        return self
+
+    def _frozen(self) -> list[nn.Module]:
+        resting = [head for name, head in self.heads.items() if name not in self.active]
+        return [*resting, self.backbone] if self.freeze_backbone else resting
+
+    def forward(self, images: Tensor) -> Outputs:
+        """images: `[N, C, H, W]`, uint8 or float in [0, 1], C as `mean` has.
+
+        Raises ValueError for another C, and when a head reads what no head has written.
+        """
+        if images.shape[1] != len(self.mean):  # it would broadcast
+            raise ValueError(f"The network reads {len(self.mean)} channels, not {images.shape[1]}.")
+        self.key.begin(len(images))
+        features = self.dropout(self.backbone(self._normalised(images)))
+        fields: dict[str, Tensor | None] = {
+            "features": features,
+            "embedding": features,
+            "projection": None,
+            "logits": None,
+        }
+        for name in self.active:
+            reads, writes = self._slots[name]
+            source = fields[reads]
+            if source is None:
+                raise ValueError(
+                    f"The head {name} reads {reads}, which no active head before it writes."
+                )
+            fields[writes] = self.heads[name](source)
+        return Outputs(**fields)  # type: ignore[arg-type]  # features and embedding are never None
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        pixels = images.to(self.mean.dtype)
+        if not images.is_floating_point():
+            pixels = pixels / 255
+        return (pixels - self.mean) / self.std

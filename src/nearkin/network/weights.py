@@ -1,0 +1,240 @@
+"""Weights from files: safetensors, and other people's PyTorch checkpoints without running what they hold."""
+
+from __future__ import annotations
+
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nearkin.errors import ModelError, printable
+
+LARGEST_FILE = 8 << 30
+LARGEST_HEADER = 16 << 20  # of safetensors: about 100 000 names
+MOST_TENSORS = 100_000
+PICKLED = (".pth", ".pt", ".bin")
+RUN_WEIGHTS = "model.safetensors"  # in a run folder
+# What training scripts put the tensors under; an averaged copy is preferred, as its makers did.
+WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+PREFIXES = ("module.", "_orig_mod.")  # left behind by DDP and torch.compile
+
+
+class LoadReport(NamedTuple):
+    """What became of the tensors, by name. mismatched: name -> its shape in the file and in the network."""
+
+    file: Path
+    loaded: tuple[str, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    mismatched: dict[str, str]
+
+    def __str__(self) -> str:
+        mismatched = [f"{name} ({shapes})" for name, shapes in self.mismatched.items()]
+        parts = [
+            f"{len(self.loaded)} tensors loaded from {printable(str(self.file))}",
+            _listed("left as initialised, since not in the file", self.missing),
+            _listed("left as initialised, since of another shape", mismatched),
+            _listed("in the file but not used", self.unexpected),
+        ]
+        return "; ".join(part for part in parts if part)
+
+
+def load_weights(module: nn.Module, file: Path) -> LoadReport:
+    """Load into `module` what fits of `file`, and tell what did not.
+
+    file: `.safetensors` (a run folder stands for its model), or `.pth`, `.pt`, `.bin` of a state dict, bare or inside
+    a training script's checkpoint. Names are those of timm or nearkin; `module.` before them, and `backbone.` before
+    them or missing, makes no difference. Tensors of another shape, like a classifier for other classes, are skipped.
+
+    Raises ModelError when the file is no checkpoint or a dangerous one, or when no parameter fits or one is not
+    finite; the module is then unchanged.
+    """
+    file = file / RUN_WEIGHTS if file.is_dir() else file
+    own = module.state_dict(keep_vars=True)
+    given = _renamed(_read(file), own.keys())
+    shared = [name for name in own if name in given]
+    loaded = tuple(name for name in shared if _fits(given[name], own[name]))
+    if not any(isinstance(own[name], nn.Parameter) for name in loaded):
+        raise ModelError(_nothing_fits(file, given, own))
+    broken = [name for name in loaded if not bool(given[name].isfinite().all())]
+    if broken:
+        raise ModelError(f"{_shown(file)} holds values that are not finite, first in {broken[0]}.")
+    with torch.no_grad():
+        for name in loaded:
+            own[name].copy_(given[name])
+    return LoadReport(
+        file,
+        loaded,
+        missing=tuple(name for name in own if name not in given),
+        unexpected=tuple(name for name in given if name not in own),
+        mismatched={
+            name: f"{_shape(given[name])} in the file, {_shape(own[name])} here"
+            for name in shared
+            if name not in loaded
+        },
+    )
+
+
+def read_safetensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU. Raises ModelError when it is missing, damaged or oversized."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    _check_file(file)
+    try:
+        with file.open("rb") as stream:
+            header = int.from_bytes(stream.read(8), "little")
+        if header > LARGEST_HEADER:
+            raise ModelError(
+                f"{_shown(file)} is damaged or no safetensors file: its header is too long."
+            )
+        tensors: dict[str, Tensor] = load_file(file, device="cpu")
+    except (OSError, SafetensorError, LookupError, ValueError, RuntimeError) as error:
+        raise ModelError(
+            f"{_shown(file)} is damaged or no safetensors file ({_first_line(error)})."
+        ) from None
+    return tensors
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    if file.suffix == ".safetensors":
+        return read_safetensors(file)
+    if file.suffix in PICKLED:
+        return _read_pickled(file)
+    raise ModelError(
+        f"{_shown(file)} is no file of weights; give .safetensors, {', '.join(PICKLED)} or a run folder."
+    )
+
+
+def _check_file(file: Path) -> None:
+    if not file.is_file():
+        what = "is not a regular file" if file.exists() else "does not exist"
+        raise ModelError(f"The weights {_shown(file)} cannot be loaded: it {what}.")
+    if file.stat().st_size > LARGEST_FILE:
+        raise ModelError(
+            f"{_shown(file)} is larger than {LARGEST_FILE >> 30} GiB and is not loaded."
+        )
+
+
+def _read_pickled(file: Path) -> dict[str, Tensor]:
+    """The one place that reads pickled files: tensors and plain containers only, nothing of theirs is run."""
+    _check_file(file)
+    try:
+        _check_zip(file)
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # torch's own, about formats that it then reads or refuses
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=False)
+    except ModelError:
+        raise
+    except OSError as error:
+        raise ModelError(f"{_shown(file)} cannot be read ({_first_line(error)}).") from None
+    except Exception as error:  # a hostile file can make the reader raise anything
+        if "GLOBAL" in str(error):
+            raise ModelError(
+                f"{_shown(file)} holds more than tensors and plain values and is not loaded, since that "
+                "could run code; save its state dict as .safetensors where you trust it."
+            ) from None
+        raise ModelError(f"{_shown(file)} is damaged or no PyTorch checkpoint.") from None
+    return _tensors(content, file)
+
+
+def _check_zip(file: Path) -> None:
+    """Refuse an archive that would unpack to more than it is: PyTorch stores, it does not compress."""
+    with file.open("rb") as stream:
+        if stream.read(4) != b"PK\x03\x04":
+            return
+    with zipfile.ZipFile(file) as archive:
+        declared = sum(entry.file_size for entry in archive.infolist())
+    if declared > file.stat().st_size * 1.05:
+        raise ModelError(
+            f"{_shown(file)} declares {declared} bytes, more than it holds; it is not loaded."
+        )
+
+
+def _tensors(content: Any, file: Path) -> dict[str, Tensor]:
+    """The tensors of a state dict, bare or inside a checkpoint."""
+    for name in WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            content = content[name]
+            break
+    entries = content if isinstance(content, Mapping) else {}
+    tensors = {k: v for k, v in entries.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    if not tensors:
+        raise ModelError(
+            f"{_shown(file)} holds no state dict; give a file that maps names to tensors."
+        )
+    if len(tensors) > MOST_TENSORS:
+        raise ModelError(
+            f"{_shown(file)} holds more than {MOST_TENSORS} tensors and is not loaded."
+        )
+    odd = [name for name, tensor in tensors.items() if not _is_plain(tensor)]
+    if odd:
+        raise ModelError(
+            f"{_shown(file)} holds {printable(odd[0])[:80]}, which is no plain dense tensor."
+        )
+    return tensors
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Dense, in memory, each element its own: a stride of 0 claims terabytes from a file of kilobytes."""
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        return False
+    return tensor.is_contiguous() or (
+        tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def _renamed(given: dict[str, Tensor], own: Any) -> dict[str, Tensor]:
+    """`given` under the names of `own`: without wrappers' prefixes, with or without `backbone.`, what fits most."""
+    bare = {_stripped(name): tensor for name, tensor in given.items()}
+    spellings = (
+        bare,
+        {f"backbone.{name}": tensor for name, tensor in bare.items()},
+        {name.removeprefix("backbone."): tensor for name, tensor in bare.items()},
+    )
+    return max(spellings, key=lambda spelling: len(spelling.keys() & own))
+
+
+def _stripped(name: str) -> str:
+    while name.startswith(PREFIXES):
+        name = name.split(".", 1)[1]
+    return name
+
+
+def _fits(given: Tensor, own: Tensor) -> bool:
+    return given.shape == own.shape and given.is_floating_point() == own.is_floating_point()
+
+
+def _nothing_fits(file: Path, given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    theirs = printable(next(iter(given), "nothing"))[:80]
+    mine = next(iter(own), "nothing")
+    return (
+        f"{_shown(file)} does not fit this model: it holds {theirs}, ..., the model {mine}, ...; "
+        "give weights of the same --model."
+    )
+
+
+def _listed(what: str, names: tuple[str, ...] | list[str], most: int = 4) -> str:
+    if not names:
+        return ""
+    more = f", and {len(names) - most} more" if len(names) > most else ""
+    return f"{len(names)} {what} ({', '.join(printable(n) for n in names[:most])}{more})"
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(str(side) for side in tensor.shape) or "a scalar"
+
+
+def _shown(file: Path) -> str:
+    return printable(str(file))
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return printable(lines[0])[:120]

@@ -1,0 +1,35 @@
+"""The objectives, one file each. Every file beside this one is imported; a new file is a new objective."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from importlib.metadata import entry_points
+
+from nearkin.errors import ConfigError, nearest
+from nearkin.objectives.base import Head, Objective, Stage
+
+ENTRY_POINTS = "nearkin.objectives"
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+from nearkin.objectives.ce import CrossEntropy  # noqa: E402 - the loop above decides the order
+from nearkin.objectives.cone import CoNe  # noqa: E402
+from nearkin.objectives.supcon import SupCon  # noqa: E402
+
+
+def get(name: str) -> type[Objective]:
+    """The objective of that name, built in or from an installed package's `nearkin.objectives` entry point."""
+    if name not in Objective.registry:
+        for point in entry_points(group=ENTRY_POINTS):
+            point.load()
+    if name not in Objective.registry:
+        known = sorted(Objective.registry)
+        raise ConfigError(
+            f"Unknown objective {name}.{nearest(name, known)} There are: {', '.join(known)}."
+        )
+    return Objective.registry[name]
+
+
+__all__ = ["CoNe", "CrossEntropy", "Head", "Objective", "Stage", "SupCon", "get"]

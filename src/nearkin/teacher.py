@@ -1,0 +1,83 @@
+"""The teacher: an averaged copy of the student that is the same on every rank."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from nearkin.network import Network
+    from nearkin.types import Outputs
+
+# Keeps the teacher's dropout masks apart from the student's without a second seed to configure.
+TEACHER_SALT = 0x7EAC
+
+
+class TeacherPolicy(NamedTuple):
+    """How a stage keeps its teacher.
+
+    schedule: `constant` momentum from `horizon`, or the paper's `cosine` from `momentum` to 1.
+    horizon: memory in epochs of the constant schedule (at least 8 steps).
+    momentum: start of the cosine schedule.
+    batchnorm: `own` runs the teacher in train mode, so that it normalises with, and tracks, its own statistics
+        (CoNe's published code); `average` averages the student's statistics and runs in eval mode.
+    crop: the teacher reads the `same` views as the student, or one of its `own`.
+    """
+
+    schedule: Literal["constant", "cosine"] = "constant"
+    horizon: float = 0.3
+    momentum: float = 0.996
+    batchnorm: Literal["own", "average"] = "own"
+    crop: Literal["same", "own"] = "same"
+
+
+def momentum_at(policy: TeacherPolicy, step: int, steps: int, steps_per_epoch: int) -> float:
+    """The momentum m of `teacher = m * teacher + (1 - m) * student` before forward pass number `step`.
+
+    constant: m = 1 - 1 / max(8, horizon * steps_per_epoch) (our choice: memory in epochs, not steps).
+    cosine: m = 1 - (1 - m0)(cos(pi step / steps) + 1) / 2 (CoNe, published code).
+    """
+    if policy.schedule == "cosine":
+        return 1.0 - (1.0 - policy.momentum) * (math.cos(math.pi * step / steps) + 1.0) / 2.0
+    return 1.0 - 1.0 / max(8.0, policy.horizon * steps_per_epoch)
+
+
+class Teacher(nn.Module):
+    """An exponential moving average of a network: m * teacher + (1 - m) * student, tensor by tensor."""
+
+    def __init__(
+        self, student: Network, *, batchnorm: Literal["own", "average"] = "average"
+    ) -> None:
+        super().__init__()
+        self.network: Network = copy.deepcopy(student).requires_grad_(False)
+        self.batchnorm = batchnorm
+        self.train(batchnorm == "own")
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Outputs:
+        """What the teacher says of `images`, without gradient."""
+        outputs: Outputs = self.network(images)
+        return outputs
+
+    @torch.no_grad()
+    def update(self, student: Network, momentum: float) -> None:
+        """Move the teacher towards the student; its statistics too, where they are averaged."""
+        _lerp(list(self.network.parameters()), list(student.parameters()), 1.0 - momentum)
+        if self.batchnorm == "own":
+            return
+        mine, theirs = list(self.network.buffers()), list(student.buffers())
+        floating = [i for i, buffer in enumerate(mine) if buffer.is_floating_point()]
+        _lerp([mine[i] for i in floating], [theirs[i] for i in floating], 1.0 - momentum)
+        for to, of in zip(mine, theirs, strict=True):
+            if not to.is_floating_point():
+                to.copy_(of)
+
+
+def _lerp(targets: list[Tensor], sources: list[Tensor], weight: float) -> None:
+    """targets += weight * (sources - targets), in one fused call per device and dtype."""
+    if targets:
+        torch._foreach_lerp_(targets, [source.detach() for source in sources], weight)

@@ -1,0 +1,1 @@
+"""The training room: loop, optimisers and schedules, checkpoint store, journal."""

@@ -1,0 +1,67 @@
+"""What a person sees while a run trains: a bar in a terminal, one line an epoch elsewhere. All on stderr."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Self
+
+from nearkin.errors import printable
+
+
+class Bar:
+    """Shows steps, the loss and the last validation; silent when `quiet`."""
+
+    def __init__(self, steps: int, quiet: bool) -> None:
+        self._steps, self._quiet = steps, quiet
+        self._loss = self._value = ""
+        self._progress: Any = None
+
+    def __enter__(self) -> Self:
+        if not self._quiet and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                TextColumn,
+                TimeRemainingColumn,
+            )
+
+            self._progress = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[loss]}  {task.fields[value]}"),
+                console=Console(stderr=True),
+            )
+            self._task = self._progress.add_task("train", total=self._steps, loss="", value="")
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def told(self, step: int, record: dict[str, Any]) -> None:
+        """Take in a record of the journal."""
+        if record["kind"] == "train":
+            self._loss = f"loss {record['loss']:.4f}"
+        else:
+            self._value = f"{record['metric']} {100 * record['value']:.2f} %"
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, loss=self._loss, value=self._value)
+        elif record["kind"] == "validation" and not self._quiet:
+            epoch, stage = record["epoch"] + 1, record["stage"]
+            self.say(
+                f"{stage} epoch {epoch}  step {step}/{self._steps}  {self._loss}  {self._value}"
+            )
+
+    def say(self, text: str) -> None:
+        """One line of text, above the bar if there is one."""
+        if self._quiet:
+            return
+        if self._progress is not None:
+            self._progress.console.print(printable(text), markup=False, highlight=False)
+        else:
+            print(printable(text), file=sys.stderr, flush=True)  # noqa: T201

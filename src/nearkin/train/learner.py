@@ -1,0 +1,260 @@
+"""What learns: network, teacher, averaged copy, objective and optimiser, and the one step they take together."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from nearkin.config import RunConfig
+from nearkin.data import mix
+from nearkin.network import Network
+from nearkin.objectives import Objective, Stage
+from nearkin.runtime import Runtime
+from nearkin.teacher import TEACHER_SALT, Teacher, momentum_at
+from nearkin.train.optim import (
+    build_optimizer,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    set_lr,
+)
+from nearkin.train.schedule import lr_factor
+from nearkin.types import Batch, Loss, Outputs, Progress
+
+
+class Part(NamedTuple):
+    """What one part of a batch gave on this rank."""
+
+    batch: Batch
+    student: Outputs
+    teacher: Outputs | None
+
+
+class Learner:
+    """Takes optimiser steps. Knows nothing of folders, journals or loaders.
+
+    The configuration is resolved; `network` and `objective` are placed on the runtime's device.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        runtime: Runtime,
+        network: Network,
+        objective: Objective,
+        steps_per_epoch: int,
+        classes: int,
+    ) -> None:
+        self.config, self.runtime = config, runtime
+        self.network, self.objective = network, objective
+        self.steps_per_epoch, self.classes = steps_per_epoch, classes
+        self.ema = Teacher(network) if config.ema > 0 else None
+        self.teacher: Teacher | None = None
+        self.optimizer: Optimizer
+        self.steps_done = 0
+
+    def begin(self, stage: Stage) -> None:
+        """Start a stage: freeze what it does not use, fresh optimiser, fresh teacher."""
+        config = self.config
+        self.stage = stage
+        self.network.activate(stage.heads, stage.freeze_backbone)
+        if self.ema is not None:
+            self.ema.network.activate(stage.heads, freeze_backbone=False)
+            self.ema.network.requires_grad_(False)
+        policy = stage.teacher
+        self.teacher = Teacher(self.network, batchnorm=policy.batchnorm) if policy else None
+        self._raw_optimizer = build_optimizer(
+            self.network,
+            config.optimizer,
+            lr=float(config.lr),
+            weight_decay=float(config.weight_decay),
+            momentum=config.momentum,
+            decay_all=config.decay_all,
+        )
+        self._wrapped, self.optimizer = self.runtime.wrap(self.network, self._raw_optimizer)
+
+    def step(self, batch: Batch, progress: Progress, step: int) -> Loss:
+        """One optimiser step on this rank's block of global batch number `step`."""
+        torch.manual_seed(self.config.seed + step)  # for draws that are not keyed to a sample
+        self.network.train()
+        self._set_lr(progress)
+        batch = self._place(batch, step)
+        parts: list[Part] = []
+        losses: list[Loss] = []
+        count = self.config.accumulate
+        for number, piece in enumerate(_split(batch, count)):
+            with self.runtime.accumulating(self._wrapped, unfinished=number < count - 1):
+                part = self._forward(piece, step, number)
+                whole = self._gathered(part)
+                loss = self.objective(*whole, progress)
+                self.runtime.backward(loss.total / count)
+            parts.append(part)
+            losses.append(loss)
+        self._apply()
+        self.steps_done = step + 1
+        self._follow(whole if count == 1 else self._gathered(_join(parts)), progress, step)
+        return _mean(losses)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the step just taken."""
+        return self._lr
+
+    def judged(self) -> Network:
+        """The network that validation, `best` and the final model look at."""
+        return self.network if self.ema is None else self.ema.network
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Everything that a checkpoint must hold to go on from here."""
+        tensors = {
+            "network": self.network.state_dict(),
+            "objective": self.objective.state_dict(),
+            "optimizer": optimizer_tensors(self._raw_optimizer, self.network),
+        }
+        if self.teacher is not None:
+            tensors["teacher"] = self.teacher.state_dict()
+        if self.ema is not None:
+            tensors["ema"] = self.ema.state_dict()
+        return tensors
+
+    def load(self, tensors: dict[str, dict[str, Tensor]]) -> None:
+        """Put back what `tensors` gave, after `begin` of the same stage."""
+        self.network.load_state_dict(tensors["network"])
+        self.objective.load_state_dict(tensors["objective"])
+        load_optimizer_tensors(self._raw_optimizer, self.network, tensors["optimizer"])
+        if self.teacher is not None:
+            self.teacher.load_state_dict(tensors["teacher"])
+        if self.ema is not None:
+            self.ema.load_state_dict(tensors["ema"])
+
+    def _set_lr(self, progress: Progress) -> None:
+        config = self.config
+        warmup = round(float(config.warmup_epochs) * self.steps_per_epoch)
+        factor = lr_factor(
+            progress.step,
+            steps=progress.steps,
+            warmup=min(warmup, progress.steps),
+            floor=config.min_lr_ratio,
+        )
+        self._lr = float(config.lr) * factor
+        set_lr(self._raw_optimizer, self._lr)
+
+    def _place(self, batch: Batch, step: int) -> Batch:
+        device, config = self.runtime.device, self.config
+        images = batch.images.to(device, non_blocking=True)
+        labels = batch.labels.to(device, non_blocking=True)
+        index = batch.index.to(device, non_blocking=True)
+        mixup, cutmix = float(config.mixup), float(config.cutmix)
+        if mixup == 0 and cutmix == 0:
+            return Batch(images, labels, index)
+        return Batch(
+            *mix(
+                images.to(self.runtime.dtype) / 255,
+                labels,
+                index,
+                classes=self.classes,
+                mixup=mixup,
+                cutmix=cutmix,
+                seed=config.seed,
+                step=step,
+                offset=self.runtime.rank * images.shape[1],
+            )
+        )
+
+    def _forward(self, batch: Batch, step: int, number: int) -> Part:
+        views, size = self.stage.student_views, batch.images.shape[1]
+        offset = (self.runtime.rank * self.config.accumulate + number) * size
+        images = self._flat(batch.images[:views])
+        self.network.key.set(self.config.seed, step, offset, views)
+        teacher = None
+        if self.teacher is not None and self.stage.teacher is not None:
+            own = self.stage.teacher.crop == "own"
+            read = self._flat(batch.images[views:]) if own else images
+            salted = self.config.seed ^ TEACHER_SALT
+            self.teacher.network.key.set(salted, step, offset, 1 if own else views)
+            with self.runtime.autocast():
+                teacher = self.teacher(read)
+        return Part(batch, self._wrapped(images), teacher)
+
+    def _flat(self, images: Tensor) -> Tensor:
+        flat = images.flatten(0, 1)
+        if self.config.memory_format == "channels_last":
+            return flat.contiguous(memory_format=torch.channels_last)
+        return flat
+
+    def _gathered(self, part: Part) -> Part:
+        """The part over all ranks, in the order of the global batch; without the images, which no loss reads."""
+        gather, batch = self.runtime.gather, part.batch
+        whole = Batch(batch.images, gather(batch.labels), gather(batch.index))
+        size = batch.labels.shape[0]
+        teacher = None if part.teacher is None else self._rows(part.teacher, size)
+        return Part(whole, self._rows(part.student, size), teacher)
+
+    def _rows(self, outputs: Outputs, size: int) -> Outputs:
+        if self.runtime.world_size == 1:
+            return outputs
+        views = outputs.features.shape[0] // size
+        return Outputs(*(None if o is None else self.runtime.gather(o, views) for o in outputs))  # type: ignore[arg-type]
+
+    def _apply(self) -> None:
+        if self.config.clip_grad is not None:
+            self.runtime.clip(self._wrapped, self.optimizer, self.config.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _follow(self, whole: Part, progress: Progress, step: int) -> None:
+        """After the optimiser: the teacher, the averaged copy and the bank."""
+        with torch.no_grad():
+            self.objective.update(*whole)
+        if self.teacher is not None and self.stage.teacher is not None:
+            momentum = momentum_at(
+                self.stage.teacher, progress.step + 1, progress.steps, self.steps_per_epoch
+            )
+            self.teacher.update(self.network, momentum)
+        if self.ema is not None:
+            # Until the average is as long as its memory, it is the plain mean.
+            self.ema.update(self.network, min(self.config.ema, 1 - 1 / (step + 2)))
+
+
+def _split(batch: Batch, count: int) -> list[Batch]:
+    if count == 1:
+        return [batch]
+    images = batch.images.chunk(count, dim=1)
+    return [
+        Batch(*rows)
+        for rows in zip(images, batch.labels.chunk(count), batch.index.chunk(count), strict=True)
+    ]
+
+
+def _join(parts: list[Part]) -> Part:
+    """The parts of one rank's block as if they had been one, detached."""
+    batch = Batch(
+        parts[0].batch.images,
+        torch.cat([part.batch.labels for part in parts]),
+        torch.cat([part.batch.index for part in parts]),
+    )
+    size = parts[0].batch.labels.shape[0]
+    student = _join_outputs([part.student for part in parts], size)
+    teachers = [part.teacher for part in parts if part.teacher is not None]
+    return Part(batch, student, _join_outputs(teachers, size) if teachers else None)
+
+
+def _join_outputs(outputs: list[Outputs], size: int) -> Outputs:
+    """Outputs of parts with `size` images each, view after view, as the outputs of all their images."""
+
+    def join(rows: tuple[Tensor | None, ...]) -> Tensor | None:
+        views = [r.detach().view(-1, size, *r.shape[1:]) for r in rows if r is not None]
+        return torch.cat(views, dim=1).flatten(0, 1) if views else None
+
+    return Outputs(*(join(rows) for rows in zip(*outputs, strict=True)))  # type: ignore[arg-type]
+
+
+def _mean(losses: list[Loss]) -> Loss:
+    """What the journal shows of a step: the mean over its parts."""
+    if len(losses) == 1:
+        return losses[0]
+    total = torch.stack([loss.total.detach() for loss in losses]).mean()
+    terms = {n: torch.stack([loss.terms[n] for loss in losses]).mean() for n in losses[0].terms}
+    return Loss(total, terms)

@@ -1,0 +1,222 @@
+"""The loop: batches in, steps taken, everything else told."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from nearkin.config import RunConfig
+from nearkin.errors import DivergedError, Stopped
+from nearkin.objectives import Stage
+from nearkin.runtime import Flags, Runtime
+from nearkin.train.folder import write_json
+from nearkin.train.journal import Journal
+from nearkin.train.keeper import Keeper
+from nearkin.train.learner import Learner
+from nearkin.train.meters import Meters
+from nearkin.train.signals import StopSignals
+from nearkin.train.store import Snapshot
+from nearkin.types import Batch, Loss, Progress
+
+REPLAY = "replay.json"
+
+
+class Leg(NamedTuple):
+    """A stage with its place in the run: optimiser steps from `first` (inclusive) to `last` (exclusive)."""
+
+    number: int
+    stage: Stage
+    first: int
+    last: int
+
+
+def legs(stages: tuple[Stage, ...], epochs: int, steps_per_epoch: int) -> list[Leg]:
+    """Share the epochs among the stages, each at least one where there are enough; the last takes the rest."""
+    result: list[Leg] = []
+    first = 0
+    for number, stage in enumerate(stages):
+        rest = epochs - first // max(1, steps_per_epoch) - (len(stages) - number - 1)
+        wanted = rest if number == len(stages) - 1 else max(1, round(stage.share * epochs))
+        last = first + max(0, min(wanted, rest)) * steps_per_epoch
+        result.append(Leg(number, stage, first, last))
+        first = last
+    return result
+
+
+class Loop:
+    """Trains the legs of a run from wherever it stands.
+
+    loader(stage, first, last) yields this rank's blocks; validate() returns a record with `value`;
+    told(step, record) is the progress bar.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        runtime: Runtime,
+        learner: Learner,
+        keeper: Keeper,
+        journal: Journal | None,
+        loader: Callable[[Stage, int, int], Iterator[Batch]],
+        validate: Callable[[], dict[str, Any] | None],
+        told: Callable[[int, dict[str, Any]], None],
+        warn: Callable[[str], None],
+    ) -> None:
+        self.config, self.runtime, self.learner = config, runtime, learner
+        self.keeper, self.journal = keeper, journal
+        self.loader, self.validate, self.told, self.warn = loader, validate, told, warn
+        self.meters = Meters(runtime.device)
+        self.flags = Flags(runtime)
+        self._clock = time.monotonic()
+
+    def run(self, route: list[Leg], snapshot: Snapshot | None, signals: StopSignals) -> int:
+        """Train to the end of the route and return the last step. Raises Stopped or DivergedError."""
+        self.signals = signals
+        self.steps = route[-1].last
+        step = 0
+        for leg in route:
+            if snapshot is not None and snapshot.state["stage"] > leg.number:
+                continue
+            self._begin(leg, snapshot)
+            step = leg.first if snapshot is None else snapshot.step
+            step = self._train(leg, step, saved=snapshot is not None)
+            snapshot = None
+        return step
+
+    def _begin(self, leg: Leg, snapshot: Snapshot | None) -> None:
+        if snapshot is None and leg.number > 0:
+            self._start_from(leg.stage)
+            self.keeper.forget_best()
+        self.learner.begin(leg.stage)
+        if snapshot is not None:
+            self.keeper.restore(snapshot, self.meters)
+
+    def _start_from(self, stage: Stage) -> None:
+        weights = self.keeper.best_weights() if stage.start == "best" else None
+        weights = self.runtime.share(weights)
+        if weights is not None:
+            self.learner.network.load_state_dict(weights)
+
+    def _train(self, leg: Leg, step: int, saved: bool) -> int:
+        last_batch: Batch | None = None
+        for batch in self.loader(leg.stage, step, leg.last):
+            progress = self._progress(leg, step)
+            loss = self.learner.step(batch, progress, step)
+            stop = self._post(loss, last_batch, step)
+            last_batch, step, saved = batch, step + 1, False
+            self.meters.add(loss)
+            if step % self.config.log_every == 0 or step == leg.last:
+                self._record_losses(leg.stage, progress, step)
+            ended = step % self.learner.steps_per_epoch == 0
+            if ended:
+                self._settle(last_batch, step)
+                self._record_validation(leg.stage, progress, step)
+            if stop:
+                self._settle(last_batch, step)
+                self._save(leg, step)
+                raise Stopped(
+                    f"Stopped at step {step} of {self.steps} on request; everything is saved."
+                )
+            if self.runtime.is_main and self.keeper.due(ended) and step < leg.last:
+                self._settle_alone(loss, last_batch, step)
+                self._save(leg, step)
+        if not saved:
+            self._save(leg, step)
+        return step
+
+    def _progress(self, leg: Leg, step: int) -> Progress:
+        per_epoch = self.learner.steps_per_epoch
+        return Progress(
+            stage=leg.stage.name,
+            step=step - leg.first,
+            steps=leg.last - leg.first,
+            epoch=(step - leg.first) // per_epoch,
+            epochs=(leg.last - leg.first) // per_epoch,
+        )
+
+    def _post(self, loss: Loss, last_batch: Batch | None, step: int) -> bool:
+        """Send this step's flags and act on those of the step before."""
+        stop, bad = self.flags.read()
+        self.flags.post(self.signals.asked, ~torch.isfinite(loss.total.detach()))
+        if bad and last_batch is not None:
+            self._diverged(last_batch, step - 1)
+        return stop
+
+    def _settle(self, batch: Batch, step: int) -> None:
+        """Wait for the flags of the step just taken: nothing is judged or saved after a loss that is not finite."""
+        stop, bad = self.flags.read()
+        if bad:
+            self._diverged(batch, step - 1)
+        self.flags.post(
+            stop or self.signals.asked,
+            torch.zeros((), dtype=torch.bool, device=self.runtime.device),
+        )
+
+    def _settle_alone(self, loss: Loss, batch: Batch, step: int) -> None:
+        """As `_settle`, on the saving rank only: the gathered loss is the same on every rank."""
+        if not bool(torch.isfinite(loss.total.detach())):
+            self._diverged(batch, step - 1)
+
+    def _diverged(self, batch: Batch, step: int) -> None:
+        replay = {
+            "step": step,
+            "seed": self.config.seed,
+            "index": batch.index.tolist(),
+            "labels": batch.labels.tolist(),
+            "rank": self.runtime.rank,
+            "rng_state": torch.get_rng_state().tolist(),
+        }
+        where = ""
+        if self.journal is not None:
+            write_json(self.journal.folder / REPLAY, replay)
+            where = f"; the batch is listed in {REPLAY}"
+        raise DivergedError(
+            f"The loss is not finite at step {step} of {self.steps}{where}; the last checkpoint is from "
+            "before it. Lower --lr, set --clip-grad 1, or use --precision fp32."
+        )
+
+    def _record_losses(self, stage: Stage, progress: Progress, step: int) -> None:
+        losses = self.meters.take()
+        if self.journal is None:
+            return
+        now = time.monotonic()
+        seconds, self._clock = now - self._clock, now
+        values = {"lr": self.learner.lr, **losses}
+        self._tell("train", stage, progress, step, values, seconds)
+
+    def _record_validation(self, stage: Stage, progress: Progress, step: int) -> None:
+        started = time.monotonic()
+        found = self.validate()
+        if found is None:
+            return
+        found["best"] = self.keeper.consider(found["value"], step)
+        self._tell("validation", stage, progress, step, found, time.monotonic() - started)
+
+    def _tell(
+        self,
+        kind: str,
+        stage: Stage,
+        progress: Progress,
+        step: int,
+        values: dict[str, Any],
+        seconds: float,
+    ) -> None:
+        """One event to the journal and to whoever watches."""
+        if self.journal is None:
+            return
+        epoch, best = progress.epoch, self.keeper.best
+        self.journal.record(
+            kind, stage=stage.name, step=step, epoch=epoch, clock={"seconds": seconds}, **values
+        )
+        self.journal.status(
+            "running", step=step, steps=self.steps, epoch=epoch, best=best and best._asdict()
+        )
+        self.told(step, {"kind": kind, "stage": stage.name, "epoch": epoch, **values})
+
+    def _save(self, leg: Leg, step: int) -> None:
+        warning = self.keeper.save(step, leg.number, self.meters)
+        if warning:
+            self.warn(warning)

@@ -1,0 +1,224 @@
+"""A run at work: parts put together, training, and what is written at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nearkin import __version__
+from nearkin.data import (
+    Dataset,
+    EvalSpec,
+    Split,
+    TrainOrder,
+    train_loader,
+    train_transform,
+)
+from nearkin.errors import ConfigError, NearkinError
+from nearkin.evaluate.bundle import FORMAT, Description, save_bundle
+from nearkin.evaluate.judge import Judge
+from nearkin.evaluate.metrics import summarise, write_predictions
+from nearkin.objectives import Stage
+from nearkin.runtime import Runtime
+from nearkin.train.bar import Bar
+from nearkin.train.job import Job, Result
+from nearkin.train.journal import Journal
+from nearkin.train.keeper import Keeper, same_run
+from nearkin.train.learner import Learner
+from nearkin.train.loop import Loop, legs
+from nearkin.train.signals import StopSignals
+from nearkin.train.store import Snapshot, Store
+from nearkin.types import Batch
+
+
+class Session:
+    """Trains one job in one run folder, from its newest checkpoint if there is one."""
+
+    def __init__(self, job: Job, runtime: Runtime, folder: Path, *, quiet: bool) -> None:
+        self.job, self.runtime, self.folder = job, runtime, folder
+        self.config, self.dataset = job.config, job.dataset
+        self.steps_per_epoch = len(self.train_split.labels) // int(self.config.batch_size)
+        self.journal = Journal(folder) if runtime.is_main else None
+        self.quiet = quiet or not runtime.is_main
+        self.spec = EvalSpec.for_size(int(self.config.image_size), int(self.config.channels))
+        self.judge = Judge(
+            runtime,
+            self.spec,
+            batch_size=max(64, int(self.config.batch_size)),
+            workers=int(self.config.workers),
+        )
+        self._assemble()
+
+    @property
+    def train_split(self) -> Split:
+        return self.dataset.splits["train"]
+
+    def run(self) -> Result:
+        """Train to the end, then judge the test split once. Raises Stopped or DivergedError on the way."""
+        route = legs(self.stages, int(self.config.epochs), self.steps_per_epoch)
+        with Bar(route[-1].last, self.quiet) as bar, StopSignals() as signals:
+            self.bar = bar
+            snapshot = self._snapshot()
+            loop = Loop(
+                self.config,
+                self.runtime,
+                self.learner,
+                self.keeper,
+                self.journal,
+                loader=self._loader,
+                validate=self._validate,
+                told=bar.told,
+                warn=self._warn,
+            )
+            try:
+                step = loop.run(route, snapshot, signals)
+            except NearkinError as error:
+                self._ended(error)
+                raise
+        return self._finish(step)
+
+    def _assemble(self) -> None:
+        network, objective = self.job.built.network, self.job.built.objective
+        self.runtime.place(network)
+        self.runtime.place(objective)
+        if self.runtime.world_size > 1:
+            from nearkin.network import synchronise_batchnorm
+
+            synchronise_batchnorm(network)
+        if self.config.class_weights == "balanced":
+            objective.weigh_classes(
+                balanced(self.train_split, self.dataset).to(self.runtime.device)
+            )
+        self.stages = objective.stages()
+        self.learner = Learner(
+            self.config,
+            self.runtime,
+            network,
+            objective,
+            self.steps_per_epoch,
+            len(self.dataset.classes),
+        )
+        self.store = Store(self.folder / "checkpoints")
+        self.keeper = Keeper(
+            self.store if self.runtime.is_main else None,
+            self.job.identity,
+            self.config.save_minutes,
+            self.learner,
+        )
+
+    def _snapshot(self) -> Snapshot | None:
+        """The newest checkpoint, on every process; the journal is cut back to it."""
+        snapshot = self.store.load_newest(self._warn)
+        if snapshot is not None:
+            same_run(snapshot, self.job.identity)
+        if self.journal is not None:
+            self.journal.cut_back(snapshot.step if snapshot else 0)
+            self.store.cut_back(snapshot.step if snapshot else 0)
+        if snapshot is not None:
+            self._say(f"continuing at step {snapshot.step}")
+        return snapshot
+
+    def _loader(self, stage: Stage, first: int, last: int) -> Iterator[Batch]:
+        config = self.config
+        size = int(config.image_size)
+        transform = train_transform(
+            config.augment if config.augment != "auto" else "light",
+            image_size=size,
+            channels=int(config.channels),
+            flip=bool(config.flip),
+        )
+        order = TrainOrder(
+            len(self.train_split.labels),
+            seed=config.seed,
+            batch_size=int(config.batch_size),
+            first=first,
+            last=last,
+            rank=self.runtime.rank,
+            world_size=self.runtime.world_size,
+        )
+        return train_loader(
+            self.train_split,
+            transform,
+            order,
+            views=stage.views,
+            seed=config.seed,
+            workers=int(config.workers),
+            pin_memory=self.runtime.device.type == "cuda",
+        )
+
+    def _validate(self) -> dict[str, Any] | None:
+        split = self.dataset.splits.get("val")
+        if split is None:
+            return None
+        network = self.learner.judged()
+        if not network.classifies:
+            value = self.judge.knn(network, self.train_split, split)
+            return {"metric": "val kNN", "value": value, "knn": value}
+        summary = summarise(self.judge.predictions(network, split), self.dataset.classes)
+        value = summary["top1"]
+        return {
+            "metric": "val top-1",
+            "value": value,
+            "top1": value,
+            "log_loss": summary["log_loss"],
+        }
+
+    def _finish(self, step: int) -> Result:
+        network = self.learner.judged()
+        weights = self.runtime.share(self.keeper.best_weights())
+        if weights is not None:
+            network.load_state_dict(weights)
+        metrics: dict[str, Any] = {}
+        test = self.dataset.splits.get("test")
+        if test is not None:
+            predictions = self.judge.predictions(network, test)
+            metrics = {"split": "test"} | summarise(predictions, self.dataset.classes)
+            if self.runtime.is_main:
+                write_predictions(
+                    self.folder / "predictions.csv",
+                    predictions,
+                    [test.images.name(row) for row in range(len(test.labels))],
+                    self.dataset.classes,
+                )
+        if self.journal is not None:
+            description = Description(
+                format=FORMAT,
+                nearkin=__version__,
+                spec=self.job.built.spec,
+                transform=self.spec,
+                heads=self.stages[-1].heads,
+                metrics=metrics,
+            )
+            save_bundle(self.folder, description, network.state_dict())
+            best = self.keeper.best
+            self.journal.status(
+                "finished", step=step, steps=step, epoch=0, best=best and best._asdict()
+            )
+            self.journal.log(f"finished at step {step}")
+        return Result(self.folder, metrics.get("top1"), metrics, self.runtime.rank)
+
+    def _ended(self, error: NearkinError) -> None:
+        if self.journal is not None:
+            state = {75: "stopped", 6: "diverged"}.get(error.code, "failed")
+            self.journal.log(f"{state}: {error}")
+            step = self.learner.steps_done
+            self.journal.status(state, step=step, steps=0, epoch=0, message=str(error))
+
+    def _say(self, text: str) -> None:
+        self.bar.say(text)
+        if self.journal is not None:
+            self.journal.log(text)
+
+    def _warn(self, text: str) -> None:
+        self._say(f"warning: {text}")
+
+
+def balanced(split: Split, dataset: Dataset) -> torch.Tensor:
+    """Class weights N / (C n_c), so that their mean over the training images is 1; classes without images 0."""
+    counts = torch.bincount(torch.as_tensor(split.labels), minlength=len(dataset.classes)).float()
+    if not bool(counts.sum()):
+        raise ConfigError("--class-weights needs training images.")
+    return torch.where(counts > 0, counts.sum() / (len(counts) * counts.clamp(min=1)), 0.0)

@@ -1,0 +1,110 @@
+"""What `auto` means: the defaults of nearkin, in one place (docs/defaults.md explains them)."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+from nearkin.config import RunConfig
+from nearkin.errors import ConfigError
+
+DIGIT_LIKE = ("digits", "mnist", "svhn")
+# Attention costs far more per weight and wants AdamW; timm names these families so.
+TRANSFORMERS = re.compile(r"vit|deit|swin|beit|eva|cait|xcit|mixer|coat|twins|pvt|maxx?vit|former")
+SMALL_WORK = 2e9
+
+
+def resolve_data(config: RunConfig, *, images: int, side: int, channels: int) -> RunConfig:
+    """Everything that follows from the training images: their number and their median short side in pixels."""
+    size = min(side, 224) if config.image_size == "auto" else config.image_size
+    batch = _batch_size(images) if config.batch_size == "auto" else config.batch_size
+    augment = config.augment if config.augment != "auto" else _augment(config.objective)
+    strong = augment == "strong"
+    values: dict[str, Any] = {
+        "image_size": size,
+        "batch_size": batch,
+        "augment": augment,
+        "channels": channels,
+        "model": default_model(size),
+        "epochs": 12 if config.data == "digits" else max(30, min(100, 500_000 // max(images, 1))),
+        "flip": config.data not in DIGIT_LIKE,
+        "mixup": 0.2 if strong else 0.0,
+        "cutmix": 1.0 if strong else 0.0,
+    }
+    return _fill(config, values)
+
+
+def resolve_training(
+    config: RunConfig, *, images: int, files: bool, weights: int, device: str, ranks: int
+) -> RunConfig:
+    """Everything that follows from the network (its number of weights), the device and the processes on it."""
+    batch = int(config.batch_size)
+    pretrained = config.pretrained or config.weights is not None
+    adam = pretrained or TRANSFORMERS.search(config.model) is not None
+    optimizer = config.optimizer if config.optimizer != "auto" else ("adamw" if adam else "sgd")
+    cores = max(1, (os.cpu_count() or 1) // ranks)
+    small = weights * int(config.image_size) ** 2 < SMALL_WORK
+    values: dict[str, Any] = {
+        "optimizer": optimizer,
+        "lr": _lr(optimizer, pretrained) * batch / 256,
+        "weight_decay": 0.05 if optimizer != "sgd" else (5e-4 if images < 100_000 else 1e-4),
+        "warmup_epochs": 0.05 * int(config.epochs),
+        "memory_format": "channels_last" if device == "cuda" else "contiguous",
+        "device": device,
+        "threads": 1 if small or ranks > 1 else cores,
+        "workers": min(8, cores) if files else 0,
+    }
+    return _fill(config, values)
+
+
+def default_model(image_size: int) -> str:
+    """resnet10t up to 16 pixels, resnet18 above."""
+    return "resnet10t" if image_size <= 16 else "resnet18"
+
+
+def check(config: RunConfig, *, images: int, world_size: int) -> None:
+    """Raises ConfigError for numbers that do not fit together."""
+    batch, parts = int(config.batch_size), world_size * config.accumulate
+    if batch > images:
+        raise ConfigError(
+            f"--batch-size {batch} is larger than the {images} training images; "
+            f"use at most {images}."
+        )
+    if batch % parts:
+        near = ", ".join(
+            str(v) for v in (batch // parts * parts, (batch // parts + 1) * parts) if v
+        )
+        raise ConfigError(
+            f"--batch-size {batch} cannot be divided among {world_size} processes x "
+            f"--accumulate {config.accumulate}; use {near}."
+        )
+    if (float(config.mixup) > 0 or float(config.cutmix) > 0) and (batch // parts) % 8:
+        raise ConfigError(
+            f"Mixing needs a multiple of 8 images per process and part, not {batch // parts}; use "
+            f"--batch-size {max(1, batch // parts // 8) * 8 * parts} or --mixup 0 --cutmix 0."
+        )
+
+
+def _fill(config: RunConfig, values: dict[str, Any]) -> RunConfig:
+    return config.model_copy(
+        update={name: value for name, value in values.items() if getattr(config, name) == "auto"}
+    )
+
+
+def _batch_size(images: int) -> int:
+    """The power of two nearest N / 48, within 16 ... 128, never above N."""
+    powers = [p for p in (1, 2, 4, 8, 16, 32, 64, 128) if p <= images]
+    usual = [p for p in powers if p >= 16] or powers[-1:] or [1]
+    return min(usual, key=lambda power: abs(power - images / 48))
+
+
+def _augment(objective: str) -> str:
+    return "strong" if objective == "attract-repulse" else "light"
+
+
+def _lr(optimizer: str, pretrained: bool) -> float:
+    """Per 256 images."""
+    if optimizer == "sgd":
+        return 0.1
+    return 1e-4 if pretrained else 5e-4

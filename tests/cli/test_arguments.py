@@ -1,0 +1,81 @@
+"""The words of a command line."""
+
+from __future__ import annotations
+
+import pytest
+
+from nearkin.cli import run
+from nearkin.cli.train import _parser
+from nearkin.errors import ConfigError
+
+
+def read(*argv):
+    return _parser().read(argv)
+
+
+def test_both_spellings_and_free_objective_options():
+    given = read(
+        "photos", "--epochs", "3", "--lr=0.1", "--objective", "cone", "--objective.topk", "5"
+    )
+    assert given == {
+        "data": "photos",
+        "epochs": "3",
+        "lr": "0.1",
+        "objective": "cone",
+        "objective.topk": "5",
+    }
+
+
+def test_flags_do_not_swallow_words():
+    assert read("--pretrained", "photos") == {"pretrained": True, "data": "photos"}
+    assert read("--pretrained=false")["pretrained"] is False
+    assert read("--no-pretrained")["pretrained"] is False
+    assert read("--objective.guard", "--lr", "1")["objective.guard"] == "true"
+    assert read("--objective.guard=false")["objective.guard"] == "false"
+    assert read("--objective.teacher-crop", "own")["objective.teacher_crop"] == "own"
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--bach-size", "3"], "Unknown option --bach-size. Did you mean --batch-size?"),
+        (["--pretrained=maybe"], "true or false"),
+        (["a", "b"], "the word b"),
+        (["--epochs"], "expected one argument"),
+        (["--epoch", "3"], "Did you mean --epochs?"),
+    ],
+)
+def test_wrong_words(argv, words):
+    with pytest.raises(ConfigError) as caught:
+        read(*argv)
+    assert words in str(caught.value)
+
+
+def test_help_is_on_stdout_and_complete(capsys):
+    assert run(["train", "--help"]) == 0
+    out = capsys.readouterr().out
+    for option in (
+        "--batch-size",
+        "--resume",
+        "--precision",
+        "--print-config",
+        "--images-per-class",
+    ):
+        assert option in out
+    assert run(["--help"]) == 0
+    assert "exit codes" in capsys.readouterr().out.lower()
+
+
+def test_unknown_verb(capsys):
+    assert run(["trian"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert (
+        captured.err
+        == "nearkin: error: Unknown verb trian. Did you mean train? See nearkin --help.\n"
+    )
+
+
+def test_control_characters_are_escaped(capsys):
+    assert run(["\x1b[31mx"]) == 2
+    assert "\x1b" not in capsys.readouterr().err

@@ -1,0 +1,342 @@
+"""Bad input gets one clear sentence, the right exit code, and leaves nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from tests.pictures import write_classes, write_image
+
+from nearkin.cli import run
+
+FAST = [
+    "--epochs",
+    "1",
+    "--model",
+    "test_resnet",
+    "--image-size",
+    "16",
+    "--threads",
+    "1",
+    "--workers",
+    "0",
+]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def refused(capsys, code, *words, argv):
+    """Run `argv`; it must fail with `code`, and one sentence on stderr that holds all of `words`."""
+    assert run(argv) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    last = captured.err.splitlines()[-1]
+    assert last.startswith("nearkin: error: ")
+    assert "Traceback" not in captured.err
+    for word in words:
+        assert word in last, last
+    return last
+
+
+def untouched(here):
+    return not (here / "runs").exists() and not (here / "run").exists()
+
+
+CASES = {
+    "unknown option": (
+        2,
+        ["train", "digits", "--bach-size", "3"],
+        ["--bach-size", "--batch-size?"],
+    ),
+    "unknown objective option": (
+        2,
+        ["train", "digits", "--objective.topc", "3"],
+        ["--objective.topc", "--objective.topk?"],
+    ),
+    "objective option out of range": (
+        2,
+        ["train", "digits", "--objective.topk", "0"],
+        ["--objective.topk '0'", "greater than or equal to 1"],
+    ),
+    "unknown objective": (2, ["train", "digits", "--objective", "kone"], ["kone", "cone?"]),
+    "unknown model": (2, ["train", "digits", "--model", "resnet19"], ["resnet19", "resnet18"]),
+    "missing folder": (3, ["train", "nowhere/"], ["nowhere"]),
+    "misspelt name": (3, ["train", "digts"], ["digts", "digits"]),
+    "folder without images": (3, ["train", "empty"], ["empty"]),
+    "one class only": (3, ["train", "single"], ["one class"]),
+    "batch larger than the data": (
+        2,
+        ["train", "photos", "--batch-size", "500", *FAST],
+        ["500", "larger"],
+    ),
+    "accumulate with supcon": (
+        2,
+        [
+            "train",
+            "photos",
+            "--objective",
+            "supcon",
+            "--accumulate",
+            "2",
+            "--batch-size",
+            "8",
+            *FAST,
+        ],
+        ["--accumulate 2", "supcon"],
+    ),
+    "fp16 on a cpu": (2, ["train", "--precision", "fp16", "--device", "cpu"], ["bf16"]),
+    "run folder that exists": (
+        2,
+        ["train", "photos", "--out", "taken", *FAST],
+        ["taken", "--resume"],
+    ),
+    "out is a file": (2, ["train", "photos", "--out", "file.txt", *FAST], ["file.txt"]),
+    "resume of nothing": (4, ["train", "--resume", "nowhere"], ["nowhere", "does not exist"]),
+    "resume of no run": (4, ["train", "--resume", "photos"], ["photos", "no run folder"]),
+    "evaluate of no run": (4, ["evaluate", "photos"], ["photos", "model.json"]),
+    "evaluate of nothing": (2, ["evaluate"], ["Give the folder"]),
+    "predict of nothing": (2, ["predict", "photos"], ["image files"]),
+    "weights that are no weights": (
+        4,
+        ["train", "photos", "--weights", "file.txt", *FAST],
+        ["file.txt"],
+    ),
+    "missing weights": (4, ["train", "photos", "--weights", "none.pth", *FAST], ["none.pth"]),
+    "missing config": (2, ["train", "--config", "none.yaml"], ["none.yaml"]),
+    "list what": (2, ["list", "model"], ["models"]),
+    "bad workers": (2, ["evaluate", "photos", "--workers", "x"], ["--workers"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_refused(case, here, capsys):
+    write_classes(here / "photos")
+    write_classes(here / "single", classes=("cat",))
+    (here / "empty" / "cat").mkdir(parents=True)
+    (here / "taken").mkdir()
+    (here / "taken" / "precious").write_text("x")
+    (here / "file.txt").write_text("no checkpoint")
+    code, argv, words = CASES[case]
+    refused(capsys, code, *words, argv=argv)
+    assert untouched(here)
+    assert (here / "taken" / "precious").read_text() == "x"
+    assert sorted(p.name for p in (here / "taken").iterdir()) == ["precious"]
+
+
+def test_a_class_with_one_image_is_a_note(here, capsys):
+    write_classes(here / "photos")
+    write_image(here / "photos" / "owl" / "1.png")
+    assert run(["train", "photos", "--out", "run", *FAST, "--batch-size", "8"]) == 0
+    assert "owl" in capsys.readouterr().err
+
+
+def test_weights_that_cannot_be_fetched(here, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(here / "cache"))
+    write_classes(here / "photos")
+    argv = ["train", "photos", "--pretrained", *FAST]
+    refused(capsys, 4, "test_resnet", "--weights FILE", argv=argv)
+    assert untouched(here)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "huge"])
+def test_bad_images_stop_the_run_before_training_and_are_listed(damage, here, capsys):
+    write_classes(here / "photos", suffix=".jpg")
+    bad = here / "photos" / "cat" / "3.jpg"
+    if damage == "truncated":
+        bad.write_bytes(bad.read_bytes()[:-200])
+    elif damage == "empty":
+        bad.write_bytes(b"")
+    elif damage == "text":
+        bad.write_text("hello")
+    else:
+        from PIL import Image
+
+        Image.new("L", (9000, 9000)).save(bad)
+    argv = ["train", "photos", "--out", "run", "--batch-size", "8", *FAST]
+    before = bad.read_bytes()
+    refused(capsys, 3, "3.jpg", "--bad-images skip", "bad_files.csv", argv=argv)
+    assert [p.name for p in (here / "run").iterdir()] == ["bad_files.csv"]
+    assert "3.jpg" in (here / "run" / "bad_files.csv").read_text()
+    assert run([*argv, "--bad-images", "skip", "--quiet"]) == 0
+    assert "3.jpg" in (here / "run" / "bad_files.csv").read_text()
+    assert bad.read_bytes() == before
+    assert (here / "run" / "model.safetensors").exists()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run on a folder of photos."""
+    home = tmp_path_factory.mktemp("trained")
+    write_classes(home / "photos", each=20)
+    os.chdir(home)
+    words = [
+        "train",
+        "photos",
+        "--out",
+        "run",
+        "--batch-size",
+        "8",
+        *FAST,
+        "--epochs",
+        "3",
+        "--quiet",
+    ]
+    assert run([*words, "--objective.bank", "16"]) == 0
+    return home
+
+
+@pytest.fixture
+def finished(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    capsys.readouterr()
+    return trained
+
+
+def test_resume_of_a_finished_run_says_so(finished, capsys):
+    assert run(["train", "--resume", "run"]) == 0
+    assert "finished" in capsys.readouterr().err
+
+
+def test_resume_with_changed_settings(finished, capsys):
+    line = refused(
+        capsys, 4, "lr", "epochs", argv=["train", "--resume", "run", "--lr", "9", "--epochs", "7"]
+    )
+    assert "-> 7" in line
+    assert run(["train", "--resume", "run", "--workers", "1", "--save-minutes", "2"]) == 0
+
+
+def test_evaluate_says_which_split(finished, capsys):
+    assert run(["evaluate", "run", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["split"] == "val"
+    assert result["test_top1"] is None
+    assert result["n"] == 4
+    refused(capsys, 3, "test", "val", argv=["evaluate", "run", "--split", "test"])
+
+
+def test_evaluate_with_another_class_list(finished, capsys):
+    write_classes(finished / "birds", classes=("cat", "owl"), each=2)
+    refused(capsys, 3, "owl", argv=["evaluate", "run", "birds"])
+
+
+def test_predict_gives_every_file_a_row(finished, capsys):
+    write_image(finished / "new" / "good.png", 0)
+    (finished / "new" / "bad.png").write_bytes(b"no image")
+    assert run(["predict", "run", "new", "photos/dog/3.png"]) == 3
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    assert lines[0] == "path,class,probability,top5,error"
+    assert len(lines) == 4
+    assert lines[1].startswith("new/bad.png,,,,")
+    assert lines[2].startswith(("new/good.png,cat", "new/good.png,dog"))
+    assert "1 of 3 files" in captured.err
+    assert run(["predict", "run", "new/good.png", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["predictions"]
+    assert rows[0]["probability"] == pytest.approx(max(p["probability"] for p in rows[0]["top5"]))
+    refused_missing = run(["predict", "run", "none.png"])
+    assert refused_missing == 3
+
+
+def copy_run(finished, to):
+    import shutil
+
+    shutil.copytree(finished / "run", to)
+    return to
+
+
+def test_a_model_that_is_no_model(finished, capsys, tmp_path):
+    run_folder = copy_run(finished, tmp_path / "broken")
+    (run_folder / "model.safetensors").write_bytes(b"garbage")
+    refused(capsys, 4, "model.safetensors", argv=["evaluate", str(run_folder)])
+    (run_folder / "model.json").write_text('{"format": 99}')
+    refused(capsys, 4, "format 99", argv=["evaluate", str(run_folder)])
+    (run_folder / "model.json").write_text("[1]")
+    refused(capsys, 4, "model.json", argv=["evaluate", str(run_folder)])
+
+
+def test_a_class_count_that_does_not_fit(finished, capsys, tmp_path):
+    run_folder = copy_run(finished, tmp_path / "changed")
+    description = json.loads((run_folder / "model.json").read_text())
+    description["spec"]["classes"].append("owl")
+    (run_folder / "model.json").write_text(json.dumps(description))
+    refused(capsys, 4, "does not fit", argv=["evaluate", str(run_folder)])
+
+
+def test_all_checkpoints_damaged(finished, capsys, tmp_path):
+    run_folder = copy_run(finished, tmp_path / "damaged")
+    status = json.loads((run_folder / "status.json").read_text())
+    (run_folder / "status.json").write_text(json.dumps(status | {"state": "running"}))
+    for file in Path(run_folder, "checkpoints").glob("step-*/network.safetensors"):
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    refused(capsys, 4, "damaged", argv=["train", "--resume", str(run_folder)])
+
+
+def test_data_that_changed_since_the_run(finished, capsys, tmp_path):
+    run_folder = copy_run(finished, tmp_path / "moved")
+    status = json.loads((run_folder / "status.json").read_text())
+    (run_folder / "status.json").write_text(json.dumps(status | {"state": "running"}))
+    extra = write_image(finished / "photos" / "cat" / "extra.png")
+    try:
+        refused(capsys, 4, "another run", argv=["train", "--resume", str(run_folder)])
+    finally:
+        extra.unlink()
+
+
+def test_memory_that_runs_out(here, capsys, monkeypatch):
+    from nearkin.train.learner import Learner
+
+    def hungry(*_):
+        torch.empty(1 << 62)
+
+    monkeypatch.setattr(Learner, "step", hungry)
+    write_classes(here / "photos")
+    argv = ["train", "photos", "--out", "run", "--batch-size", "8", *FAST]
+    refused(capsys, 6, "memory ran out", "--batch-size", argv=argv)
+
+
+def test_a_loss_that_is_not_finite(here, capsys, monkeypatch):
+    from nearkin.objectives import CoNe
+    from nearkin.train.store import Store
+
+    plain = CoNe.forward
+
+    def poisoned(self, batch, student, teacher, progress):
+        loss = plain(self, batch, student, teacher, progress)
+        return loss._replace(total=loss.total * float("nan")) if progress.step == 4 else loss
+
+    monkeypatch.setattr(CoNe, "forward", poisoned)
+    write_classes(here / "photos", each=20)
+    argv = ["train", "photos", "--out", "run", "--batch-size", "8", *FAST, "--epochs", "3"]
+    refused(capsys, 6, "step 4", "replay.json", argv=[*argv, "--save-minutes", "0.00001"])
+    replay = json.loads((here / "run" / "replay.json").read_text())
+    assert replay["step"] == 4
+    assert len(replay["index"]) == 8
+    assert json.loads((here / "run" / "status.json").read_text())["state"] == "diverged"
+    newest = Store(here / "run" / "checkpoints").load_newest(print)
+    assert newest.step <= 4
+    assert all(torch.isfinite(t).all() for t in newest.tensors["network"].values())
+
+
+def test_a_bug_is_called_a_bug(here, capsys, monkeypatch):
+    import nearkin.cli.list as verb
+
+    def broken(_):
+        raise KeyError("\x1b[31mred")
+
+    monkeypatch.setattr(verb, "main", broken)
+    assert run(["list", "models"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("nearkin: bug: KeyError")
+    assert "\x1b" not in error
+    with pytest.raises(KeyError):
+        run(["list", "models", "--debug"])

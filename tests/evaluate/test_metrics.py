@@ -1,0 +1,232 @@
+"""Metrics against loops written from their definitions, closed forms, and tables read back."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nearkin.errors import DataError, DivergedError, ModelError
+from nearkin.evaluate.metrics import summarise, write_predictions
+from nearkin.types import Predictions
+
+
+def predictions(probabilities: Any, labels: Any) -> Predictions:
+    return Predictions(
+        torch.as_tensor(probabilities, dtype=torch.float32),
+        torch.as_tensor(labels),
+        torch.arange(len(labels)),
+    )
+
+
+def letters(count: int) -> list[str]:
+    return [chr(ord("a") + number) for number in range(count)]
+
+
+def drawn(images: int, classes: int, seed: int) -> Predictions:
+    """Confident, hesitant and tied rows, about half of them right."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (images,), generator=generator)
+    logits = torch.randn(images, classes, generator=generator) * 2
+    logits[::2].scatter_add_(1, labels[::2, None], torch.full((len(labels[::2]), 1), 2.0))
+    logits[::7] = logits[::7].round()
+    return predictions(logits.softmax(1), labels)
+
+
+def oracle(given: Predictions, classes: int) -> dict[str, Any]:
+    """The definitions, image after image and class after class."""
+    rows, labels = given.probabilities.double().tolist(), given.labels.tolist()
+    n = len(labels)
+    hits1 = hits5 = 0
+    loss = 0.0
+    predicted = []
+    bins: list[list[tuple[float, bool]]] = [[] for _ in range(15)]
+    for row, label in zip(rows, labels, strict=True):
+        ranking = sorted(range(classes), key=lambda c: (-row[c], c))
+        predicted.append(ranking[0])
+        hits1 += ranking[0] == label
+        hits5 += label in ranking[:5]
+        loss -= math.log(max(row[label], 1e-12))
+        for number in range(15):
+            if number / 15 < max(row) <= (number + 1) / 15:
+                bins[number].append((max(row), ranking[0] == label))
+    assert sum(map(len, bins)) == n
+    ece = sum(
+        len(b) / n * abs(sum(hit for _, hit in b) / len(b) - sum(p for p, _ in b) / len(b))
+        for b in bins
+        if b
+    )
+    table = []
+    for c in range(classes):
+        both = sum(p == c == y for p, y in zip(predicted, labels, strict=True))
+        said, true = predicted.count(c), labels.count(c)
+        precision, recall = both / said if said else 0.0, both / true if true else 0.0
+        f1 = 2 * precision * recall / (precision + recall) if both else 0.0
+        table.append((precision, recall, f1, true))
+    seen = [line for line in table if line[3]]
+    macro = [sum(line[i] for line in seen) / len(seen) for i in range(3)]
+    pairs = list(zip(labels, predicted, strict=True))
+    confusion = [[pairs.count((y, p)) for p in range(classes)] for y in range(classes)]
+    return {
+        "n": n,
+        "top1": hits1 / n,
+        "top5": hits5 / n,
+        "log_loss": loss / n,
+        "ece": ece,
+        "macro": macro,
+        "table": table,
+        "confusion": confusion,
+    }
+
+
+def assert_matches(given: Predictions, classes: int) -> None:
+    actual, expected = summarise(given, letters(classes)), oracle(given, classes)
+    for name in ("n", "confusion"):
+        assert actual[name] == expected[name]
+    for name in ("top1", "top5", "log_loss", "ece"):
+        assert actual[name] == pytest.approx(expected[name], rel=1e-12, abs=1e-15), name
+    assert list(actual["macro"].values()) == pytest.approx(expected["macro"], rel=1e-12)
+    for name, line, values in zip(
+        letters(classes), actual["per_class"], expected["table"], strict=True
+    ):
+        assert line["class"] == name
+        assert line["support"] == values[3]
+        found = [line["precision"], line["recall"], line["f1"]]
+        assert found == pytest.approx(values[:3], rel=1e-12)
+    assert json.loads(json.dumps(actual, allow_nan=False)) == actual
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4, 5, 6, 7, 23])
+@pytest.mark.parametrize("images", [1, 2, 101, 256])
+def test_equal_to_the_loops(images: int, classes: int) -> None:
+    for seed in range(3):
+        assert_matches(drawn(images, classes, seed), classes)
+
+
+@pytest.mark.parametrize("classes", [2, 7])
+def test_equal_to_scikit_learn(classes: int) -> None:
+    from sklearn import metrics
+
+    given = drawn(501, classes, seed=9)
+    labels, predicted = given.labels.numpy(), given.probabilities.numpy().argmax(1)
+    actual = summarise(given, letters(classes))
+    columns = metrics.precision_recall_fscore_support(labels, predicted, zero_division=0)
+    for name, column in zip(("precision", "recall", "f1", "support"), columns, strict=True):
+        assert [line[name] for line in actual["per_class"]] == pytest.approx(column.tolist())
+    assert actual["top1"] == pytest.approx(metrics.accuracy_score(labels, predicted))
+    assert actual["confusion"] == metrics.confusion_matrix(labels, predicted).tolist()
+    exact = given.probabilities.double()
+    exact /= exact.sum(1, keepdim=True)
+    assert actual["log_loss"] == pytest.approx(metrics.log_loss(labels, exact.numpy()), rel=1e-6)
+
+
+def test_top5_is_one_up_to_five_classes_and_exact_above() -> None:
+    assert all(summarise(drawn(50, c, seed=0), letters(c))["top5"] == 1 for c in range(2, 6))
+    rows = [[0.3, 0.25, 0.2, 0.15, 0.09, 0.01]] * 2
+    assert summarise(predictions(rows, [4, 5]), letters(6))["top5"] == 0.5
+
+
+def test_of_equally_probable_classes_the_lower_number_comes_first() -> None:
+    uniform = predictions(torch.full((7, 7), 1 / 7), range(7))
+    summary = summarise(uniform, letters(7))
+    assert summary["top1"] == 1 / 7
+    assert summary["top5"] == 5 / 7
+
+
+def test_closed_forms_of_the_calibration_error() -> None:
+    right = predictions([[0.75, 0.25]] * 4, [0, 0, 0, 1])
+    assert summarise(right, "ab")["ece"] == 0  # says 0.75 and is right three times of four
+    sure = predictions([[1.0, 0.0]] * 4, [0, 1, 1, 1])
+    assert summarise(sure, "ab")["ece"] == 0.75
+    # Over- and under-confident halves in two bins do not cancel, in one bin they do.
+    two = predictions([[0.875, 0.125]] * 2 + [[0.625, 0.375]] * 2, [1, 1, 0, 0])
+    assert summarise(two, "ab")["ece"] == pytest.approx((0.875 + 0.375) / 2)
+    one = predictions([[0.8125, 0.1875]] * 2 + [[0.828125, 0.171875]] * 2, [1, 1, 0, 0])
+    assert summarise(one, "ab")["ece"] == pytest.approx(0.8203125 - 0.5)
+
+
+def test_a_confidence_on_an_edge_belongs_to_the_lower_bin() -> None:
+    edge = torch.tensor([[0.6, 0.4], [0.59, 0.41], [0.61, 0.39]], dtype=torch.float64)
+    given = Predictions(edge, torch.tensor([0, 1, 0]), torch.arange(3))
+    # 0.6 = 9/15: with 0.59 in bin 9, where one of two is right; 0.61 stands alone in bin 10.
+    expected = (2 * abs(0.5 - 0.595) + abs(1 - 0.61)) / 3
+    assert summarise(given, "ab")["ece"] == pytest.approx(expected)
+
+
+def test_log_loss_of_an_impossible_label_is_bounded() -> None:
+    assert summarise(predictions([[1.0, 0.0]], [1]), "ab")["log_loss"] == -math.log(1e-12)
+    assert summarise(predictions([[1.0, 0.0]], [0]), "ab")["log_loss"] == 0
+    half = summarise(predictions([[0.5, 0.5]] * 3, [0, 1, 1]), "ab")["log_loss"]
+    assert half == pytest.approx(math.log(2))
+
+
+def test_an_absent_class_has_no_part_in_the_macro_averages() -> None:
+    rows = [[0.8, 0.1, 0.1], [0.1, 0.1, 0.8], [0.1, 0.8, 0.1], [0.1, 0.8, 0.1]]
+    summary = summarise(predictions(rows, [0, 0, 1, 1]), ["cat", "dog", "gnu"])
+    absent = {"class": "gnu", "precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 0}
+    assert summary["per_class"][2] == absent
+    assert summary["macro"] == {
+        "precision": 1.0,
+        "recall": 0.75,
+        "f1": pytest.approx((2 / 3 + 1) / 2),
+    }
+
+
+def test_what_cannot_be_judged_is_refused() -> None:
+    good = drawn(4, 3, seed=0)
+    with pytest.raises(DataError, match="no images"):
+        summarise(predictions(torch.empty(0, 3), torch.empty(0, dtype=torch.int64)), "abc")
+    with pytest.raises(ModelError, match="3 classes and the data have 2"):
+        summarise(good, "ab")
+    for label in (-1, 3):
+        with pytest.raises(DataError, match="outside the 3 classes"):
+            summarise(good._replace(labels=torch.tensor([0, 1, 2, label])), "abc")
+    broken = good.probabilities.clone()
+    broken[1, 2] = float("nan")
+    with pytest.raises(DivergedError, match="1 of 4"):
+        summarise(good._replace(probabilities=broken), "abc")
+
+
+NAMES = [
+    "plain.png",
+    'a "b", c.png',
+    "new\nline\r\n.png",
+    "cr\r.png",
+    "\udcff\udc80 ü.png",
+    " =1+1 ",
+]
+
+
+def test_the_table_gives_every_text_and_number_back(tmp_path: Path) -> None:
+    classes = ["cat, big", 'd"og', "line\nbreak", "\udcfe", "", "ün", "7"]
+    given = drawn(len(NAMES), len(classes), seed=1)
+    path = tmp_path / "predictions.csv"
+    write_predictions(path, given, NAMES, classes)
+    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        rows = list(csv.DictReader(file, strict=True))
+    assert [row["path"] for row in rows] == NAMES
+    assert b"\xff\x80" in path.read_bytes()  # the file's own bytes, not an escape
+    for row, label, values in zip(
+        rows, given.labels.tolist(), given.probabilities.tolist(), strict=True
+    ):
+        assert list(row) == ["path", "label", "predicted", "probability", "top5"]
+        ranking = sorted(range(7), key=lambda c: (-values[c], c))[:5]
+        assert row["label"] == classes[label]
+        assert row["predicted"] == classes[ranking[0]]
+        assert float(row["probability"]) == values[ranking[0]]
+        assert json.loads(row["top5"]) == [[classes[c], values[c]] for c in ranking]
+
+
+def test_the_table_names_rows_by_index(tmp_path: Path) -> None:
+    given = drawn(2, 2, seed=0)._replace(index=torch.tensor([1, 3]))
+    path = tmp_path / "predictions.csv"
+    write_predictions(path, given, ["w", "x", "y", "z"], ["a", "b"])
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["path"] for row in rows] == ["x", "z"]
+    assert all(len(json.loads(row["top5"])) == 2 for row in rows)

@@ -1,0 +1,85 @@
+"""The public names, their imports, and arguments that cannot be meant."""
+
+import ast
+from pathlib import Path
+
+import jaxtyping
+import pytest
+from functional_cases import make
+
+from nearkin import functional as F
+
+X = make([0, 0, 1, 1])
+NAMES = """PerAnchor SoftPairs arcface_logits consistency_kl cosface_logits cross_entropy gpaco instance_nce
+mean_valid neighbour_nll neighbour_target orthogonal_projection schane sincere soft_pairs supcon_in supcon_out
+symmetric_ce triplet_batch_hard varcon""".split()
+
+
+def bank(**changes):
+    return {"temperature": 0.1, "topk": 3} | changes
+
+
+def gpaco(**changes):
+    settings = {"alpha": 0.1, "temperature": 0.1, "smoothing": 0.0} | changes
+    return F.gpaco(X.features, X.labels, X.logits, X.bank, X.bank_labels, **settings)
+
+
+def test_public_names():
+    assert sorted(F.__all__) == sorted(NAMES)
+    for name in F.__all__:
+        assert getattr(F, name).__doc__
+
+
+def test_imports_torch_and_jaxtyping_only():
+    allowed = {"torch", "jaxtyping", "nearkin"}
+    standard = {"__future__", "collections", "functools", "inspect", "math", "typing"}
+    for path in Path(F.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else []
+            names += [each.name for each in node.names] if isinstance(node, ast.Import) else []
+            for name in names:
+                assert name.split(".")[0] in allowed | standard
+                assert name.startswith("nearkin.functional") or not name.startswith("nearkin")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: F.supcon_out(X.features, X.labels, temperature=0.0), "temperature is 0.0"),
+        (lambda: F.supcon_in(X.features, X.labels, temperature=-1.0), "temperature is -1.0"),
+        (lambda: F.sincere(X.features, X.labels, temperature=float("nan")), "temperature is nan"),
+        (lambda: F.varcon(X.features, X.labels, temperature=0.0, epsilon=0.0), "temperature is 0"),
+        (lambda: F.varcon(X.features, X.labels, temperature=0.1, epsilon=-0.1), "epsilon is -0.1"),
+        (lambda: gpaco(temperature=0.0), "temperature is 0.0"),
+        (lambda: gpaco(smoothing=1.0), "smoothing is 1.0"),
+        (lambda: F.cross_entropy(X.logits, X.labels, smoothing=-0.1), "smoothing is -0.1"),
+        (
+            lambda: F.neighbour_nll(X.features, X.labels, X.bank, X.bank_labels, **bank(topk=0)),
+            "topk is 0",
+        ),
+        (
+            lambda: F.neighbour_target(X.features, X.bank, X.bank_probs, temperature=0.0),
+            "temperature is 0.0",
+        ),
+    ],
+)
+def test_a_setting_out_of_range(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: F.supcon_out(X.features, X.labels[:, None], temperature=0.1),
+        lambda: F.supcon_out(X.features[:, 0], X.labels, temperature=0.1),
+        lambda: F.varcon(X.features, X.labels.double(), temperature=0.1, epsilon=0.0),
+        lambda: F.consistency_kl(X.logits, X.logits[:, :2]),
+        lambda: F.neighbour_nll(X.features, X.labels, X.bank[:, :3], X.bank_labels, **bank()),
+        lambda: F.cosface_logits(X.features, X.weight.T, X.labels, margin=0.1, scale=1.0),
+        lambda: F.instance_nce(X.features, X.features[:2], temperature=0.1),
+    ],
+)
+def test_shapes_in_the_signatures_are_enforced_here(call):
+    with pytest.raises(jaxtyping.TypeCheckError):
+        call()

@@ -1,0 +1,106 @@
+"""Options: what is accepted, what is refused and in which words."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from nearkin.config import RunConfig, merge, read_yaml, to_yaml, validate
+from nearkin.errors import ConfigError
+
+
+def refused(values):
+    with pytest.raises(ConfigError) as caught:
+        validate(RunConfig, values)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def test_words_become_values():
+    config = validate(
+        RunConfig, {"epochs": "3", "lr": "0.1", "flip": "true", "objective.topk": "5"}
+    )
+    assert (config.epochs, config.lr, config.flip) == (3, 0.1, True)
+    assert config.options == {"topk": "5"}
+    assert validate(RunConfig, {"epochs": "auto"}).epochs == "auto"
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"epochs": "many"}, "--epochs 'many'"),
+        ({"epochs": -1}, "greater than or equal to 0"),
+        ({"batch_sise": 3}, "Unknown option --batch-sise. Did you mean --batch-size?"),
+        ({"augment": "heavy"}, "'light'"),
+        ({"val_split": 1.5}, "less than 1"),
+        ({"lr": float("nan")}, "--lr 'nan'"),
+        ({"batch_size": 0}, "greater than or equal to 1"),
+    ],
+)
+def test_refusals_are_one_sentence_that_names_the_option(values, words):
+    assert words in refused(values)
+
+
+def test_config_is_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        RunConfig().epochs = 3
+
+
+def test_yaml_round_trip(tmp_path):
+    config = validate(
+        RunConfig, {"data": "no: yes", "objective": "cone", "objective.topk": 7, "lr": 0.3}
+    )
+    path = tmp_path / "run.yaml"
+    path.write_text(to_yaml(config), encoding="utf-8")
+    assert validate(RunConfig, read_yaml(path)) == config
+
+
+def test_later_layers_win_and_another_objective_drops_its_rivals_options():
+    merged = merge({"objective": "cone", "objective.topk": 3, "lr": 1}, {"lr": 2})
+    assert merged == {"objective": "cone", "objective.topk": 3, "lr": 2}
+    assert merge(merged, {"objective": "ce"}) == {"objective": "ce", "lr": 2}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: 1\na: 2\n", "given twice"),
+        ("- 1\n- 2\n", "holds no options"),
+        ("a: !!python/object/apply:os.system ['touch owned']\n", "not valid YAML"),
+        ("a: &x [1]\nb: *x\n", "aliases"),
+        ("a: [1\n", "not valid YAML"),
+        ("[" * 5000, "not valid YAML"),
+    ],
+)
+def test_hostile_yaml_is_refused(tmp_path, text, words, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        read_yaml(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["bad.yaml"]
+
+
+def test_billion_laughs_and_huge_files_are_refused_at_once(tmp_path):
+    lines = ["a0: &a0 [lol]"] + [
+        f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)
+    ]
+    path = tmp_path / "laughs.yaml"
+    path.write_text("\n".join(lines))
+    started = time.perf_counter()
+    with pytest.raises(ConfigError, match="aliases"):
+        read_yaml(path)
+    path.write_bytes(b"a" * (2 << 20))
+    with pytest.raises(ConfigError, match="1 MiB"):
+        read_yaml(path)
+    assert time.perf_counter() - started < 30  # a bomb would take hours
+
+
+def test_missing_and_binary_configs(tmp_path):
+    with pytest.raises(ConfigError, match="No such file"):
+        read_yaml(tmp_path / "none.yaml")
+    (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="UTF-8"):
+        read_yaml(tmp_path / "b.yaml")

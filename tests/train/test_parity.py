@@ -1,0 +1,184 @@
+"""One process = two processes with the same global batch: loss, gradients, BatchNorm, teacher and bank.
+
+Each step starts from the same saved state on both sides, since a free-running comparison in float32 is chaotic.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.processes import finish, ranks, start
+
+STEPS = 6
+COMMON = {
+    "data": "digits",
+    "images_per_class": 20,
+    "batch_size": 32,
+    "model": "resnet10t",
+    "image_size": 8,
+    "epochs": 2,
+    "threads": 1,
+}
+HEAD = {"objective.hidden": 24, "objective.embedding": 12}
+CASES = {
+    "ce": {"objective": "ce", "drop_rate": 0.2, "objective.smoothing": 0.1},
+    "ce-mixed": {"objective": "ce", "augment": "strong", "class_weights": "balanced"},
+    "supcon": {"objective": "supcon", "objective.hidden": 24, "objective.projection": 12},
+    "cone": {"objective": "cone", "objective.bank": 50, "objective.topk": 9, **HEAD},
+    "cone-own-crop": {
+        **{"objective": "cone", "objective.bank": 64, "objective.topk": 9, **HEAD},
+        **{"objective.teacher_crop": "own", "augment": "strong", "drop_path": 0.2, "ema": 0.9},
+    },
+    "cone-accumulate": {
+        **{"objective": "cone", "objective.bank": 50, "objective.topk": 9, **HEAD},
+        **{"accumulate": 2, "objective.teacher_batchnorm": "average"},
+    },
+}
+
+
+def steps(options, folder, precision):
+    """Take STEPS steps. Alone, write the state before and after each; in company, start each from what is there."""
+    from nearkin.config import RunConfig, validate
+    from nearkin.runtime import Runtime
+    from nearkin.train.job import prepare
+    from nearkin.train.loop import legs
+    from nearkin.train.session import Session
+    from nearkin.types import Progress
+
+    runtime = Runtime(device="cpu", precision=precision)
+    config = validate(RunConfig, COMMON | options | {"precision": precision})
+    session = Session(prepare(config, runtime), runtime, folder, quiet=True)
+    learner, leg = session.learner, None
+    leg = legs(session.stages, config.epochs, session.steps_per_epoch)[0]
+    learner.begin(leg.stage)
+    gradients = {}
+
+    def keep(*_):
+        for name, parameter in learner.network.named_parameters():
+            if parameter.grad is not None:
+                gradients[name] = parameter.grad.clone()
+
+    learner._raw_optimizer.register_step_pre_hook(keep)
+    for step, batch in enumerate(session._loader(leg.stage, 0, STEPS)):
+        before = folder / f"before-{step}"
+        if runtime.world_size == 1:
+            write(before, learner.tensors())
+        else:
+            learner.load(read(before))
+        total = leg.last - leg.first
+        loss = learner.step(batch, Progress(leg.stage.name, step, total, 0, 1), step)
+        after = learner.tensors() | {"gradients": dict(gradients)}
+        after["loss"] = {"total": loss.total.detach(), **loss.terms}
+        if runtime.world_size == 1:
+            write(folder / f"after-{step}", after)
+        elif runtime.rank == step % 2:  # every rank must be right, so they take turns
+            write(folder / f"pair-{step}", after)
+    runtime.close()
+
+
+def write(path, groups):
+    flat = {
+        f"{g}|{n}": t.detach().contiguous().clone()
+        for g, ts in groups.items()
+        for n, t in ts.items()
+    }
+    save_file(flat, path)
+
+
+def read(path):
+    groups = {}
+    for key, tensor in load_file(path).items():
+        group, name = key.split("|", 1)
+        groups.setdefault(group, {})[name] = tensor
+    return groups
+
+
+def distance(one, other):
+    """The norm of the difference over the norm, of all floating tensors of a group at once."""
+    keys = [k for k in one if one[k].is_floating_point()]
+    difference = sum(((one[k] - other[k]).double() ** 2).sum() for k in keys)
+    return float(
+        (difference / sum((one[k].double() ** 2).sum() for k in keys).clamp(min=1e-300)) ** 0.5
+    )
+
+
+def compare(folder, tolerance):
+    worst = {}
+    for step in range(STEPS):
+        one, two = read(folder / f"after-{step}"), read(folder / f"pair-{step}")
+        assert one.keys() == two.keys()
+        for group in one:
+            assert one[group].keys() == two[group].keys()
+            worst[group] = max(worst.get(group, 0.0), distance(one[group], two[group]))
+            for name, tensor in one[group].items():
+                if not tensor.is_floating_point():
+                    assert torch.equal(tensor, two[group][name]), (group, name)
+    assert max(worst.values()) <= tolerance, worst
+    assert float(read(folder / "after-5")["loss"]["total"]) > 0
+    return worst
+
+
+def pair(options, folder, precision, log):
+    assert finish(start(steps, options, folder, precision, log=log)) == [0], log.read_text()
+    both = [start(steps, options, folder, precision, env=env, log=log) for env in ranks(2)]
+    assert finish(*both) == [0, 0], log.read_text()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_process_is_two_in_float64(case, tmp_path):
+    pair(CASES[case], tmp_path, "fp64", tmp_path / "log")
+    compare(tmp_path, 1e-10)
+
+
+@pytest.mark.parametrize("case", ["ce", "supcon", "cone"])
+def test_one_process_is_two_in_float32(case, tmp_path):
+    pair(CASES[case], tmp_path, "fp32", tmp_path / "log")
+    compare(tmp_path, 1e-5)
+
+
+def test_the_comparison_sees_a_wrong_gradient(tmp_path):
+    pair(CASES["ce"], tmp_path, "fp64", tmp_path / "log")
+    groups = read(tmp_path / "pair-3")
+    next(iter(groups["gradients"].values())).mul_(1.001)
+    write(tmp_path / "pair-3", groups)
+    with pytest.raises(AssertionError):
+        compare(tmp_path, 1e-10)
+
+
+@pytest.mark.slow
+def test_torchrun_trains_a_whole_run(tmp_path):
+    words = [
+        "train",
+        "digits",
+        "--epochs",
+        "1",
+        "--images-per-class",
+        "40",
+        "--threads",
+        "1",
+        "--json",
+    ]
+    done = subprocess.run(
+        [
+            *[
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--nproc-per-node",
+                "2",
+                "--standalone",
+            ],
+            *["-m", "nearkin", *words, "--out", str(tmp_path / "run")],
+        ],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("test_top1") == 1  # one rank tells
+    assert (tmp_path / "run" / "model.safetensors").exists()

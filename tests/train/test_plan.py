@@ -1,0 +1,145 @@
+"""What is decided before the first step: schedules, legs, defaults."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+from nearkin.config import RunConfig
+from nearkin.errors import ConfigError
+from nearkin.objectives import Stage
+from nearkin.teacher import TeacherPolicy, momentum_at
+from nearkin.train.loop import legs
+from nearkin.train.meters import Meters
+from nearkin.train.schedule import lr_factor
+from nearkin.train.settings import check, resolve_data, resolve_training
+from nearkin.types import Loss
+
+
+def test_learning_rate_rises_to_its_peak_and_falls_to_its_floor():
+    values = [lr_factor(s, steps=100, warmup=10, floor=0.01) for s in range(100)]
+    assert values[0] == pytest.approx(1 / 11)
+    assert values[10] == 1.0
+    assert values[-1] == pytest.approx(0.01)
+    assert values[:11] == sorted(values[:11])
+    assert values[10:] == sorted(values[10:], reverse=True)
+    middle = 10 + (100 - 1 - 10) / 2
+    assert lr_factor(54, steps=100, warmup=10, floor=0) == pytest.approx(
+        (1 + math.cos(math.pi * (54 - 10) / 89)) / 2
+    )
+    assert lr_factor(int(middle), steps=100, warmup=10, floor=0) == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (1, 1), (2, 5), (3, 3)])
+def test_short_schedules_are_finite_and_positive(steps, warmup):
+    for step in range(steps):
+        assert 0 < lr_factor(step, steps=steps, warmup=min(warmup, steps), floor=1e-3) <= 1
+
+
+def test_teacher_momentum():
+    constant = TeacherPolicy(horizon=0.3)
+    assert momentum_at(constant, 5, 1000, steps_per_epoch=100) == 1 - 1 / 30
+    assert momentum_at(constant, 5, 1000, steps_per_epoch=10) == 1 - 1 / 8
+    cosine = TeacherPolicy(schedule="cosine")
+    assert momentum_at(cosine, 0, 1000, 10) == pytest.approx(0.996)
+    assert momentum_at(cosine, 500, 1000, 10) == pytest.approx(0.998)
+    assert momentum_at(cosine, 1000, 1000, 10) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("shares", "epochs", "expected"),
+    [
+        ([1.0], 12, [12]),
+        ([0.8, 0.2], 10, [8, 2]),
+        ([0.8, 0.2], 2, [1, 1]),
+        ([0.99, 0.01], 5, [4, 1]),
+        ([0.8, 0.2], 1, [0, 1]),
+        ([1.0], 0, [0]),
+        ([0.5, 0.5], 0, [0, 0]),
+        ([0.1, 0.1, 0.8], 10, [1, 1, 8]),
+    ],
+)
+def test_epochs_are_shared_among_stages(shares, epochs, expected):
+    stages = tuple(Stage(str(i), share, ()) for i, share in enumerate(shares))
+    route = legs(stages, epochs, steps_per_epoch=7)
+    assert [(leg.last - leg.first) // 7 for leg in route] == expected
+    assert route[0].first == 0
+    assert route[-1].last == epochs * 7
+    for before, after in pairwise(route):
+        assert before.last == after.first
+
+
+def resolved(images, side, **options):
+    config = resolve_data(RunConfig(**options), images=images, side=side, channels=3)
+    return resolve_training(
+        config, images=images, files=True, weights=11_000_000, device="cpu", ranks=1
+    )
+
+
+@pytest.mark.parametrize(
+    ("images", "batch"), [(1294, 32), (3068, 64), (50_000, 128), (100, 16), (10, 8), (1, 1)]
+)
+def test_batch_is_the_power_of_two_nearest_to_a_48th(images, batch):
+    assert resolved(images, 32).batch_size == batch
+
+
+def test_defaults_follow_the_data():
+    config = resolved(1294, 8, data="digits")
+    assert (config.model, config.epochs, config.image_size, config.flip) == (
+        "resnet10t",
+        12,
+        8,
+        False,
+    )
+    assert (config.optimizer, config.lr, config.weight_decay) == ("sgd", 0.1 * 32 / 256, 5e-4)
+    assert config.warmup_epochs == pytest.approx(0.6)
+    config = resolved(200_000, 500, data="photos")
+    assert (config.model, config.epochs, config.image_size, config.flip) == (
+        "resnet18",
+        30,
+        224,
+        True,
+    )
+    assert config.weight_decay == 1e-4
+    config = resolved(5000, 64, model="vit_tiny_patch16_224")
+    assert (config.optimizer, config.weight_decay) == ("adamw", 0.05)
+    assert config.lr == pytest.approx(5e-4 * 128 / 256)
+    assert resolved(5000, 64, pretrained=True).lr == pytest.approx(1e-4 * 128 / 256)
+    assert (resolved(5000, 64, augment="strong").mixup, resolved(5000, 64).mixup) == (0.2, 0.0)
+
+
+def test_what_was_asked_for_stays():
+    config = resolved(1294, 8, batch_size=48, lr=0.3, epochs=3, model="resnet18", threads=2)
+    assert (config.batch_size, config.lr, config.epochs) == (48, 0.3, 3)
+    assert (config.model, config.threads) == ("resnet18", 2)
+    assert "auto" not in {v for k, v in config.flat().items() if k not in ("stem", "precision")}
+
+
+@pytest.mark.parametrize(
+    ("options", "world", "words"),
+    [
+        ({"batch_size": 64}, 1, "larger than the 50 training images"),
+        ({"batch_size": 30}, 4, "use 28, 32"),
+        ({"batch_size": 32, "accumulate": 3}, 1, "use 30, 33"),
+        ({"batch_size": 24, "mixup": 0.2}, 2, "multiple of 8"),
+    ],
+)
+def test_numbers_that_do_not_fit(options, world, words):
+    config = RunConfig(**({"mixup": 0, "cutmix": 0} | options))
+    with pytest.raises(ConfigError, match=words):
+        check(config, images=50, world_size=world)
+
+
+def test_meters_average_an_interval_and_survive_a_checkpoint():
+    first, second = Meters(torch.device("cpu")), Meters(torch.device("cpu"))
+    for value in (1.0, 2.0):
+        first.add(Loss(torch.tensor(value), {"ce": torch.tensor(10 * value)}))
+    sums, state = first.state()
+    second.load(sums.clone(), state)
+    for meters in (first, second):
+        meters.add(Loss(torch.tensor(6.0), {"ce": torch.tensor(0.0)}))
+        assert meters.take() == {"loss": 3.0, "ce": 10.0}
+        assert meters.take() == {}

@@ -1,0 +1,202 @@
+"""A run that is killed and resumed is the run that was never killed: weights, bank, teacher, journal."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+
+import pytest
+from safetensors.torch import load_file
+from tests.processes import finish, ranks, start
+
+from nearkin.cli import run as command
+from nearkin.train.journal import read_metrics
+
+TINY = [
+    *["train", "digits", "--epochs", "2", "--model", "test_resnet", "--batch-size", "64"],
+    *["--images-per-class", "40", "--threads", "1", "--log-every", "2", "--quiet"],
+    *["--save-minutes", "0.0001", "--objective.embedding", "16", "--objective.hidden", "32"],
+]
+CONE = ["--objective", "cone", "--objective.bank", "100", "--objective.topk", "10"]
+SUPCON = [
+    "--objective",
+    "supcon",
+    "--objective.mode",
+    "two-stage",
+    "--objective.contrast-share",
+    "0.5",
+]
+CASES = {
+    "cone": [*CONE, "--ema", "0.9"],
+    "cone-own-crop-mixed": [*CONE, "--objective.teacher-crop", "own", "--augment", "strong"],
+    "supcon": SUPCON,
+    "ce-lamb-dropout": ["--objective", "ce", "--optimizer", "lamb", "--drop-rate", "0.3"],
+}
+
+
+def arguments(case):
+    words = TINY + CASES[case]
+    if "supcon" in case:
+        at = words.index("--objective.embedding")
+        words[at] = "--objective.projection"
+    if case.startswith("ce"):
+        words = [
+            w for i, w in enumerate(words) if not (is_head(w) or (i and is_head(words[i - 1])))
+        ]
+    return words
+
+
+def is_head(word):
+    return word in ("--objective.embedding", "--objective.hidden")
+
+
+def steps(folder):
+    path = folder / "metrics.jsonl"
+    return max((record["step"] for record in read_metrics(path)), default=0) if path.exists() else 0
+
+
+def killed_at(process, folder, step):
+    """Wait until the journal shows `step`, then kill; False when the process ended first."""
+    while process.is_alive():
+        if steps(folder) >= step:
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            return True
+        time.sleep(0.005)
+    return False
+
+
+def everything(folder):
+    """All tensors of the last checkpoint and of the model, and the journal without its clock."""
+    last = max((folder / "checkpoints").glob("step-*"))
+    tensors = {
+        f"{file.parent.name}/{file.name}/{name}": tensor
+        for file in [*last.glob("*.safetensors"), folder / "model.safetensors"]
+        for name, tensor in load_file(file).items()
+    }
+    journal = read_metrics(folder / "metrics.jsonl")
+    for record in journal:
+        del record["clock"]
+    state = json.loads((last / "state.json").read_text())
+    return tensors, journal, state
+
+
+def assert_same(folder, other):
+    (tensors, journal, state), (tensors2, journal2, state2) = everything(folder), everything(other)
+    assert tensors.keys() == tensors2.keys()
+    different = [
+        n
+        for n, t in tensors.items()
+        if t.numpy(force=True).tobytes() != tensors2[n].numpy().tobytes()
+    ]
+    assert different == []
+    assert journal == journal2
+    assert state == state2
+    assert (folder / "predictions.csv").read_bytes() == (other / "predictions.csv").read_bytes()
+
+
+def uninterrupted(case, folder, tmp_path):
+    assert finish(
+        start(command, [*arguments(case), "--out", str(folder)], log=tmp_path / "log")
+    ) == [0]
+
+
+def with_kills(case, folder, tmp_path, points):
+    words = [*arguments(case), "--out", str(folder)]
+    killed = 0
+    for point in points:
+        killed += killed_at(start(command, words, log=tmp_path / "log"), folder, point)
+        if (folder / "config.yaml").exists():
+            words = ["train", "--resume", str(folder), "--quiet"]
+    assert finish(start(command, words, log=tmp_path / "log")) == [0], (
+        tmp_path / "log"
+    ).read_text()
+    return killed
+
+
+def test_killed_twice_and_resumed_is_the_same_run(tmp_path):
+    uninterrupted("cone", tmp_path / "whole", tmp_path)
+    assert with_kills("cone", tmp_path / "killed", tmp_path, [3, 8]) == 2
+    assert_same(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_killed_at_many_points_and_resumed_is_the_same_run(case, tmp_path):
+    uninterrupted(case, tmp_path / "whole", tmp_path)
+    killed = with_kills(case, tmp_path / "killed", tmp_path, [1, 2, 4, 5, 6, 7, 9, 10, 11])
+    assert killed >= 5
+    assert_same(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_workers_change_nothing(tmp_path):
+    uninterrupted("cone", tmp_path / "whole", tmp_path)
+    words = [*arguments("cone"), "--out", str(tmp_path / "workers"), "--workers", "2"]
+    assert finish(start(command, words, log=tmp_path / "log")) == [0]
+    assert_same(tmp_path / "whole", tmp_path / "workers")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_and_exits_75(tmp_path, number):
+    folder = tmp_path / "run"
+    words = [*arguments("cone"), "--out", str(folder), "--epochs", "50", "--save-minutes", "60"]
+    process = start(command, words, log=tmp_path / "log")
+    while process.is_alive() and steps(folder) < 12:
+        time.sleep(0.01)
+    os.kill(process.pid, number)
+    assert finish(process) == [75]
+    stood = json.loads((folder / "status.json").read_text())
+    saved = max((folder / "checkpoints").glob("step-*")).name
+    assert stood["state"] == "stopped"
+    assert int(saved.split("-")[1]) == stood["step"] >= 12
+    text = (tmp_path / "log").read_text()
+    assert text.count("\n") == 1
+    assert "nearkin: stopped:" in text
+
+
+def test_a_second_interrupt_ends_at_once(tmp_path):
+    folder = tmp_path / "run"
+    words = [*arguments("cone"), "--out", str(folder), "--epochs", "50"]
+    process = start(_deaf, words, log=tmp_path / "log")
+    while process.is_alive() and steps(folder) < 4:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGINT)
+    time.sleep(0.5)
+    assert process.is_alive()  # stuck in a step that never ends
+    os.kill(process.pid, signal.SIGINT)
+    process.join(10)
+    assert process.exitcode == 75
+
+
+def _deaf(words):
+    """A run whose step hangs once it was asked to stop."""
+    from nearkin.train.learner import Learner
+
+    plain = Learner.step
+
+    def stuck(self, batch, progress, step):
+        if step == 5:
+            while True:
+                time.sleep(0.05)
+        return plain(self, batch, progress, step)
+
+    Learner.step = stuck
+    return command(words)
+
+
+def test_two_processes_resume_the_same_too(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    log = tmp_path / "log"
+
+    def pair(words):
+        return [start(command, words, env=env, log=log) for env in ranks(2)]
+
+    assert finish(*pair([*arguments("cone"), "--out", str(whole)])) == [0, 0], log.read_text()
+    both = pair([*arguments("cone"), "--out", str(killed)])
+    assert killed_at(both[0], killed, 6)
+    both[1].kill()
+    both[1].join()
+    assert finish(*pair(["train", "--resume", str(killed), "--quiet"])) == [0, 0], log.read_text()
+    assert_same(whole, killed)
