@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jaxtyping
 import pytest
+import torch
 from functional_cases import make
 
 from nearkin import functional as F
@@ -17,6 +18,10 @@ symmetric_ce triplet_batch_hard varcon""".split()
 
 def bank(**changes):
     return {"temperature": 0.1, "topk": 3} | changes
+
+
+def neighbours(mask):
+    return F.neighbour_nll(X.features, X.labels, X.bank, X.bank_labels, mask=mask, **bank())
 
 
 def gpaco(**changes):
@@ -82,4 +87,61 @@ def test_a_setting_out_of_range(call, message):
 )
 def test_shapes_in_the_signatures_are_enforced_here(call):
     with pytest.raises(jaxtyping.TypeCheckError):
+        call()
+
+
+@pytest.fixture
+def unchecked():
+    """Without the enforcement of the tests, as users run it."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+SOFT_LABELS = torch.full((4, 4), 0.25)
+ONE_ROW = torch.tensor([0])
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: F.supcon_out(X.features, ONE_ROW, temperature=0.1), "labels .* 4 rows"),
+        (lambda: F.supcon_in(X.features, X.labels.double(), temperature=0.1), "float64 of shape"),
+        (lambda: F.schane(X.features, SOFT_LABELS.long(), temperature=0.1, hardness=1.0), "int64"),
+        (lambda: F.orthogonal_projection(X.features, ONE_ROW, gamma=0.5), "labels .* 4 rows"),
+        (lambda: F.varcon(X.features, SOFT_LABELS, temperature=0.1, epsilon=0.0), "two labels"),
+        (lambda: F.triplet_batch_hard(X.features, SOFT_LABELS, margin=0.1), "two labels"),
+        (lambda: F.triplet_batch_hard(X.features, ONE_ROW, margin=0.1), "labels .* 4 rows"),
+        (
+            lambda: F.cosface_logits(X.features, X.weight, SOFT_LABELS, margin=0.1, scale=1.0),
+            "two labels",
+        ),
+        (lambda: F.cross_entropy(X.logits, SOFT_LABELS[:, :1]), "1 columns .* 4"),
+        (lambda: F.symmetric_ce(X.logits, ONE_ROW, alpha=1.0, beta=1.0), "labels .* 4 rows"),
+        (lambda: F.instance_nce(X.features, X.features[:1], temperature=0.1), "view2 has shape"),
+        (lambda: F.consistency_kl(X.logits, X.logits[:1]), "target has shape"),
+        (lambda: F.consistency_kl(X.logits, X.logits[:, :1]), "target has shape"),
+        (
+            lambda: F.neighbour_target(X.features, X.bank, X.bank_probs[:3], temperature=0.1),
+            "bank_probs .* 12 rows",
+        ),
+        (
+            lambda: F.neighbour_nll(X.features, X.labels, X.bank, ONE_ROW, **bank()),
+            "bank_labels .* 12 rows",
+        ),
+        (lambda: neighbours(mask=X.mask[:1]), "mask has shape"),
+        (lambda: neighbours(mask=X.mask[:, :1]), "mask has shape"),
+        (lambda: neighbours(mask=X.mask[0, :3]), "mask has shape"),
+        (lambda: gpaco(mask=X.mask[:1]), "mask has shape"),
+        (
+            lambda: F.schane(
+                X.features, X.labels, temperature=0.1, hardness=1.0, positives="median"
+            ),
+            "positives is 'median'",
+        ),
+    ],
+)
+def test_a_mistake_that_broadcasting_would_hide(call, message):
+    with pytest.raises(ValueError, match=message):
         call()

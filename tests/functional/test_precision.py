@@ -69,7 +69,12 @@ def test_the_first_argument_decides_between_the_precisions():
     bank = {"temperature": 0.1, "topk": 4}
     narrow = F.neighbour_nll(x.features, x.labels, wide.bank, x.bank_labels, **bank)
     named = F.supcon_out(temperature=0.1, labels=x.labels, features=wide.features)
+    pairs = F.soft_pairs(x.bank_labels)._replace(
+        weights=torch.tensor([[0.7, 0.3]], dtype=torch.float64).expand(len(x.bank), 2)
+    )
+    mixed_bank = F.neighbour_nll(x.features, x.labels, x.bank, pairs, **bank)
     assert narrow.value.dtype == torch.float32
+    assert mixed_bank.value.dtype == torch.float32
     assert named.value.dtype == torch.float64
 
 

@@ -194,7 +194,14 @@ def test_rows_are_gathered_in_the_order_of_ranks(ranks):
     rows = torch.arange(12.0).view(2, 2, 1, 3)
     expected = torch.cat([rows, rows + 100])
     for found in ranks:
-        for name in ("torch.float64", "torch.float32", "torch.bfloat16", "torch.int64", "last"):
+        for name in (
+            "torch.float64",
+            "torch.float32",
+            "torch.bfloat16",
+            "torch.float16",
+            "torch.int64",
+            "last",
+        ):
             assert torch.equal(found["collected"][name].double(), expected.double()), name
 
 

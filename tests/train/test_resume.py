@@ -72,7 +72,7 @@ def everything(folder):
     """All tensors of the last checkpoint and of the model, and the journal without its clock."""
     last = max((folder / "checkpoints").glob("step-*"))
     tensors = {
-        f"{file.parent.name}/{file.name}/{name}": tensor
+        f"{file.name}/{name}": tensor
         for file in [*last.glob("*.safetensors"), folder / "model.safetensors"]
         for name, tensor in load_file(file).items()
     }

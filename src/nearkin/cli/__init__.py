@@ -27,7 +27,8 @@ Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 bug, 2 co
 4 model or checkpoint, 5 export, 6 diverged or out of memory, 75 stopped and resumable.
 """
 
-VERBS = ("train", "evaluate", "predict", "list")
+# Verb -> file. A file called list.py would hide the builtin in this package.
+VERBS = {"train": "train", "evaluate": "evaluate", "predict": "predict", "list": "listing"}
 
 
 def run(argv: Sequence[str]) -> int:
@@ -51,7 +52,7 @@ def _guarded(verb: str, argv: list[str]) -> int:
     try:
         if verb not in VERBS:
             raise ConfigError(f"Unknown verb {verb}.{nearest(verb, VERBS)} See nearkin --help.")
-        code: int = import_module(f"nearkin.cli.{verb}").main(rest)
+        code: int = import_module(f"nearkin.cli.{VERBS[verb]}").main(rest)
         return code
     except NearkinError as error:
         if debug and error.code != 75:

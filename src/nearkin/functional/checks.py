@@ -17,6 +17,14 @@ def check_rows(name: str, rows: Tensor, count: int) -> None:
         raise ValueError(f"{name} has shape {tuple(rows.shape)} but must have {count} rows.")
 
 
+def check_same_shape(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise ValueError unless the two tensors have the same shape."""
+    if tensor.shape != other.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)} but {other_name} has {tuple(other.shape)}."
+        )
+
+
 def check_labels(labels: Tensor, count: int) -> None:
     """Raise ValueError unless labels are `[count]` integers or `[count, C]` floating rows."""
     check_rows("labels", labels, count)

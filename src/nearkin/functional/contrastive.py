@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from nearkin.functional.checks import check_rows
+from nearkin.functional.checks import check_same_shape
 from nearkin.functional.labels import Labels
 from nearkin.functional.pairs import batch_pairs, log_count, log_sum
 from nearkin.functional.per_anchor import PerAnchor
@@ -62,7 +62,7 @@ def instance_nce(
     Returns 2B anchors, view1's first; all are valid. Raises ValueError when the views differ in
     size or temperature is wrong. Source: Chen et al. 2020 (SimCLR), equation 1.
     """
-    check_rows("view2", view2, len(view1))
+    check_same_shape("view2", view2, "view1", view1)
     images = torch.arange(len(view1), device=view1.device).repeat(2)
     # Every image a class of its own: its only positive is its other view.
     return supcon_out(torch.cat([view1, view2]), images, temperature=temperature)

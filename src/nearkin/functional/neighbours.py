@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nearkin.functional.bank_mask import Mask, usable_entries
-from nearkin.functional.checks import check_labels, check_positive, check_rows
+from nearkin.functional.checks import check_labels, check_positive, check_rows, check_same_shape
 from nearkin.functional.labels import (
     BankLabels,
     Labels,
@@ -103,7 +103,7 @@ def consistency_kl(logits: Float[Tensor, "n c"], target: Float[Tensor, "n c"]) -
     are valid.
     Raises ValueError when the shapes differ. Source: CoNe, arXiv 2308.10761, and its code.
     """
-    check_rows("target", target, len(logits))
+    check_same_shape("target", target, "logits", logits)
     target = target.detach()
     value = (torch.xlogy(target, target) - target * logits.log_softmax(1)).sum(1)
     return all_valid(value)

@@ -1,0 +1,313 @@
+"""Weights from files: what fits is loaded and told, what is dangerous is refused."""
+
+import argparse
+import json
+import os
+import struct
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from nearkin.errors import ModelError
+from nearkin.network import Network, load_weights, read_safetensors
+from nearkin.network import weights as room
+from nearkin.objectives import Head
+
+
+def make(seed=0, classes=5, channels=3):
+    torch.manual_seed(seed)
+    backbone = timm.create_model("test_resnet", num_classes=0, in_chans=channels)
+    head = Head(nn.Linear(96, classes), "features", "logits")
+    statistics = {"mean": (0.5,) * channels, "std": (0.25,) * channels}
+    return Network(backbone, {"classifier": head}, dim=96, **statistics)
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    """A timm state dict with a classifier for 1 000 classes."""
+    torch.manual_seed(9)
+    return timm.create_model("test_resnet").state_dict()
+
+
+def write(path, tensors):
+    if path.suffix == ".safetensors":
+        save_file({n: t.contiguous() for n, t in tensors.items()}, path)
+    else:
+        torch.save(tensors, path)
+    return path
+
+
+def same(module, tensors, prefix=""):
+    state = module.state_dict()
+    return all(torch.equal(state[prefix + n], t) for n, t in tensors.items() if prefix + n in state)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".pt", ".bin"])
+def test_a_timm_file_fills_the_backbone(tmp_path, theirs, suffix):
+    network = make()
+    head = network.heads["classifier"].weight.clone()
+    report = load_weights(network, write(tmp_path / f"w{suffix}", theirs))
+    assert same(network, theirs, "backbone.")
+    assert len(report.loaded) == len(theirs) - 2
+    assert report.unexpected == ("backbone.fc.weight", "backbone.fc.bias")
+    assert report.missing == ("mean", "std", "heads.classifier.weight", "heads.classifier.bias")
+    assert report.mismatched == {}
+    assert torch.equal(network.heads["classifier"].weight, head)
+    text = str(report)
+    assert f"{len(theirs) - 2} tensors loaded" in text
+    assert "2 in the file but not used (backbone.fc.weight, backbone.fc.bias)" in text
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda t: {"state_dict": t, "epoch": 3, "arch": "x"},
+        lambda t: {"model": t, "best": 0.5},
+        lambda t: {"state_dict": {"x": torch.zeros(1)}, "state_dict_ema": t},
+        lambda t: {f"module.{n}": v for n, v in t.items()},
+        lambda t: {"state_dict": OrderedDict((f"module._orig_mod.{n}", v) for n, v in t.items())},
+        lambda t: {f"backbone.{n}": v for n, v in t.items()},
+        lambda t: {n: nn.Parameter(v) if v.is_floating_point() else v for n, v in t.items()},
+        lambda t: {
+            n: v.contiguous(memory_format=torch.channels_last) if v.dim() == 4 else v
+            for n, v in t.items()
+        },
+    ],
+)
+def test_wrappers_and_prefixes(tmp_path, theirs, wrap):
+    network = make()
+    report = load_weights(network, write(tmp_path / "w.pth", wrap(theirs)))
+    assert len(report.loaded) == len(theirs) - 2
+    assert same(network, theirs, "backbone.")
+
+
+def test_a_legacy_file_is_read(tmp_path, theirs):
+    torch.save(theirs, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    network = make()
+    load_weights(network, tmp_path / "old.pth")
+    assert same(network, theirs, "backbone.")
+
+
+def test_a_run_of_nearkin_gives_all_that_fits(tmp_path):
+    source, network = make(seed=1, classes=5), make(seed=2, classes=5)
+    run = tmp_path / "run"
+    run.mkdir()
+    write(run / "model.safetensors", source.state_dict())
+    report = load_weights(network, run)
+    assert report.missing == report.unexpected == ()
+    assert same(network, source.state_dict())
+
+    other = make(seed=3, classes=7)
+    report = load_weights(other, run / "model.safetensors")
+    assert report.mismatched == {
+        "heads.classifier.weight": "5x96 in the file, 7x96 here",
+        "heads.classifier.bias": "5 in the file, 7 here",
+    }
+    assert same(other.backbone, source.backbone.state_dict())
+    bare = make(seed=4).backbone
+    load_weights(bare, run)
+    assert same(bare, source.backbone.state_dict())
+
+
+def test_another_number_of_channels_is_told(tmp_path, theirs):
+    network = make(channels=1)
+    first = network.backbone.conv1[0].weight.clone()
+    report = load_weights(network, write(tmp_path / "w.safetensors", theirs))
+    assert list(report.mismatched) == ["backbone.conv1.0.weight"]
+    assert "in the file" in str(report)
+    assert torch.equal(network.backbone.conv1[0].weight, first)
+    assert same(network.backbone.layer1, network.backbone.layer1.state_dict())
+
+
+def refused(path, *, module=None):
+    """The sentence of the ModelError, after which the module is as it was."""
+    module = module or make()
+    before = {n: t.clone() for n, t in module.state_dict().items()}
+    with pytest.raises(ModelError) as caught:
+        load_weights(module, path)
+    assert same(module, before)
+    assert caught.value.code == 4
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_weights_of_another_model_are_refused(tmp_path):
+    tensors = timm.create_model("test_vit").state_dict()
+    assert "does not fit" in refused(write(tmp_path / "w.pth", tensors))
+    # A nearkin run of another model shares only mean and std.
+    names = {"mean": torch.zeros(3, 1, 1), "std": torch.ones(3, 1, 1), "backbone.z": torch.ones(2)}
+    assert "does not fit" in refused(write(tmp_path / "w.safetensors", names))
+
+
+def test_numbers_that_are_none_are_refused(tmp_path, theirs):
+    broken = {n: t.clone() for n, t in theirs.items()}
+    broken["layer2.0.conv1.weight"][0, 0, 0, 0] = float("nan")
+    text = refused(write(tmp_path / "w.pth", broken))
+    assert "not finite, first in backbone.layer2.0.conv1.weight" in text
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"PK\x03\x04 no zip", b"\x80\x02 no pickle", b"<html>404</html>", os.urandom(4096)],
+)
+def test_no_checkpoint_at_all(tmp_path, suffix, content):
+    path = tmp_path / f"w{suffix}"
+    path.write_bytes(content)
+    text = refused(path)
+    assert "damaged or no" in text
+    assert "weights_only" not in text
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_a_truncated_file(tmp_path, theirs, suffix):
+    path = write(tmp_path / f"w{suffix}", theirs)
+    path.write_bytes(path.read_bytes()[:-5000])
+    assert "damaged or no" in refused(path)
+
+
+def test_paths_that_are_no_file(tmp_path):
+    assert "does not exist" in refused(tmp_path / "none.pth")
+    assert "does not exist" in refused(tmp_path)
+    os.mkfifo(tmp_path / "pipe.pth")
+    assert "not a regular file" in refused(tmp_path / "pipe.pth")
+    (tmp_path / "net.onnx").write_bytes(b"x")
+    assert "no file of weights" in refused(tmp_path / "net.onnx")
+    assert "bad\\nname" in refused(tmp_path / "bad\nname.pth")
+
+
+def test_a_file_that_is_too_large_is_not_opened(tmp_path, theirs, monkeypatch):
+    monkeypatch.setattr(room, "LARGEST_FILE", 1000)
+    assert "larger than" in refused(write(tmp_path / "w.pth", theirs))
+    assert "larger than" in refused(write(tmp_path / "w.safetensors", theirs))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [1, 2, 3],
+        {"epoch": 3},
+        {"state_dict": {"a": 1}},
+        {3: torch.ones(2)},
+        torch.ones(3),
+    ],
+)
+def test_a_pickle_without_a_state_dict(tmp_path, content):
+    torch.save(content, tmp_path / "w.pth")
+    assert "no state dict" in refused(tmp_path / "w.pth")
+
+
+class Payload:
+    """Touches a file when unpickled the ordinary way."""
+
+    def __init__(self, marker, call):
+        self.marker, self.call = marker, call
+
+    def __reduce__(self):
+        if self.call == "open":
+            return open, (str(self.marker), "w")
+        if self.call == "eval":
+            return eval, (f"open({str(self.marker)!r}, 'w')",)
+        return os.system, (f"touch {self.marker}",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("call", ["system", "eval", "open"])
+def test_a_malicious_pickle_is_refused(tmp_path, theirs, call, zipped):
+    marker, path = tmp_path / "marker", tmp_path / "w.pth"
+    content = {"state_dict": theirs, "args": Payload(marker, call)}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    assert "could run code" in refused(path)
+    assert not marker.exists()
+    torch.load(path, weights_only=False)
+    assert marker.exists(), "the payload must work where it is let"
+
+
+def test_a_raw_pickle_and_a_renamed_one_are_refused(tmp_path):
+    import pickle
+
+    marker = tmp_path / "marker"
+    for name in ("w.pth", "w.safetensors"):
+        (tmp_path / name).write_bytes(pickle.dumps(Payload(marker, "system")))
+        refused(tmp_path / name)
+    assert not marker.exists()
+
+
+def test_python_objects_are_refused_with_the_way_out(tmp_path, theirs):
+    torch.save({"state_dict": theirs, "args": argparse.Namespace(lr=0.1)}, tmp_path / "w.pth")
+    assert ".safetensors" in refused(tmp_path / "w.pth")
+
+
+def test_torchscript_is_refused(tmp_path):
+    source = tmp_path / "w.pt"
+    with zipfile.ZipFile(source, "w") as archive:
+        archive.writestr("w/constants.pkl", b"\x80\x02}.")
+        archive.writestr("w/data.pkl", b"\x80\x02}.")
+        archive.writestr("w/code/net.py", "raise SystemExit")
+        archive.writestr("w/version", "3\n")
+    refused(source)
+
+
+def test_a_compressed_bomb_is_refused_before_it_unpacks(tmp_path, theirs):
+    write(tmp_path / "plain.pth", theirs | {"bomb": torch.zeros(2**24)})
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pth") as plain,
+        zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
+        for entry in plain.infolist():
+            bomb.writestr(entry.filename, plain.read(entry.filename))
+    assert (tmp_path / "bomb.pth").stat().st_size < 2**24
+    assert "more than it holds" in refused(tmp_path / "bomb.pth")
+
+
+def test_a_stride_of_zero_is_refused(tmp_path, theirs):
+    huge = torch.ones(1).expand(10**12)
+    torch.save(theirs | {"huge": huge}, tmp_path / "w.pth")
+    assert "huge" in refused(tmp_path / "w.pth")
+    torch.save(theirs | {"sparse": torch.eye(3).to_sparse()}, tmp_path / "s.pth")
+    assert "sparse" in refused(tmp_path / "s.pth")
+
+
+def test_too_many_tensors_are_refused(tmp_path, monkeypatch, theirs):
+    monkeypatch.setattr(room, "MOST_TENSORS", 10)
+    assert "more than 10 tensors" in refused(write(tmp_path / "w.pth", theirs))
+
+
+def test_hostile_safetensors_headers(tmp_path):
+    path = tmp_path / "w.safetensors"
+
+    def header(entries, data=b""):
+        text = json.dumps(entries).encode()
+        path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+        return refused(path)
+
+    path.write_bytes(struct.pack("<Q", 100 << 20) + b" " * 1000)
+    assert "header is too long" in refused(path)
+    path.write_bytes(struct.pack("<Q", 2**63))
+    assert "header is too long" in refused(path)
+    cell = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    assert "damaged" in header({"a": cell}, b"1234")
+    assert "damaged" in header({"a": cell, "b": cell}, b"12345678")
+    assert "damaged" in header({"a": {**cell, "shape": [2**62]}}, b"12345678")
+    assert "damaged" in header({"a": {**cell, "shape": [-2]}}, b"12345678")
+    assert "damaged" in header({"a": {**cell, "dtype": "X9"}}, b"12345678")
+
+
+def test_read_safetensors_reads(tmp_path, theirs):
+    tensors = read_safetensors(write(tmp_path / "w.safetensors", theirs))
+    assert tensors.keys() == theirs.keys()
+    assert all(torch.equal(tensors[n], theirs[n]) for n in theirs)
+    with pytest.raises(ModelError, match="does not exist"):
+        read_safetensors(tmp_path / "none.safetensors")
+
+
+def test_long_lists_are_cut():
+    report = room.LoadReport(Path("w.pth"), ("a",), tuple(f"n{i}" for i in range(9)), (), {})
+    assert "(n0, n1, n2, n3, and 5 more)" in str(report)
