@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
@@ -113,7 +114,10 @@ class Runtime:
 
     def wrap(self, network: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
         """The network under DDP and autocast, and its optimizer under the gradient scaler."""
-        wrapped = self._fabric.setup_module(network)
+        with warnings.catch_warnings():
+            # torch 2.15 renames the option to one that earlier versions do not know.
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")
+            wrapped = self._fabric.setup_module(network)
         return wrapped, self._fabric.setup_optimizers(optimizer)  # type: ignore[return-value]
 
     def autocast(self) -> AbstractContextManager[Any]:

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from image_files import encoded, noise, raw_png, write
 from PIL import EpsImagePlugin, Image
 
 from nearkin.data import BadImage, read_image
 from nearkin.errors import DataError
-from pictures import encoded, noise, raw_png, write
 
 GOOD = {
     kind: encoded(noise(0, 48, 64), kind) for kind in ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from image_files import encoded, folder, noise, write
 
 from nearkin.data import BadImage, BadImages, load_dataset, write_bad_files
 from nearkin.data.splitting import limited, stratified
 from nearkin.errors import ConfigError, DataError
-from pictures import encoded, folder, noise, write
 
 
 def load(root, **options):

@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from image_files import encoded, noise, raw_png, write
 from PIL import Image
 
 from nearkin.data import read_image
 from nearkin.errors import ConfigError
-from pictures import encoded, noise, raw_png, write
 
 EDGE = 16  # of the uniform test images: a whole JPEG block
 

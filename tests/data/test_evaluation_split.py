@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 
 import pytest
+from image_files import folder, write
 
 from nearkin.data import BadImages, load_dataset, load_for_evaluation
 from nearkin.errors import DataError
-from pictures import folder, write
 
 SEED, SHARE = 5, 0.3
 

@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
+from image_files import encoded, folder, noise, write
 
 from nearkin.data import load_dataset, resolve
 from nearkin.errors import DataError
-from pictures import encoded, folder, noise, write
 
 PNG = encoded(noise(0), "PNG")
 STRANGE = [
@@ -80,6 +80,13 @@ def test_other_folders_beside_the_splits_are_said_to_be_ignored(tmp_path):
     folder(tmp_path, **{"train/a": 1, "test/a": 1, "extra/a": 1})
     assert set(contents(tmp_path)) == {"train", "test"}
     assert "1 folder beside the splits is ignored: extra" in notes(tmp_path)
+
+
+def test_a_split_without_images_is_said_to_be_ignored(tmp_path):
+    folder(tmp_path, **{"train/a": 1, "train/b": 1})
+    (tmp_path / "val" / "a").mkdir(parents=True)
+    assert set(contents(tmp_path)) == {"train"}
+    assert "1 split without images is ignored: val" in notes(tmp_path)
 
 
 def test_a_class_may_be_called_train(tmp_path):

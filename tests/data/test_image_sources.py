@@ -8,10 +8,10 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from image_files import encoded, noise, write
 from PIL import Image
 
 from nearkin.data import Arrays, BadImage, Files
-from pictures import encoded, noise, write
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
+from image_files import encoded, folder, noise, write
 
 from nearkin.data import load_dataset, resolve
 from nearkin.errors import DataError
-from pictures import encoded, folder, noise, write
 
 
 def test_digits_are_the_published_ones_split_once_and_for_all():

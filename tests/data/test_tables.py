@@ -6,10 +6,10 @@ import os
 import sys
 
 import pytest
+from image_files import encoded, noise, write
 
 from nearkin.data import load_dataset, resolve
 from nearkin.errors import DataError
-from pictures import encoded, noise, write
 
 
 @pytest.fixture

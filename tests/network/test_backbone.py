@@ -30,7 +30,6 @@ FAMILIES = {
     "test_nfnet": ("small", 192),
     "test_mambaout": ("small", 256),  # its num_features says 64
     "repvgg_a0": ("small", 1280),  # two convolutions read the image
-    "vgg11_bn": ("small", 4096),
 }
 
 
@@ -94,7 +93,9 @@ def test_the_small_stem_keeps_the_pool_and_has_a_sane_scale():
     module = build("resnet18").module
     assert isinstance(module.maxpool, nn.MaxPool2d)
     # He: variance 2 / fan-out, fan-out = 64 * 9.
-    assert float(module.conv1.weight.std()) == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.1)
+    assert float(module.conv1.weight.detach().std()) == pytest.approx(
+        (2 / (64 * 9)) ** 0.5, rel=0.1
+    )
 
 
 @pytest.mark.parametrize("model", ["vit_tiny_patch16_224", "convnext_atto"])
@@ -124,7 +125,7 @@ def test_dropout_before_the_classifier_is_left_to_the_network():
     ("model", "says"),
     [
         ("resnet19", "Did you mean resnet1"),
-        ("resnet18.a2_in1k", "Did you mean resnet18.a"),
+        ("resnet18.a9_in1k", "Did you mean resnet18.a"),
         ("xxxxxxxxxxxx", "nearkin list models"),
         ("", "nearkin list models"),
         ("hf-hub:timm/resnet18.a1_in1k", "--weights FILE"),

@@ -55,13 +55,13 @@ def test_a_timm_file_fills_the_backbone(tmp_path, theirs, suffix):
     report = load_weights(network, write(tmp_path / f"w{suffix}", theirs))
     assert same(network, theirs, "backbone.")
     assert len(report.loaded) == len(theirs) - 2
-    assert report.unexpected == ("backbone.fc.weight", "backbone.fc.bias")
+    assert sorted(report.unexpected) == ["backbone.fc.bias", "backbone.fc.weight"]
     assert report.missing == ("mean", "std", "heads.classifier.weight", "heads.classifier.bias")
     assert report.mismatched == {}
     assert torch.equal(network.heads["classifier"].weight, head)
     text = str(report)
     assert f"{len(theirs) - 2} tensors loaded" in text
-    assert "2 in the file but not used (backbone.fc.weight, backbone.fc.bias)" in text
+    assert "2 in the file but not used (backbone.fc." in text
     assert "\n" not in text
 
 
@@ -211,15 +211,15 @@ class Payload:
         self.marker, self.call = marker, call
 
     def __reduce__(self):
-        if self.call == "open":
-            return open, (str(self.marker), "w")
+        if self.call == "mkdir":
+            return os.mkdir, (str(self.marker),)
         if self.call == "eval":
-            return eval, (f"open({str(self.marker)!r}, 'w')",)
+            return eval, (f"__import__('os').mkdir({str(self.marker)!r})",)
         return os.system, (f"touch {self.marker}",)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("call", ["system", "eval", "open"])
+@pytest.mark.parametrize("call", ["system", "eval", "mkdir"])
 def test_a_malicious_pickle_is_refused(tmp_path, theirs, call, zipped):
     marker, path = tmp_path / "marker", tmp_path / "w.pth"
     content = {"state_dict": theirs, "args": Payload(marker, call)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
 
 from nearkin.data.decode import IMAGE_SUFFIXES
 from nearkin.data.images import Files
@@ -12,9 +11,18 @@ from nearkin.data.listing import SPLIT_NAMES, Listing, Part, by_bytes, numbered
 from nearkin.data.wording import counted, listed
 from nearkin.errors import DataError, printable
 
-NO_CLASSES = frozenset(
-    {"__MACOSX", "@eaDir", "lost+found"}
-)  # left behind by systems, like dot names
+# Left behind by systems, as are names that begin with a dot.
+NO_CLASSES = frozenset({"__MACOSX", "@eaDir", "lost+found"})
+# What is left out and counted: one of it, several of it.
+LEFT_OUT = {
+    "hidden": ("hidden file or folder is ignored", "hidden files or folders are ignored"),
+    "link": ("symbolic link is not followed", "symbolic links are not followed"),
+    "other": ("file that is no image is ignored", "files that are no images are ignored"),
+    "beside": (
+        "file beside the class folders is ignored",
+        "files beside the class folders are ignored",
+    ),
+}
 
 
 def list_folder(root: str) -> Listing:
@@ -34,10 +42,12 @@ def list_folder(root: str) -> Listing:
         split: part for split, folder in splits.items() if (part := walk.part(folder)) is not None
     }
     if splits != {"train": ""}:
-        extra = [name for name in top if name.lower() not in SPLIT_NAMES]
+        extra = [name for name in top if name not in splits.values()]
         walk.note(
             extra, "folder beside the splits is ignored", "folders beside the splits are ignored"
         )
+        empty = [folder for split, folder in splits.items() if split not in parts]
+        walk.note(empty, "split without images is ignored", "splits without images are ignored")
     if not parts:
         raise DataError(
             f"The folder {printable(root)} holds no images in class folders; "
@@ -74,9 +84,11 @@ class _Walk:
 
     def part(self, folder: str) -> Part | None:
         """The classes of one split, or None without any image."""
-        paths, labels, empty = [], [], []
+        paths: list[str] = []
+        labels: list[str] = []
+        empty: list[str] = []
         for name in self.folders(folder, count=True):
-            found = list(self._images(os.path.join(folder, name)))  # noqa: PTH118
+            found = self._images(os.path.join(folder, name))  # noqa: PTH118
             paths += found
             labels += [name] * len(found)
             if not found:
@@ -99,9 +111,7 @@ class _Walk:
             if kind == "folder":
                 names.append(entry.name)
             elif count:
-                self._left_out[
-                    "file beside the class folders" if kind in ("image", "other") else kind
-                ] += 1
+                self._left_out["beside" if kind in ("image", "other") else kind] += 1
         return by_bytes(names)
 
     def holds_images(self, folder: str) -> bool:
@@ -114,19 +124,11 @@ class _Walk:
             self._remarks.append(f"{len(names)} {text}: {listed(names)}")
 
     def notes(self) -> tuple[str, ...]:
-        words = {
-            "hidden": ("hidden file or folder is ignored", "hidden files or folders are ignored"),
-            "link": ("symbolic link is not followed", "symbolic links are not followed"),
-            "other": ("file that is no image is ignored", "files that are no images are ignored"),
-            "file beside the class folders": (
-                "file beside the class folders is ignored",
-                "files beside the class folders are ignored",
-            ),
-        }
-        found = [counted(self._left_out[k], *w) for k, w in words.items() if self._left_out[k]]
-        return (*self._remarks, *found)
+        """All remarks, then the counts of what was left out."""
+        counts = [(self._left_out[kind], words) for kind, words in LEFT_OUT.items()]
+        return (*self._remarks, *(counted(count, *words) for count, words in counts if count))
 
-    def _images(self, folder: str) -> Iterator[str]:
+    def _images(self, folder: str) -> list[str]:
         """Paths of all images below `folder`, sorted."""
         waiting, found = [folder], []
         while waiting:
@@ -139,7 +141,7 @@ class _Walk:
                     found.append(path)
                 else:
                     self._left_out[kind] += 1
-        return iter(by_bytes(found))
+        return by_bytes(found)
 
     def _entries(self, folder: str) -> list[os.DirEntry[str]]:
         path = os.path.join(self.root, folder)  # noqa: PTH118

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from copy import copy
 from typing import Protocol, Self
 
 import numpy as np
@@ -84,7 +85,10 @@ class Files:
         return type(self)(self.root, [self.name(int(row)) for row in rows], self.channels)
 
     def with_channels(self, channels: int) -> Self:
-        return type(self)(self.root, (self.name(row) for row in range(len(self))), channels)
+        check_channels(channels)
+        same = copy(self)  # the packed names are shared
+        same.channels = channels
+        return same
 
 
 class Arrays:

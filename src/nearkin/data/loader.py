@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -152,7 +154,7 @@ def _batches(
         batch_sampler=order,  # type: ignore[arg-type]  # any iterable of keys will do
         num_workers=workers,
         collate_fn=_as_it_is,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_obey_parent_only,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # otherwise each loader would draw from the global state
     )
@@ -170,10 +172,23 @@ def _batch(made: Batch | DataError) -> Batch:
     return made
 
 
-def _ignore_signals(_: int) -> None:
-    """The main process decides what a signal means; workers that died of it would spoil its last step."""
+def _obey_parent_only(_: int) -> None:
+    """The main process decides what a signal means; workers that died of it would spoil its last step.
+
+    SIGTERM is also how the main process ends a worker that it no longer needs, so a thread looks who sent
+    it. Where the system cannot tell (macOS, Windows), SIGTERM keeps ending the worker.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        Thread(target=_await_parent, daemon=True).start()
+
+
+def _await_parent() -> None:
+    parent = os.getppid()
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 @contextmanager

@@ -42,8 +42,8 @@ class Network(nn.Module):
     ) -> None:
         super().__init__()
         self.dim, self.key = dim, RandomKey()
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1))
         self.backbone = backbone
         self.dropout = nn.Dropout(drop_rate)
         self.heads = nn.ModuleDict({name: head.module for name, head in heads.items()})
@@ -95,7 +95,8 @@ class Network(nn.Module):
         """
         if images.shape[1] != len(self.mean):  # it would broadcast
             raise ValueError(f"The network reads {len(self.mean)} channels, not {images.shape[1]}.")
-        self.key.begin(len(images))
+        if self.training:
+            self.key.begin(len(images))
         features = self.dropout(self.backbone(self._normalised(images)))
         fields: dict[str, Tensor | None] = {
             "features": features,
