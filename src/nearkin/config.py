@@ -91,7 +91,7 @@ class RunConfig(BaseModel):
     )
     log_every: Count = _option(10, "steps between records in metrics.jsonl")
     save_minutes: Positive = _option(5.0, "minutes between checkpoints")
-    log_level: Literal["debug", "info", "warning", "error"] = _option("info", "of text on stderr")
+    log_level: Literal["info", "warning", "error"] = _option("info", "least text on stderr")
 
     @model_validator(mode="before")
     @classmethod

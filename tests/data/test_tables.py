@@ -107,7 +107,7 @@ WRONG = {
         "line 3",
         "3 fields instead of 2",
     ),
-    "a field too few": ("path,label\n\nimages/b.png\n", "line 3", "1 fields instead of 2"),
+    "a field too few": ("path,label\n\nimages/b.png\n", "line 3", "1 field instead of 2"),
     "an empty label": ("path,label\nimages/a.png, \n", "line 2", "the label is empty"),
     "an empty path": ("path,label\n,cat\n", "line 2", "the path is empty"),
     "an unknown split": (HEADER + "images/a.png,cat,dev\n", "line 2", "'dev' is none of"),

@@ -159,7 +159,13 @@ def test_a_split_batch_writes_the_same_bank_once(tmp_path):
 
 
 # A network without BatchNorm: there, splitting the batch is exact.
-PLAIN = {"objective": "ce", "model": "test_vit", "image_size": 16, "drop_rate": 0.3, "optimizer": "sgd"}
+PLAIN = {
+    "objective": "ce",
+    "model": "test_vit",
+    "image_size": 16,
+    "drop_rate": 0.3,
+    "optimizer": "sgd",
+}
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
@@ -167,7 +173,9 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
     for parts in (1, 4):
         folders[parts] = tmp_path / str(parts)
         folders[parts].mkdir()
-        process = start(steps, PLAIN | {"accumulate": parts}, folders[parts], "fp64", log=tmp_path / "log")
+        process = start(
+            steps, PLAIN | {"accumulate": parts}, folders[parts], "fp64", log=tmp_path / "log"
+        )
         assert finish(process) == [0], (tmp_path / "log").read_text()
     one, four = (read(folders[parts] / "after-0")["gradients"] for parts in (1, 4))
     assert distance(one, four) <= 1e-10

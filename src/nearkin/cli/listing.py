@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from importlib.resources import files
+from pathlib import Path
 
 from nearkin.cli.arguments import Parser, show_help
 from nearkin.errors import ConfigError, nearest
@@ -47,6 +48,13 @@ def _objectives(_: str) -> list[str]:
         f"{name:<{width}}  {(kind.__doc__ or '').strip().splitlines()[0]}"
         for name, kind in sorted(Objective.registry.items())
     ]
+
+
+def recipe_or_file(name: str) -> Path:
+    """The file of that name, or the recipe that comes with nearkin where there is no such file."""
+    packed = Path(str(files("nearkin") / "recipes")) / f"{name.removesuffix('.yaml')}.yaml"
+    given = Path(name)
+    return packed if not given.exists() and "/" not in name and packed.is_file() else given
 
 
 def _recipes(_: str) -> list[str]:

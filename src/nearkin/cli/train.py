@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nearkin.cli.arguments import Parser, options_table, show_help
+from nearkin.cli.listing import recipe_or_file
 from nearkin.config import RunConfig, merge, read_yaml, to_yaml
 
 USAGE = "nearkin train [DATA] [--objective NAME] [--objective.OPTION VALUE] [--OPTION VALUE]"
@@ -23,9 +24,8 @@ def main(argv: list[str]) -> int:
     as_json, quiet = given.pop("json", False), given.pop("quiet", False)
     show = given.pop("print_config", False)
     resume = given.pop("resume", None)
-    layers = [read_yaml(Path(path)) for path in given.pop("config", [])]
+    layers = [read_yaml(recipe_or_file(name)) for name in given.pop("config", [])]
     values = merge(*layers, given)
-    quiet = quiet or values.get("log_level") in ("warning", "error")
     from nearkin.train.run import continue_run, resolved, start_run
 
     if show:
@@ -45,7 +45,13 @@ def _parser() -> Parser:
     parser = Parser(USAGE, "Train an image classifier; without DATA, on the built-in digits.")
     parser.add_argument("data", nargs="?", metavar="DATA", help="what to learn from [digits]")
     parser.flag("help", "this help; with --objective NAME also its own options")
-    parser.add_argument("-c", "--config", action="append", metavar="FILE", help="options in YAML")
+    parser.add_argument(
+        "-c",
+        "--config",
+        action="append",
+        metavar="FILE",
+        help="options in YAML, or a recipe's name",
+    )
     parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
     parser.flag("print-config", "print the resolved options and stop")
     parser.flag("json", "the result as one JSON object on stdout")

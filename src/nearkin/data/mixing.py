@@ -50,25 +50,15 @@ def mix(
     Returns images as given, labels `[b, K]` = lam e_yi + (1 - lam) e_yp (at least float32), index `[b, 2]`
     with the partner's id second. Raises ConfigError for another b or offset, or when both strengths are 0.
     """
-    count = len(labels)
-    if count % BLOCK or offset % BLOCK:
-        raise ConfigError(
-            f"Mixing needs a multiple of {BLOCK} images per process, not {count} at {offset}; "
-            "change --batch-size, or use --mixup 0 --cutmix 0."
-        )
-    cut = _cuts(mixup, cutmix, seed, step)
+    cut, size = _cuts(mixup, cutmix, seed, step), images.shape[-2:]
     plans = [
-        _plan(cutmix if cut else mixup, cut, images.shape[-2:], seed, step, position)
-        for position in range(offset, offset + count, BLOCK)
+        _plan(cutmix if cut else mixup, cut, size, seed, step, position)
+        for position in _blocks(len(labels), offset)
     ]
-    partners, shares = (
-        _to(_partners(plans), images.device),
-        np.repeat([p.share for p in plans], BLOCK),
-    )
+    shares = np.repeat([plan.share for plan in plans], BLOCK)
+    partners = _to(_partners(plans), images.device)
     if cut:
-        inside = _to(_masks(plans, images.shape[-2:]), images.device).repeat_interleave(
-            BLOCK, dim=0
-        )
+        inside = _to(_masks(plans, size), images.device).repeat_interleave(BLOCK, 0)
         mixed = torch.where(inside, images[:, partners], images)
     else:
         mixed = _blend(images, images[:, partners], shares)
@@ -76,6 +66,16 @@ def mix(
     rows = hard.to(torch.promote_types(images.dtype, torch.float32))
     soft = _blend(rows[None], rows[None, partners], shares)[0]
     return mixed, soft, torch.stack([index, index[partners]], 1)
+
+
+def _blocks(count: int, offset: int) -> range:
+    """The position of the first row of each block."""
+    if count % BLOCK or offset % BLOCK:
+        raise ConfigError(
+            f"Mixing needs a multiple of {BLOCK} images per process, not {count} at {offset}; "
+            "change --batch-size, or use --mixup 0 --cutmix 0."
+        )
+    return range(offset, offset + count, BLOCK)
 
 
 def _cuts(mixup: float, cutmix: float, seed: int, step: int) -> bool:

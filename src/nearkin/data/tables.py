@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from nearkin.data.images import Files
 from nearkin.data.listing import SPLIT_NAMES, SPLITS, Listing, Part, numbered
-from nearkin.data.wording import listed
+from nearkin.data.wording import counted, listed
 from nearkin.errors import DataError, printable
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
@@ -108,7 +108,7 @@ def _places(path: str, where: str, header: Sequence[str]) -> dict[str, int]:
 
 def _row(path: str, where: str, fields: list[str], width: int, places: dict[str, int]) -> _Row:
     if len(fields) != width:
-        raise _fail(path, where, f"{len(fields)} fields instead of {width}")
+        raise _fail(path, where, f"{counted(len(fields), 'field')} instead of {width}")
     values = {name: fields[place] for name, place in places.items()}
     for name in COLUMNS[:2]:
         if not values[name].strip():

@@ -9,10 +9,10 @@ from nearkin.errors import printable
 
 
 class Bar:
-    """Shows steps, the loss and the last validation; silent when `quiet`."""
+    """Shows steps, the loss and the last validation; with `quiet` only warnings, `silent` not even these."""
 
-    def __init__(self, steps: int, quiet: bool) -> None:
-        self._steps, self._quiet = steps, quiet
+    def __init__(self, steps: int, *, quiet: bool, silent: bool) -> None:
+        self._steps, self._quiet, self._silent = steps, quiet or silent, silent
         self._loss = self._value = ""
         self._progress: Any = None
 
@@ -59,8 +59,15 @@ class Bar:
 
     def say(self, text: str) -> None:
         """One line of text, above the bar if there is one."""
-        if self._quiet:
-            return
+        if not self._quiet:
+            self._print(text)
+
+    def warn(self, text: str) -> None:
+        """One line that a person should read even when nothing else is shown."""
+        if not self._silent:
+            self._print(f"warning: {text}")
+
+    def _print(self, text: str) -> None:
         if self._progress is not None:
             self._progress.console.print(printable(text), markup=False, highlight=False)
         else:

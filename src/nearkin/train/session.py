@@ -59,8 +59,12 @@ class Session:
     def run(self) -> Result:
         """Train to the end, then judge the test split once. Raises Stopped or DivergedError on the way."""
         route = legs(self.stages, int(self.config.epochs), self.steps_per_epoch)
-        with Bar(route[-1].last, self.quiet) as bar, StopSignals() as signals:
+        self.steps = route[-1].last
+        level, others = self.config.log_level, not self.runtime.is_main
+        quiet, silent = self.quiet or level != "info", self.quiet or others or level == "error"
+        with Bar(self.steps, quiet=quiet, silent=silent) as bar, StopSignals() as signals:
             self.bar = bar
+            self._say(self._summary())
             snapshot = self._snapshot()
             loop = Loop(
                 self.config,
@@ -195,7 +199,11 @@ class Session:
             save_bundle(self.folder, description, network.state_dict())
             best = self.keeper.best
             self.journal.status(
-                "finished", step=step, steps=step, epoch=0, best=best and best._asdict()
+                "finished",
+                step=step,
+                steps=self.steps,
+                epoch=int(self.config.epochs),
+                best=best and best._asdict(),
             )
             self.journal.log(f"finished at step {step}")
         return Result(self.folder, metrics.get("top1"), metrics, self.runtime.rank)
@@ -205,7 +213,8 @@ class Session:
             state = {75: "stopped", 6: "diverged"}.get(error.code, "failed")
             self.journal.log(f"{state}: {error}")
             step = self.learner.steps_done
-            self.journal.status(state, step=step, steps=0, epoch=0, message=str(error))
+            epoch = step // max(1, self.steps_per_epoch)
+            self.journal.status(state, step=step, steps=self.steps, epoch=epoch, message=str(error))
 
     def _say(self, text: str) -> None:
         self.bar.say(text)
@@ -213,7 +222,22 @@ class Session:
             self.journal.log(text)
 
     def _warn(self, text: str) -> None:
-        self._say(f"warning: {text}")
+        self.bar.warn(text)
+        if self.journal is not None:
+            self.journal.log(f"warning: {text}")
+
+    def _summary(self) -> str:
+        """What is about to happen, in one line."""
+        config, ranks = self.config, self.runtime.world_size
+        images = ", ".join(f"{len(s.labels)} {name}" for name, s in self.dataset.splits.items())
+        weights = sum(p.numel() for p in self.job.built.network.parameters()) / 1e6
+        share = f" ({int(config.batch_size) // ranks} per process)" if ranks > 1 else ""
+        return (
+            f"{self.dataset.name}: {images} images of {len(self.dataset.classes)} classes | "
+            f"{config.objective} on {config.model}, {config.image_size} px, {weights:.1f} M weights | "
+            f"{config.epochs} epochs of {self.steps_per_epoch} x {config.batch_size}{share} | "
+            f"{config.precision} on {config.device}, {config.threads} thread(s) | {self.folder}"
+        )
 
 
 def balanced(split: Split, dataset: Dataset) -> torch.Tensor:

@@ -1,0 +1,140 @@
+"""Groups, learning rates and state of the optimisers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from nearkin.network import Network, projection_head
+from nearkin.objectives import Head
+from nearkin.teacher import Teacher
+from nearkin.train.optim import (
+    build_optimizer,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    parameter_groups,
+    set_lr,
+)
+
+
+class Backbone(nn.Sequential):
+    def no_weight_decay(self):
+        return {"0.weight"}
+
+
+def network():
+    torch.manual_seed(0)
+    backbone = Backbone(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 6)
+    )
+    heads = {"projection": Head(projection_head(6, 8, 5), "features", "embedding")}
+    return Network(backbone, heads, dim=6, mean=(0.5,) * 3, std=(0.5,) * 3)
+
+
+def build(net, name, **options):
+    given = {"lr": 0.1, "weight_decay": 0.01, "momentum": 0.9, "decay_all": False} | options
+    return build_optimizer(net, name, **given)
+
+
+def names(net, group):
+    by_id = {id(p): n for n, p in net.named_parameters()}
+    return {by_id[id(p)] for p in group["params"]}
+
+
+def test_matrices_decay_and_norms_biases_and_exempt_ones_do_not():
+    net = network()
+    decayed, free = parameter_groups(net, weight_decay=0.01, decay_all=False)
+    assert decayed["weight_decay"] == 0.01
+    assert free["weight_decay"] == 0.0
+    assert names(net, decayed) == {
+        "backbone.2.weight",
+        "backbone.4.weight",
+        "heads.projection.0.weight",
+        "heads.projection.3.weight",
+    }
+    assert names(net, decayed) | names(net, free) == {n for n, _ in net.named_parameters()}
+    (everything,) = parameter_groups(net, weight_decay=0.01, decay_all=True)
+    assert names(net, everything) == {n for n, _ in net.named_parameters()}
+
+
+def test_frozen_weights_are_not_optimised():
+    net = network()
+    net.activate(("projection",), freeze_backbone=True)
+    groups = parameter_groups(net, weight_decay=0.01, decay_all=False)
+    assert all(n.startswith("heads.") for group in groups for n in names(net, group))
+
+
+def test_a_group_may_scale_its_learning_rate():
+    optimizer = build(network(), "sgd")
+    optimizer.param_groups[1]["lr_scale"] = 0.5
+    set_lr(optimizer, 0.2)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.2, 0.1]
+
+
+def advance(net, optimizer, seed):
+    torch.manual_seed(seed)
+    net(torch.rand(4, 3, 8, 8)).embedding.square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lamb"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_state_goes_on_bit_for_bit(name, layout):
+    one, other = network().to(memory_format=layout), network().to(memory_format=layout)
+    first, second = build(one, name), build(other, name)
+    for seed in range(3):
+        advance(one, first, seed)
+    other.load_state_dict(one.state_dict())
+    stored = {n: t.contiguous().clone() for n, t in optimizer_tensors(first, one).items()}
+    load_optimizer_tensors(second, other, stored)
+    for seed in range(3, 6):
+        advance(one, first, seed)
+        advance(other, second, seed)
+    for key, tensor in one.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[key]), key
+
+
+def test_sgd_is_nesterov_and_decays_as_asked():
+    """One step by hand: g = dL/dw + wd w; buf = g; w -= lr (g + mu buf)."""
+    net = network()
+    optimizer = build(net, "sgd")
+    weight = net.backbone[4].weight
+    before = weight.detach().clone()
+    net.train()
+    net(torch.rand(4, 3, 8, 8)).embedding.square().sum().backward()
+    gradient = weight.grad.clone() + 0.01 * before
+    optimizer.step()
+    assert torch.allclose(weight, before - 0.1 * (gradient + 0.9 * gradient), atol=1e-6)
+
+
+@pytest.mark.parametrize("policy", ["own", "average"])
+def test_teacher_follows_its_student(policy):
+    student = network()
+    teacher = Teacher(student, batchnorm=policy)
+    before = {n: t.clone() for n, t in teacher.network.state_dict().items()}
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(1.0)
+        student.backbone[1].running_mean.add_(2.0)
+        student.backbone[1].num_batches_tracked.add_(7)
+    teacher.update(student, 0.9)
+    after = teacher.network.state_dict()
+    for name, _ in student.named_parameters():
+        assert torch.allclose(after[name], before[name] + 0.1, atol=1e-6), name
+    moved = after["backbone.1.running_mean"] - before["backbone.1.running_mean"]
+    assert torch.allclose(moved, torch.full_like(moved, 0.2 if policy == "average" else 0.0))
+    assert after["backbone.1.num_batches_tracked"] == (7 if policy == "average" else 0)
+    assert not any(p.requires_grad for p in teacher.parameters())
+
+
+def test_an_own_teacher_normalises_with_the_batch_and_an_average_one_does_not():
+    student = network()
+    own, average = Teacher(student, batchnorm="own"), Teacher(student, batchnorm="average")
+    images = torch.rand(4, 3, 8, 8)
+    for teacher, alone_changes in ((own, True), (average, False)):
+        together = teacher(images).embedding[:2]
+        alone = teacher(images[:2]).embedding
+        assert torch.allclose(together, alone, atol=1e-5) != alone_changes
+        assert not together.requires_grad
