@@ -125,11 +125,13 @@ def _usual_side(split: Split) -> int:
 
 def _build(config: RunConfig, dataset: Dataset, *, pretrained: bool) -> Built:
     torch.manual_seed(config.seed)
+    # Weights from a file fit the stem that their model was made with.
+    stem = "default" if config.stem == "auto" and config.weights is not None else config.stem
     spec = ModelSpec(
         model=config.model,
         channels=int(config.channels),
         image_size=int(config.image_size),
-        stem=config.stem,
+        stem=stem,
         drop_rate=config.drop_rate,
         drop_path=config.drop_path,
         objective=config.objective,
