@@ -41,14 +41,13 @@ def mix(
     CutMix: x_p inside a box, x_i elsewhere; the box has the share 1 - lam of the area before it is
             clipped, lam ~ Beta(cutmix, cutmix), and lam is then the true share of x_i (Yun et al. 2019,
             section 3.1).
-    With both above 0 a step takes one of them, each with probability 1/2. lam, box and partners are
-    drawn per block (our choice), keyed by (seed, step, position): mixing a batch equals mixing its
-    blocks, each with its own offset, bit for bit.
+    With both above 0 a step takes one of them, each with probability 1/2. lam, box and partners are drawn
+    per block (our choice), keyed by (seed, step, position): mixing a batch is mixing its blocks.
 
     images: `[V, b, C, H, W]` float. labels, index: `[b]`; b is a multiple of 8. classes: K.
     offset: position of the first row in the global batch, a multiple of 8.
     Returns images as given, labels `[b, K]` = lam e_yi + (1 - lam) e_yp (at least float32), index `[b, 2]`
-    with the partner's id second. Raises ConfigError for another b or offset, or when both strengths are 0.
+    with the partner's id second. Raises ConfigError for another b or offset, or two strengths of 0.
     """
     cut, size = _cuts(mixup, cutmix, seed, step), images.shape[-2:]
     plans = [
@@ -70,12 +69,16 @@ def mix(
 
 def _blocks(count: int, offset: int) -> range:
     """The position of the first row of each block."""
+    _check_blocks(count, offset)
+    return range(offset, offset + count, BLOCK)
+
+
+def _check_blocks(count: int, offset: int) -> None:
     if count % BLOCK or offset % BLOCK:
         raise ConfigError(
             f"Mixing needs a multiple of {BLOCK} images per process, not {count} at {offset}; "
             "change --batch-size, or use --mixup 0 --cutmix 0."
         )
-    return range(offset, offset + count, BLOCK)
 
 
 def _cuts(mixup: float, cutmix: float, seed: int, step: int) -> bool:

@@ -1,8 +1,20 @@
-"""The projection head that contrastive objectives share."""
+"""What an objective adds to a backbone: heads, and the projection that contrastive objectives share."""
 
 from __future__ import annotations
 
+from typing import Literal, NamedTuple
+
 from torch import nn
+
+Slot = Literal["features", "embedding", "projection", "logits"]
+
+
+class Head(NamedTuple):
+    """A part of the network that an objective asks for: `module` reads one field of `Outputs`, writes another."""
+
+    module: nn.Module
+    reads: Slot
+    writes: Slot
 
 
 def projection_sizes(dim: int) -> tuple[int, int]:

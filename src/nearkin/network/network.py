@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from nearkin.errors import ModelError, printable
+from nearkin.network.heads import Head
 from nearkin.network.randomness import RandomKey, key_randomness
 from nearkin.types import Outputs
-
-if TYPE_CHECKING:
-    from nearkin.objectives.base import Head
 
 
 class Network(nn.Module):

@@ -7,7 +7,8 @@ import pkgutil
 from importlib.metadata import entry_points
 
 from nearkin.errors import ConfigError, nearest
-from nearkin.objectives.base import Head, Objective, Stage
+from nearkin.network import Head
+from nearkin.objectives.base import Objective, Stage
 
 ENTRY_POINTS = "nearkin.objectives"
 

@@ -9,19 +9,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from nearkin.functional import PerAnchor, cross_entropy
+from nearkin.network import Head
 from nearkin.teacher import TeacherPolicy
 from nearkin.types import Batch, Facts, Loss, Outputs, Progress
 
 Start = Literal["fresh", "continue", "best"]
-Slot = Literal["features", "embedding", "projection", "logits"]
-
-
-class Head(NamedTuple):
-    """A part of the network that an objective asks for: `module` reads one field of `Outputs`, writes another."""
-
-    module: nn.Module
-    reads: Slot
-    writes: Slot
 
 
 class Stage(NamedTuple):

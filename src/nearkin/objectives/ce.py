@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from nearkin.functional import mean_valid
-from nearkin.objectives.base import Head, Objective, Stage, repeat_views, required
+from nearkin.network import Head
+from nearkin.objectives.base import Objective, Stage, repeat_views, required
 from nearkin.types import Batch, Loss, Outputs, Progress
 
 

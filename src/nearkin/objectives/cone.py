@@ -17,9 +17,8 @@ from nearkin.functional import (
     neighbour_nll,
     neighbour_target,
 )
-from nearkin.network import projection_head, projection_sizes
+from nearkin.network import Head, projection_head, projection_sizes
 from nearkin.objectives.base import (
-    Head,
     Objective,
     Stage,
     required,

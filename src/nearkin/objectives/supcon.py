@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from nearkin.config import Auto, Count
 from nearkin.functional import PerAnchor, mean_valid, supcon_in, supcon_out
-from nearkin.network import projection_head, projection_sizes
+from nearkin.network import Head, projection_head, projection_sizes
 from nearkin.objectives.base import (
-    Head,
     Objective,
     Stage,
     repeat_views,

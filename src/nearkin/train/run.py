@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nearkin.config import FREE_ON_RESUME, RunConfig, merge, validate
-from nearkin.data import write_bad_files
+from nearkin.data import WorkersDied, write_bad_files
 from nearkin.data.scan import BadImages
 from nearkin.errors import DivergedError, NearkinError
 from nearkin.evaluate.bundle import read_description
@@ -96,19 +96,23 @@ def _with_runtime(config: RunConfig, work: Callable[[Runtime], T]) -> T:
     device = choose_device(config.device)
     runtime = Runtime(device=device, precision=choose_precision(config.precision, device))
     try:
-        with _memory_errors():
+        with _named_failures():
             return work(runtime)
     finally:
         runtime.close()
 
 
 @contextmanager
-def _memory_errors() -> Iterator[None]:
-    """Memory that runs out becomes one sentence that says what to lower."""
+def _named_failures() -> Iterator[None]:
+    """What torch reports with a plain RuntimeError becomes one sentence that says what to do."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         text = str(error).lower()
+        if "dataloader worker (pid" in text:  # torch raises it wherever the main process stands
+            raise WorkersDied(
+                "A process that loads images died; resume the run, with fewer --workers if the memory is short."
+            ) from error
         if isinstance(error, MemoryError) or any(words in text for words in OUT_OF_MEMORY):
             raise DivergedError(
                 "The memory ran out; lower --batch-size, --image-size or --workers, or split the batch "
