@@ -94,7 +94,7 @@ def test_defaults_follow_the_data():
         8,
         False,
     )
-    assert (config.optimizer, config.lr, config.weight_decay) == ("sgd", 0.1 * 32 / 256, 5e-4)
+    assert (config.optimizer, config.lr, config.weight_decay) == ("sgd", 0.2 * 32 / 256, 5e-4)
     assert config.warmup_epochs == pytest.approx(0.6)
     config = resolved(200_000, 500, data="photos")
     assert (config.model, config.epochs, config.image_size, config.flip) == (
