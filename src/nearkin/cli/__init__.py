@@ -72,6 +72,11 @@ def _guarded(verb: str, argv: list[str]) -> int:
         return 1
 
 
+def is_first() -> bool:
+    """Whether this process tells the result: the first of those that torchrun or srun started."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
 def _closed_pipe() -> int:
     """Whoever read our output has left; what was asked for is done or recorded elsewhere."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

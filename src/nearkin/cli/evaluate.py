@@ -6,6 +6,7 @@ import json
 import sys
 from typing import Any
 
+from nearkin.cli import is_first
 from nearkin.cli.arguments import Parser, show_help, whole_number
 from nearkin.errors import ConfigError, printable
 
@@ -36,6 +37,8 @@ def main(argv: list[str]) -> int:
         device=given.get("device", "auto"),
         workers=whole_number("workers", given.get("workers", "0")),
     )
+    if not is_first():
+        return 0
     for note in result["notes"]:
         sys.stderr.write(f"note: {printable(note)}\n")
     if given.get("json"):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from nearkin.cli import is_first
 from nearkin.cli.arguments import Parser, options_table, show_help
 from nearkin.cli.listing import recipe_or_file
 from nearkin.config import RunConfig, merge, read_yaml, to_yaml
@@ -67,7 +68,7 @@ def _objective_help(name: str) -> str:
 
 
 def _report(result: Any, as_json: bool) -> None:
-    if result.rank != 0:
+    if not is_first():
         return
     if as_json:
         record = {"run": str(result.run), "test_top1": result.test_top1, "metrics": result.metrics}

@@ -34,13 +34,11 @@ class Job(NamedTuple):
 
 
 class Result(NamedTuple):
-    """run: the run folder. test_top1: a fraction, or None without a test split. metrics: of the test split.
-    rank: of the process that tells."""
+    """run: the run folder. test_top1: a fraction, or None without a test split. metrics: of the test split."""
 
     run: Path
     test_top1: float | None
     metrics: dict[str, Any]
-    rank: int = 0
 
 
 def prepare(

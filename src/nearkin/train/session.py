@@ -206,7 +206,7 @@ class Session:
                 best=best and best._asdict(),
             )
             self.journal.log(f"finished at step {step}")
-        return Result(self.folder, metrics.get("top1"), metrics, self.runtime.rank)
+        return Result(self.folder, metrics.get("top1"), metrics)
 
     def _ended(self, error: NearkinError) -> None:
         if self.journal is not None:
