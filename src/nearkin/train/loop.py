@@ -120,8 +120,7 @@ class Loop:
                 raise Stopped(
                     f"Stopped at step {step} of {self.steps} on request; everything is saved."
                 )
-            if self.runtime.is_main and self.keeper.due(ended) and step < leg.last:
-                self._settle_alone(loss, last_batch, step)
+            if self._due(loss, ended) and step < leg.last:
                 self._save(leg, step)
         if not saved:
             self._save(leg, step)
@@ -155,10 +154,12 @@ class Loop:
             torch.zeros((), dtype=torch.bool, device=self.runtime.device),
         )
 
-    def _settle_alone(self, loss: Loss, batch: Batch, step: int) -> None:
-        """As `_settle`, on the saving rank only: the gathered loss is the same on every rank."""
-        if not bool(torch.isfinite(loss.total.detach())):
-            self._diverged(batch, step - 1)
+    def _due(self, loss: Loss, ended: bool) -> bool:
+        """Whether the saving rank should save now. A loss that is not finite is not saved; all ranks learn of it
+        with the next step's flags, and stop together."""
+        if not (self.runtime.is_main and self.keeper.due(ended)):
+            return False
+        return bool(torch.isfinite(loss.total.detach()))
 
     def _diverged(self, batch: Batch, step: int) -> None:
         replay = {
