@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import Any, Self
 
@@ -68,7 +69,9 @@ class Bar:
             self._print(f"warning: {text}")
 
     def _print(self, text: str) -> None:
-        if self._progress is not None:
-            self._progress.console.print(printable(text), markup=False, highlight=False)
-        else:
-            print(printable(text), file=sys.stderr, flush=True)  # noqa: T201
+        # Whoever watched may have left; training goes on.
+        with contextlib.suppress(OSError, ValueError):
+            if self._progress is not None:
+                self._progress.console.print(printable(text), markup=False, highlight=False)
+            else:
+                print(printable(text), file=sys.stderr, flush=True)  # noqa: T201

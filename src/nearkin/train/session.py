@@ -60,8 +60,8 @@ class Session:
         """Train to the end, then judge the test split once. Raises Stopped or DivergedError on the way."""
         route = legs(self.stages, int(self.config.epochs), self.steps_per_epoch)
         self.steps = route[-1].last
-        level, others = self.config.log_level, not self.runtime.is_main
-        quiet, silent = self.quiet or level != "info", self.quiet or others or level == "error"
+        level = self.config.log_level
+        quiet, silent = self.quiet or level != "info", self.quiet or level == "error"
         with Bar(self.steps, quiet=quiet, silent=silent) as bar, StopSignals() as signals:
             self.bar = bar
             self._say(self._summary())
@@ -88,6 +88,8 @@ class Session:
         network, objective = self.job.built.network, self.job.built.objective
         self.runtime.place(network)
         self.runtime.place(objective)
+        if self.config.memory_format == "channels_last":
+            network.to(memory_format=torch.channels_last)
         if self.runtime.world_size > 1:
             from nearkin.network import synchronise_batchnorm
 
