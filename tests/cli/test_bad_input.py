@@ -111,6 +111,16 @@ CASES = {
     "missing weights": (4, ["train", "photos", "--weights", "none.pth", *FAST], ["none.pth"]),
     "missing config": (2, ["train", "--config", "none.yaml"], ["none.yaml"]),
     "list what": (2, ["list", "model"], ["models"]),
+    "one image for BatchNorm": (
+        2,
+        ["train", "photos", "--batch-size", "8", "--accumulate", "8", *FAST],
+        ["BatchNorm", "at least two"],
+    ),
+    "fewer epochs than stages": (
+        2,
+        ["train", "photos", "--objective", "supcon", "--objective.mode", "two-stage", *FAST],
+        ["--epochs 1", "contrast, linear"],
+    ),
     "bad workers": (2, ["evaluate", "photos", "--workers", "x"], ["--workers"]),
 }
 
@@ -172,6 +182,20 @@ def test_bad_images_stop_the_run_before_training_and_are_listed(damage, here, ca
     assert (here / "run" / "model.safetensors").exists()
 
 
+def test_a_mended_image_leaves_no_stale_list(here, capsys):
+    write_classes(here / "photos")
+    (here / "photos" / "cat" / "3.png").write_bytes(b"")
+    argv = ["train", "photos", "--batch-size", "8", *FAST]
+    assert run(argv) == 3
+    assert run(argv) == 3
+    (folder,) = (here / "runs").iterdir()
+    assert [p.name for p in folder.iterdir()] == ["bad_files.csv"]
+    write_image(here / "photos" / "cat" / "3.png")
+    assert run(argv) == 0
+    assert not (folder / "bad_files.csv").exists()
+    assert (folder / "model.safetensors").exists()
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A finished run on a folder of photos."""
@@ -212,6 +236,44 @@ def test_resume_with_changed_settings(finished, capsys):
     )
     assert "-> 7" in line
     assert run(["train", "--resume", "run", "--workers", "1", "--save-minutes", "2"]) == 0
+
+
+def test_resume_checks_the_objectives_options_too(finished, capsys):
+    assert run(["train", "--resume", "run", "--objective.bank", "16"]) == 0
+    capsys.readouterr()
+    refused(capsys, 4, "16 -> 17", argv=["train", "--resume", "run", "--objective.bank", "17"])
+    refused(
+        capsys, 2, "--objective.bunk", argv=["train", "--resume", "run", "--objective.bunk", "1"]
+    )
+    refused(capsys, 4, "out", argv=["train", "--resume", "run", "--out", "elsewhere"])
+    assert run(["train", "--resume", "run", "--print-config"]) == 0
+    assert "bank: 16" in capsys.readouterr().out
+
+
+def test_options_may_stand_between_words(finished, capsys):
+    assert run(["predict", "run", "--json", "photos/dog/3.png", "photos/cat/1.png"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["predictions"]) == 2
+    assert run(["evaluate", "run", "--json", "photos"]) == 0
+    assert json.loads(capsys.readouterr().out)["n"] == 40
+
+
+def test_predict_prints_nothing_before_it_can(finished, capsys):
+    assert run(["predict", "nowhere", "photos"]) == 4
+    assert capsys.readouterr().out == ""
+
+
+def test_without_a_test_split_the_validation_split_is_named(finished, capsys):
+    result = json.loads((finished / "run" / "model.json").read_text())["metrics"]
+    assert result["split"] == "val"
+    assert run(["train", "--resume", "run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["test_top1"] is None
+
+
+def test_weights_of_a_run_bring_its_stem(finished, capsys):
+    words = ["train", "photos", "--out", "next", "--weights", "run/model.safetensors", *FAST]
+    assert run([*words, "--batch-size", "8", "--objective.bank", "16"]) == 0
+    assert "stem: small" in Path("next/config.yaml").read_text()
+    assert "tensors" in capsys.readouterr().err
 
 
 def test_evaluate_says_which_split(finished, capsys):
@@ -303,6 +365,7 @@ def test_memory_that_runs_out(here, capsys, monkeypatch):
     write_classes(here / "photos")
     argv = ["train", "photos", "--out", "run", "--batch-size", "8", *FAST]
     refused(capsys, 6, "memory ran out", "--batch-size", argv=argv)
+    assert json.loads((here / "run" / "status.json").read_text())["state"] == "failed"
 
 
 def test_a_loss_that_is_not_finite(here, capsys, monkeypatch):

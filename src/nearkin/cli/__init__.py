@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 
 HELP = """\
 nearkin trains image classifiers that learn from their near kin: neighbours of the same class.
@@ -33,6 +34,8 @@ VERBS = {"train": "train", "evaluate": "evaluate", "predict": "predict", "list":
 
 def run(argv: Sequence[str]) -> int:
     """Run one verb and return the exit code; errors become one sentence on stderr."""
+    if sys.stdout is None:  # closed by the caller: results then go nowhere
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
     if not argv or argv[0] in ("-h", "--help", "help"):
         sys.stdout.write(HELP)
         return 0
@@ -62,7 +65,7 @@ def _guarded(verb: str, argv: list[str]) -> int:
     except BrokenPipeError:
         return _closed_pipe()
     except KeyboardInterrupt:
-        _tell("stopped", "interrupted before anything was written.")
+        _tell("stopped", "interrupted.")
         return 75
     except Exception as error:
         if debug:

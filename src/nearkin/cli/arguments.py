@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -56,7 +56,7 @@ class Parser(argparse.ArgumentParser):
         Raises ConfigError for an unknown option, naming the nearest.
         """
         words, free = self._free(argv)
-        found, rest = self.parse_known_args(self._plain_flags(words))
+        found, rest = self.parse_known_intermixed_args(self._plain_flags(words))
         if rest:
             self._unknown(rest[0])
         return vars(found) | free
@@ -128,6 +128,8 @@ def _members(annotation: Any) -> tuple[Any, ...]:
     """The types that an annotation allows: `int | Literal["auto"]` -> (int, "auto")."""
     if get_origin(annotation) is Literal:
         return get_args(annotation)
+    if get_origin(annotation) is Annotated:
+        return _members(get_args(annotation)[0])
     inner = get_args(annotation)
     return tuple(m for a in inner for m in _members(a)) if inner else (annotation,)
 

@@ -27,10 +27,12 @@ def main(argv: list[str]) -> int:
     resume = given.pop("resume", None)
     layers = [read_yaml(recipe_or_file(name)) for name in given.pop("config", [])]
     values = merge(*layers, given)
+    from nearkin.train.folder import stored_config
     from nearkin.train.run import continue_run, resolved, start_run
 
     if show:
-        sys.stdout.write(to_yaml(resolved(values)))
+        stored = None if resume is None else stored_config(Path(resume))
+        sys.stdout.write(to_yaml(stored or resolved(values)))
         return 0
     fresh = resume is None
     _report(
@@ -74,9 +76,13 @@ def _report(result: Any, as_json: bool) -> None:
         record = {"run": str(result.run), "test_top1": result.test_top1, "metrics": result.metrics}
         sys.stdout.write(json.dumps(record, allow_nan=False) + "\n")
         return
-    if result.test_top1 is None:
-        sys.stdout.write("no test split\n")
+    if result.metrics:
+        split, count = result.metrics["split"], result.metrics["n"]
+        text = f"{split} top-1 {100 * result.metrics['top1']:.2f} % ({count} images)"
+        chosen = (
+            "; there is no test split, and this one chose the best epoch" if split == "val" else ""
+        )
+        sys.stdout.write(f"{text}{chosen}\n")
     else:
-        count = result.metrics["n"]
-        sys.stdout.write(f"test top-1 {100 * result.test_top1:.2f} % ({count} images)\n")
+        sys.stdout.write("neither a test nor a validation split\n")
     sys.stdout.write(f"run {result.run}\n")

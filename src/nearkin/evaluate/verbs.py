@@ -78,8 +78,8 @@ def predict(
     chosen = torch.device(choose_device(device))
     bundle = load_bundle(Path(run), chosen)
     files = [file for path in paths for file in _files(Path(path))]
-    for start in range(0, len(files), BATCH):
-        yield from _guesses(bundle, files[start : start + BATCH], chosen)
+    parts = (files[start : start + BATCH] for start in range(0, len(files), BATCH))
+    return (guess for part in parts for guess in _guesses(bundle, part, chosen))
 
 
 def _files(path: Path) -> Iterator[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
@@ -128,6 +129,8 @@ def _create(model: str, options: dict[str, Any], image_size: int) -> nn.Module:
 
 def _fetch(model: str, options: dict[str, Any], image_size: int) -> nn.Module:
     """The same model with pretrained weights. It could be built without, so what fails is the fetching."""
+    # Its retries without a network are many lines; ours is one.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         return _create(model, options | pretrained_options(model), image_size)
     except ModelError:

@@ -50,6 +50,8 @@ def _create(out: Path | None, data: str, objective: str) -> Path:
     number = 1
     while True:
         folder = runs / (name if number == 1 else f"{name}-{number}")
+        if _only_bad_files(folder):
+            return folder
         try:
             folder.mkdir()
         except FileExistsError:
@@ -75,7 +77,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def environment(command: str) -> dict[str, Any]:
-    """Versions and kind of machine; no names of hosts, people or folders."""
+    """Versions and kind of machine; no names of hosts or people. command: as it was typed."""
     import os
 
     import torch

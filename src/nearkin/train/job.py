@@ -8,16 +8,23 @@ import os
 import statistics
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from nearkin.config import FREE_ON_RESUME, RunConfig
 from nearkin.data import Dataset, Split, load_dataset
-from nearkin.errors import ConfigError, ModelError, printable
-from nearkin.evaluate.bundle import Built, ModelSpec, build
+from nearkin.errors import ConfigError, ModelError, NearkinError, printable
+from nearkin.evaluate.bundle import (
+    DESCRIPTION,
+    WEIGHTS,
+    Built,
+    ModelSpec,
+    build,
+    read_description,
+)
 from nearkin.network import load_weights
-from nearkin.runtime import Runtime
+from nearkin.runtime import Runtime, launched
 from nearkin.train.settings import check, resolve_data, resolve_training
 from nearkin.types import Facts
 
@@ -34,11 +41,17 @@ class Job(NamedTuple):
 
 
 class Result(NamedTuple):
-    """run: the run folder. test_top1: a fraction, or None without a test split. metrics: of the test split."""
+    """run: the run folder. test_top1: a fraction, or None without a test split. metrics: of the test split,
+    else of the validation split, named in `split`; empty without either."""
 
     run: Path
     test_top1: float | None
     metrics: dict[str, Any]
+
+
+def to_result(run: Path, metrics: dict[str, Any]) -> Result:
+    """`test_top1` is that of a test split, never of another."""
+    return Result(run, metrics["top1"] if metrics.get("split") == "test" else None, metrics)
 
 
 def prepare(
@@ -64,6 +77,8 @@ def prepare(
     check(config, images=count, world_size=runtime.world_size)
     built = _build(config, dataset, pretrained=config.pretrained and fresh)
     _check_accumulation(config, built)
+    _check_batchnorm(config, built)
+    _check_epochs(config, built)
     if config.weights is not None and fresh:
         say(str(load_weights(built.network, config.weights)), quiet)
     config = resolve_training(
@@ -72,7 +87,7 @@ def prepare(
         files=train.images.from_files,
         weights=sum(p.numel() for p in built.network.backbone.parameters()),
         device=runtime.device.type,
-        ranks=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        ranks=launched().per_node,
     ).model_copy(update={"options": built.spec.options, "stem": built.spec.stem})
     torch.set_num_threads(int(config.threads))
     return Job(config, dataset, built, _identity(config, dataset))
@@ -84,34 +99,43 @@ def say(text: str, quiet: bool) -> None:
         print(printable(text), file=sys.stderr, flush=True)  # noqa: T201
 
 
-def same_options(stored: RunConfig, given: RunConfig, names: set[str]) -> None:
-    """Raises ModelError when one of the options `names` would change a run that is continued."""
+def same_options(stored: RunConfig, given: RunConfig) -> None:
+    """Raises ModelError when `given` would change a run that is continued."""
     old, new = stored.flat(), given.flat()
-    changed = sorted(n for n in names - FREE_ON_RESUME if n in old and old[n] != new.get(n))
+    changed = sorted(n for n in old | new if n not in FREE_ON_RESUME and old.get(n) != new.get(n))
     if changed:
-        shown = ", ".join(f"{n} ({old[n]} -> {new.get(n)})" for n in changed)
+        shown = ", ".join(f"{n} ({old.get(n)} -> {new.get(n)})" for n in changed)
         raise ModelError(
             f"A continued run cannot change {printable(shown)}; leave that out, or start a new run."
         )
 
 
 def _load(config: RunConfig, runtime: Runtime, classes: tuple[str, ...] | None) -> Dataset:
-    # The first process downloads and scans; the others then find what it left.
-    if not runtime.is_main:
-        runtime.barrier()
-    dataset = load_dataset(
-        config.data,
-        channels=config.channels,
-        val_split=config.val_split,
-        seed=config.seed,
-        images_per_class=config.images_per_class,
-        bad_images=config.bad_images,
-        classes=classes,
-        workers=max(1, os.cpu_count() or 1),
-    )
+    """The first process downloads and scans; the others learn how that went, then read what it left."""
+
+    def load() -> Dataset:
+        return load_dataset(
+            config.data,
+            channels=config.channels,
+            val_split=config.val_split,
+            seed=config.seed,
+            images_per_class=config.images_per_class,
+            bad_images=config.bad_images,
+            classes=classes,
+            workers=max(1, os.cpu_count() or 1),
+        )
+
+    dataset: Dataset | None = None
+    problem: NearkinError | None = None
     if runtime.is_main:
-        runtime.barrier()
-    return dataset
+        try:
+            dataset = load()
+        except NearkinError as error:
+            problem = error
+    problem = runtime.share(problem)
+    if problem is not None:
+        raise problem
+    return load() if dataset is None else dataset
 
 
 def _usual_side(split: Split) -> int:
@@ -123,8 +147,9 @@ def _usual_side(split: Split) -> int:
 
 def _build(config: RunConfig, dataset: Dataset, *, pretrained: bool) -> Built:
     torch.manual_seed(config.seed)
-    # Weights from a file fit the stem that their model was made with.
-    stem = "default" if config.stem == "auto" and config.weights is not None else config.stem
+    stem = config.stem
+    if stem == "auto" and config.weights is not None:
+        stem = _stem_of(config.weights)
     spec = ModelSpec(
         model=config.model,
         channels=int(config.channels),
@@ -146,12 +171,39 @@ def _build(config: RunConfig, dataset: Dataset, *, pretrained: bool) -> Built:
     return build(spec, pretrained=pretrained, facts=facts)
 
 
+def _stem_of(weights: Path) -> Literal["default", "small"]:
+    """Weights fit the stem that their model was made with; a nearkin run says which, others have the default."""
+    if weights.name == WEIGHTS and (weights.parent / DESCRIPTION).is_file():
+        return "small" if read_description(weights.parent).spec.stem == "small" else "default"
+    return "default"
+
+
+def _check_batchnorm(config: RunConfig, built: Built) -> None:
+    part = int(config.batch_size) // config.accumulate
+    norms = any("BatchNorm" in type(module).__name__ for module in built.network.modules())
+    if part < 2 and norms:
+        raise ConfigError(
+            f"--batch-size {config.batch_size} with --accumulate {config.accumulate} gives BatchNorm one "
+            "image at a time, which has no variance; use at least two images per part."
+        )
+
+
 def _check_accumulation(config: RunConfig, built: Built) -> None:
     if config.accumulate > 1 and any(stage.coupled for stage in built.objective.stages()):
         raise ConfigError(
             f"--accumulate {config.accumulate} would change {config.objective}: its anchors contrast "
             "with the whole batch. Use --accumulate 1 with a smaller --batch-size, more processes, "
             "or the objectives ce or cone."
+        )
+
+
+def _check_epochs(config: RunConfig, built: Built) -> None:
+    stages = built.objective.stages()
+    if 0 < int(config.epochs) < len(stages):
+        names = ", ".join(stage.name for stage in stages)
+        raise ConfigError(
+            f"--epochs {config.epochs} is too short for the {len(stages)} stages of {config.objective} "
+            f"({names}); use at least {len(stages)}."
         )
 
 

@@ -50,19 +50,17 @@ class Learner:
         self.config, self.runtime = config, runtime
         self.network, self.objective = network, objective
         self.steps_per_epoch, self.classes = steps_per_epoch, classes
-        self.ema = Teacher(network) if config.ema > 0 else None
+        self.ema: Teacher | None = None
         self.teacher: Teacher | None = None
         self.optimizer: Optimizer
         self.steps_done = 0
 
     def begin(self, stage: Stage) -> None:
-        """Start a stage: freeze what it does not use, fresh optimiser, fresh teacher."""
+        """Start a stage: freeze what it does not use, fresh optimiser, teacher and average."""
         config = self.config
         self.stage = stage
         self.network.activate(stage.heads, stage.freeze_backbone)
-        if self.ema is not None:
-            self.ema.network.activate(stage.heads, freeze_backbone=False)
-            self.ema.network.requires_grad_(False)
+        self.ema = Teacher(self.network) if config.ema > 0 else None
         policy = stage.teacher
         self.teacher = Teacher(self.network, batchnorm=policy.batchnorm) if policy else None
         self._raw_optimizer = build_optimizer(
@@ -94,7 +92,7 @@ class Learner:
             losses.append(loss)
         self._apply()
         self.steps_done = step + 1
-        self._follow(whole if count == 1 else self._gathered(_join(parts)), progress, step)
+        self._follow(whole if count == 1 else self._gathered(_join(parts)), progress)
         return _mean(losses)
 
     @property
@@ -204,7 +202,7 @@ class Learner:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def _follow(self, whole: Part, progress: Progress, step: int) -> None:
+    def _follow(self, whole: Part, progress: Progress) -> None:
         """After the optimiser: the teacher, the averaged copy and the bank."""
         with torch.no_grad():
             self.objective.update(*whole)
@@ -214,8 +212,8 @@ class Learner:
             )
             self.teacher.update(self.network, momentum)
         if self.ema is not None:
-            # Until the average is as long as its memory, it is the plain mean.
-            self.ema.update(self.network, min(self.config.ema, 1 - 1 / (step + 2)))
+            # Until the stage is as long as the average's memory, it is the plain mean.
+            self.ema.update(self.network, min(self.config.ema, 1 - 1 / (progress.step + 2)))
 
 
 def _split(batch: Batch, count: int) -> list[Batch]:

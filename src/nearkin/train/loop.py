@@ -168,15 +168,19 @@ class Loop:
             "index": batch.index.tolist(),
             "labels": batch.labels.tolist(),
             "rank": self.runtime.rank,
-            "rng_state": torch.get_rng_state().tolist(),
+            # What the learner set before this step; everything else is keyed to (seed, step, sample).
+            "rng_state": torch.Generator()
+            .manual_seed(self.config.seed + step)
+            .get_state()
+            .tolist(),
         }
         where = ""
         if self.journal is not None:
             write_json(self.journal.folder / REPLAY, replay)
             where = f"; the batch is listed in {REPLAY}"
         raise DivergedError(
-            f"The loss is not finite at step {step} of {self.steps}{where}; the last checkpoint is from "
-            "before it. Lower --lr, set --clip-grad 1, or use --precision fp32."
+            f"The loss is not finite at step {step} of {self.steps}{where}, and no checkpoint was written "
+            "since. Start a new run with a lower --lr, --clip-grad 1 or --precision fp32."
         )
 
     def _record_losses(self, stage: Stage, progress: Progress, step: int) -> None:

@@ -16,7 +16,7 @@ from nearkin.evaluate.bundle import read_description
 from nearkin.objectives import get
 from nearkin.runtime import Runtime, choose_device, choose_precision
 from nearkin.train import folder as run_folder
-from nearkin.train.job import Job, Result, prepare, same_options, say
+from nearkin.train.job import Job, Result, prepare, same_options, say, to_result
 from nearkin.train.journal import STATUS
 from nearkin.train.session import Session
 
@@ -66,7 +66,9 @@ def continue_run(run: Path, values: Mapping[str, Any], *, quiet: bool) -> Result
     """Go on where the newest checkpoint of `run` stands. `values` may change workers, log level and intervals."""
     stored = run_folder.stored_config(run)
     given: RunConfig = validate(RunConfig, merge(stored.flat(), values))
-    same_options(stored, given, set(values) - {"out"})
+    options = validate(get(given.objective).Config, given.options, prefix="objective.")
+    given = given.model_copy(update={"options": options.model_dump(mode="json")})
+    same_options(stored, given)
     free = {name: getattr(given, name) for name in FREE_ON_RESUME}
     config = stored.model_copy(update=free)
     finished = _finished(run)
@@ -129,8 +131,10 @@ def _create_folder(job: Job, runtime: Runtime) -> Path:
         try:
             made = run_folder.create(config.out, data=config.data, objective=config.objective)
             run_folder.describe(made, config, job.dataset.classes, run_folder.command_line())
+            bad_files = made / run_folder.BAD_FILES
+            bad_files.unlink(missing_ok=True)  # of an earlier try
             if job.dataset.bad:
-                write_bad_files(made / run_folder.BAD_FILES, job.dataset.bad)
+                write_bad_files(bad_files, job.dataset.bad)
         except NearkinError as error:
             made = error
     made = runtime.share(made)
@@ -156,8 +160,7 @@ def _finished(run: Path) -> Result | None:
         return None
     if state != "finished":
         return None
-    metrics = read_description(run).metrics
-    return Result(run, metrics.get("top1"), metrics)
+    return to_result(run, read_description(run).metrics)
 
 
 __all__ = ["Result", "continue_run", "resolved", "start_run", "train"]

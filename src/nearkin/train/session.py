@@ -24,7 +24,7 @@ from nearkin.evaluate.metrics import summarise, write_predictions
 from nearkin.objectives import Stage
 from nearkin.runtime import Runtime
 from nearkin.train.bar import Bar
-from nearkin.train.job import Job, Result
+from nearkin.train.job import Job, Result, to_result
 from nearkin.train.journal import Journal
 from nearkin.train.keeper import Keeper, same_run
 from nearkin.train.learner import Learner
@@ -78,11 +78,10 @@ class Session:
                 warn=self._warn,
             )
             try:
-                step = loop.run(route, snapshot, signals)
-            except NearkinError as error:
+                return self._finish(loop.run(route, snapshot, signals))
+            except Exception as error:
                 self._ended(error)
                 raise
-        return self._finish(step)
 
     def _assemble(self) -> None:
         network, objective = self.job.built.network, self.job.built.objective
@@ -178,15 +177,15 @@ class Session:
         if weights is not None:
             network.load_state_dict(weights)
         metrics: dict[str, Any] = {}
-        test = self.dataset.splits.get("test")
-        if test is not None:
-            predictions = self.judge.predictions(network, test)
-            metrics = {"split": "test"} | summarise(predictions, self.dataset.classes)
+        judged = self.dataset.splits.get("test", self.dataset.splits.get("val"))
+        if judged is not None:
+            predictions = self.judge.predictions(network, judged)
+            metrics = {"split": judged.name} | summarise(predictions, self.dataset.classes)
             if self.runtime.is_main:
                 write_predictions(
                     self.folder / "predictions.csv",
                     predictions,
-                    [test.images.name(row) for row in range(len(test.labels))],
+                    [judged.images.name(row) for row in range(len(judged.labels))],
                     self.dataset.classes,
                 )
         if self.journal is not None:
@@ -208,15 +207,24 @@ class Session:
                 best=best and best._asdict(),
             )
             self.journal.log(f"finished at step {step}")
-        return Result(self.folder, metrics.get("top1"), metrics)
+        return to_result(self.folder, metrics)
 
-    def _ended(self, error: NearkinError) -> None:
+    def _ended(self, error: Exception) -> None:
         if self.journal is not None:
-            state = {75: "stopped", 6: "diverged"}.get(error.code, "failed")
+            code = error.code if isinstance(error, NearkinError) else 1
+            state = {75: "stopped", 6: "diverged"}.get(code, "failed")
+            best = self.keeper.best
             self.journal.log(f"{state}: {error}")
             step = self.learner.steps_done
             epoch = step // max(1, self.steps_per_epoch)
-            self.journal.status(state, step=step, steps=self.steps, epoch=epoch, message=str(error))
+            self.journal.status(
+                state,
+                step=step,
+                steps=self.steps,
+                epoch=epoch,
+                best=best and best._asdict(),
+                message=str(error),
+            )
 
     def _say(self, text: str) -> None:
         self.bar.say(text)
