@@ -186,6 +186,55 @@ def _deaf(words):
     return command(words)
 
 
+def test_one_process_at_a_time_trains_in_a_folder(tmp_path):
+    folder = tmp_path / "run"
+    words = [*arguments("cone"), "--out", str(folder), "--epochs", "50", "--save-minutes", "60"]
+    process = start(command, words, log=tmp_path / "log")
+    while process.is_alive() and steps(folder) < 2:
+        time.sleep(0.01)
+    second = tmp_path / "second"
+    again = ["train", "--resume", str(folder), "--quiet"]
+    assert finish(start(command, again, log=second)) == [2]
+    assert "Another process is training" in second.read_text()
+    process.kill()
+    process.join()
+    # The lock ended with its process: the next one may go on, here until it is asked to stop.
+    reached = steps(folder)
+    process = start(command, again, log=second)
+    while process.is_alive() and steps(folder) <= reached:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGTERM)
+    assert finish(process) == [75], second.read_text()
+
+
+def test_a_signal_before_the_first_step_is_no_crash(tmp_path):
+    process = start(
+        _slow_to_start, [*arguments("cone"), "--out", str(tmp_path / "run")], log=tmp_path / "log"
+    )
+    while process.is_alive() and not (tmp_path / "log").exists():
+        time.sleep(0.01)
+    while "loading" not in (tmp_path / "log").read_text():
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGTERM)
+    assert finish(process) == [75]
+    assert "nearkin: stopped: interrupted" in (tmp_path / "log").read_text()
+    assert not (tmp_path / "run").exists()
+
+
+def _slow_to_start(words):
+    """A run whose data take for ever to load."""
+    import sys
+
+    from nearkin.train import job
+
+    def slow(*_, **__):
+        print("loading", file=sys.stderr, flush=True)
+        time.sleep(60)
+
+    job.load_dataset = slow
+    return command(words)
+
+
 def test_two_processes_resume_the_same_too(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     log = tmp_path / "log"

@@ -11,11 +11,17 @@ from nearkin.cli import is_first
 from nearkin.cli.arguments import Parser, options_table, show_help
 from nearkin.cli.listing import recipe_or_file
 from nearkin.config import RunConfig, merge, read_yaml, to_yaml
+from nearkin.train.signals import handled, interrupt
 
 USAGE = "nearkin train [DATA] [--objective NAME] [--objective.OPTION VALUE] [--OPTION VALUE]"
 
 
 def main(argv: list[str]) -> int:
+    with handled(interrupt):
+        return _main(argv)
+
+
+def _main(argv: list[str]) -> int:
     parser = _parser()
     given = parser.read(argv)
     if given.pop("help", False):

@@ -6,7 +6,8 @@ import json
 import platform
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,6 +18,7 @@ from nearkin.errors import ConfigError, ModelError, printable
 from nearkin.files import write_atomic
 
 BAD_FILES = "bad_files.csv"
+LOCK = ".lock"
 PACKAGES = ("nearkin", "torch", "torchvision", "timm", "lightning-fabric", "numpy", "pillow")
 
 
@@ -62,6 +64,27 @@ def _create(out: Path | None, data: str, objective: str) -> Path:
 
 def _only_bad_files(folder: Path) -> bool:
     return folder.is_dir() and [p.name for p in folder.iterdir()] == [BAD_FILES]
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process at a time trains in a run folder. Raises ConfigError when another one does.
+
+    The lock is the kernel's: it ends with its process, however that ends, and workers do not inherit it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows has none; there two runs in one folder are the user's care
+        yield
+        return
+    with (folder / LOCK).open("a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(
+                f"Another process is training in {printable(str(folder))}; wait for it or stop it first."
+            ) from None
+        yield
 
 
 def describe(folder: Path, config: RunConfig, classes: Sequence[str], command: str) -> None:

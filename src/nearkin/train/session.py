@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,13 @@ from nearkin.evaluate.metrics import summarise, write_predictions
 from nearkin.objectives import Stage
 from nearkin.runtime import Runtime
 from nearkin.train.bar import Bar
+from nearkin.train.folder import locked
 from nearkin.train.job import Job, Result, to_result
 from nearkin.train.journal import Journal
 from nearkin.train.keeper import Keeper, same_run
 from nearkin.train.learner import Learner
 from nearkin.train.loop import Loop, legs
-from nearkin.train.signals import StopSignals
+from nearkin.train.signals import StopSignals, handled
 from nearkin.train.store import Snapshot, Store
 from nearkin.types import Batch
 
@@ -58,11 +60,16 @@ class Session:
 
     def run(self) -> Result:
         """Train to the end, then judge the test split once. Raises Stopped or DivergedError on the way."""
+        with locked(self.folder) if self.runtime.is_main else nullcontext():
+            return self._run()
+
+    def _run(self) -> Result:
         route = legs(self.stages, int(self.config.epochs), self.steps_per_epoch)
         self.steps = route[-1].last
         level = self.config.log_level
         quiet, silent = self.quiet or level != "info", self.quiet or level == "error"
-        with Bar(self.steps, quiet=quiet, silent=silent) as bar, StopSignals() as signals:
+        signals = StopSignals()
+        with Bar(self.steps, quiet=quiet, silent=silent) as bar, handled(signals.ask):
             self.bar = bar
             self._say(self._summary())
             snapshot = self._snapshot()

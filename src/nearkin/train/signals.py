@@ -5,36 +5,47 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
-from typing import Any, Self
+from typing import Any
 
 from nearkin.errors import Stopped
 
 ASKING = ("SIGTERM", "SIGINT", "SIGUSR1")
 
 
+@contextmanager
+def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Within the block the asking signals go to `handler`; afterwards to whoever had them before."""
+    before: dict[int, Any] = {}
+    # Python allows handlers in the main thread only; elsewhere (a notebook's worker) the caller decides.
+    if threading.current_thread() is threading.main_thread():
+        for name in ASKING:
+            number = getattr(signal, name, None)
+            if number is not None:
+                before[number] = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+def interrupt(_: int, __: FrameType | None) -> None:
+    """For the time before the first step, when there is nothing to save yet."""
+    raise KeyboardInterrupt
+
+
 class StopSignals:
-    """Within the `with` block SIGTERM, SIGINT and SIGUSR1 ask to stop; a second SIGINT ends the process at once."""
+    """Whether SIGTERM, SIGINT or SIGUSR1 asked to stop; a second SIGINT ends the process at once."""
 
     def __init__(self) -> None:
         self.asked = False
         self._interrupts = 0
-        self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> Self:
-        # Python allows handlers in the main thread only; elsewhere (a notebook's worker) the caller decides.
-        if threading.current_thread() is threading.main_thread():
-            for name in ASKING:
-                number = getattr(signal, name, None)
-                if number is not None:
-                    self._before[number] = signal.signal(number, self._ask)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, _: FrameType | None) -> None:
+    def ask(self, number: int, _: FrameType | None) -> None:
+        """The handler: it only sets a flag, which the loop reads between two steps."""
         self.asked = True
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1:
