@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nearkin import __version__
 from nearkin.data import (
     Dataset,
     EvalSpec,
@@ -198,7 +198,7 @@ class Session:
         if self.journal is not None:
             description = Description(
                 format=FORMAT,
-                nearkin=__version__,
+                nearkin=version("nearkin"),
                 spec=self.job.built.spec,
                 transform=self.spec,
                 heads=self.stages[-1].heads,
