@@ -62,6 +62,8 @@ def test_help_is_on_stdout_and_complete(capsys):
         "--images-per-class",
     ):
         assert option in out
+    assert run(["evaluate", "-h"]) == 0
+    assert "--split" in capsys.readouterr().out
     assert run(["--help"]) == 0
     assert "exit codes" in capsys.readouterr().out.lower()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from nearkin.config import RunConfig
@@ -12,22 +13,45 @@ from nearkin.train.session import Session
 from nearkin.types import Progress
 
 
+def session_of(tmp_path, config):
+    runtime = Runtime(device="cpu", precision="fp32")
+    small = {"model": "test_resnet", "epochs": 2, "batch_size": 32, "threads": 1}
+    config = config.model_copy(update=small | {"images_per_class": 10})
+    return Session(prepare(config, runtime), runtime, tmp_path, quiet=True)
+
+
+def first_step(session, leg):
+    """Take the first step of a leg."""
+    for batch in session._loader(leg.stage, leg.first, leg.first + 1):
+        progress = Progress(leg.stage.name, 0, leg.last - leg.first, 0, 1)
+        session.learner.step(batch, progress, leg.first)
+
+
+@pytest.mark.parametrize(("limit", "clipped"), [(0.01, True), (1e6, False)])
+def test_the_gradient_is_clipped_to_its_limit(tmp_path, limit, clipped):
+    session = session_of(tmp_path, RunConfig(objective="ce", clip_grad=limit))
+    (leg,) = legs(session.stages, 2, session.steps_per_epoch)
+    session.learner.begin(leg.stage)
+    norms = []
+
+    def measure(*_):
+        gradients = [p.grad.norm() for p in session.learner.network.parameters()]
+        norms.append(torch.stack(gradients).norm().item())
+
+    session.learner._raw_optimizer.register_step_pre_hook(measure)
+    first_step(session, leg)
+    assert norms[0] == pytest.approx(limit, rel=1e-3) if clipped else 0.01 < norms[0] < limit
+
+
 def test_a_new_stage_averages_from_its_own_start(tmp_path):
     """After the first step of every stage the average is the mean of the start and of the weights now."""
-    runtime = Runtime(device="cpu", precision="fp32")
-    options = {"mode": "two-stage"}
-    config = RunConfig(objective="supcon", options=options, ema=0.999, images_per_class=10)
-    config = config.model_copy(
-        update={"model": "test_resnet", "epochs": 2, "batch_size": 32, "threads": 1}
-    )
-    session = Session(prepare(config, runtime), runtime, tmp_path, quiet=True)
+    config = RunConfig(objective="supcon", options={"mode": "two-stage"}, ema=0.999)
+    session = session_of(tmp_path, config)
     learner = session.learner
     for leg in legs(session.stages, 2, session.steps_per_epoch):
         learner.begin(leg.stage)
         start = {n: p.detach().clone() for n, p in learner.network.named_parameters()}
-        for batch in session._loader(leg.stage, leg.first, leg.first + 1):
-            progress = Progress(leg.stage.name, 0, leg.last - leg.first, 0, 1)
-            learner.step(batch, progress, leg.first)
+        first_step(session, leg)
         mean = dict(learner.judged().named_parameters())
         moved = 0
         for name, now in learner.network.named_parameters():

@@ -31,6 +31,10 @@ SUPCON = [
 CASES = {
     "cone": [*CONE, "--ema", "0.9"],
     "cone-own-crop-mixed": [*CONE, "--objective.teacher-crop", "own", "--augment", "strong"],
+    "cone-bf16-clipped-in-parts": [
+        *[*CONE, "--precision", "bf16", "--memory-format", "channels_last"],
+        *["--clip-grad", "0.5", "--accumulate", "2", "--drop-path", "0.2"],
+    ],
     "supcon": SUPCON,
     "ce-lamb-dropout": ["--objective", "ce", "--optimizer", "lamb", "--drop-rate", "0.3"],
 }

@@ -55,7 +55,7 @@ class Parser(argparse.ArgumentParser):
 
         Raises ConfigError for an unknown option, naming the nearest.
         """
-        words, free = self._free(argv)
+        words, free = self._free(["--help" if word == "-h" else word for word in argv])
         found, rest = self.parse_known_intermixed_args(self._plain_flags(words))
         if rest:
             self._unknown(rest[0])

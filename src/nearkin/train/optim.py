@@ -49,6 +49,8 @@ def build_optimizer(
 
     groups = parameter_groups(network, weight_decay=weight_decay, decay_all=decay_all)
     extra: dict[str, Any] = {"momentum": momentum} if name == "sgd" else {}
+    if name != "lamb":
+        extra["fused"] = True  # one pass over the weights instead of one per operation
     optimizer: Optimizer = create_optimizer_v2(groups, opt=name, lr=lr, weight_decay=0.0, **extra)
     return optimizer
 
@@ -94,5 +96,7 @@ def load_optimizer_tensors(
         if value.shape == parameter.shape:
             placed = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         else:
-            placed = value.clone()
+            # A fused optimiser counts its steps on the device, the others on the host.
+            fused = optimizer.defaults.get("fused")
+            placed = value.to(parameter.device if fused else "cpu").clone()
         optimizer.state[parameter][key] = placed
