@@ -20,8 +20,8 @@ FLOORS = [
     {"bank", "teacher", "network"},
     {"objectives"},
     {"data"},
-    {"evaluate"},
-    {"train"},
+    {"evaluation"},
+    {"training"},
     {"report"},
     {"cli"},
     {"__main__", "__init__"},
@@ -66,8 +66,8 @@ def test_imports_go_one_way(path):
 
 
 def test_an_upward_import_would_be_found():
-    tree = ast.parse("def f():\n    from nearkin.train import loop\n")
-    assert upward(SOURCE / "bank.py", tree) == {"train"}
+    tree = ast.parse("def f():\n    from nearkin.training import loop\n")
+    assert upward(SOURCE / "bank.py", tree) == {"training"}
 
 
 def test_data_and_objectives_do_not_know_each_other():
@@ -145,6 +145,20 @@ def test_the_public_names():
     ]
     for name in nearkin.__all__:
         assert getattr(nearkin, name) is not None
+
+
+def test_no_room_hides_a_public_function():
+    """Importing a package `nearkin.train` would replace the function of that name."""
+    program = (
+        "import nearkin, nearkin.training.run, nearkin.evaluation.verbs; "
+        "print(all(callable(getattr(nearkin, n)) for n in ('train', 'evaluate', 'predict')))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["True"]
+    rooms = {p.relative_to(SOURCE).parts[0].removesuffix(".py") for p in FILES}
+    assert not rooms & set(nearkin.__all__)
 
 
 def test_the_public_functions():

@@ -17,16 +17,16 @@ if TYPE_CHECKING:
         NearkinError,
         Stopped,
     )
-    from nearkin.evaluate.verbs import evaluate, predict
-    from nearkin.train.run import Result, train
+    from nearkin.evaluation.verbs import evaluate, predict
+    from nearkin.training.run import Result, train
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "train": "nearkin.train.run",
-    "Result": "nearkin.train.run",
-    "evaluate": "nearkin.evaluate.verbs",
-    "predict": "nearkin.evaluate.verbs",
+    "train": "nearkin.training.run",
+    "Result": "nearkin.training.run",
+    "evaluate": "nearkin.evaluation.verbs",
+    "predict": "nearkin.evaluation.verbs",
     "NearkinError": "nearkin.errors",
     "ConfigError": "nearkin.errors",
     "DataError": "nearkin.errors",

@@ -356,7 +356,7 @@ def test_data_that_changed_since_the_run(finished, capsys, tmp_path):
 
 
 def test_memory_that_runs_out(here, capsys, monkeypatch):
-    from nearkin.train.learner import Learner
+    from nearkin.training.learner import Learner
 
     def hungry(*_):
         torch.empty(1 << 50)
@@ -370,7 +370,7 @@ def test_memory_that_runs_out(here, capsys, monkeypatch):
 
 def test_a_loss_that_is_not_finite(here, capsys, monkeypatch):
     from nearkin.objectives import CoNe
-    from nearkin.train.store import Store
+    from nearkin.training.store import Store
 
     plain = CoNe.forward
 

@@ -11,7 +11,7 @@ from tests.processes import finish, ranks, start
 
 from nearkin.cli import run
 from nearkin.errors import ModelError
-from nearkin.evaluate.verbs import evaluate, predict
+from nearkin.evaluation.verbs import evaluate, predict
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from nearkin.errors import DataError, DivergedError, ModelError
-from nearkin.evaluate.metrics import summarise, write_predictions
+from nearkin.evaluation.metrics import summarise, write_predictions
 from nearkin.types import Predictions
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from nearkin.errors import DataError, DivergedError
-from nearkin.evaluate import predict
-from nearkin.evaluate.predict import collect, knn_accuracy
+from nearkin.evaluation import predict
+from nearkin.evaluation.predict import collect, knn_accuracy
 from nearkin.types import Batch
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from nearkin.train.store import Snapshot, Store
+from nearkin.training.store import Snapshot, Store
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)

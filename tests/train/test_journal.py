@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from nearkin.errors import ModelError
-from nearkin.train.journal import Journal, read_metrics
+from nearkin.training.journal import Journal, read_metrics
 
 
 def record(journal: Journal, step: int, **values: object) -> None:
@@ -207,7 +207,7 @@ def test_a_line_that_only_half_fits_is_taken_back(tmp_path: Path) -> None:
     script = """
 import resource, signal, sys
 from pathlib import Path
-from nearkin.train.journal import Journal
+from nearkin.training.journal import Journal
 folder = Path(sys.argv[1])
 journal = Journal(folder)
 journal.record("train", stage="s", step=1, epoch=0)

@@ -7,9 +7,9 @@ import torch
 
 from nearkin.config import RunConfig
 from nearkin.runtime import Runtime
-from nearkin.train.job import prepare
-from nearkin.train.loop import legs
-from nearkin.train.session import Session
+from nearkin.training.job import prepare
+from nearkin.training.loop import legs
+from nearkin.training.session import Session
 from nearkin.types import Progress
 
 

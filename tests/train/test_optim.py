@@ -9,7 +9,7 @@ from torch import nn
 from nearkin.network import Network, projection_head
 from nearkin.objectives import Head
 from nearkin.teacher import Teacher
-from nearkin.train.optim import (
+from nearkin.training.optim import (
     build_optimizer,
     load_optimizer_tensors,
     optimizer_tensors,

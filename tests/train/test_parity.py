@@ -42,9 +42,9 @@ def steps(options, folder, precision):
     """Take STEPS steps. Alone, write the state before and after each; in company, start each from what is there."""
     from nearkin.config import RunConfig, validate
     from nearkin.runtime import Runtime
-    from nearkin.train.job import prepare
-    from nearkin.train.loop import legs
-    from nearkin.train.session import Session
+    from nearkin.training.job import prepare
+    from nearkin.training.loop import legs
+    from nearkin.training.session import Session
     from nearkin.types import Progress
 
     runtime = Runtime(device="cpu", precision=precision)

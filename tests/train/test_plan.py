@@ -12,10 +12,10 @@ from nearkin.config import RunConfig
 from nearkin.errors import ConfigError
 from nearkin.objectives import Stage
 from nearkin.teacher import TeacherPolicy, momentum_at
-from nearkin.train.loop import legs
-from nearkin.train.meters import Meters
-from nearkin.train.schedule import lr_factor
-from nearkin.train.settings import check, resolve_data, resolve_training
+from nearkin.training.loop import legs
+from nearkin.training.meters import Meters
+from nearkin.training.schedule import lr_factor
+from nearkin.training.settings import check, resolve_data, resolve_training
 from nearkin.types import Loss
 
 

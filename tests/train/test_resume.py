@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tests.processes import finish, ranks, start
 
 from nearkin.cli import run as command
-from nearkin.train.journal import read_metrics
+from nearkin.training.journal import read_metrics
 
 TINY = [
     *["train", "digits", "--epochs", "2", "--model", "test_resnet", "--batch-size", "64"],
@@ -176,7 +176,7 @@ def test_a_second_interrupt_ends_at_once(tmp_path):
 
 def _deaf(words):
     """A run whose step hangs once it was asked to stop."""
-    from nearkin.train.learner import Learner
+    from nearkin.training.learner import Learner
 
     plain = Learner.step
 
@@ -229,7 +229,7 @@ def _slow_to_start(words):
     """A run whose data take for ever to load."""
     import sys
 
-    from nearkin.train import job
+    from nearkin.training import job
 
     def slow(*_, **__):
         print("loading", file=sys.stderr, flush=True)

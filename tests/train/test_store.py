@@ -11,7 +11,7 @@ import torch
 from store_cases import FLOATS, assert_same, names, saved, snapshot, unexpected
 
 from nearkin.errors import DivergedError, ModelError
-from nearkin.train.store import Snapshot, Store
+from nearkin.training.store import Snapshot, Store
 
 
 def test_round_trip_gives_every_bit_back(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from store_cases import assert_same, saved, snapshot, unexpected
 
 from nearkin.errors import ModelError
-from nearkin.train.store import Damaged, Snapshot, Store
+from nearkin.training.store import Damaged, Snapshot, Store
 
 
 def remake_manifest(folder: Path, **more: bytes) -> None:

@@ -18,8 +18,8 @@ import pytest
 from store_cases import assert_same, names, saved, snapshot, unexpected
 
 from nearkin.files import SaveFailed, write_atomic
-from nearkin.train import snapshot as snapshots
-from nearkin.train.store import Store
+from nearkin.training import snapshot as snapshots
+from nearkin.training.store import Store
 
 CALLS = ("fsync", "mkdir", "rename", "replace", "rmdir", "unlink")
 
@@ -236,7 +236,7 @@ FULL_DISK = """
     from pathlib import Path
     import torch
     from nearkin.files import SaveFailed
-    from nearkin.train.store import Snapshot, Store
+    from nearkin.training.store import Snapshot, Store
 
     def sized(step, numbers):
         return Snapshot(step, {"model": {"w": torch.full((numbers,), float(step))}}, {})

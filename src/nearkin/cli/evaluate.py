@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
         return 0
     if "run" not in given or given["run"] is None:
         raise ConfigError("Evaluate which run? Give the folder that train printed.")
-    from nearkin.evaluate.verbs import evaluate
+    from nearkin.evaluation.verbs import evaluate
 
     result = evaluate(
         given["run"],

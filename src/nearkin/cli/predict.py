@@ -13,7 +13,7 @@ from nearkin.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from nearkin.evaluate.verbs import Guess
+    from nearkin.evaluation.verbs import Guess
 
 USAGE = "nearkin predict RUN IMAGES... [--json]"
 COLUMNS = ("path", "class", "probability", "top5", "error")
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
         return 0
     if not given.get("run") or not given.get("images"):
         raise ConfigError("Predict what? Give a run folder, then image files or folders.")
-    from nearkin.evaluate.verbs import predict
+    from nearkin.evaluation.verbs import predict
 
     guesses = predict(given["run"], given["images"], device=given.get("device", "auto"))
     # Paths are bytes; those that are not UTF-8 come out as they went in.

@@ -11,7 +11,7 @@ from nearkin.cli import is_first
 from nearkin.cli.arguments import Parser, options_table, show_help
 from nearkin.cli.listing import recipe_or_file
 from nearkin.config import RunConfig, merge, read_yaml, to_yaml
-from nearkin.train.signals import handled, interrupt
+from nearkin.training.signals import handled, interrupt
 
 USAGE = "nearkin train [DATA] [--objective NAME] [--objective.OPTION VALUE] [--OPTION VALUE]"
 
@@ -33,8 +33,8 @@ def _main(argv: list[str]) -> int:
     resume = given.pop("resume", None)
     layers = [read_yaml(recipe_or_file(name)) for name in given.pop("config", [])]
     values = merge(*layers, given)
-    from nearkin.train.folder import stored_config
-    from nearkin.train.run import continue_run, resolved, start_run
+    from nearkin.training.folder import stored_config
+    from nearkin.training.run import continue_run, resolved, start_run
 
     if show:
         stored = None if resume is None else stored_config(Path(resume))

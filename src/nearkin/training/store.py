@@ -16,7 +16,7 @@ from typing import Literal, TypeVar
 
 from nearkin.errors import ModelError, printable
 from nearkin.files import SaveFailed, reporting, sync_folder
-from nearkin.train.snapshot import Damaged, Snapshot, best_of, read, verify, write
+from nearkin.training.snapshot import Damaged, Snapshot, best_of, read, verify, write
 
 __all__ = ["Damaged", "Kind", "SaveFailed", "Snapshot", "Store"]
 

@@ -15,7 +15,7 @@ import torch
 from nearkin.config import FREE_ON_RESUME, RunConfig
 from nearkin.data import Dataset, Split, load_dataset
 from nearkin.errors import ConfigError, ModelError, NearkinError, printable
-from nearkin.evaluate.bundle import (
+from nearkin.evaluation.bundle import (
     DESCRIPTION,
     WEIGHTS,
     Built,
@@ -25,7 +25,7 @@ from nearkin.evaluate.bundle import (
 )
 from nearkin.network import load_weights
 from nearkin.runtime import Runtime, launched
-from nearkin.train.settings import check, resolve_data, resolve_training
+from nearkin.training.settings import check, resolve_data, resolve_training
 from nearkin.types import Facts
 
 LOOKED_AT = 200  # images whose size is read to find the usual one

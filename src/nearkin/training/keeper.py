@@ -9,9 +9,9 @@ from torch import Tensor
 
 from nearkin.errors import ModelError
 from nearkin.files import SaveFailed
-from nearkin.train.learner import Learner
-from nearkin.train.meters import Meters
-from nearkin.train.store import Snapshot, Store
+from nearkin.training.learner import Learner
+from nearkin.training.meters import Meters
+from nearkin.training.store import Snapshot, Store
 
 SHARE = 0.05  # of the time elapsed may go into saving at the ends of epochs
 FAILURES = 3  # in a row, until a run that cannot save stops

@@ -12,9 +12,9 @@ import torch
 from nearkin.config import CONFIG_FILE, RunConfig, read_yaml, validate
 from nearkin.data import IMAGE_SUFFIXES, BadImage, eval_transform, load_for_evaluation, read_image
 from nearkin.errors import DataError, printable
-from nearkin.evaluate.bundle import Bundle, load_bundle
-from nearkin.evaluate.judge import Judge
-from nearkin.evaluate.metrics import summarise
+from nearkin.evaluation.bundle import Bundle, load_bundle
+from nearkin.evaluation.judge import Judge
+from nearkin.evaluation.metrics import summarise
 from nearkin.runtime import Runtime, choose_device
 
 BATCH = 64

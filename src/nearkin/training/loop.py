@@ -12,13 +12,13 @@ from nearkin.config import RunConfig
 from nearkin.errors import DivergedError, Stopped
 from nearkin.objectives import Stage
 from nearkin.runtime import Flags, Runtime
-from nearkin.train.folder import write_json
-from nearkin.train.journal import Journal
-from nearkin.train.keeper import Keeper
-from nearkin.train.learner import Learner
-from nearkin.train.meters import Meters
-from nearkin.train.signals import StopSignals
-from nearkin.train.store import Snapshot
+from nearkin.training.folder import write_json
+from nearkin.training.journal import Journal
+from nearkin.training.keeper import Keeper
+from nearkin.training.learner import Learner
+from nearkin.training.meters import Meters
+from nearkin.training.signals import StopSignals
+from nearkin.training.store import Snapshot
 from nearkin.types import Batch, Loss, Progress
 
 REPLAY = "replay.json"

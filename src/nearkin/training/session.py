@@ -19,20 +19,20 @@ from nearkin.data import (
     train_transform,
 )
 from nearkin.errors import ConfigError, NearkinError
-from nearkin.evaluate.bundle import FORMAT, Description, save_bundle
-from nearkin.evaluate.judge import Judge
-from nearkin.evaluate.metrics import summarise, write_predictions
+from nearkin.evaluation.bundle import FORMAT, Description, save_bundle
+from nearkin.evaluation.judge import Judge
+from nearkin.evaluation.metrics import summarise, write_predictions
 from nearkin.objectives import Stage
 from nearkin.runtime import Runtime
-from nearkin.train.bar import Bar
-from nearkin.train.folder import locked
-from nearkin.train.job import Job, Result, to_result
-from nearkin.train.journal import Journal
-from nearkin.train.keeper import Keeper, same_run
-from nearkin.train.learner import Learner
-from nearkin.train.loop import Loop, legs
-from nearkin.train.signals import StopSignals, handled
-from nearkin.train.store import Snapshot, Store
+from nearkin.training.bar import Bar
+from nearkin.training.folder import locked
+from nearkin.training.job import Job, Result, to_result
+from nearkin.training.journal import Journal
+from nearkin.training.keeper import Keeper, same_run
+from nearkin.training.learner import Learner
+from nearkin.training.loop import Loop, legs
+from nearkin.training.signals import StopSignals, handled
+from nearkin.training.store import Snapshot, Store
 from nearkin.types import Batch
 
 

@@ -14,13 +14,13 @@ from nearkin.network import Network
 from nearkin.objectives import Objective, Stage
 from nearkin.runtime import Runtime
 from nearkin.teacher import TEACHER_SALT, Teacher, momentum_at
-from nearkin.train.optim import (
+from nearkin.training.optim import (
     build_optimizer,
     load_optimizer_tensors,
     optimizer_tensors,
     set_lr,
 )
-from nearkin.train.schedule import lr_factor
+from nearkin.training.schedule import lr_factor
 from nearkin.types import Batch, Loss, Outputs, Progress
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nearkin.data import EvalSpec, Split, eval_loader, eval_transform
 from nearkin.errors import ModelError
-from nearkin.evaluate.predict import collect, knn_accuracy
+from nearkin.evaluation.predict import collect, knn_accuracy
 from nearkin.network import Network
 from nearkin.runtime import Runtime
 from nearkin.types import Batch, Predictions

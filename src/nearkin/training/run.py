@@ -12,13 +12,13 @@ from nearkin.config import FREE_ON_RESUME, RunConfig, merge, validate
 from nearkin.data import WorkersDied, write_bad_files
 from nearkin.data.scan import BadImages
 from nearkin.errors import DivergedError, NearkinError
-from nearkin.evaluate.bundle import read_description
+from nearkin.evaluation.bundle import read_description
 from nearkin.objectives import get
 from nearkin.runtime import Runtime, choose_device, choose_precision
-from nearkin.train import folder as run_folder
-from nearkin.train.job import Job, Result, prepare, same_options, say, to_result
-from nearkin.train.journal import STATUS
-from nearkin.train.session import Session
+from nearkin.training import folder as run_folder
+from nearkin.training.job import Job, Result, prepare, same_options, say, to_result
+from nearkin.training.journal import STATUS
+from nearkin.training.session import Session
 
 T = TypeVar("T")
 OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory")
