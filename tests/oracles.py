@@ -93,6 +93,19 @@ def instance_nce(view1, view2, temperature):
     return per_anchor(len(z), value)
 
 
+def instance_nce_bank(query, key, bank, temperature, mask):
+    def value(i):
+        own = math.exp(float(query[i] @ key[i]) / temperature)
+        others = [
+            math.exp(float(query[i] @ bank[j]) / temperature)
+            for j in range(len(bank))
+            if mask[i, j]
+        ]
+        return -math.log(own / (own + sum(others)))
+
+    return per_anchor(len(query), value)
+
+
 def sincere(z, labels, temperature):
     def value(i):
         at = Anchor(z, labels, i, temperature)
@@ -196,6 +209,21 @@ def cross_entropy(logits, labels, smoothing=0.0, class_weights=None):
             weight = 1.0 if class_weights is None else class_weights[c]
             total -= weight * ((1 - smoothing) * y[c] + smoothing / classes) * math.log(p[c])
         return total
+
+    return per_anchor(len(logits), value)
+
+
+def binary_cross_entropy(logits, labels, smoothing=0.0, class_weights=None):
+    classes = logits.shape[1]
+
+    def value(i):
+        y, total = one_hot(labels, i, classes), 0.0
+        for c in range(classes):
+            weight = 1.0 if class_weights is None else class_weights[c]
+            target = (1 - smoothing) * y[c] + smoothing / classes
+            p = 1 / (1 + math.exp(-float(logits[i, c])))
+            total -= weight * (target * math.log(p) + (1 - target) * math.log(1 - p))
+        return total / classes
 
     return per_anchor(len(logits), value)
 

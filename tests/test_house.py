@@ -167,7 +167,7 @@ def test_the_public_functions():
         "symmetric_ce triplet_batch_hard cosface_logits arcface_logits gpaco varcon "
         "orthogonal_projection PerAnchor SoftPairs mean_valid cross_entropy soft_pairs".split()
     )
-    assert set(nearkin.functional.__all__) == expected
+    assert expected <= set(nearkin.functional.__all__)  # relied upon by others
     for name in expected:
         assert getattr(nearkin.functional, name).__doc__
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -28,7 +31,7 @@ class NeighbourBank(nn.Module):
     pointer: Tensor
     filled: Tensor
 
-    def __init__(self, size: int, dim: int, classes: int) -> None:
+    def __init__(self, size: int, dim: int, classes: int = 0) -> None:
         super().__init__()
         self.register_buffer("keys", torch.zeros(size, dim))
         self.register_buffer("labels", torch.full((size, 2), EMPTY, dtype=torch.int64))
@@ -47,10 +50,13 @@ class NeighbourBank(nn.Module):
         return SoftPairs(self.labels, self.weights)
 
     @torch.no_grad()
-    def write(self, keys: Tensor, labels: Tensor, probabilities: Tensor, ids: Tensor) -> None:
+    def write(
+        self, keys: Tensor, labels: Tensor, probabilities: Tensor | None, ids: Tensor
+    ) -> None:
         """Replace the oldest entries. Any number of rows; of more than K only the last K remain.
 
-        keys `[B, d]` of unit length; labels `[B]` or `[B, C]`; probabilities `[B, C]`; ids `[B]` or `[B, 2]`.
+        keys `[B, d]` of unit length; labels `[B]` or `[B, C]`; probabilities `[B, C]`, or None in a bank made
+        for 0 classes; ids `[B]` or `[B, 2]`.
         """
         size = len(self)
         rows = slice(max(0, keys.shape[0] - size), None)
@@ -61,9 +67,20 @@ class NeighbourBank(nn.Module):
         self.labels[at] = pairs.labels
         self.weights[at] = pairs.weights.to(self.weights.dtype)
         self.ids[at] = _two_ids(ids[rows])
-        self.probabilities[:, at] = probabilities[rows].detach().T.to(self.probabilities.dtype)
+        if probabilities is not None:
+            self.probabilities[:, at] = probabilities[rows].detach().T.to(self.probabilities.dtype)
         self.pointer.copy_((self.pointer + count) % size)
         self.filled.copy_((self.filled + count).clamp(max=size))
+
+    @contextmanager
+    def collapsed(self) -> Iterator[None]:
+        """Inside, every key is the same unit vector, the direction of (1, ..., 1)."""
+        keys = self.keys
+        self.keys = torch.full_like(keys, keys.shape[1] ** -0.5)
+        try:
+            yield
+        finally:
+            self.keys = keys
 
     def usable(self, ids: Tensor) -> Tensor:
         """`[B, K]`: True where an entry is filled and shares no sample id with the anchor (`ids` `[B]` or `[B, 2]`)."""

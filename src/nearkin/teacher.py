@@ -20,15 +20,15 @@ TEACHER_SALT = 0x7EAC
 class TeacherPolicy(NamedTuple):
     """How a stage keeps its teacher.
 
-    schedule: `constant` momentum from `horizon`, or the paper's `cosine` from `momentum` to 1.
-    horizon: memory in epochs of the constant schedule (at least 8 steps).
+    schedule: `constant` momentum from `horizon`, the same `ramped` up from 0, or CoNe's `cosine` from `momentum` to 1.
+    horizon: memory in epochs of the first two (at least 8 steps).
     momentum: start of the cosine schedule.
     batchnorm: `own` runs the teacher in train mode, so that it normalises with, and tracks, its own statistics
         (CoNe's published code); `average` averages the student's statistics and runs in eval mode.
     crop: the teacher reads the `same` views as the student, or one of its `own`.
     """
 
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Literal["constant", "ramped", "cosine"] = "constant"
     horizon: float = 0.3
     momentum: float = 0.996
     batchnorm: Literal["own", "average"] = "own"
@@ -39,11 +39,13 @@ def momentum_at(policy: TeacherPolicy, step: int, steps: int, steps_per_epoch: i
     """The momentum m of `teacher = m * teacher + (1 - m) * student` before forward pass number `step`.
 
     constant: m = 1 - 1 / max(8, horizon * steps_per_epoch) (our choice: memory in epochs, not steps).
+    ramped: min(1 - 1 / (step + 1), the constant) (Tarvainen and Valpola 2017, published code).
     cosine: m = 1 - (1 - m0)(cos(pi step / steps) + 1) / 2 (CoNe, published code).
     """
     if policy.schedule == "cosine":
         return 1.0 - (1.0 - policy.momentum) * (math.cos(math.pi * step / steps) + 1.0) / 2.0
-    return 1.0 - 1.0 / max(8.0, policy.horizon * steps_per_epoch)
+    constant = 1.0 - 1.0 / max(8.0, policy.horizon * steps_per_epoch)
+    return min(1.0 - 1.0 / (step + 1), constant) if policy.schedule == "ramped" else constant
 
 
 class Teacher(nn.Module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -37,10 +39,14 @@ class Outputs(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """total: the scalar to minimise, with gradient. terms: detached scalars for the journal, on the device."""
+    """total: the scalar to minimise, with gradient.
+
+    terms, counts: detached scalars for the journal, on the device; terms are averaged over steps, counts summed.
+    """
 
     total: Tensor
     terms: dict[str, Tensor]
+    counts: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class Predictions(NamedTuple):

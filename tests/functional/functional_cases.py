@@ -100,9 +100,13 @@ SOFT = {
     "orthogonal_projection": _opl,
     "symmetric_ce": lambda x, t: F.symmetric_ce(x.logits, x.labels, alpha=0.7, beta=1.3),
     "cross_entropy": lambda x, t: F.cross_entropy(x.logits, x.labels, smoothing=0.1),
+    "binary_cross_entropy": lambda x, t: F.binary_cross_entropy(x.logits, x.labels, smoothing=0.1),
 }
 HARD = {
     "instance_nce": lambda x, t: F.instance_nce(x.features, x.view2, temperature=t),
+    "instance_nce_bank": lambda x, t: F.instance_nce_bank(
+        x.features, x.view2, x.bank, temperature=t, mask=x.mask
+    ),
     "consistency_kl": _consistency,
     "triplet_batch_hard": lambda x, t: F.triplet_batch_hard(x.features, x.labels, margin=0.3),
     "varcon": lambda x, t: F.varcon(x.features, x.labels, temperature=t, epsilon=0.02),

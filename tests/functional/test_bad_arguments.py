@@ -11,8 +11,9 @@ from functional_cases import make
 from nearkin import functional as F
 
 X = make([0, 0, 1, 1])
-NAMES = """PerAnchor SoftPairs arcface_logits consistency_kl cosface_logits cross_entropy gpaco instance_nce
-mean_valid neighbour_nll neighbour_target orthogonal_projection schane sincere soft_pairs supcon_in supcon_out
+NAMES = """PerAnchor SoftPairs arcface_logits arcface_margin binary_cross_entropy consistency_kl cosface_logits
+cosface_margin cosine_logits cross_entropy gpaco instance_nce instance_nce_bank mean_valid
+neighbour_nll neighbour_target orthogonal_projection schane sincere soft_pairs supcon_in supcon_out
 symmetric_ce triplet_batch_hard varcon""".split()
 
 

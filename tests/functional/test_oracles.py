@@ -63,6 +63,16 @@ def test_instance_nce(images, t):
     agree(F.instance_nce(x.features, x.view2, temperature=t), expected)
 
 
+@temperature
+@pytest.mark.parametrize("mask", ["own", "nothing"])
+def test_instance_nce_bank(t, mask):
+    x = make(LABELS["lone"])
+    allowed = x.mask if mask == "own" else torch.zeros_like(x.mask)
+    rows = (x.features, x.view2, x.bank)
+    expected = oracles.instance_nce_bank(*arrays(*rows), t, allowed.numpy())
+    agree(F.instance_nce_bank(*rows, temperature=t, mask=allowed), expected)
+
+
 @every_labels
 def test_orthogonal_projection(name):
     x = make(LABELS[name])
@@ -165,12 +175,13 @@ def test_consistency_kl(mask):
 @every_labels
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("weights", [None, [0.5, 1.0, 2.0, 4.0]])
-def test_cross_entropy(name, smoothing, weights):
+@pytest.mark.parametrize("function", ["cross_entropy", "binary_cross_entropy"])
+def test_cross_entropy(name, smoothing, weights, function):
     x = make(LABELS[name])
-    expected = oracles.cross_entropy(*arrays(x.logits, x.labels), smoothing, weights)
+    expected = getattr(oracles, function)(*arrays(x.logits, x.labels), smoothing, weights)
     class_weights = None if weights is None else torch.tensor(weights)
-    result = F.cross_entropy(x.logits, x.labels, smoothing=smoothing, class_weights=class_weights)
-    agree(result, expected)
+    run = getattr(F, function)
+    agree(run(x.logits, x.labels, smoothing=smoothing, class_weights=class_weights), expected)
 
 
 @every_labels
@@ -189,6 +200,12 @@ def test_margin_logits(name, function):
     expected = getattr(oracles, function)(*arrays(x.features, x.weight, x.labels), 0.35, 16.0)
     result = getattr(F, function)(x.features, x.weight, x.labels, margin=0.35, scale=16.0)
     np.testing.assert_allclose(result, expected, rtol=1e-9, atol=1e-9)
+    cosines = F.cosine_logits(3 * x.features, x.weight, scale=1.0)
+    margin = getattr(F, function.replace("_logits", "_margin"))
+    again = margin(cosines, x.labels, margin=0.35, scale=16.0)
+    np.testing.assert_allclose(again, expected, rtol=1e-9, atol=1e-9)
+    plain = getattr(F, function)(x.features, x.weight, x.labels, margin=0.0, scale=16.0)
+    np.testing.assert_allclose(F.cosine_logits(x.features, x.weight, scale=16.0), plain)
 
 
 @every_labels

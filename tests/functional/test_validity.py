@@ -8,6 +8,7 @@ from nearkin import functional as F
 
 LONE = [0, 0, 1, 1, 2]
 PER_SAMPLE = ["symmetric_ce", "consistency_kl", "varcon", "gpaco", "cross_entropy", "instance_nce"]
+PER_SAMPLE += ["binary_cross_entropy", "instance_nce_bank"]
 
 
 @pytest.mark.parametrize("name", PAIRED)

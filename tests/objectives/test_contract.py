@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -14,9 +15,16 @@ from nearkin.types import Batch, Facts, Outputs, Progress
 
 DIM, CLASSES, SIZE = 12, 4, 16
 FACTS = Facts(images=64, classes=CLASSES, batch_size=SIZE, image_size=8, dim=DIM)
+# Options that change the mathematics; the defaults of an objective that is not listed are a case by themselves.
 VARIANTS = {
-    "supcon": [{}, {"mode": "two-stage"}, {"variant": "in", "views": 1}],
+    "attract-repulse": [{}, {"negatives": "bank"}],
+    "ce": [{}, {"loss": "bce", "smoothing": 0.1}],
     "cone": [{}, {"guard": True}, {"teacher_crop": "own"}],
+    "gpaco": [{}, {"teacher_crop": "same", "smoothing": 0.1}],
+    "sce": [{}, {"smoothing": 0.1}],
+    "schane": [{}, {"hardness": 0.3, "positives": "sum"}, {"within": 4}],
+    "sincere": [{}, {"views": 1}],
+    "supcon": [{}, {"mode": "two-stage"}, {"variant": "in", "views": 1}],
 }
 CASES = [
     (name, options, stage)
@@ -30,6 +38,9 @@ LABELINGS = {
     "usual": torch.arange(SIZE) % CLASSES,
     "all the same": torch.zeros(SIZE, dtype=torch.int64),
     "one lone": torch.tensor([1] + [0] * (SIZE - 1)),
+    "all distinct": torch.arange(CLASSES),
+    "two": torch.tensor([0, 1]),
+    "two alike": torch.tensor([2, 2]),
 }
 
 
@@ -55,8 +66,8 @@ class Bench:
 
     def batch(self, labels, first=100):
         torch.manual_seed(first)
-        images = torch.rand(self.stage.views, SIZE, 3, 8, 8)
-        return Batch(images, labels, torch.arange(SIZE) + first)
+        images = torch.rand(self.stage.views, len(labels), 3, 8, 8)
+        return Batch(images, labels, torch.arange(len(labels)) + first)
 
     def seen(self, batch):
         student = self.network(batch.images[: self.stage.student_views].flatten(0, 1))
@@ -65,6 +76,14 @@ class Bench:
             with torch.no_grad():
                 teacher = self.teacher(batch.images[-1])
         return batch, self.cast(student), self.cast(teacher)
+
+    def double(self):
+        """Everything in float64 and eval mode, for comparisons that rounding would blur."""
+        self.dtype = torch.float64
+        self.objective.double()
+        for network in (self.network, self.teacher):
+            if network is not None:
+                network.double().eval()
 
     def cast(self, outputs):
         if outputs is None or self.dtype == torch.float32:
@@ -101,11 +120,14 @@ def test_finite_loss_and_gradients(bench, labels, dtype):
             assert torch.isfinite(parameter.grad).all(), name
 
 
-def test_every_active_head_learns(bench):
+def test_every_active_head_learns_and_no_other(bench):
     bench.loss(bench.batch(LABELINGS["usual"])).total.backward()
-    for name in bench.stage.heads:
-        gradients = [p.grad for p in bench.network.heads[name].parameters()]
-        assert any(g is not None and g.abs().sum() > 0 for g in gradients), name
+    for name, head in bench.network.heads.items():
+        gradients = [p.grad for p in head.parameters()]
+        learns = any(g is not None and g.abs().sum() > 0 for g in gradients)
+        assert learns == (name in bench.stage.heads), name
+    trained = any(p.grad is not None for p in bench.network.backbone.parameters())
+    assert trained != bench.stage.freeze_backbone
 
 
 def test_forward_changes_no_state_and_terms_are_detached(bench):
@@ -119,22 +141,59 @@ def test_forward_changes_no_state_and_terms_are_detached(bench):
 
 
 def test_order_of_the_batch_does_not_matter(bench):
-    bench.network.double().eval()
-    if bench.teacher is not None:
-        bench.teacher.double().eval()
-    bench.objective.double()
+    if getattr(bench.objective.config, "within", None):
+        pytest.skip("contrasts within blocks of the batch, by request")
+    bench.double()
     batch = bench.batch(LABELINGS["usual"])
     order = torch.randperm(SIZE)
     mixed = Batch(batch.images[:, order], batch.labels[order], batch.index[order])
     assert torch.allclose(bench.loss(batch).total, bench.loss(mixed).total, rtol=1e-12)
 
 
-def test_one_hot_rows_are_the_same_as_class_numbers(bench):
-    batch = bench.batch(LABELINGS["usual"])
-    rows = nn.functional.one_hot(batch.labels, CLASSES).float()
+def test_names_of_the_classes_do_not_matter(bench):
+    """Renamed labels with the columns of the logits permuted along, in everything that holds labels."""
+    names = torch.tensor([2, 0, 3, 1])
+    assert len(names) == CLASSES
+    bench.double()
+    batch, student, teacher = bench.seen(bench.batch(LABELINGS["usual"]))
+    before = bench.objective(batch, student, teacher, bench.progress).total
+    for buffer, values in bench.objective.state_dict().items():
+        if buffer.endswith("bank.labels"):
+            values.copy_(names[values])
+        if buffer.endswith("bank.probabilities") and len(values):
+            values.copy_(values[names.argsort()])
+    renamed = batch._replace(labels=names[batch.labels])
+    after = bench.objective(
+        renamed, columns(student, names), columns(teacher, names), bench.progress
+    ).total
+    assert torch.allclose(before, after, rtol=1e-12)
+
+
+def columns(outputs, names):
+    """Column names[c] of the new logits is column c of the old."""
+    if outputs is None or outputs.logits is None:
+        return outputs
+    return outputs._replace(logits=outputs.logits[:, names.argsort()])
+
+
+@pytest.mark.parametrize("labels", LABELINGS.values(), ids=LABELINGS)
+def test_one_hot_rows_are_the_same_as_class_numbers(bench, labels):
+    batch = bench.batch(labels)
+    rows = nn.functional.one_hot(labels, CLASSES).float()
     bench.network.eval()
     hard, soft = bench.loss(batch), bench.loss(batch._replace(labels=rows))
-    assert torch.allclose(hard.total, soft.total, rtol=1e-6)
+    assert torch.equal(hard.total, soft.total)
+
+
+def test_mixed_labels_lie_between_their_parts_or_are_at_least_finite(bench):
+    batch = bench.batch(LABELINGS["usual"])
+    one = nn.functional.one_hot(batch.labels, CLASSES).float()
+    mixed = 0.7 * one + 0.3 * one.roll(1, 0)
+    index = torch.stack([batch.index, batch.index.roll(1)], 1)
+    loss = bench.loss(Batch(batch.images, mixed, index))
+    loss.total.backward()
+    assert torch.isfinite(loss.total)
+    assert all(torch.isfinite(p.grad).all() for p in bench.network.parameters() if p.requires_grad)
 
 
 def test_saved_and_loaded_gives_the_same_next_loss(bench):
@@ -148,19 +207,91 @@ def test_saved_and_loaded_gives_the_same_next_loss(bench):
     assert torch.equal(first, bench.loss(batch).total)
 
 
-def test_class_weights_reach_the_cross_entropy(bench):
-    if not any(
-        bench.network.heads[name].out_features == CLASSES
-        for name in bench.stage.heads
-        if isinstance(bench.network.heads[name], nn.Linear)
-    ):
+def test_class_weights_reach_what_classifies(bench):
+    """Linear in the weights: from 0 to 1 to 2 the loss takes equal steps; a stage without classifier ignores them."""
+    bench.double()
+    batch = bench.batch(LABELINGS["usual"])
+    totals = []
+    for weight in (0.0, 1.0, 2.0):
+        bench.objective.weigh_classes(torch.full((CLASSES,), weight, dtype=torch.float64))
+        totals.append(bench.loss(batch).total)
+    assert torch.allclose(totals[2] - totals[1], totals[1] - totals[0], rtol=1e-9)
+    assert (totals[1] != totals[0]) == bench.network.classifies
+
+
+def test_class_weights_weigh_by_class(bench):
+    if not bench.network.classifies:
         pytest.skip("this stage trains no classifier")
     bench.network.eval()
-    batch = bench.batch(LABELINGS["usual"])
-    plain = bench.loss(batch).terms["ce"]
-    bench.objective.weigh_classes(torch.full((CLASSES,), 2.0))
-    assert torch.allclose(bench.loss(batch).terms["ce"], 2 * plain)
+    batch = bench.batch(LABELINGS["all the same"])
+    plain = bench.loss(batch).total
+    bench.objective.weigh_classes(torch.tensor([1.0, 9.0, 9.0, 9.0]))
+    binary = getattr(bench.objective.config, "loss", "") == "bce"  # asks about every class
+    assert torch.allclose(bench.loss(batch).total, plain) != binary
 
 
 def test_stages_share_all_epochs(bench):
     assert sum(stage.share for stage in bench.objective.stages()) == pytest.approx(1.0)
+
+
+SAME = SIZE // CLASSES  # images of a class in the usual batch
+ROWS, STRANGERS = 2 * SIZE, 2 * (SIZE - SAME)  # of two views
+BANK = 32  # entries, evenly spread over the classes, none an own copy
+
+
+def varcon_at_collapse():
+    t = 0.1 - 0.02 + 2 * 0.02 / CLASSES
+    own = 1 / (1 + (CLASSES - 1) * math.exp(-1 / t))
+    other = own * math.exp(-1 / t)
+    divergence = own * math.log(own * CLASSES) + (CLASSES - 1) * other * math.log(other * CLASSES)
+    return divergence + math.log(CLASSES)
+
+
+def gpaco_at_collapse():
+    others, kin = (SIZE - 1) + SIZE + BANK, (SAME - 1) + SAME + BANK // CLASSES
+    weight = 0.05 * kin
+    return math.log(CLASSES + others * math.exp(5)) - weight * 5 / (1 + weight)
+
+
+# What a network whose embeddings are all alike gives, from the equations with every cosine 1 and every logit 0.
+AT_COLLAPSE = {
+    "arcface": {"ce": math.log(1 + (CLASSES - 1) * math.exp(16 * math.sin(0.2)))},
+    "attract-repulse": {
+        "sce": 0.1 * math.log(CLASSES) - math.log(1e-4) * (1 - 1 / CLASSES),
+        "repulse": math.log(ROWS - 1),
+    },
+    "ce": {"ce": math.log(CLASSES)},
+    "cone": {"ce": math.log(CLASSES)},
+    "cosface": {"ce": math.log(1 + (CLASSES - 1) * math.exp(16 * 0.2))},
+    "gpaco": {"gpaco": gpaco_at_collapse()},
+    "opl": {"ce": math.log(CLASSES), "opl": 0.5},
+    "sce": {"sce": 0.1 * math.log(CLASSES) - math.log(1e-4) * (1 - 1 / CLASSES)},
+    "schane": {"ce": math.log(CLASSES), "schane": math.log(1 + STRANGERS)},
+    "sincere": {"ce": math.log(CLASSES), "sincere": math.log(1 + STRANGERS)},
+    "supcon": {"ce": math.log(CLASSES), "supcon": math.log(ROWS - 1)},
+    "triplet": {"ce": math.log(CLASSES), "triplet": 0.2},
+    "varcon": {"ce": math.log(CLASSES), "varcon": varcon_at_collapse()},
+}
+
+
+@pytest.mark.parametrize("name", sorted(Objective.registry))
+def test_every_objective_knows_its_value_for_constant_embeddings(name):
+    bench = Bench(name, {}, 0)
+    batch, student, teacher = bench.seen(bench.batch(LABELINGS["usual"]))
+    before = state(bench.objective)
+    found = bench.objective.at_collapse(batch, student, teacher, bench.progress)
+    assert same(before, state(bench.objective))
+    assert torch.isfinite(found.total)
+    assert not found.total.requires_grad
+    for term, value in AT_COLLAPSE.get(name, {}).items():
+        assert float(found.terms[term]) == pytest.approx(value, rel=1e-4), term
+
+
+def test_a_collapsed_bank_gives_its_mean_as_the_target():
+    bench = Bench("cone", {}, 0)
+    found = bench.objective.at_collapse(
+        *bench.seen(bench.batch(LABELINGS["usual"])), bench.progress
+    )
+    target = bench.objective.bank.probabilities.mean(1)
+    divergence = (target * target.log()).sum() + math.log(CLASSES)
+    assert torch.allclose(found.terms["consistency"], divergence, rtol=1e-4)

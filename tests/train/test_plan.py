@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from itertools import pairwise
 
@@ -135,11 +136,20 @@ def test_numbers_that_do_not_fit(options, world, words):
 
 def test_meters_average_an_interval_and_survive_a_checkpoint():
     first, second = Meters(torch.device("cpu")), Meters(torch.device("cpu"))
+
+    def loss(value, ce, lonely):
+        terms, counts = {"ce": torch.tensor(ce)}, {"without_positive": torch.tensor(lonely)}
+        return Loss(torch.tensor(value), terms, counts)
+
     for value in (1.0, 2.0):
-        first.add(Loss(torch.tensor(value), {"ce": torch.tensor(10 * value)}))
+        first.add(loss(value, 10 * value, 3))
     sums, state = first.state()
-    second.load(sums.clone(), state)
+    second.load({n: t.clone() for n, t in sums.items()}, json.loads(json.dumps(state)))
     for meters in (first, second):
-        meters.add(Loss(torch.tensor(6.0), {"ce": torch.tensor(0.0)}))
+        meters.add(loss(6.0, 0.0, 1))
         assert meters.take() == {"loss": 3.0, "ce": 10.0}
         assert meters.take() == {}
+        meters.add(loss(7.0, 2.0, 0))
+        assert meters.take_epoch() == ({"loss": 4.0, "ce": 8.0}, {"without_positive": 7})
+        assert meters.take_epoch() == ({}, {})
+        assert meters.take() == {"loss": 7.0, "ce": 2.0}

@@ -47,6 +47,34 @@ def cross_entropy(
 
 
 @full_precision
+def binary_cross_entropy(
+    logits: Float[Tensor, "n c"],
+    labels: Labels,
+    *,
+    smoothing: float = 0.0,
+    class_weights: Float[Tensor, " c"] | None = None,
+) -> PerAnchor:
+    """Every class a yes-or-no question of its own, with label smoothing and class weights.
+
+        L_i = -1/C sum_c w_c ( t_ic log sigmoid(l_ic) + (1 - t_ic) log sigmoid(-l_ic) )
+        t_ic = (1 - s) y_ic + s/C
+
+    logits: `[N, C]`. labels: `[N]` integers or `[N, C]` rows. smoothing: s, in [0, 1).
+    class_weights: w, `[C]`; no value is divided by them. All anchors are valid.
+    Raises ValueError when smoothing or the shape of labels is wrong.
+    Source: Wightman et al. 2021 (arXiv 2110.00476), section 2; the mean over classes as in timm.
+    """
+    check_labels(labels, len(logits))
+    check_smoothing(smoothing)
+    classes = logits.shape[1]
+    target = (1 - smoothing) * class_rows(labels, classes, logits.dtype) + smoothing / classes
+    value = F.binary_cross_entropy_with_logits(
+        logits, target, weight=class_weights, reduction="none"
+    )
+    return all_valid(value.mean(1))
+
+
+@full_precision
 def symmetric_ce(
     logits: Float[Tensor, "n c"], labels: Labels, *, alpha: float, beta: float
 ) -> PerAnchor:

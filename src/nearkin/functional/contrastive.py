@@ -7,12 +7,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from nearkin.functional.checks import check_same_shape
+from nearkin.functional.bank_mask import Mask, usable_entries
+from nearkin.functional.checks import check_positive, check_same_shape
 from nearkin.functional.labels import Labels
 from nearkin.functional.pairs import batch_pairs, log_count, log_sum
 from nearkin.functional.per_anchor import PerAnchor
 from nearkin.functional.precision import full_precision
-from nearkin.functional.validity import masked
+from nearkin.functional.validity import all_valid, masked
 
 
 @full_precision
@@ -66,6 +67,33 @@ def instance_nce(
     images = torch.arange(len(view1), device=view1.device).repeat(2)
     # Every image a class of its own: its only positive is its other view.
     return supcon_out(torch.cat([view1, view2]), images, temperature=temperature)
+
+
+@full_precision
+def instance_nce_bank(
+    query: Float[Tensor, "n d"],
+    key: Float[Tensor, "n d"],
+    bank: Float[Tensor, "k d"],
+    *,
+    temperature: float,
+    mask: Mask | None = None,
+) -> PerAnchor:
+    """Instance discrimination against a bank: an image's other view against other images' keys.
+
+        L_i = log( e^(q_i . k_i / T) + sum_j e^(q_i . b_j / T) ) - q_i . k_i / T,   T the temperature
+
+    query, key: `[N, d]` unit rows, row i both from image i; no gradient flows into key. bank:
+    `[K, d]` unit rows. mask: `[N, K]` or `[K]`, True where an entry may be used: not an empty slot,
+    not an image's own earlier copy. temperature > 0. All anchors are valid; without an entry the
+    value is 0. Raises ValueError when a shape or temperature is wrong.
+    Source: He et al. 2020 (MoCo), equation 1; the mask is our choice.
+    """
+    check_positive("temperature", temperature)
+    check_same_shape("key", key, "query", query)
+    own = (query * key.detach()).sum(1, keepdim=True) / temperature
+    others = query @ bank.T / temperature
+    others = others.masked_fill(~usable_entries(mask, others), -torch.inf)
+    return all_valid(-torch.cat([own, others], 1).log_softmax(1)[:, 0])
 
 
 @full_precision

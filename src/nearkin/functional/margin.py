@@ -30,8 +30,7 @@ def cosface_logits(
     margin is subtracted from the cosine. Raises ValueError when labels are not `[N]` integers.
     Source: Wang et al. 2018 (CosFace), equation 4.
     """
-    cosine, own = _cosines(features, weight, labels)
-    return scale * (cosine - margin * own)
+    return _cosface(_cosines(features, weight, labels), labels, margin, scale)
 
 
 @full_precision
@@ -51,16 +50,59 @@ def arcface_logits(
     to pi - margin only, as in the paper's equation.
     Source: Deng et al. 2019 (ArcFace), equation 3.
     """
-    cosine, own = _cosines(features, weight, labels)
+    return _arcface(_cosines(features, weight, labels), labels, margin, scale)
+
+
+@full_precision
+def cosine_logits(
+    features: Float[Tensor, "n d"], weight: Float[Tensor, "c d"], *, scale: float
+) -> Float[Tensor, "n c"]:
+    """Cosines times scale, without a margin: what a margin softmax is judged by.
+
+        logit_ic = scale z_i/|z_i| . w_c/|w_c|
+
+    features: `[N, d]` and weight: `[C, d]` rows of any length; a row of zeros has the cosine 0.
+    Source: Wang et al. 2018 (CosFace), section 3.1.
+    """
+    return scale * F.normalize(features, dim=1) @ F.normalize(weight, dim=1).T
+
+
+@full_precision
+def cosface_margin(
+    cosine: Float[Tensor, "n c"], labels: Hard, *, margin: float, scale: float
+) -> Float[Tensor, "n c"]:
+    """`cosface_logits` from cosines `[N, C]` that are there already. Raises as it does."""
+    check_hard_labels(labels, len(cosine))
+    return _cosface(cosine, labels, margin, scale)
+
+
+@full_precision
+def arcface_margin(
+    cosine: Float[Tensor, "n c"], labels: Hard, *, margin: float, scale: float
+) -> Float[Tensor, "n c"]:
+    """`arcface_logits` from cosines `[N, C]` that are there already. Raises as it does."""
+    check_hard_labels(labels, len(cosine))
+    return _arcface(cosine, labels, margin, scale)
+
+
+def _cosines(features: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """The cosine of each sample with each class `[N, C]`."""
+    check_hard_labels(labels, len(features))
+    return features @ F.normalize(weight, dim=1).T
+
+
+def _cosface(cosine: Tensor, labels: Tensor, margin: float, scale: float) -> Tensor:
+    return scale * (cosine - margin * _own(cosine, labels))
+
+
+def _arcface(cosine: Tensor, labels: Tensor, margin: float, scale: float) -> Tensor:
     square = (1 - cosine) * (1 + cosine)
     # The gradient of the root is infinite at 0, where rounding decides the sign: 0 is taken there.
     sine = square.where(square > 0, 1).sqrt().where(square > 0, 0)
     widened = cosine * math.cos(margin) - sine * math.sin(margin)
-    return scale * widened.where(own > 0, cosine)
+    return scale * widened.where(_own(cosine, labels) > 0, cosine)
 
 
-def _cosines(features: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The cosine of each sample with each class `[N, C]`, and 1 at its own class `[N, C]`."""
-    check_hard_labels(labels, len(features))
-    cosine = features @ F.normalize(weight, dim=1).T
-    return cosine, class_rows(labels, len(weight), cosine.dtype)
+def _own(cosine: Tensor, labels: Tensor) -> Tensor:
+    """1 at each sample's own class, `[N, C]`."""
+    return class_rows(labels, cosine.shape[1], cosine.dtype)

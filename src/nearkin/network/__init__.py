@@ -2,13 +2,14 @@
 
 from nearkin.network.backbone import Backbone, build_backbone
 from nearkin.network.batchnorm import SyncBatchNorm, synchronise_batchnorm
-from nearkin.network.heads import Head, projection_head, projection_sizes
+from nearkin.network.heads import CosineClassifier, Head, projection_head, projection_sizes
 from nearkin.network.network import Network
 from nearkin.network.randomness import KeyedDropout, KeyedDropPath, RandomKey, key_randomness
-from nearkin.network.weights import LoadReport, load_weights, read_safetensors
+from nearkin.network.weights import LoadReport, load_weights, read_safetensors, read_tensors
 
 __all__ = [
     "Backbone",
+    "CosineClassifier",
     "Head",
     "KeyedDropPath",
     "KeyedDropout",
@@ -22,5 +23,6 @@ __all__ = [
     "projection_head",
     "projection_sizes",
     "read_safetensors",
+    "read_tensors",
     "synchronise_batchnorm",
 ]

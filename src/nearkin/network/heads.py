@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from nearkin.functional import cosine_logits
 
 Slot = Literal["features", "embedding", "projection", "logits"]
 
@@ -30,3 +33,16 @@ def projection_head(dim: int, hidden: int, out: int, *, batchnorm: bool = True) 
     first = nn.Linear(dim, hidden, bias=not batchnorm)
     norms = [nn.BatchNorm1d(hidden)] if batchnorm else []
     return nn.Sequential(first, *norms, nn.ReLU(inplace=True), nn.Linear(hidden, out))
+
+
+class CosineClassifier(nn.Module):
+    """scale * cosine between features `[N, dim]` and one direction per class, as logits `[N, classes]`, in float32."""
+
+    def __init__(self, dim: int, classes: int, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+        self.weight = nn.Parameter(torch.empty(classes, dim))
+        nn.init.normal_(self.weight, std=0.01)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return cosine_logits(features, self.weight, scale=self.scale)

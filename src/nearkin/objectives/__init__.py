@@ -15,9 +15,19 @@ ENTRY_POINTS = "nearkin.objectives"
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-from nearkin.objectives.ce import CrossEntropy  # noqa: E402 - the loop above decides the order
+from nearkin.objectives.arcface import ArcFace  # noqa: E402 - the loop above decides the order
+from nearkin.objectives.attract_repulse import AttractRepulse  # noqa: E402
+from nearkin.objectives.ce import CrossEntropy  # noqa: E402
 from nearkin.objectives.cone import CoNe  # noqa: E402
+from nearkin.objectives.cosface import CosFace  # noqa: E402
+from nearkin.objectives.gpaco import GPaCo  # noqa: E402
+from nearkin.objectives.opl import OrthogonalProjection  # noqa: E402
+from nearkin.objectives.sce import SymmetricCE  # noqa: E402
+from nearkin.objectives.schane import SCHaNe  # noqa: E402
+from nearkin.objectives.sincere import Sincere  # noqa: E402
 from nearkin.objectives.supcon import SupCon  # noqa: E402
+from nearkin.objectives.triplet import Triplet  # noqa: E402
+from nearkin.objectives.varcon import VarCon  # noqa: E402
 
 
 def get(name: str) -> type[Objective]:
@@ -33,4 +43,22 @@ def get(name: str) -> type[Objective]:
     return Objective.registry[name]
 
 
-__all__ = ["CoNe", "CrossEntropy", "Head", "Objective", "Stage", "SupCon", "get"]
+__all__ = [
+    "ArcFace",
+    "AttractRepulse",
+    "CoNe",
+    "CosFace",
+    "CrossEntropy",
+    "GPaCo",
+    "Head",
+    "Objective",
+    "OrthogonalProjection",
+    "SCHaNe",
+    "Sincere",
+    "Stage",
+    "SupCon",
+    "SymmetricCE",
+    "Triplet",
+    "VarCon",
+    "get",
+]

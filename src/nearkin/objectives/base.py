@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, NamedTuple, Self
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import ClassVar, Literal, NamedTuple, Self, overload
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from nearkin.functional import PerAnchor, cross_entropy
+from nearkin.bank import NeighbourBank
+from nearkin.functional import PerAnchor, cross_entropy, mean_valid, soft_pairs
 from nearkin.network import Head
 from nearkin.teacher import TeacherPolicy
 from nearkin.types import Batch, Facts, Loss, Outputs, Progress
@@ -25,7 +28,9 @@ class Stage(NamedTuple):
     views: crops loaded per image, the teacher's own crop included.
     teacher: how the averaged copy is kept, or None for no teacher.
     coupled: whether an anchor's value depends on the other samples of the batch.
+    positives: whether an anchor needs another image of its class in the batch.
     freeze_backbone: the backbone gets no gradient and runs in eval mode.
+    final: whether the stage's model, judged and saved, is the student or the teacher.
     """
 
     name: str
@@ -35,7 +40,9 @@ class Stage(NamedTuple):
     views: int = 1
     teacher: TeacherPolicy | None = None
     coupled: bool = False
+    positives: bool = False
     freeze_backbone: bool = False
+    final: Literal["student", "teacher"] = "student"
 
     @property
     def student_views(self) -> int:
@@ -46,8 +53,10 @@ class Stage(NamedTuple):
 class Objective(nn.Module):
     """One training objective. Stateless apart from its bank; learnable weights live in the network's heads.
 
-    A subclass registers itself: `class CoNe(Objective, name="cone")`. Its nested frozen `Config` names the
-    options with defaults, ranges and descriptions; the command line, the YAML and the docs come from it.
+    A subclass registers itself: `class CoNe(Objective, name="cone")`; without a name it is a base of others, whose
+    `forward` and `Config` they share. The first line of its docstring is what `nearkin list objectives` shows. Its
+    nested frozen `Config` names the options with defaults, ranges and descriptions; the command line, the YAML and
+    the docs come from it.
     """
 
     registry: ClassVar[dict[str, type[Objective]]] = {}
@@ -67,10 +76,11 @@ class Objective(nn.Module):
 
     class_weights: Tensor | None
 
-    def __init_subclass__(cls, name: str, **kwargs: object) -> None:
+    def __init_subclass__(cls, name: str = "", **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
-        cls.name = name
-        Objective.registry[name] = cls
+        if name:
+            cls.name = name
+            Objective.registry[name] = cls
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -86,6 +96,14 @@ class Objective(nn.Module):
         return cross_entropy(
             logits, labels, smoothing=self.config.smoothing, class_weights=self.class_weights
         )
+
+    def weigh(self, losses: PerAnchor, labels: Tensor) -> PerAnchor:
+        """Losses that stand in for a cross-entropy, each times the weight of its class; as they are without weights."""
+        if self.class_weights is None:
+            return losses
+        weights = self.class_weights.to(losses.value.dtype)
+        own = weights[labels] if labels.ndim == 1 else labels.to(weights.dtype) @ weights
+        return PerAnchor(losses.value * own, losses.valid)
 
     def heads(self, dim: int, classes: int) -> dict[str, Head]:
         """The heads that this objective trains on features of width `dim`; also sizes the bank, if it has one.
@@ -110,6 +128,72 @@ class Objective(nn.Module):
     def update(self, batch: Batch, student: Outputs, teacher: Outputs | None) -> None:
         """Side effects (writing a bank), once per optimiser step, after it. Most objectives have none."""
 
+    @torch.no_grad()
+    def at_collapse(
+        self, batch: Batch, student: Outputs, teacher: Outputs | None, progress: Progress
+    ) -> Loss:
+        """The loss of this batch if all embeddings, and those in a bank, were one: that of a collapsed network."""
+        with ExitStack() as stack:
+            for module in self.modules():
+                if isinstance(module, NeighbourBank):
+                    stack.enter_context(module.collapsed())
+            return self.forward(
+                batch,
+                _collapsed(student),
+                None if teacher is None else _collapsed(teacher),
+                progress,
+            )
+
+
+def combine(**terms: tuple[float | Tensor, PerAnchor | Tensor]) -> Loss:
+    """total = sum of weight * mean over the valid anchors, for `name=(weight, losses)`; a Tensor is a mean already."""
+    means = {n: x if isinstance(x, Tensor) else mean_valid(x) for n, (_, x) in terms.items()}
+    total = torch.stack([weight * means[name] for name, (weight, _) in terms.items()]).sum()
+    return Loss(total, {name: value.detach() for name, value in means.items()})
+
+
+def lonely(losses: PerAnchor) -> dict[str, Tensor]:
+    """For `Loss.counts`: how many anchors had no positive, so that they taught nothing."""
+    return {"without_positive": (~losses.valid).sum()}
+
+
+def per_class(function: Callable[[Tensor], PerAnchor], labels: Tensor) -> PerAnchor:
+    """`function` of integer labels, for soft ones too: lam L(a) + (1 - lam) L(b) over a sample's two classes.
+
+    labels: `[N]`, or `[N, C]` rows of at most two classes. Valid if either part is; a missing part counts 0.
+    Source: our choice (docs/methods).
+    """
+    if labels.ndim == 1:
+        return function(labels)
+    pairs = soft_pairs(labels)
+    value, valid = None, None
+    for classes, weights in zip(pairs.labels.unbind(1), pairs.weights.unbind(1), strict=True):
+        part = function(classes)
+        counts = part.valid & (weights > 0)
+        share = (weights.to(part.value.dtype) * part.value).where(counts, 0)
+        value = share if value is None else value + share
+        valid = counts if valid is None else valid | counts
+    return PerAnchor(required(value), required(valid))
+
+
+def smoothed(labels: Tensor, classes: int, smoothing: float) -> Tensor:
+    """Labels as rows (1 - s) y + s / C, torch's form; as they are where s is 0."""
+    if smoothing == 0:
+        return labels
+    rows = nn.functional.one_hot(labels, classes) if labels.ndim == 1 else labels
+    return (1 - smoothing) * rows + smoothing / classes
+
+
+def _collapsed(outputs: Outputs) -> Outputs:
+    """Every embedding the same, every class as probable as the next."""
+    features, embedding, projection, logits = outputs
+    return Outputs(
+        torch.ones_like(features),
+        torch.ones_like(embedding),
+        None if projection is None else torch.ones_like(projection),
+        None if logits is None else torch.zeros_like(logits),
+    )
+
 
 def unit(rows: Tensor) -> Tensor:
     """Rows of unit length, at least in float32; a zero row stays zero."""
@@ -122,8 +206,25 @@ def repeat_views(rows: Tensor, outputs: Tensor) -> Tensor:
     return torch.cat([rows] * views) if views > 1 else rows
 
 
-def required(output: Tensor | None) -> Tensor:
-    """An output that the stage's heads must have written."""
-    if output is None:
-        raise ValueError("The network gave no such output; is the head that writes it active?")
-    return output
+@overload
+def required(output: Tensor | None) -> Tensor: ...
+@overload
+def required(output: Outputs | None, field: str) -> Tensor: ...
+def required(output: Tensor | Outputs | None, field: str = "") -> Tensor:
+    """An output that the stage's heads must have written, or a field of a teacher's outputs that must be there."""
+    found = getattr(output, field) if field and output is not None else output
+    if not isinstance(found, Tensor):
+        raise ValueError(
+            f"There is no output {field}; does the stage have a teacher, and a head that writes it?"
+        )
+    return found
+
+
+def probabilities(logits: Tensor) -> Tensor:
+    """Class probabilities of logits, at least in float32."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(1)
+
+
+def usual_bank(facts: Facts) -> int:
+    """K = min(65 536, N / 2), at least a batch: an image's earlier copy must not be all there is (our choice)."""
+    return max(facts.batch_size, min(65_536, facts.images // 2), 1)

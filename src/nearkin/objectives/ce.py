@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+from pydantic import Field
 from torch import nn
 
-from nearkin.functional import mean_valid
+from nearkin.functional import binary_cross_entropy
 from nearkin.network import Head
-from nearkin.objectives.base import Objective, Stage, repeat_views, required
+from nearkin.objectives.base import Objective, Stage, combine, required
 from nearkin.types import Batch, Loss, Outputs, Progress
 
 
 class CrossEntropy(Objective, name="ce"):
-    """total = CE(logits, labels), with label smoothing, soft targets and class weights.
+    """Cross-entropy with label smoothing, soft targets and class weights; binary as an option (arXiv 2110.00476).
 
-    Heads: one linear classifier on the pooled features.
+    total = CE(logits, labels). Heads: one linear classifier on the pooled features.
     """
+
+    class Config(Objective.Config):
+        """The softmax is the field's; the binary form is that of timm's A1 to A3 recipes."""
+
+        loss: Literal["softmax", "bce"] = Field(
+            "softmax", description="classes compete, or each is a yes-or-no question"
+        )
+
+    config: Config
 
     def heads(self, dim: int, classes: int) -> dict[str, Head]:
         return {"classifier": Head(nn.Linear(dim, classes), reads="features", writes="logits")}
@@ -30,5 +42,12 @@ class CrossEntropy(Objective, name="ce"):
         progress: Progress,  # noqa: ARG002
     ) -> Loss:
         logits = required(student.logits)
-        total = mean_valid(self.classify(logits, repeat_views(batch.labels, logits)))
-        return Loss(total, {"ce": total.detach()})
+        if self.config.loss == "softmax":
+            return combine(ce=(1.0, self.classify(logits, batch.labels)))
+        losses = binary_cross_entropy(
+            logits,
+            batch.labels,
+            smoothing=self.config.smoothing,
+            class_weights=self.class_weights,
+        )
+        return combine(bce=(1.0, losses))

@@ -13,7 +13,6 @@ from nearkin.config import Auto, Count, Natural
 from nearkin.functional import (
     PerAnchor,
     consistency_kl,
-    mean_valid,
     neighbour_nll,
     neighbour_target,
 )
@@ -21,8 +20,11 @@ from nearkin.network import Head, projection_head, projection_sizes
 from nearkin.objectives.base import (
     Objective,
     Stage,
+    combine,
+    probabilities,
     required,
     unit,
+    usual_bank,
 )
 from nearkin.teacher import TeacherPolicy
 from nearkin.types import Batch, Facts, Loss, Outputs, Progress
@@ -31,8 +33,9 @@ CERTAIN = 1e-8
 
 
 class CoNe(Objective, name="cone"):
-    """total = CE + neighbour_weight * L_neighbour + consistency_weight * L_consistency, after a warm-up on CE.
+    """A class centre, similar neighbours as anchors, and their distributional consistency (arXiv 2308.10761).
 
+    total = CE + neighbour_weight * L_neighbour + consistency_weight * L_consistency, after a warm-up on CE.
     Both terms are attention over a bank of the teacher's keys: L_neighbour is minus the log of the attention mass
     on one's own class, L_consistency the divergence from the neighbours' class probabilities. The student's
     embedding e feeds the classifier, z = e / |e| the contrast; the teacher gives keys and probabilities. An image's
@@ -71,8 +74,7 @@ class CoNe(Objective, name="cone"):
         def resolve(self, facts: Facts) -> CoNe.Config:
             """K = min(65 536, N / 2), at least a batch; k = min(K / 4, clamp(8 K / C, 32, 512))."""
             hidden, embedding = projection_sizes(facts.dim)
-            usual = max(facts.batch_size, min(65_536, facts.images // 2), 1)
-            bank = usual if self.bank == "auto" else self.bank
+            bank = usual_bank(facts) if self.bank == "auto" else self.bank
             topk = max(1, min(bank // 4, min(max(8 * bank // facts.classes, 32), 512)))
             fill = min(bank, facts.images)
             values = {
@@ -122,26 +124,20 @@ class CoNe(Objective, name="cone"):
         logits = required(student.logits)
         ce = self.classify(logits, batch.labels)
         if progress.step < int(self.config.warmup_steps) or teacher is None:
-            total = mean_valid(ce)
-            zero = torch.zeros_like(total)
-            return Loss(total, {"ce": total.detach(), "neighbour": zero, "consistency": zero})
+            loss = combine(ce=(1.0, ce))
+            zero = torch.zeros_like(loss.total.detach())
+            return loss._replace(terms=loss.terms | {"neighbour": zero, "consistency": zero})
         usable = self.bank.usable(batch.index)
         neighbour = self._neighbour(batch, student, usable)
         consistency = self._consistency(logits, teacher, usable)
         if self.config.guard:
             unsure = logits.detach().float().softmax(1).amin(1) > CERTAIN
             ce, consistency = _only(ce, unsure), _only(consistency, unsure)
-        parts = {
-            "ce": mean_valid(ce),
-            "neighbour": mean_valid(neighbour),
-            "consistency": mean_valid(consistency),
-        }
-        total = (
-            parts["ce"]
-            + self.config.neighbour_weight * parts["neighbour"]
-            + self.config.consistency_weight * parts["consistency"]
+        return combine(
+            ce=(1.0, ce),
+            neighbour=(self.config.neighbour_weight, neighbour),
+            consistency=(self.config.consistency_weight, consistency),
         )
-        return Loss(total, {name: value.detach() for name, value in parts.items()})
 
     def _neighbour(self, batch: Batch, student: Outputs, usable: Tensor) -> PerAnchor:
         return neighbour_nll(
@@ -168,8 +164,7 @@ class CoNe(Objective, name="cone"):
         if teacher is None:
             raise ValueError("CoNe fills its bank from the teacher; give its outputs.")
         logits = required(teacher.logits)
-        probabilities = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(1)
-        self.bank.write(unit(teacher.embedding), batch.labels, probabilities, batch.index)
+        self.bank.write(unit(teacher.embedding), batch.labels, probabilities(logits), batch.index)
 
 
 def _only(losses: PerAnchor, kept: Tensor) -> PerAnchor:

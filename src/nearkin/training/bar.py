@@ -48,7 +48,7 @@ class Bar:
         """Take in a record of the journal."""
         if record["kind"] == "train":
             self._loss = f"loss {record['loss']:.4f}"
-        else:
+        elif record["kind"] == "validation":
             self._value = f"{record['metric']} {100 * record['value']:.2f} %"
         if self._progress is not None:
             self._progress.update(self._task, completed=step, loss=self._loss, value=self._value)

@@ -88,7 +88,7 @@ class Keeper:
     def restore(self, snapshot: Snapshot, meters: Meters) -> None:
         """Take over a snapshot, after the learner has begun the snapshot's stage."""
         self._learner.load(snapshot.tensors)
-        meters.load(snapshot.tensors["meters"]["sums"], snapshot.state["meters"])
+        meters.load(snapshot.tensors["meters"], snapshot.state["meters"])
         self._learner.runtime.load_scaler_state(snapshot.state["scaler"])
         best = snapshot.state["best"]
         self.best = None if best is None else Best(best["value"], best["step"])
@@ -114,7 +114,7 @@ class Keeper:
             "meters": counted,
             "scaler": self._learner.runtime.scaler_state(),
         }
-        store.save(Snapshot(step, self._learner.tensors() | {"meters": {"sums": sums}}, state))
+        store.save(Snapshot(step, self._learner.tensors() | {"meters": sums}, state))
 
 
 def same_run(snapshot: Snapshot, identity: str) -> None:

@@ -53,6 +53,7 @@ class Learner:
         self.ema: Teacher | None = None
         self.teacher: Teacher | None = None
         self.optimizer: Optimizer
+        self.at_collapse: Loss  # of the last batch of an epoch, for whoever wonders at its end
         self.steps_done = 0
 
     def begin(self, stage: Stage) -> None:
@@ -90,6 +91,8 @@ class Learner:
                 self.runtime.backward(loss.total / count)
             parts.append(part)
             losses.append(loss)
+        if (step + 1) % self.steps_per_epoch == 0:
+            self.at_collapse = self.objective.at_collapse(*whole, progress)
         self._apply()
         self.steps_done = step + 1
         self._follow(whole if count == 1 else self._gathered(_join(parts)), progress)
@@ -102,6 +105,8 @@ class Learner:
 
     def judged(self) -> Network:
         """The network that validation, `best` and the final model look at."""
+        if self.stage.final == "teacher" and self.teacher is not None:
+            return self.teacher.network
         return self.network if self.ema is None else self.ema.network
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
@@ -255,4 +260,5 @@ def _mean(losses: list[Loss]) -> Loss:
         return losses[0]
     total = torch.stack([loss.total.detach() for loss in losses]).mean()
     terms = {n: torch.stack([loss.terms[n] for loss in losses]).mean() for n in losses[0].terms}
-    return Loss(total, terms)
+    counts = {n: torch.stack([loss.counts[n] for loss in losses]).sum() for n in losses[0].counts}
+    return Loss(total, terms, counts)

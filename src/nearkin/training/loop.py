@@ -12,6 +12,7 @@ from nearkin.config import RunConfig
 from nearkin.errors import DivergedError, Stopped
 from nearkin.objectives import Stage
 from nearkin.runtime import Flags, Runtime
+from nearkin.training.collapse import CollapseWatch
 from nearkin.training.folder import write_json
 from nearkin.training.journal import Journal
 from nearkin.training.keeper import Keeper
@@ -70,6 +71,7 @@ class Loop:
         self.loader, self.validate, self.told, self.warn = loader, validate, told, warn
         self.meters = Meters(runtime.device)
         self.flags = Flags(runtime)
+        self.collapse = CollapseWatch()
         self._clock = time.monotonic()
 
     def run(self, route: list[Leg], snapshot: Snapshot | None, signals: StopSignals) -> int:
@@ -113,6 +115,7 @@ class Loop:
             ended = step % self.learner.steps_per_epoch == 0
             if ended:
                 self._settle(last_batch, step)
+                self._record_epoch(leg.stage, progress, step)
                 self._record_validation(leg.stage, progress, step)
             if stop:
                 self._settle(last_batch, step)
@@ -191,6 +194,16 @@ class Loop:
         seconds, self._clock = now - self._clock, now
         values = {"lr": self.learner.lr, **losses}
         self._tell("train", stage, progress, step, values, seconds)
+
+    def _record_epoch(self, stage: Stage, progress: Progress, step: int) -> None:
+        means, counts = self.meters.take_epoch()
+        if self.journal is None:
+            return
+        self._tell("epoch", stage, progress, step, means | counts, 0.0)
+        collapsed = {n: float(value) for n, value in self.learner.at_collapse.terms.items()}
+        warning = self.collapse.look(stage.name, progress.epoch, means, collapsed)
+        if warning:
+            self.warn(warning)
 
     def _record_validation(self, stage: Stage, progress: Progress, step: int) -> None:
         started = time.monotonic()

@@ -1,0 +1,53 @@
+"""Orthogonal projection loss (Ranasinghe et al. 2021, arXiv 2103.14021)."""
+
+from __future__ import annotations
+
+from pydantic import Field
+from torch import nn
+
+from nearkin.functional import orthogonal_projection
+from nearkin.network import Head
+from nearkin.objectives.base import (
+    Objective,
+    Stage,
+    combine,
+    repeat_views,
+    required,
+    unit,
+)
+from nearkin.types import Batch, Loss, Outputs, Progress
+
+
+class OrthogonalProjection(Objective, name="opl"):
+    """Each class along one direction, other classes at right angles to it (Ranasinghe et al. 2021).
+
+    total = CE + weight * L_opl of the pooled features, scaled to unit length.
+    Heads: one linear classifier on the pooled features.
+    """
+
+    class Config(Objective.Config):
+        """Weight and gamma as published."""
+
+        weight: float = Field(1.0, ge=0, description="weight of the orthogonality term")
+        gamma: float = Field(0.5, ge=0, description="weight of the negative pairs inside it")
+        views: int = Field(1, ge=1, le=8, description="crops per image")
+
+    config: Config
+
+    def heads(self, dim: int, classes: int) -> dict[str, Head]:
+        return {"classifier": Head(nn.Linear(dim, classes), reads="features", writes="logits")}
+
+    def stages(self) -> tuple[Stage, ...]:
+        return (Stage("joint", 1.0, ("classifier",), views=self.config.views, coupled=True),)
+
+    def forward(
+        self,
+        batch: Batch,
+        student: Outputs,
+        teacher: Outputs | None,  # noqa: ARG002
+        progress: Progress,  # noqa: ARG002
+    ) -> Loss:
+        logits = required(student.logits)
+        labels = repeat_views(batch.labels, logits)
+        opl = orthogonal_projection(unit(student.features), labels, gamma=self.config.gamma)
+        return combine(ce=(1.0, self.classify(logits, labels)), opl=(self.config.weight, opl))

@@ -1,0 +1,96 @@
+"""SCHaNe (arXiv 2308.14893; later CLCE, arXiv 2402.14551)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from nearkin.config import Count
+from nearkin.functional import PerAnchor, schane
+from nearkin.network import Head, projection_head
+from nearkin.objectives.base import (
+    Objective,
+    Stage,
+    combine,
+    lonely,
+    repeat_views,
+    required,
+    unit,
+)
+from nearkin.types import Batch, Loss, Outputs, Progress
+
+
+class SCHaNe(Objective, name="schane"):
+    """Supervised contrast with hard negatives, joined with cross-entropy: for fine-tuning (arXiv 2308.14893).
+
+    total = mix * L_schane + (1 - mix) * CE, over the embeddings and logits of independent crops.
+    Heads: a projection without BatchNorm and a linear classifier, side by side on the pooled features.
+    Two crops of an image are independent draws; the published code gives the same crop twice.
+    """
+
+    class Config(Objective.Config):
+        """Defaults of the published code; `within` is our form of its contrast on each device alone."""
+
+        mix: float = Field(0.9, ge=0, le=1, description="share of the contrast in the total")
+        hardness: float = Field(1.0, ge=0, description="how much similar negatives count more")
+        temperature: float = Field(0.5, gt=0, description="divides the cosine similarities")
+        positives: Literal["mean", "sum"] = Field(
+            "mean", description="the positives' exponentials are averaged, or summed (CLCE)"
+        )
+        views: int = Field(2, ge=1, le=8, description="crops per image")
+        within: Count | None = Field(
+            None, description="contrast within blocks of so many images, not the whole batch"
+        )
+        projection: Count = Field(128, description="width of the projection")
+
+    config: Config
+
+    def heads(self, dim: int, classes: int) -> dict[str, Head]:
+        projection = projection_head(dim, dim, self.config.projection, batchnorm=False)
+        return {
+            "projection": Head(projection, reads="features", writes="projection"),
+            "classifier": Head(nn.Linear(dim, classes), reads="features", writes="logits"),
+        }
+
+    def stages(self) -> tuple[Stage, ...]:
+        views = self.config.views
+        heads = ("projection", "classifier")
+        return (Stage("joint", 1.0, heads, views=views, coupled=True, positives=views == 1),)
+
+    def forward(
+        self,
+        batch: Batch,
+        student: Outputs,
+        teacher: Outputs | None,  # noqa: ARG002
+        progress: Progress,  # noqa: ARG002
+    ) -> Loss:
+        logits, features = required(student.logits), unit(required(student.projection))
+        labels = repeat_views(batch.labels, logits)
+        losses = self._contrast(features, labels, images=len(batch.labels))
+        ce = self.classify(logits, labels)
+        loss = combine(ce=(1 - self.config.mix, ce), schane=(self.config.mix, losses))
+        return loss._replace(counts=lonely(losses))
+
+    def _contrast(self, features: Tensor, labels: Tensor, images: int) -> PerAnchor:
+        """The losses of all rows, each contrasted with the rows of its block of images."""
+        size = self.config.within or images
+        blocks = [
+            schane(
+                _block(features, images, start, size),
+                _block(labels, images, start, size),
+                temperature=self.config.temperature,
+                hardness=self.config.hardness,
+                positives=self.config.positives,
+            )
+            for start in range(0, images, size)
+        ]
+        return PerAnchor(*(torch.cat(column) for column in zip(*blocks, strict=True)))
+
+
+def _block(rows: Tensor, images: int, start: int, size: int) -> Tensor:
+    """All views of the images `start` to `start + size`, of rows that stand view after view."""
+    views = rows.view(-1, images, *rows.shape[1:])
+    return views[:, start : start + size].flatten(0, 1)

@@ -1,0 +1,20 @@
+"""SINCERE (Feeney and Hughes 2023, arXiv 2309.14277)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from nearkin.functional import PerAnchor, sincere
+from nearkin.objectives.contrast import Contrastive
+
+
+class Sincere(Contrastive, name="sincere"):
+    """Each positive alone against the other classes, so that no positive repels another (Feeney and Hughes 2023).
+
+    Joint with CE at weight 0.5 (our choice), or in two stages as published.
+    """
+
+    term = "sincere"
+
+    def contrast(self, features: Tensor, labels: Tensor) -> PerAnchor:
+        return sincere(features, labels, temperature=self.config.temperature)

@@ -1,0 +1,64 @@
+"""Batch-hard triplets (Hermans et al. 2017, arXiv 1703.07737)."""
+
+from __future__ import annotations
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from nearkin.functional import PerAnchor, triplet_batch_hard
+from nearkin.network import Head
+from nearkin.objectives.base import (
+    Objective,
+    Stage,
+    combine,
+    lonely,
+    per_class,
+    repeat_views,
+    required,
+    unit,
+)
+from nearkin.types import Batch, Loss, Outputs, Progress
+
+
+class Triplet(Objective, name="triplet"):
+    """Each image nearer to its farthest kin than to the nearest stranger, by a margin (Hermans et al. 2017).
+
+    total = CE + weight * batch-hard triplet loss of the pooled features, scaled to unit length (our choice).
+    Heads: one linear classifier on the pooled features. Of a mixed image both classes are taken in turn.
+    """
+
+    class Config(Objective.Config):
+        """The margin for unit rows and the weight are our choice; one crop per image, as published."""
+
+        weight: float = Field(1.0, ge=0, description="weight of the triplet term")
+        margin: float = Field(0.2, ge=0, description="least difference of the two distances")
+        views: int = Field(1, ge=1, le=8, description="crops per image")
+
+    config: Config
+
+    def heads(self, dim: int, classes: int) -> dict[str, Head]:
+        return {"classifier": Head(nn.Linear(dim, classes), reads="features", writes="logits")}
+
+    def stages(self) -> tuple[Stage, ...]:
+        views = self.config.views
+        return (
+            Stage("joint", 1.0, ("classifier",), views=views, coupled=True, positives=views == 1),
+        )
+
+    def forward(
+        self,
+        batch: Batch,
+        student: Outputs,
+        teacher: Outputs | None,  # noqa: ARG002
+        progress: Progress,  # noqa: ARG002
+    ) -> Loss:
+        logits, features = required(student.logits), unit(student.features)
+        labels = repeat_views(batch.labels, logits)
+
+        def hard(classes: Tensor) -> PerAnchor:
+            return triplet_batch_hard(features, classes, margin=self.config.margin)
+
+        losses = per_class(hard, labels)
+        ce = self.classify(logits, labels)
+        loss = combine(ce=(1.0, ce), triplet=(self.config.weight, losses))
+        return loss._replace(counts=lonely(losses))
