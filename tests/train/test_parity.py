@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.processes import finish, ranks, start
 
+from nearkin.objectives import Objective
+
 STEPS = 6
 QUICK = ("ce", "supcon", "cone")
 COMMON = {
@@ -35,7 +37,10 @@ CASES = {
         **{"objective": "cone", "objective.bank": 64, "objective.topk": 9, **HEAD},
         **{"objective.teacher_crop": "own", "augment": "strong", "drop_path": 0.2, "ema": 0.9},
     },
+    "mean-teacher": {"objective": "attract-repulse", "stage": 1},
 }
+# Every other objective with its defaults: a new file gets this by existing.
+CASES |= {name: {"objective": name} for name in sorted(Objective.registry) if name not in CASES}
 
 
 def steps(options, folder, precision):
@@ -48,10 +53,12 @@ def steps(options, folder, precision):
     from nearkin.types import Progress
 
     runtime = Runtime(device="cpu", precision=precision)
+    options = dict(options)
+    number = options.pop("stage", 0)
     config = validate(RunConfig, COMMON | options | {"precision": precision})
     session = Session(prepare(config, runtime), runtime, folder, quiet=True)
     learner, leg = session.learner, None
-    leg = legs(session.stages, config.epochs, session.steps_per_epoch)[0]
+    leg = legs(session.stages, config.epochs, session.steps_per_epoch)[number]
     learner.begin(leg.stage)
     gradients = {}
 

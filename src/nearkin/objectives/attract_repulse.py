@@ -69,10 +69,17 @@ class AttractRepulse(Objective, name="attract-repulse"):
         consistency: float = Field(1.0, ge=0, description="weight of the teacher's targets")
         ramp_epochs: float = Field(5.0, gt=0, description="over which that weight rises")
         teacher_horizon: float = Field(2.0, gt=0, description="memory of the teacher in epochs")
+        teacher_schedule: Literal["constant", "ramped"] = Field(
+            "constant", description="its momentum constant, or ramped up from 0 as in Mean Teacher"
+        )
+        teacher_lr: float = Field(
+            0.1, gt=0, le=1, description="peak of the second stage, as a share of --lr"
+        )
 
         def resolve(self, facts: Facts) -> Self:
-            alpha, beta = preset(facts.classes)
-            values = {"alpha": alpha, "beta": beta, "bank": usual_bank(facts)}
+            # The published weight 0.1 of CE is for long training on noisy labels (docs/decisions/009).
+            beta = preset(facts.classes)[1]
+            values = {"alpha": 1.0, "beta": beta, "bank": usual_bank(facts)}
             update = {k: v for k, v in values.items() if getattr(self, k) == "auto"}
             return self.model_copy(update=update)
 
@@ -97,7 +104,10 @@ class AttractRepulse(Objective, name="attract-repulse"):
         in_batch = self.config.negatives == "batch"
         keys = None if in_batch else TeacherPolicy(horizon=horizon, crop="own")
         averaged = TeacherPolicy(
-            schedule="ramped", horizon=horizon, batchnorm="average", crop="own"
+            schedule=self.config.teacher_schedule,
+            horizon=horizon,
+            batchnorm="average",
+            crop="own",
         )
         heads = ("projection", "classifier")
         return (
@@ -109,6 +119,7 @@ class AttractRepulse(Objective, name="attract-repulse"):
                 start="best",
                 views=2,
                 teacher=averaged,
+                lr=self.config.teacher_lr,
                 final="teacher",
             ),
         )

@@ -30,6 +30,7 @@ class Stage(NamedTuple):
     coupled: whether an anchor's value depends on the other samples of the batch.
     positives: whether an anchor needs another image of its class in the batch.
     freeze_backbone: the backbone gets no gradient and runs in eval mode.
+    lr: the stage's peak learning rate as a share of the run's.
     final: whether the stage's model, judged and saved, is the student or the teacher.
     """
 
@@ -42,6 +43,7 @@ class Stage(NamedTuple):
     coupled: bool = False
     positives: bool = False
     freeze_backbone: bool = False
+    lr: float = 1.0
     final: Literal["student", "teacher"] = "student"
 
     @property

@@ -141,7 +141,7 @@ class Learner:
             warmup=min(warmup, progress.steps),
             floor=config.min_lr_ratio,
         )
-        self._lr = float(config.lr) * factor
+        self._lr = float(config.lr) * self.stage.lr * factor
         set_lr(self._raw_optimizer, self._lr)
 
     def _place(self, batch: Batch, step: int) -> Batch:

@@ -1,0 +1,23 @@
+"""Every objective, with the defaults that a person gets, learns: three epochs on real digits."""
+
+from __future__ import annotations
+
+import pytest
+from tests.processes import finish, start
+
+from nearkin.objectives import Objective
+
+
+def learns(name, folder):
+    import nearkin
+
+    result = nearkin.train("digits", name, epochs=3, threads=1, out=folder / "run")
+    (folder / "accuracy").write_text(str(result.test_top1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(Objective.registry))
+def test_three_epochs_on_digits_reach_90_percent(name, tmp_path):
+    log = tmp_path / "log"
+    assert finish(start(learns, name, tmp_path, log=log)) == [0], log.read_text()
+    assert float((tmp_path / "accuracy").read_text()) >= 0.9
