@@ -79,6 +79,18 @@ def load_weights(module: nn.Module, file: Path) -> LoadReport:
     )
 
 
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file of weights, on the CPU, by name without `module.` and the like before it.
+
+    Raises ModelError when the file is no checkpoint or a dangerous one, or spells one name twice.
+    """
+    given = _read(file)
+    bare = {_stripped(name): tensor for name, tensor in given.items()}
+    if len(bare) < len(given):
+        raise ModelError(f"{_shown(file)} holds tensors whose names differ in a prefix only.")
+    return bare
+
+
 def read_safetensors(file: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, on the CPU. Raises ModelError when it is missing, damaged or oversized."""
     from safetensors import SafetensorError
