@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from nearkin.errors import ConfigError, nearest, printable
+from nearkin.model_options import ModelOptions
 
 Auto = Literal["auto"]
 Count = Annotated[int, Field(ge=1)]
@@ -20,7 +21,12 @@ Natural = Annotated[int, Field(ge=0)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
 Side = Annotated[int, Field(ge=4, le=4096)]
+FREE = {
+    "objective": "options",
+    "model": "model_options",
+}  # `objective.NAME` -> the field it belongs to
 LARGEST_YAML = 1 << 20
 CONFIG_FILE = "config.yaml"  # in every run folder
 # What a resumed run may change: nothing that touches the weights.
@@ -46,9 +52,13 @@ class RunConfig(BaseModel):
     epochs: Natural | Auto = _option("auto", "passes over the training images")
     batch_size: Count | Auto = _option("auto", "images per step, over all processes")
     accumulate: Count = _option(1, "parts the batch is split into to save memory")
+    batchnorm_by_parts: bool = _option(
+        False, "let BatchNorm see one part at a time, which changes the gradient"
+    )
 
     # The network.
     model: str = _option("auto", "any timm model (nearkin list models)")
+    model_options: ModelOptions = _option({}, "options of the timm model, as --model.NAME")
     pretrained: bool = _option(False, "start from timm's pretrained weights")
     weights: Path | None = _option(None, "start from the weights in this file")
     image_size: Side | Auto = _option("auto", "side of the square input, in pixels")
@@ -56,15 +66,32 @@ class RunConfig(BaseModel):
     stem: Literal["auto", "default", "small"] = _option("auto", "first layers for small images")
     drop_rate: Share = _option(0.0, "dropout of the pooled features")
     drop_path: Share = _option(0.0, "stochastic depth of the backbone")
+    freeze_backbone: bool = _option(False, "train the heads only")
 
     # The data.
     val_split: Share = _option(0.1, "share of train held out where no split exists")
     images_per_class: Count | None = _option(None, "at most so many training images a class")
     bad_images: Literal["error", "skip"] = _option("error", "unreadable images stop the run or go")
     augment: Literal["auto", "none", "light", "medium", "strong"] = _option("auto", "strength")
+    crop_scale: Annotated[float, Field(gt=0, le=1)] | Literal["auto", "padded", "centre"] = _option(
+        "auto", "least share of the area in a random crop"
+    )
+    randaugment: Annotated[int, Field(ge=0, le=30)] | Auto = _option(
+        "auto", "magnitude of RandAugment (2 operations), 0 = off"
+    )
+    jitter: Annotated[float, Field(ge=0, le=2)] | Auto = _option(
+        "auto", "brightness, contrast and saturation; hue a quarter of it; 0 = off"
+    )
+    jitter_prob: Probability | Auto = _option("auto", "share of images whose colours change")
+    grey_prob: Probability | Auto = _option("auto", "share of images that become grey")
+    erasing: Probability | Auto = _option("auto", "share of images that lose a rectangle")
     flip: bool | Auto = _option("auto", "mirror training images (never auto on digits)")
     mixup: Amount | Auto = _option("auto", "Beta parameter of mixup, 0 = off")
     cutmix: Amount | Auto = _option("auto", "Beta parameter of CutMix, 0 = off")
+    eval_size: Side | Auto = _option("auto", "side of the input in validation and test")
+    eval_crop: Annotated[float, Field(ge=0.1, le=1)] | Auto = _option(
+        "auto", "share of the short side that the centre crop keeps there"
+    )
     class_weights: Literal["none", "balanced"] = _option("none", "weigh cross-entropy by class")
     workers: Natural | Auto = _option("auto", "processes that load images, per rank")
 
@@ -76,6 +103,10 @@ class RunConfig(BaseModel):
     weight_decay: Amount | Auto = _option("auto", "decay of weights")
     decay_all: bool = _option(False, "decay norms and biases as well")
     momentum: Share = _option(0.9, "momentum of SGD")
+    nesterov: bool = _option(True, "Nesterov's momentum for SGD")
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | Auto = _option(
+        "auto", "learning rate of each layer / that of the layer above"
+    )
     clip_grad: Positive | None = _option(None, "largest norm of the gradient")
     ema: Share = _option(0.0, "momentum of an averaged copy to evaluate, 0 = off")
 
@@ -96,19 +127,23 @@ class RunConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _nest(cls, values: Any) -> Any:
-        """Gather `objective.NAME` keys into `options`."""
+        """Gather `objective.NAME` and `model.NAME` keys into their fields."""
         if not isinstance(values, Mapping):
             return values
-        options = dict(values.get("options") or {})
-        prefix = "objective."
-        options |= {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
-        rest = {k: v for k, v in values.items() if not k.startswith(prefix)}
-        return rest | {"options": options}
+        nested: dict[str, Any] = dict(values)
+        for key in values:
+            room, dot, name = str(key).partition(".")
+            if dot and room in FREE:
+                given = nested.get(FREE[room])
+                given = given if isinstance(given, Mapping) else {}
+                nested[FREE[room]] = {**given, name: nested.pop(key)}
+        return nested
 
     def flat(self) -> dict[str, Any]:
-        """The options as YAML stores them: plain values, the objective's under `objective.NAME`."""
-        values = self.model_dump(mode="json", exclude={"options"})
-        return values | {f"objective.{k}": v for k, v in self.options.items()}
+        """The options as YAML stores them: plain values, with `objective.NAME` and `model.NAME`."""
+        values = self.model_dump(mode="json", exclude=set(FREE.values()))
+        free = {f"{room}.{k}": v for room, f in FREE.items() for k, v in getattr(self, f).items()}
+        return values | free
 
 
 def validate(model: type[BaseModel], values: Mapping[str, Any], prefix: str = "") -> Any:
@@ -202,17 +237,18 @@ def _flatten(loaded: Any, path: Path) -> dict[str, Any]:
 
 
 def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Later layers win. A layer that names another objective drops the options of the earlier one."""
+    """Later layers win. A layer that names another objective or model drops the options of the earlier one."""
     merged: dict[str, Any] = {}
     for layer in layers:
-        if layer.get("objective", merged.get("objective")) != merged.get("objective"):
-            merged = {k: v for k, v in merged.items() if not k.startswith("objective.")}
+        for room in FREE:
+            if layer.get(room, merged.get(room)) != merged.get(room):
+                merged = {k: v for k, v in merged.items() if not k.startswith(f"{room}.")}
         merged |= layer
     return merged
 
 
 def to_yaml(config: RunConfig) -> str:
     """The options as a YAML file that `--config` reads back to the same configuration."""
-    values = config.model_dump(mode="json", exclude={"options"})
+    values = {k: v for k, v in config.flat().items() if not k.startswith("objective.")}
     values["objective"] = {"name": config.objective} | config.options
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

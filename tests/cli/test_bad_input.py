@@ -89,7 +89,7 @@ CASES = {
             "8",
             *FAST,
         ],
-        ["--accumulate 2", "supcon"],
+        ["--accumulate 2", "supcon", "BatchNorm", "--objective.head-norm"],
     ),
     "fp16 on a cpu": (2, ["train", "--precision", "fp16", "--device", "cpu"], ["bf16"]),
     "run folder that exists": (

@@ -21,6 +21,7 @@ from nearkin.data import (
     EvalSpec,
     Split,
     TrainOrder,
+    TrainSpec,
     WorkersDied,
     eval_loader,
     eval_transform,
@@ -45,7 +46,9 @@ def split():
 def loaded(
     split, *, workers=0, views=2, rank=0, world_size=1, first=0, last=9, seed=4, transform=None
 ):
-    transform = transform or train_transform("light", image_size=9, channels=3, flip=True)
+    transform = transform or train_transform(
+        TrainSpec.of("light", image_size=9, channels=3, flip=True)
+    )
     order = TrainOrder(
         len(split.labels),
         seed=seed,
@@ -100,7 +103,7 @@ def test_a_later_start_makes_the_rest(split):
 
 
 def test_each_view_is_made_under_its_own_seed(split):
-    transform = train_transform("light", image_size=9, channels=3, flip=True)
+    transform = train_transform(TrainSpec.of("light", image_size=9, channels=3, flip=True))
     for step, batch in enumerate(loaded(split, views=3)):
         for place, row in enumerate(batch.index.tolist()):
             for view in range(3):
@@ -232,7 +235,7 @@ def test_the_overhead_per_image_is_small():
     """12 epochs of digits must load in seconds; generous, since the machine may be busy."""
     array = np.zeros((1024, 8, 8, 1), dtype=np.uint8)
     small = Split("train", Arrays(array, "x"), np.zeros(1024, dtype=np.int64))
-    transform = train_transform("light", image_size=8, channels=1, flip=False)
+    transform = train_transform(TrainSpec.of("light", image_size=8, channels=1))
     started = time.process_time()
     assert len(loaded(small, views=1, last=128, transform=transform)) == 128
     assert (time.process_time() - started) / 1024 < 500e-6

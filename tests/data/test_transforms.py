@@ -9,7 +9,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from nearkin.data import EvalSpec, eval_transform, train_transform
+from nearkin.data import EvalSpec, TrainSpec, eval_transform, train_transform
 
 SIZES = [(8, 8), (1, 1), (1, 9), (40, 3), (64, 64), (90, 131), (300, 200), (2, 3000)]
 
@@ -19,11 +19,16 @@ def picture(height: int, width: int, channels: int = 3, seed: int = 0) -> torch.
     return torch.randint(256, (channels, height, width), generator=generator, dtype=torch.uint8)
 
 
+def made_by(strength, image_size, channels, flip=False, **parts):
+    spec = TrainSpec.of(strength, image_size=image_size, channels=channels, flip=flip)
+    return train_transform(spec.model_copy(update=parts))
+
+
 @pytest.mark.parametrize("strength", ["none", "light", "medium", "strong"])
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("image_size", [8, 72])
 def test_any_size_becomes_the_size_asked_for(strength, channels, image_size):
-    transform = train_transform(strength, image_size=image_size, channels=channels, flip=True)
+    transform = made_by(strength, image_size, channels, flip=True)
     transform = pickle.loads(pickle.dumps(transform))  # workers get a copy
     for number, (height, width) in enumerate(SIZES):
         torch.manual_seed(number)
@@ -37,9 +42,12 @@ def test_any_size_becomes_the_size_asked_for(strength, channels, image_size):
         assert torch.equal(transform(image), made)
 
 
-@pytest.mark.parametrize(("size", "resize"), [(8, 8), (64, 64), (65, 74), (96, 110), (224, 256)])
-def test_the_evaluation_spec_travels(size, resize):
-    spec = EvalSpec.for_size(size, 3)
+@pytest.mark.parametrize(
+    ("size", "crop", "resize"),
+    [(8, 1.0, 8), (65, 0.875, 74), (96, 0.875, 110), (224, 0.875, 256), (224, 0.95, 236)],
+)
+def test_the_evaluation_spec_travels(size, crop, resize):
+    spec = EvalSpec.for_size(size, 3, crop)
     assert (spec.image_size, spec.resize, spec.channels) == (size, resize, 3)
     assert EvalSpec(**json.loads(json.dumps(spec.model_dump(mode="json")))) == spec
     with pytest.raises(ValidationError, match="smaller than image_size"):
@@ -59,11 +67,11 @@ def test_evaluation_equals_torchvisions_resize_and_centre_crop():
     for height, width in [(90, 131), (300, 200), (71, 500), (224, 224)]:
         image = picture(height, width)
         expected = v2.Compose([v2.Resize(82, antialias=True), v2.CenterCrop(72)])(image)
-        assert torch.equal(eval_transform(EvalSpec.for_size(72, 3))(image), expected)
+        assert torch.equal(eval_transform(EvalSpec.for_size(72, 3, 0.875))(image), expected)
 
 
 def test_a_long_strip_does_not_fill_the_memory():
-    made = eval_transform(EvalSpec.for_size(224, 1))(
+    made = eval_transform(EvalSpec.for_size(224, 1, 0.875))(
         picture(1, 60_000, 1)
     )  # 15 000 megapixels if resized whole
     assert made.shape == (1, 224, 224)
@@ -76,7 +84,7 @@ def test_the_ends_that_are_cut_are_not_the_centre():
 
 
 def test_none_is_the_same_for_every_seed():
-    transform = train_transform("none", image_size=32, channels=3, flip=True)
+    transform = made_by("none", 32, 3)
     made = []
     for seed in range(5):
         torch.manual_seed(seed)
@@ -88,7 +96,7 @@ def test_light_at_small_sizes_is_a_crop_of_the_padded_image():
     image = picture(16, 16, 1)
     padded = torch.nn.functional.pad(image, [2] * 4)
     crops = [padded[:, i : i + 16, j : j + 16] for i in range(5) for j in range(5)]
-    transform = train_transform("light", image_size=16, channels=1, flip=False)
+    transform = made_by("light", 16, 1, flip=False)
     seen = set()
     for seed in range(400):
         torch.manual_seed(seed)
@@ -100,7 +108,7 @@ def test_light_at_small_sizes_is_a_crop_of_the_padded_image():
 
 def test_the_padding_is_at_least_one_pixel():
     image = torch.full((1, 4, 4), 9, dtype=torch.uint8)
-    transform = train_transform("light", image_size=4, channels=1, flip=False)
+    transform = made_by("light", 4, 1, flip=False)
     torch.manual_seed(0)
     assert any((transform(image) == 0).any() for _ in range(20))
 
@@ -109,7 +117,7 @@ def test_half_are_mirrored_only_if_asked():
     image = torch.zeros(1, 8, 8, dtype=torch.uint8)
     image[..., 5:] = 255  # brighter on the right, wherever it is cropped
     for flip, share in ((True, 0.5), (False, 0.0)):
-        transform = train_transform("light", image_size=8, channels=1, flip=flip)
+        transform = made_by("light", 8, 1, flip=flip)
         torch.manual_seed(0)
         made = [transform(image).float() for _ in range(400)]
         mirrored = sum(bool(m[..., :4].sum() > m[..., 4:].sum()) for m in made) / 400
@@ -118,7 +126,7 @@ def test_half_are_mirrored_only_if_asked():
 
 def test_light_above_64_pixels_shows_at_least_a_third_of_the_area():
     ramp = torch.linspace(0, 255, 100).byte().expand(3, 100, 100)
-    transform = train_transform("light", image_size=65, channels=3, flip=False)
+    transform = made_by("light", 65, 3, flip=False)
     torch.manual_seed(0)
     widths = torch.stack(
         [transform(ramp)[0, 0, [0, -1]].float().diff()[0] / 255 for _ in range(300)]
@@ -135,7 +143,7 @@ def is_grey(image: torch.Tensor) -> bool:
 
 def test_medium_changes_colours_and_makes_a_tenth_grey():
     image = torch.tensor([200, 120, 60], dtype=torch.uint8)[:, None, None].expand(3, 8, 8)
-    transform = train_transform("medium", image_size=8, channels=3, flip=False)
+    transform = made_by("medium", 8, 3, flip=False)
     torch.manual_seed(0)
     made = [transform(image) for _ in range(500)]
     assert abs(sum(is_grey(m) for m in made) / 500 - 0.1) < 0.06
@@ -145,7 +153,7 @@ def test_medium_changes_colours_and_makes_a_tenth_grey():
 
 def test_strong_erases_in_a_quarter_of_the_cases():
     image = torch.full((3, 32, 32), 128, dtype=torch.uint8)
-    strong = train_transform("strong", image_size=32, channels=3, flip=False)
+    strong = made_by("strong", 32, 3, flip=False)
     erase = strong.steps[-1]
     torch.manual_seed(0)
     erased = sum(bool((erase(image) == 0).any()) for _ in range(800)) / 800
@@ -153,3 +161,79 @@ def test_strong_erases_in_a_quarter_of_the_cases():
     names = [type(step).__name__ for step in strong.steps]
     assert names == ["RandomPaddedCrop", "RandAugment", "ColorJitter", "RandomErasing"]
     assert (strong.steps[1].num_ops, strong.steps[1].magnitude) == (2, 9)
+
+
+JITTER = (0.4, 0.4, 0.4, 0.1)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("strength", ["light", "medium", "strong"])
+def test_strengths_draw_as_torchvision_would_in_this_order(strength, channels, flip):
+    from torchvision.transforms import v2
+
+    jitter = v2.ColorJitter(*(JITTER[:2] if channels == 1 else JITTER))
+    medium = [jitter] if channels == 1 else [jitter, v2.RandomGrayscale(0.1)]
+    strong = [v2.RandAugment(2, 9), jitter, v2.RandomErasing(0.25)]
+    colours = {"light": [], "medium": medium, "strong": strong}[strength]
+    crop = v2.RandomResizedCrop(72, scale=(0.35, 1.0), antialias=True)
+    transform = made_by(strength, 72, channels, flip=flip)
+    for seed in range(8):
+        image = picture(90, 131, channels, seed)
+        torch.manual_seed(seed)
+        expected = crop(image)
+        if flip and torch.rand(()) < 0.5:
+            expected = expected.flip(-1)
+        for colour in colours:
+            expected = colour(expected)
+        torch.manual_seed(seed)
+        assert torch.equal(transform(image), expected)
+
+
+def test_a_number_always_crops_a_region_and_the_two_words_never_do():
+    ramp = torch.linspace(0, 255, 32).byte().expand(3, 32, 32)
+    steps = {}
+    for scale in (0.08, "padded", "centre"):
+        torch.manual_seed(0)
+        transform = made_by("light", 32, 3, crop_scale=scale)
+        made = torch.stack([transform(ramp) for _ in range(200)])
+        steps[scale] = (made[..., 0, 31].float() - made[..., 0, 0].float())[:, 0] / 255
+    assert steps[0.08].min() < 0.4, "a twelfth of the area is about a third of the width"
+    assert steps[0.08].max() > 0.9
+    assert (steps["centre"] == 1).all()
+    assert made_by("none", 32, 3, crop_scale=0.5).steps[0].scale == (0.5, 1.0)
+
+
+def test_each_part_can_be_set_by_itself():
+    def kinds(**parts):
+        return [type(step).__name__ for step in made_by("none", 32, 3, **parts).steps[2:]]
+
+    assert kinds() == []
+    assert kinds(randaugment=7) == ["RandAugment"]
+    assert kinds(jitter=0.4) == ["ColorJitter"]
+    assert kinds(jitter=0.4, jitter_prob=0.8) == ["RandomApply"]
+    assert kinds(jitter=0.4, jitter_prob=0.0) == []
+    assert kinds(grey_prob=0.2) == ["RandomGrayscale"]
+    assert kinds(erasing=0.5) == ["RandomErasing"]
+    assert kinds(flip=True) == ["RandomFlip"]
+    assert kinds(erasing=1.0, randaugment=1, jitter=1.0, grey_prob=1.0, flip=True) == [
+        "RandomFlip",
+        "RandAugment",
+        "ColorJitter",
+        "RandomGrayscale",
+        "RandomErasing",
+    ]
+    off = {"randaugment": 0, "jitter": 0.0, "erasing": 0.0}
+    assert len(made_by("strong", 32, 3, **off).steps) == len(made_by("light", 32, 3).steps)
+
+
+def test_jitter_is_as_strong_and_as_frequent_as_asked():
+    step = made_by("none", 8, 3, jitter=0.8).steps[-1]
+    ranges = [step.brightness, step.contrast, step.saturation, step.hue]
+    assert ranges[:3] == [(pytest.approx(0.2), pytest.approx(1.8))] * 3
+    assert ranges[3] == (pytest.approx(-0.2), pytest.approx(0.2))
+    image = torch.tensor([200, 120, 60], dtype=torch.uint8)[:, None, None].expand(3, 8, 8)
+    transform = made_by("none", 8, 3, jitter=0.4, jitter_prob=0.8)
+    torch.manual_seed(0)
+    same = sum(torch.equal(transform(image), image) for _ in range(400)) / 400
+    assert abs(same - 0.2) < 0.06

@@ -180,7 +180,7 @@ def test_projection_sizes(dim, sizes):
 def test_the_projection_head():
     kinds = [type(m) for m in projection_head(6, 8, 4)]
     assert kinds == [nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear]
-    kinds = [type(m) for m in projection_head(6, 8, 4, batchnorm=False)]
+    kinds = [type(m) for m in projection_head(6, 8, 4, norm="none")]
     assert kinds == [nn.Linear, nn.ReLU, nn.Linear]
     head = projection_head(6, 8, 4)
     assert head[0].bias is None, "BatchNorm would take it away"

@@ -33,8 +33,12 @@ def network():
 
 
 def build(net, name, **options):
-    given = {"lr": 0.1, "weight_decay": 0.01, "momentum": 0.9, "decay_all": False} | options
-    return build_optimizer(net, name, **given)
+    given = {"lr": 0.1, "weight_decay": 0.01, "momentum": 0.9, "nesterov": True}
+    return build_optimizer(net, name, **given | {"decay_all": False, "layer_decay": 1.0} | options)
+
+
+def groups_of(net, decay_all=False):
+    return parameter_groups(net, weight_decay=0.01, decay_all=decay_all, layer_decay=1.0)
 
 
 def names(net, group):
@@ -44,7 +48,7 @@ def names(net, group):
 
 def test_matrices_decay_and_norms_biases_and_exempt_ones_do_not():
     net = network()
-    decayed, free = parameter_groups(net, weight_decay=0.01, decay_all=False)
+    decayed, free = groups_of(net)
     assert decayed["weight_decay"] == 0.01
     assert free["weight_decay"] == 0.0
     assert names(net, decayed) == {
@@ -54,14 +58,14 @@ def test_matrices_decay_and_norms_biases_and_exempt_ones_do_not():
         "heads.projection.3.weight",
     }
     assert names(net, decayed) | names(net, free) == {n for n, _ in net.named_parameters()}
-    (everything,) = parameter_groups(net, weight_decay=0.01, decay_all=True)
+    (everything,) = groups_of(net, decay_all=True)
     assert names(net, everything) == {n for n, _ in net.named_parameters()}
 
 
 def test_frozen_weights_are_not_optimised():
     net = network()
     net.activate(("projection",), freeze_backbone=True)
-    groups = parameter_groups(net, weight_decay=0.01, decay_all=False)
+    groups = groups_of(net)
     assert all(n.startswith("heads.") for group in groups for n in names(net, group))
 
 
@@ -96,17 +100,24 @@ def test_state_goes_on_bit_for_bit(name, layout):
         assert torch.equal(tensor, other.state_dict()[key]), key
 
 
-def test_sgd_is_nesterov_and_decays_as_asked():
-    """One step by hand: g = dL/dw + wd w; buf = g; w -= lr (g + mu buf)."""
+@pytest.mark.parametrize(
+    ("nesterov", "momentum"), [(True, 0.9), (False, 0.9), (True, 0.0), (False, 0.0)]
+)
+def test_two_steps_of_sgd_by_hand(nesterov, momentum):
+    """g = dL/dw + wd w; buf = mu buf + g; w -= lr (g + mu buf) with Nesterov, lr buf without."""
     net = network()
-    optimizer = build(net, "sgd")
+    optimizer = build(net, "sgd", nesterov=nesterov, momentum=momentum)
     weight = net.backbone[4].weight
-    before = weight.detach().clone()
+    expected, buffer = weight.detach().clone(), torch.zeros_like(weight)
     net.train()
-    net(torch.rand(4, 3, 8, 8)).embedding.square().sum().backward()
-    gradient = weight.grad.clone() + 0.01 * before
-    optimizer.step()
-    assert torch.allclose(weight, before - 0.1 * (gradient + 0.9 * gradient), atol=1e-6)
+    for _ in range(2):
+        optimizer.zero_grad()
+        net(torch.rand(4, 3, 8, 8)).embedding.square().sum().backward()
+        gradient = weight.grad.clone() + 0.01 * expected
+        buffer = momentum * buffer + gradient
+        expected = expected - 0.1 * (gradient + momentum * buffer if nesterov else buffer)
+        optimizer.step()
+        assert torch.allclose(weight, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("policy", ["own", "average"])

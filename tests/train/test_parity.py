@@ -165,27 +165,66 @@ def test_a_split_batch_writes_the_same_bank_once(tmp_path):
         assert one["objective"]["bank.filled"] == min(50, 32 * (step + 1))
 
 
-# A network without BatchNorm: there, splitting the batch is exact.
+# A network without BatchNorm: there, splitting the batch is exact, however the loss couples it.
 PLAIN = {
-    "objective": "ce",
     "model": "test_vit",
     "image_size": 16,
     "drop_rate": 0.3,
+    "drop_path": 0.2,
     "optimizer": "sgd",
+}
+LAYER_NORM = {"objective.head_norm": "layer"}
+SPLIT = {
+    "ce": {},
+    "supcon": LAYER_NORM,
+    "schane": {"augment": "strong"},
+    "gpaco": LAYER_NORM,
+    "attract-repulse": LAYER_NORM,
+    "triplet": {"objective.views": 2},
 }
 
 
-def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
-    folders = {}
-    for parts in (1, 4):
-        folders[parts] = tmp_path / str(parts)
-        folders[parts].mkdir()
-        process = start(
-            steps, PLAIN | {"accumulate": parts}, folders[parts], "fp64", log=tmp_path / "log"
-        )
-        assert finish(process) == [0], (tmp_path / "log").read_text()
-    one, four = (read(folders[parts] / "after-0")["gradients"] for parts in (1, 4))
-    assert distance(one, four) <= 1e-10
+def first_gradients(name, options, folder, precision, log, world=1):
+    """Of the first step, from the state that every such run starts with."""
+    folder.mkdir(exist_ok=True)
+    words = {"objective": name} | PLAIN | SPLIT[name] | options
+    env = [{}] if world == 1 else ranks(world)
+    assert (
+        finish(*[start(steps, words, folder, precision, env=e, log=log) for e in env])
+        == [0] * world
+    ), log.read_text()
+    return read(folder / ("after-0" if world == 1 else "pair-0"))
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in ("ce", "supcon") else pytest.param(n, marks=pytest.mark.slow) for n in SPLIT]
+)
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp64", 1e-10), ("fp32", 1e-5)])
+def test_accumulated_gradients_are_those_of_the_whole_batch(name, precision, tolerance, tmp_path):
+    log, folder = tmp_path / "log", tmp_path / "whole"
+    whole = first_gradients(name, {}, folder, precision, log)
+    parts = first_gradients(name, {"accumulate": 4}, tmp_path / "parts", precision, log)
+    assert whole["gradients"].keys() == parts["gradients"].keys()
+    assert distance(whole["gradients"], parts["gradients"]) <= tolerance
+    assert distance(whole["loss"], parts["loss"]) <= tolerance
+    assert distance(whole["network"], parts["network"]) <= tolerance
+
+
+@pytest.mark.slow
+def test_parts_on_two_processes_give_the_gradient_of_the_whole_batch(tmp_path):
+    log, folder = tmp_path / "log", tmp_path / "run"
+    whole = first_gradients("schane", {}, folder, "fp64", log)
+    parts = first_gradients("schane", {"accumulate": 2}, folder, "fp64", log, world=2)
+    assert distance(whole["gradients"], parts["gradients"]) <= 1e-10
+
+
+def test_parts_without_the_two_passes_would_be_seen(tmp_path):
+    """The same comparison finds the gradient of a loss that couples parts only, so it can fail."""
+    log = tmp_path / "log"
+    whole = first_gradients("schane", {}, tmp_path / "whole", "fp64", log)
+    blocks = {"objective.within": 8}
+    parts = first_gradients("schane", blocks, tmp_path / "parts", "fp64", log)
+    assert distance(whole["gradients"], parts["gradients"]) > 1e-3
 
 
 @pytest.mark.slow

@@ -76,7 +76,13 @@ def test_epochs_are_shared_among_stages(shares, epochs, expected):
 def resolved(images, side, **options):
     config = resolve_data(RunConfig(**options), images=images, side=side, channels=3)
     return resolve_training(
-        config, images=images, files=True, weights=11_000_000, device="cpu", ranks=1
+        config,
+        images=images,
+        files=True,
+        weights=11_000_000,
+        layered=True,
+        device="cpu",
+        ranks=1,
     )
 
 

@@ -16,6 +16,7 @@ usage: nearkin VERB ...
   train     [DATA]            train a classifier, from images to a run folder
   evaluate  RUN [DATA]        exact metrics of a trained model
   predict   RUN IMAGES...     classes of image files and folders, as CSV or JSON
+  import-cone FILE            the CoNe authors' checkpoint as a run folder
   list      models|objectives|recipes
 
 DATA is a built-in name (digits, offline), a torchvision name (cifar10, downloads), a folder of class folders
@@ -29,7 +30,13 @@ Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 bug, 2 co
 """
 
 # Verb -> file. A file called list.py would hide the builtin in this package.
-VERBS = {"train": "train", "evaluate": "evaluate", "predict": "predict", "list": "listing"}
+VERBS = {
+    "train": "train",
+    "evaluate": "evaluate",
+    "predict": "predict",
+    "import-cone": "import_cone",
+    "list": "listing",
+}
 
 
 def run(argv: Sequence[str]) -> int:

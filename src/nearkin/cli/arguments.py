@@ -10,9 +10,10 @@ from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from nearkin.config import FREE
 from nearkin.errors import ConfigError, nearest, printable
 
-FREE = "objective."
+FREE_WORDS = tuple(f"--{room}." for room in FREE)  # argparse does not know what comes after
 
 
 class Parser(argparse.ArgumentParser):
@@ -73,13 +74,13 @@ class Parser(argparse.ArgumentParser):
         return words
 
     def _free(self, argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-        """Take the objective's options out: argparse does not know them before torch is loaded."""
+        """Take out the options of the objective and of the model, which are known once torch is loaded."""
         words: list[str] = []
         free: dict[str, Any] = {}
         left = list(argv)
         while left:
             word = left.pop(0)
-            if not word.startswith(f"--{FREE}"):
+            if not word.startswith(FREE_WORDS):
                 words.append(word)
                 continue
             name, equals, value = word.removeprefix("--").partition("=")

@@ -10,10 +10,10 @@ from typing import Any
 from nearkin.cli import is_first
 from nearkin.cli.arguments import Parser, options_table, show_help
 from nearkin.cli.listing import recipe_or_file
-from nearkin.config import RunConfig, merge, read_yaml, to_yaml
+from nearkin.config import FREE, RunConfig, merge, read_yaml, to_yaml
 from nearkin.training.signals import handled, interrupt
 
-USAGE = "nearkin train [DATA] [--objective NAME] [--objective.OPTION VALUE] [--OPTION VALUE]"
+USAGE = "nearkin train [DATA] [--objective NAME] [--objective.OPTION VALUE] [--model.OPTION VALUE] [--OPTION VALUE]"
 
 
 def main(argv: list[str]) -> int:
@@ -65,7 +65,7 @@ def _parser() -> Parser:
     parser.flag("print-config", "print the resolved options and stop")
     parser.flag("json", "the result as one JSON object on stdout")
     parser.flag("quiet", "nothing on stderr but errors")
-    parser.options(RunConfig, without=frozenset({"data", "options"}))
+    parser.options(RunConfig, without=frozenset({"data", *FREE.values()}))
     return parser
 
 

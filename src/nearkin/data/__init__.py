@@ -9,7 +9,7 @@ from nearkin.data.mixing import mix
 from nearkin.data.order import SampleKey, TrainOrder, epoch_order, sample_seed
 from nearkin.data.scan import BadImages, write_bad_files
 from nearkin.data.sources import resolve
-from nearkin.data.transforms import EvalSpec, eval_transform, train_transform
+from nearkin.data.transforms import EvalSpec, TrainSpec, eval_transform, train_transform
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -24,6 +24,7 @@ __all__ = [
     "SampleKey",
     "Split",
     "TrainOrder",
+    "TrainSpec",
     "WorkersDied",
     "epoch_order",
     "eval_loader",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -40,10 +40,49 @@ class EvalSpec(BaseModel):
         return self
 
     @classmethod
-    def for_size(cls, image_size: int, channels: int) -> Self:
-        """resize: `image_size` up to 64 pixels, above that round(image_size * 256 / 224), as is usual."""
-        resize = image_size if image_size <= SMALL else round(image_size * 256 / 224)
-        return cls(image_size=image_size, resize=resize, channels=channels)
+    def for_size(cls, image_size: int, channels: int, crop: float = 1.0) -> Self:
+        """crop: the share of the short side that the centre keeps, in (0, 1]; resize = round(image_size / crop)."""
+        return cls(image_size=image_size, resize=round(image_size / crop), channels=channels)
+
+
+class TrainSpec(BaseModel):
+    """The training transform. Its numbers have the names of the options, so that a resolved RunConfig gives them.
+
+    crop_scale: least share of the area that a random region has, in (0, 1]; `padded`: a random crop after padding by
+    1/8 of the side, at least 1 pixel; `centre`: no randomness. flip: a mirror image in half of the cases.
+    randaugment: magnitude of 2 operations, 0 to 30. jitter: brightness, contrast, saturation; hue a quarter of it; of
+    grey images only the first two; in a share `jitter_prob` of the cases. grey_prob: share that becomes grey.
+    erasing: share that gets a black rectangle. 0 leaves a part out.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    image_size: int = Field(ge=1)
+    channels: int = Field(ge=1)
+    flip: bool = False
+    crop_scale: float | Literal["padded", "centre"] = "centre"
+    randaugment: int = 0
+    jitter: float = 0.0
+    jitter_prob: float = 1.0
+    grey_prob: float = 0.0
+    erasing: float = 0.0
+
+    @classmethod
+    def of(cls, strength: Strength, *, image_size: int, channels: int, flip: bool = False) -> Self:
+        """A named strength: see `STRENGTHS`. `none` crops the centre; the others crop at random, `padded` up to 64
+        pixels and above that from 35 % of the area. Source: our choice."""
+        random = "padded" if image_size <= SMALL else 0.35
+        crop: Any = "centre" if strength == "none" else random
+        parts: Any = STRENGTHS[strength]
+        return cls(image_size=image_size, channels=channels, flip=flip, crop_scale=crop, **parts)
+
+
+STRENGTHS: dict[Strength, dict[str, float]] = {
+    "none": {},
+    "light": {},
+    "medium": {"jitter": 0.4, "grey_prob": 0.1},
+    "strong": {"randaugment": 9, "jitter": 0.4, "erasing": 0.25},
+}
 
 
 def eval_transform(spec: EvalSpec) -> Transform:
@@ -56,47 +95,42 @@ def eval_transform(spec: EvalSpec) -> Transform:
     )
 
 
-def train_transform(strength: Strength, *, image_size: int, channels: int, flip: bool) -> Transform:
+def train_transform(spec: TrainSpec) -> Transform:
     """uint8 `[channels, H, W]` of any size -> uint8 `[channels, image_size, image_size]`, drawn from torch's RNG.
 
-    none:   short side to image_size, centre crop.
-    light:  up to 64 pixels a random crop after padding by 1/8 of the side, at least 1 pixel; above, a
-            random region of 35 to 100 % of the area, resized. Then a mirror image in half of the cases,
-            if `flip`.
-    medium: light, then colour jitter (brightness .4, contrast .4, saturation .4, hue .1; of grey images
-            only the first two) and, for colour, grey in a tenth of the cases.
-    strong: light, then RandAugment (2 operations of magnitude 9), the jitter, and in a quarter of the
-            cases a black rectangle. mixup and CutMix are no part of it: see `mix`.
-
-    Source: our choice.
+    In this order: crop, mirror image, RandAugment, colour jitter, grey, erasing. mixup and CutMix are no part of it:
+    see `mix`.
     """
-    if strength == "none":
-        return Pipeline((ResizeShortSide(image_size), CentreCrop(image_size)))
-    light: list[Transform] = [_random_crop(image_size)]
-    if flip:
-        light.append(RandomFlip())
-    return Pipeline((*light, *_colour(strength, channels)))
+    flip = (RandomFlip(),) if spec.flip else ()
+    return Pipeline((*_crop(spec), *flip, *_colour(spec)))
 
 
-def _random_crop(image_size: int) -> Transform:
-    if image_size <= SMALL:
-        return RandomPaddedCrop(image_size, max(1, image_size // 8))
+def _crop(spec: TrainSpec) -> tuple[Transform, ...]:
+    size, scale = spec.image_size, spec.crop_scale
+    if scale == "centre":
+        return ResizeShortSide(size), CentreCrop(size)
+    if scale == "padded":
+        return (RandomPaddedCrop(size, max(1, size // 8)),)
     from torchvision.transforms import v2
 
-    crop: Transform = v2.RandomResizedCrop(image_size, scale=(0.35, 1.0), antialias=True)
-    return crop
+    return (v2.RandomResizedCrop(size, scale=(scale, 1.0), antialias=True),)
 
 
-def _colour(strength: Strength, channels: int) -> Sequence[Transform]:
-    if strength == "light":
-        return ()
+def _colour(spec: TrainSpec) -> Iterator[Transform]:
+    if not (spec.randaugment or spec.jitter or spec.grey_prob or spec.erasing):
+        return  # torchvision takes a while to load
     from torchvision.transforms import v2
 
-    grey = channels == 1
-    jitter = v2.ColorJitter(0.4, 0.4) if grey else v2.ColorJitter(0.4, 0.4, 0.4, 0.1)
-    if strength == "medium":
-        return (jitter,) if grey else (jitter, v2.RandomGrayscale(0.1))
-    return v2.RandAugment(2, 9), jitter, v2.RandomErasing(0.25)
+    x, grey = spec.jitter, spec.channels == 1
+    if spec.randaugment:
+        yield v2.RandAugment(2, spec.randaugment)
+    if x and spec.jitter_prob:
+        jitter = v2.ColorJitter(x, x) if grey else v2.ColorJitter(x, x, x, x / 4)
+        yield jitter if spec.jitter_prob == 1 else v2.RandomApply([jitter], spec.jitter_prob)
+    if spec.grey_prob and not grey:
+        yield v2.RandomGrayscale(spec.grey_prob)
+    if spec.erasing:
+        yield v2.RandomErasing(spec.erasing)
 
 
 @dataclass(frozen=True)

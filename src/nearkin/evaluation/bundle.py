@@ -14,6 +14,7 @@ from nearkin.config import validate
 from nearkin.data import EvalSpec
 from nearkin.errors import ConfigError, ModelError, printable
 from nearkin.files import write_atomic
+from nearkin.model_options import ModelOptions
 from nearkin.network import Network, build_backbone, read_safetensors
 from nearkin.objectives import Objective, get
 from nearkin.types import Facts
@@ -28,6 +29,7 @@ class ModelSpec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str
+    model_options: ModelOptions = {}
     channels: int = Field(ge=1)
     image_size: int = Field(ge=1)
     stem: Literal["auto", "default", "small"]
@@ -84,6 +86,7 @@ def build(spec: ModelSpec, *, pretrained: bool = False, facts: Facts | None = No
         image_size=spec.image_size,
         stem=spec.stem,
         drop_path=spec.drop_path,
+        options=spec.model_options,
     )
     if facts is not None:
         config = config.resolve(facts._replace(dim=backbone.dim))
@@ -145,5 +148,7 @@ def read_description(run: Path) -> Description:
                 f"{printable(str(path))} has format {version}, this nearkin reads {FORMAT}; upgrade it."
             )
         return Description.model_validate(raw)
+    except ConfigError as error:
+        raise ModelError(f"{printable(str(path))} describes a forbidden model: {error}") from None
     except (OSError, ValueError, RecursionError):
         raise ModelError(f"{printable(str(path))} is no description of a nearkin model.") from None

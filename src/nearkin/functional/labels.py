@@ -45,10 +45,12 @@ def soft_pairs(labels: Labels) -> SoftPairs:
 
 def class_rows(labels: Labels, classes: int, dtype: torch.dtype) -> Float[Tensor, "n {classes}"]:
     """Labels as rows over the classes: integers one-hot, soft labels as they are, no gradient."""
-    rows = F.one_hot(labels.long(), classes) if labels.ndim == 1 else labels.detach()
-    if rows.shape[1] != classes:
-        raise ValueError(f"labels have {rows.shape[1]} columns but the logits have {classes}.")
-    return rows.to(dtype)
+    if labels.ndim == 1:
+        # torch's one_hot asks the device for the largest label, and waits.
+        return (labels[:, None] == torch.arange(classes, device=labels.device)).to(dtype)
+    if labels.shape[1] != classes:
+        raise ValueError(f"labels have {labels.shape[1]} columns but the logits have {classes}.")
+    return labels.detach().to(dtype)
 
 
 def positiveness(labels: Labels, dtype: torch.dtype) -> Float[Tensor, "n n"]:

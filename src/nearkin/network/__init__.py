@@ -1,8 +1,8 @@
 """The network room: timm backbones, heads, normalisation over ranks, randomness that belongs to the sample."""
 
-from nearkin.network.backbone import Backbone, build_backbone
+from nearkin.network.backbone import Backbone, build_backbone, check_eval_size
 from nearkin.network.batchnorm import SyncBatchNorm, synchronise_batchnorm
-from nearkin.network.heads import CosineClassifier, Head, projection_head, projection_sizes
+from nearkin.network.heads import CosineClassifier, Head, Norm, projection_head, projection_sizes
 from nearkin.network.network import Network
 from nearkin.network.randomness import KeyedDropout, KeyedDropPath, RandomKey, key_randomness
 from nearkin.network.weights import LoadReport, load_weights, read_safetensors, read_tensors
@@ -15,9 +15,11 @@ __all__ = [
     "KeyedDropout",
     "LoadReport",
     "Network",
+    "Norm",
     "RandomKey",
     "SyncBatchNorm",
     "build_backbone",
+    "check_eval_size",
     "key_randomness",
     "load_weights",
     "projection_head",

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from nearkin.errors import ConfigError, ModelError, nearest, printable
+from nearkin.network.fitting import bounded, first_line, fitting, taking, with_options
 from nearkin.network.pretrained import pretrained_options
 
 SMALL_IMAGE = 64  # pixels; up to here `auto` keeps the resolution in the first layer
-# What a timm model raises when a size, a channel count or an option does not suit it.
-_UNFIT = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 
 
 class Backbone(NamedTuple):
@@ -47,36 +37,48 @@ def build_backbone(
     image_size: int,
     stem: Literal["auto", "default", "small"],
     drop_path: float,
+    options: Mapping[str, Any] | None = None,
 ) -> Backbone:
     """A timm model without its classifier, for square images of `image_size` pixels.
 
     stem: `small` keeps the resolution of small images: the first convolution gets stride 1 and, where its kernel
     is 7 or wider, becomes a fresh 3x3; a max-pool after it stays. `auto` is `small` up to 64 pixels, unless the
     weights are pretrained or the first convolution cuts patches (our choice).
+    options: the timm model's own, as `nearkin.model_options` allows them.
     drop_path: rate of stochastic depth; 0 leaves the model's own. Dropout before the classifier is off, since the
     `Network` has one.
 
-    Raises ConfigError for a model, size, channel count, stem or rate that cannot be, ModelError for pretrained
+    Raises ConfigError for a model, size, channel count, stem, rate or option that cannot be, ModelError for pretrained
     weights that are not to be had.
     """
     _check_name(model)
-    options: dict[str, Any] = {"num_classes": 0, "in_chans": channels, "drop_rate": 0.0}
+    given = dict(options or {})
+    asked: dict[str, Any] = given | {"num_classes": 0, "in_chans": channels, "drop_rate": 0.0}
     if drop_path > 0.0:
-        options["drop_path_rate"] = drop_path
-    with _fitting(model, channels, image_size):
-        module = _create(model, options, image_size)
+        asked["drop_path_rate"] = drop_path
+    with fitting(with_options(model, given), channels, image_size), taking(model, given), bounded():
+        module = _create(model, asked, image_size)
     _check_patches(model, module, image_size)
     if pretrained:
-        module = _fetch(model, options, image_size)
+        module = _fetch(model, asked, image_size, with_options(model, given))
     small = stem == "small" or (
         stem == "auto" and image_size <= SMALL_IMAGE and not pretrained and _has_open_stem(module)
     )
     if small:
         _keep_resolution(model, module)
-    with _fitting(model, channels, image_size):
+    with fitting(with_options(model, given), channels, image_size):
         dim = _probe(module, channels, image_size)
     mean, std = _statistics(module, channels)
     return Backbone(module, dim, mean, std, "small" if small else "default")
+
+
+def check_eval_size(module: nn.Module, dim: int, model: str, channels: int, size: int) -> None:
+    """Raises ConfigError unless the backbone, as it was built, also makes `dim` features of `size` pixels."""
+    with fitting(model, channels, size, option="--eval-size"):
+        seen = _probe(module, channels, size)
+        if seen != dim:
+            raise ValueError(f"it gives {seen} features there, not {dim}")
+    _check_patches(model, module, size, option="--eval-size")
 
 
 def _check_name(model: str) -> None:
@@ -96,25 +98,6 @@ def _check_name(model: str) -> None:
         raise ConfigError(f"timm has no weights {printable(model)}.{nearest(model, known)}")
 
 
-@contextmanager
-def _fitting(model: str, channels: int, image_size: int) -> Iterator[None]:
-    """Turns what timm raises inside the block into a ConfigError."""
-    try:
-        yield
-    except _UNFIT as error:
-        if isinstance(error, TypeError) and "drop_path" in str(error):
-            raise ConfigError(f"{model} has no stochastic depth; leave out --drop-path.") from None
-        raise ConfigError(
-            f"{model} cannot take images of {image_size} x {image_size} pixels and {channels} channels "
-            f"({_first_line(error)}); try another --image-size or --model."
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return printable(lines[0][:200])
-
-
 def _create(model: str, options: dict[str, Any], image_size: int) -> nn.Module:
     import timm
 
@@ -127,7 +110,7 @@ def _create(model: str, options: dict[str, Any], image_size: int) -> nn.Module:
     return module
 
 
-def _fetch(model: str, options: dict[str, Any], image_size: int) -> nn.Module:
+def _fetch(model: str, options: dict[str, Any], image_size: int, shown: str) -> nn.Module:
     """The same model with pretrained weights. It could be built without, so what fails is the fetching."""
     # Its retries without a network are many lines; ours is one.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
@@ -135,11 +118,21 @@ def _fetch(model: str, options: dict[str, Any], image_size: int) -> nn.Module:
         return _create(model, options | pretrained_options(model), image_size)
     except ModelError:
         raise
-    except Exception as error:  # whatever the hub, the network or a damaged cache may raise
+    except RuntimeError as error:
+        if "size mismatch" not in str(error) and "state_dict" not in str(error):
+            raise _not_fetched(model, error) from error
         raise ModelError(
-            f"The pretrained weights of {model} could not be fetched ({_first_line(error)}); connect once to fill "
-            "the cache, or leave out --pretrained and give --weights FILE."
+            f"The pretrained weights of {model} do not fit {shown}; leave out --pretrained or these options."
         ) from error
+    except Exception as error:  # whatever the hub, the network or a damaged cache may raise
+        raise _not_fetched(model, error) from error
+
+
+def _not_fetched(model: str, error: Exception) -> ModelError:
+    return ModelError(
+        f"The pretrained weights of {model} could not be fetched ({first_line(error)}); connect once to fill "
+        "the cache, or leave out --pretrained and give --weights FILE."
+    )
 
 
 def _first_convolutions(module: nn.Module) -> dict[str, nn.Conv2d]:
@@ -167,7 +160,9 @@ def _has_open_stem(module: nn.Module) -> bool:
     return bool(convolutions) and not any(_cuts_patches(n, c) for n, c in convolutions.items())
 
 
-def _check_patches(model: str, module: nn.Module, image_size: int) -> None:
+def _check_patches(
+    model: str, module: nn.Module, image_size: int, option: str = "--image-size"
+) -> None:
     """A transformer would leave out, without a word, the pixels that fill no patch."""
     convolutions = _first_convolutions(module)
     if len(convolutions) != 1:
@@ -181,7 +176,7 @@ def _check_patches(model: str, module: nn.Module, image_size: int) -> None:
     ):
         below, above = image_size // patch * patch, (image_size // patch + 1) * patch
         raise ConfigError(
-            f"{model} cuts images into patches of {patch} pixels, which do not fill --image-size {image_size}; "
+            f"{model} cuts images into patches of {patch} pixels, which do not fill {option} {image_size}; "
             f"use {f'{below} or ' if below else ''}{above}."
         )
 

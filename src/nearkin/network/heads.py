@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from nearkin.functional import cosine_logits
 
+Norm = Literal["batch", "layer", "none"]
 Slot = Literal["features", "embedding", "projection", "logits"]
 
 
@@ -25,14 +26,18 @@ def projection_sizes(dim: int) -> tuple[int, int]:
     return min(max(2 * dim, 256), 4096), min(256, dim)
 
 
-def projection_head(dim: int, hidden: int, out: int, *, batchnorm: bool = True) -> nn.Sequential:
-    """`[N, dim]` -> `[N, out]`: Linear -> BatchNorm -> ReLU -> Linear (CoNe, published code).
+def projection_head(dim: int, hidden: int, out: int, *, norm: Norm = "batch") -> nn.Sequential:
+    """`[N, dim]` -> `[N, out]`: Linear -> norm -> ReLU -> Linear (with BatchNorm: CoNe, published code).
 
     The first layer has a bias only without BatchNorm, which would take it away again.
     """
-    first = nn.Linear(dim, hidden, bias=not batchnorm)
-    norms = [nn.BatchNorm1d(hidden)] if batchnorm else []
-    return nn.Sequential(first, *norms, nn.ReLU(inplace=True), nn.Linear(hidden, out))
+    kinds: dict[Norm, list[nn.Module]] = {
+        "batch": [nn.BatchNorm1d(hidden)],
+        "layer": [nn.LayerNorm(hidden)],
+        "none": [],
+    }
+    first = nn.Linear(dim, hidden, bias=norm != "batch")
+    return nn.Sequential(first, *kinds[norm], nn.ReLU(inplace=True), nn.Linear(hidden, out))
 
 
 class CosineClassifier(nn.Module):

@@ -225,10 +225,12 @@ def _fits(given: Tensor, own: Tensor) -> bool:
 
 def _nothing_fits(file: Path, given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
     theirs = printable(next(iter(given), "nothing"))[:80]
-    mine = next(iter(own), "nothing")
+    mine = next(
+        (name for name, tensor in own.items() if isinstance(tensor, nn.Parameter)), "nothing"
+    )
     return (
         f"{_shown(file)} does not fit this model: it holds {theirs}, ..., the model {mine}, ...; "
-        "give weights of the same --model."
+        "give weights of the same --model under timm's names."
     )
 
 

@@ -17,7 +17,7 @@ from nearkin.functional import (
     instance_nce_bank,
     symmetric_ce,
 )
-from nearkin.network import Head, projection_head
+from nearkin.network import Head, Norm, projection_head
 from nearkin.objectives.base import (
     Objective,
     Stage,
@@ -63,6 +63,7 @@ class AttractRepulse(Objective, name="attract-repulse"):
         temperature: float = Field(0.2, gt=0, description="divides the cosine similarities")
         bank: Count | Auto = Field("auto", description="entries K of the bank")
         projection: Count = Field(128, description="width of the projection")
+        head_norm: Norm = Field("batch", description="in the projection: batch, layer or none")
         contrast_share: float = Field(
             0.7, gt=0, lt=1, description="share of the epochs before the Mean Teacher"
         )
@@ -93,7 +94,7 @@ class AttractRepulse(Objective, name="attract-repulse"):
             )
         if self.config.negatives == "bank":
             self.bank = NeighbourBank(int(self.config.bank), self.config.projection)
-        projection = projection_head(dim, dim, self.config.projection)
+        projection = projection_head(dim, dim, self.config.projection, norm=self.config.head_norm)
         return {
             "projection": Head(projection, reads="features", writes="projection"),
             "classifier": Head(nn.Linear(dim, classes), reads="features", writes="logits"),

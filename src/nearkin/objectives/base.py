@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nearkin.bank import NeighbourBank
 from nearkin.functional import PerAnchor, cross_entropy, mean_valid, soft_pairs
+from nearkin.functional.labels import class_rows
 from nearkin.network import Head
 from nearkin.teacher import TeacherPolicy
 from nearkin.types import Batch, Facts, Loss, Outputs, Progress
@@ -182,8 +183,7 @@ def smoothed(labels: Tensor, classes: int, smoothing: float) -> Tensor:
     """Labels as rows (1 - s) y + s / C, torch's form; as they are where s is 0."""
     if smoothing == 0:
         return labels
-    rows = nn.functional.one_hot(labels, classes) if labels.ndim == 1 else labels
-    return (1 - smoothing) * rows + smoothing / classes
+    return (1 - smoothing) * class_rows(labels, classes, torch.float32) + smoothing / classes
 
 
 def _collapsed(outputs: Outputs) -> Outputs:

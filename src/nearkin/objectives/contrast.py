@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nearkin.config import Auto, Count
 from nearkin.functional import PerAnchor
-from nearkin.network import Head, projection_head, projection_sizes
+from nearkin.network import Head, Norm, projection_head, projection_sizes
 from nearkin.objectives.base import (
     Objective,
     Stage,
@@ -46,6 +46,7 @@ class Contrastive(Objective):
         )
         hidden: Count | Auto = Field("auto", description="hidden width of the projection")
         projection: Count | Auto = Field("auto", description="width of the projection")
+        head_norm: Norm = Field("batch", description="in the projection: batch, layer or none")
 
         def resolve(self, facts: Facts) -> Self:
             hidden, out = projection_sizes(facts.dim)
@@ -64,7 +65,9 @@ class Contrastive(Objective):
 
     def heads(self, dim: int, classes: int) -> dict[str, Head]:
         sizes = self.config.resolve(Facts(0, classes, 0, 0, dim))
-        projection = projection_head(dim, int(sizes.hidden), int(sizes.projection))
+        projection = projection_head(
+            dim, int(sizes.hidden), int(sizes.projection), norm=self.config.head_norm
+        )
         return {
             "projection": Head(projection, reads="features", writes="projection"),
             "classifier": Head(nn.Linear(dim, classes), reads="features", writes="logits"),

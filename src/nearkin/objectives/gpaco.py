@@ -11,7 +11,7 @@ from torch import nn
 from nearkin.bank import NeighbourBank
 from nearkin.config import Auto, Count
 from nearkin.functional import SoftPairs, gpaco, soft_pairs
-from nearkin.network import Head, projection_head, projection_sizes
+from nearkin.network import Head, Norm, projection_head, projection_sizes
 from nearkin.objectives.base import (
     Objective,
     Stage,
@@ -40,6 +40,7 @@ class GPaCo(Objective, name="gpaco"):
         bank: Count | Auto = Field("auto", description="entries K of the bank")
         hidden: Count | Auto = Field("auto", description="hidden width of the projection")
         projection: Count | Auto = Field("auto", description="width of the projection")
+        head_norm: Norm = Field("batch", description="in the projection: batch, layer or none")
         teacher_horizon: float = Field(0.3, gt=0, description="memory of the teacher in epochs")
         teacher_crop: Literal["same", "own"] = Field(
             "own", description="the teacher reads the student's crop, or one of its own"
@@ -59,7 +60,9 @@ class GPaCo(Objective, name="gpaco"):
             raise ValueError("GPaCo needs numbers: give bank, or call Config.resolve(facts).")
         sizes = self.config.resolve(Facts(0, classes, 0, 0, dim))
         self.bank = NeighbourBank(int(sizes.bank), int(sizes.projection))
-        projection = projection_head(dim, int(sizes.hidden), int(sizes.projection))
+        projection = projection_head(
+            dim, int(sizes.hidden), int(sizes.projection), norm=self.config.head_norm
+        )
         return {
             "projection": Head(projection, reads="features", writes="projection"),
             "classifier": Head(nn.Linear(dim, classes), reads="features", writes="logits"),

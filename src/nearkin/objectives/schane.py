@@ -49,7 +49,7 @@ class SCHaNe(Objective, name="schane"):
     config: Config
 
     def heads(self, dim: int, classes: int) -> dict[str, Head]:
-        projection = projection_head(dim, dim, self.config.projection, batchnorm=False)
+        projection = projection_head(dim, dim, self.config.projection, norm="none")
         return {
             "projection": Head(projection, reads="features", writes="projection"),
             "classifier": Head(nn.Linear(dim, classes), reads="features", writes="logits"),

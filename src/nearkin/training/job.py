@@ -23,8 +23,9 @@ from nearkin.evaluation.bundle import (
     build,
     read_description,
 )
-from nearkin.network import load_weights
+from nearkin.network import check_eval_size, load_weights
 from nearkin.runtime import Runtime, launched
+from nearkin.training.optim import names_layers
 from nearkin.training.settings import check, resolve_data, resolve_training
 from nearkin.types import Facts
 
@@ -79,6 +80,10 @@ def prepare(
     _check_accumulation(config, built)
     _check_batchnorm(config, built)
     _check_epochs(config, built)
+    _check_evaluation(config, built)
+    _check_layers(config, built)
+    if config.freeze_backbone and not config.pretrained and config.weights is None:
+        say("note: --freeze-backbone keeps random weights; give --pretrained or --weights.", quiet)
     if config.weights is not None and fresh:
         say(str(load_weights(built.network, config.weights)), quiet)
     config = resolve_training(
@@ -86,6 +91,7 @@ def prepare(
         images=count,
         files=train.images.from_files,
         weights=sum(p.numel() for p in built.network.backbone.parameters()),
+        layered=names_layers(built.network.backbone),
         device=runtime.device.type,
         ranks=launched().per_node,
     ).model_copy(update={"options": built.spec.options, "stem": built.spec.stem})
@@ -152,6 +158,7 @@ def _build(config: RunConfig, dataset: Dataset, *, pretrained: bool) -> Built:
         stem = _stem_of(config.weights)
     spec = ModelSpec(
         model=config.model,
+        model_options=config.model_options,
         channels=int(config.channels),
         image_size=int(config.image_size),
         stem=stem,
@@ -173,8 +180,9 @@ def _build(config: RunConfig, dataset: Dataset, *, pretrained: bool) -> Built:
 
 def _stem_of(weights: Path) -> Literal["default", "small"]:
     """Weights fit the stem that their model was made with; a nearkin run says which, others have the default."""
-    if weights.name == WEIGHTS and (weights.parent / DESCRIPTION).is_file():
-        return "small" if read_description(weights.parent).spec.stem == "small" else "default"
+    run = weights if weights.is_dir() else weights.parent
+    if weights in (run, run / WEIGHTS) and (run / DESCRIPTION).is_file():
+        return "small" if read_description(run).spec.stem == "small" else "default"
     return "default"
 
 
@@ -189,12 +197,22 @@ def _check_batchnorm(config: RunConfig, built: Built) -> None:
 
 
 def _check_accumulation(config: RunConfig, built: Built) -> None:
-    if config.accumulate > 1 and any(stage.coupled for stage in built.objective.stages()):
-        raise ConfigError(
-            f"--accumulate {config.accumulate} would change {config.objective}: its anchors contrast "
-            "with the whole batch. Use --accumulate 1 with a smaller --batch-size, more processes, "
-            "or the objectives ce or cone."
-        )
+    """Parts of a coupled batch are exact unless BatchNorm looks at one part at a time."""
+    if config.accumulate == 1 or config.batchnorm_by_parts:
+        return
+    for stage in built.objective.stages():
+        frozen = stage.freeze_backbone or config.freeze_backbone
+        parts = [built.network.heads[name] for name in stage.heads]
+        parts += [] if frozen else [built.network.backbone]
+        if stage.coupled and any(
+            "BatchNorm" in type(m).__name__ for p in parts for m in p.modules()
+        ):
+            raise ConfigError(
+                f"--accumulate {config.accumulate} cannot be exact for {config.objective} with BatchNorm, which "
+                "would see one part at a time. Use a network without it (a transformer, or one with group norm) and "
+                "--objective.head-norm layer, --freeze-backbone, more processes, or --batchnorm-by-parts, which "
+                "accepts other gradients."
+            )
 
 
 def _check_epochs(config: RunConfig, built: Built) -> None:
@@ -205,6 +223,20 @@ def _check_epochs(config: RunConfig, built: Built) -> None:
             f"--epochs {config.epochs} is too short for the {len(stages)} stages of {config.objective} "
             f"({names}); use at least {len(stages)}."
         )
+
+
+def _check_evaluation(config: RunConfig, built: Built) -> None:
+    if config.eval_size != config.image_size:
+        network, channels = built.network, int(config.channels)
+        check_eval_size(
+            network.backbone, network.dim, config.model, channels, int(config.eval_size)
+        )
+
+
+def _check_layers(config: RunConfig, built: Built) -> None:
+    decay = config.layer_decay
+    if decay != "auto" and decay < 1.0 and not names_layers(built.network.backbone):
+        raise ConfigError(f"{config.model} does not name its layers; leave out --layer-decay.")
 
 
 def _identity(config: RunConfig, dataset: Dataset) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -20,16 +18,17 @@ from nearkin.training.optim import (
     optimizer_tensors,
     set_lr,
 )
+from nearkin.training.parts import (
+    Part,
+    join,
+    leaves,
+    linearised,
+    mean_loss,
+    split,
+    statistics_kept,
+)
 from nearkin.training.schedule import lr_factor
 from nearkin.types import Batch, Loss, Outputs, Progress
-
-
-class Part(NamedTuple):
-    """What one part of a batch gave on this rank."""
-
-    batch: Batch
-    student: Outputs
-    teacher: Outputs | None
 
 
 class Learner:
@@ -60,7 +59,7 @@ class Learner:
         """Start a stage: freeze what it does not use, fresh optimiser, teacher and average."""
         config = self.config
         self.stage = stage
-        self.network.activate(stage.heads, stage.freeze_backbone)
+        self.network.activate(stage.heads, stage.freeze_backbone or config.freeze_backbone)
         self.ema = Teacher(self.network) if config.ema > 0 else None
         policy = stage.teacher
         self.teacher = Teacher(self.network, batchnorm=policy.batchnorm) if policy else None
@@ -70,33 +69,59 @@ class Learner:
             lr=float(config.lr),
             weight_decay=float(config.weight_decay),
             momentum=config.momentum,
+            nesterov=config.nesterov,
             decay_all=config.decay_all,
+            layer_decay=float(config.layer_decay),
         )
         self._wrapped, self.optimizer = self.runtime.wrap(self.network, self._raw_optimizer)
 
     def step(self, batch: Batch, progress: Progress, step: int) -> Loss:
         """One optimiser step on this rank's block of global batch number `step`."""
-        torch.manual_seed(self.config.seed + step)  # for draws that are not keyed to a sample
         self.network.train()
         self._set_lr(progress)
-        batch = self._place(batch, step)
-        parts: list[Part] = []
-        losses: list[Loss] = []
-        count = self.config.accumulate
-        for number, piece in enumerate(_split(batch, count)):
-            with self.runtime.accumulating(self._wrapped, unfinished=number < count - 1):
-                part = self._forward(piece, step, number)
-                whole = self._gathered(part)
-                loss = self.objective(*whole, progress)
-                self.runtime.backward(loss.total / count)
-            parts.append(part)
-            losses.append(loss)
+        pieces = split(self._place(batch, step), self.config.accumulate)
+        coupled = self.stage.coupled and len(pieces) > 1
+        take = self._in_two_passes if coupled else self._part_by_part
+        loss, whole = take(pieces, progress, step)
         if (step + 1) % self.steps_per_epoch == 0:
             self.at_collapse = self.objective.at_collapse(*whole, progress)
         self._apply()
         self.steps_done = step + 1
-        self._follow(whole if count == 1 else self._gathered(_join(parts)), progress)
-        return _mean(losses)
+        self._follow(whole, progress)
+        return loss
+
+    def _part_by_part(
+        self, pieces: list[Batch], progress: Progress, step: int
+    ) -> tuple[Loss, Part]:
+        """The mean of the parts' losses, each back-propagated at once: exact where no anchor looks at another."""
+        parts: list[Part] = []
+        losses: list[Loss] = []
+        for number, piece in enumerate(pieces):
+            with self.runtime.accumulating(self._wrapped, unfinished=number < len(pieces) - 1):
+                part = self._forward(piece, step, number)
+                whole = self._gathered(part)
+                loss = self.objective(*whole, progress)
+                self.runtime.backward(loss.total / len(pieces))
+            parts.append(part)
+            losses.append(loss)
+        return mean_loss(losses), whole if len(pieces) == 1 else self._gathered(join(parts))
+
+    def _in_two_passes(
+        self, pieces: list[Batch], progress: Progress, step: int
+    ) -> tuple[Loss, Part]:
+        """The loss of the whole batch: outputs first, without a graph; their gradients once; then the weights'."""
+        with torch.no_grad(), statistics_kept(self.network):
+            block = join([self._forward(p, step, number) for number, p in enumerate(pieces)])
+        block = block._replace(student=leaves(block.student))
+        whole = self._gathered(block)
+        loss = self.objective(*whole, progress)
+        loss.total.backward()
+        images = len(block.batch.labels)
+        for number, piece in enumerate(pieces):
+            with self.runtime.accumulating(self._wrapped, unfinished=number < len(pieces) - 1):
+                again = self._student(piece, step, number)
+                self.runtime.backward(linearised(again, block.student, images, number))
+        return loss, whole
 
     @property
     def lr(self) -> float:
@@ -167,19 +192,32 @@ class Learner:
         )
 
     def _forward(self, batch: Batch, step: int, number: int) -> Part:
-        views, size = self.stage.student_views, batch.images.shape[1]
-        offset = (self.runtime.rank * self.config.accumulate + number) * size
-        images = self._flat(batch.images[:views])
+        return Part(batch, self._student(batch, step, number), self._taught(batch, step, number))
+
+    def _student(self, batch: Batch, step: int, number: int) -> Outputs:
+        offset = self._offset(batch, number)
+        # For draws that are not keyed to a sample; part 0 of the first rank starts from seed + step.
+        torch.manual_seed((self.config.seed + step + (offset << 40)) % (1 << 63))
+        views = self.stage.student_views
         self.network.key.set(self.config.seed, step, offset, views)
-        teacher = None
-        if self.teacher is not None and self.stage.teacher is not None:
-            own = self.stage.teacher.crop == "own"
-            read = self._flat(batch.images[views:]) if own else images
-            salted = self.config.seed ^ TEACHER_SALT
-            self.teacher.network.key.set(salted, step, offset, 1 if own else views)
-            with self.runtime.autocast():
-                teacher = self.teacher(read)
-        return Part(batch, self._wrapped(images), teacher)
+        outputs: Outputs = self._wrapped(self._flat(batch.images[:views]))
+        return outputs
+
+    def _taught(self, batch: Batch, step: int, number: int) -> Outputs | None:
+        """What the teacher says, if the stage has one."""
+        if self.teacher is None or self.stage.teacher is None:
+            return None
+        views, own = self.stage.student_views, self.stage.teacher.crop == "own"
+        read = self._flat(batch.images[views:] if own else batch.images[:views])
+        salted, offset = self.config.seed ^ TEACHER_SALT, self._offset(batch, number)
+        self.teacher.network.key.set(salted, step, offset, 1 if own else views)
+        with self.runtime.autocast():
+            outputs: Outputs = self.teacher(read)
+        return outputs
+
+    def _offset(self, batch: Batch, number: int) -> int:
+        """The position of a part's first image in the global batch."""
+        return (self.runtime.rank * self.config.accumulate + number) * batch.images.shape[1]
 
     def _flat(self, images: Tensor) -> Tensor:
         flat = images.flatten(0, 1)
@@ -219,46 +257,3 @@ class Learner:
         if self.ema is not None:
             # Until the stage is as long as the average's memory, it is the plain mean.
             self.ema.update(self.network, min(self.config.ema, 1 - 1 / (progress.step + 2)))
-
-
-def _split(batch: Batch, count: int) -> list[Batch]:
-    if count == 1:
-        return [batch]
-    images = batch.images.chunk(count, dim=1)
-    return [
-        Batch(*rows)
-        for rows in zip(images, batch.labels.chunk(count), batch.index.chunk(count), strict=True)
-    ]
-
-
-def _join(parts: list[Part]) -> Part:
-    """The parts of one rank's block as if they had been one, detached."""
-    batch = Batch(
-        parts[0].batch.images,
-        torch.cat([part.batch.labels for part in parts]),
-        torch.cat([part.batch.index for part in parts]),
-    )
-    size = parts[0].batch.labels.shape[0]
-    student = _join_outputs([part.student for part in parts], size)
-    teachers = [part.teacher for part in parts if part.teacher is not None]
-    return Part(batch, student, _join_outputs(teachers, size) if teachers else None)
-
-
-def _join_outputs(outputs: list[Outputs], size: int) -> Outputs:
-    """Outputs of parts with `size` images each, view after view, as the outputs of all their images."""
-
-    def join(rows: tuple[Tensor | None, ...]) -> Tensor | None:
-        views = [r.detach().view(-1, size, *r.shape[1:]) for r in rows if r is not None]
-        return torch.cat(views, dim=1).flatten(0, 1) if views else None
-
-    return Outputs(*(join(rows) for rows in zip(*outputs, strict=True)))  # type: ignore[arg-type]
-
-
-def _mean(losses: list[Loss]) -> Loss:
-    """What the journal shows of a step: the mean over its parts."""
-    if len(losses) == 1:
-        return losses[0]
-    total = torch.stack([loss.total.detach() for loss in losses]).mean()
-    terms = {n: torch.stack([loss.terms[n] for loss in losses]).mean() for n in losses[0].terms}
-    counts = {n: torch.stack([loss.counts[n] for loss in losses]).sum() for n in losses[0].counts}
-    return Loss(total, terms, counts)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from nearkin.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -13,26 +16,76 @@ if TYPE_CHECKING:
 
 
 def parameter_groups(
-    network: nn.Module, *, weight_decay: float, decay_all: bool
+    network: nn.Module, *, weight_decay: float, decay_all: bool, layer_decay: float
 ) -> list[dict[str, Any]]:
-    """Two groups: matrices and filters decay, norms and biases do not; with `decay_all` everything does.
+    """Matrices and filters decay, norms and biases do not; with `decay_all` everything does.
 
     A backbone may name further parameters that never decay (`no_weight_decay`, e.g. position embeddings).
+    layer_decay: below 1 there are two such groups per layer, each with its `lr_scale`: see `layer_scales`.
+
+    Raises ConfigError for a `layer_decay` below 1 and a backbone that does not name its layers.
     """
     backbone = getattr(network, "backbone", network)
     exempt = getattr(backbone, "no_weight_decay", None)
     names = {f"backbone.{name}" for name in (exempt() if callable(exempt) else ())}
-    decayed: list[Tensor] = []
-    free: list[Tensor] = []
+    layered = layer_decay < 1.0
+    scales = layer_scales(backbone, layer_decay) if layered else {}
+    groups: dict[tuple[float, bool], list[Tensor]] = {}
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
             decays = decay_all or (parameter.dim() > 1 and name not in names)
-            (decayed if decays else free).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": free, "weight_decay": 0.0},
+            scale = scales.get(name.removeprefix("backbone."), 1.0)
+            groups.setdefault((scale, decays), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": weight_decay if decays else 0.0}
+        | ({"lr_scale": scale} if layered else {})
+        for (scale, decays), parameters in sorted(
+            groups.items(), key=lambda group: group[0], reverse=True
+        )
     ]
-    return [group for group in groups if group["params"]]
+
+
+def layer_scales(backbone: nn.Module, decay: float) -> dict[str, float]:
+    """For each of the backbone's parameters, decay^(layers between it and the heads).
+
+    The layers are the backbone's own (timm's `group_matcher`); the heads are the layer above. What only closes the
+    backbone, like a final norm, counts with the heads. In a ViT of depth D, then: patch embedding and tokens
+    decay^(D+1), block i from 0 decay^(D-i), final norm 1. Source: Bao et al., BEiT, 2021, published code.
+
+    Raises ConfigError for a backbone that does not name its layers.
+    """
+    from timm.models._manipulate import group_with_matcher
+
+    if not names_layers(backbone):
+        raise ConfigError("This --model does not name its layers; leave out --layer-decay.")
+    heads = "\0heads"  # a name that no matcher knows falls into the layer above all others
+    names = [heads, *(name for name, _ in backbone.named_parameters())]
+    matcher = _without_closing(backbone.group_matcher(coarse=False))  # type: ignore[operator]
+    layers = group_with_matcher(((name, name) for name in names), matcher, reverse=True)
+    return {name: decay ** (layers[heads] - layers[name]) for name in names[1:]}
+
+
+def names_layers(backbone: nn.Module) -> bool:
+    """Whether a backbone says which layer each parameter belongs to."""
+    return callable(getattr(backbone, "group_matcher", None))
+
+
+def _without_closing(matcher: Any) -> Any:
+    """timm's matcher without the entries that join what follows the last block to that block."""
+    from timm.models._manipulate import MATCH_PREV_GROUP
+
+    def closes(entry: Any) -> bool:
+        pattern, suffix = entry
+        return bool(suffix == MATCH_PREV_GROUP and re.compile(pattern).groups == 0)
+
+    if not isinstance(matcher, dict):
+        return matcher  # a function: its own affair
+    return {
+        group: entries
+        if isinstance(entries, str | None)
+        else [entry for entry in entries if not closes(entry)]
+        for group, entries in matcher.items()
+    }
 
 
 def build_optimizer(
@@ -42,13 +95,19 @@ def build_optimizer(
     lr: float,
     weight_decay: float,
     momentum: float,
+    nesterov: bool,
     decay_all: bool,
+    layer_decay: float,
 ) -> Optimizer:
-    """`sgd` (Nesterov), `adamw` or `lamb`."""
+    """`sgd`, `adamw` or `lamb`. momentum and nesterov: of `sgd`."""
     from timm.optim._optim_factory import create_optimizer_v2
 
-    groups = parameter_groups(network, weight_decay=weight_decay, decay_all=decay_all)
+    groups = parameter_groups(
+        network, weight_decay=weight_decay, decay_all=decay_all, layer_decay=layer_decay
+    )
     extra: dict[str, Any] = {"momentum": momentum} if name == "sgd" else {}
+    if name == "sgd" and not (nesterov and momentum > 0):
+        name = "momentum"  # timm's name for SGD without Nesterov
     if name != "lamb":
         extra["fused"] = True  # one pass over the weights instead of one per operation
     optimizer: Optimizer = create_optimizer_v2(groups, opt=name, lr=lr, weight_decay=0.0, **extra)

@@ -15,6 +15,7 @@ from nearkin.data import (
     EvalSpec,
     Split,
     TrainOrder,
+    TrainSpec,
     train_loader,
     train_transform,
 )
@@ -45,7 +46,9 @@ class Session:
         self.steps_per_epoch = len(self.train_split.labels) // int(self.config.batch_size)
         self.journal = Journal(folder) if runtime.is_main else None
         self.quiet = quiet or not runtime.is_main
-        self.spec = EvalSpec.for_size(int(self.config.image_size), int(self.config.channels))
+        self.spec = EvalSpec.for_size(
+            int(self.config.eval_size), int(self.config.channels), float(self.config.eval_crop)
+        )
         self.judge = Judge(
             runtime,
             self.spec,
@@ -135,13 +138,7 @@ class Session:
 
     def _loader(self, stage: Stage, first: int, last: int) -> Iterator[Batch]:
         config = self.config
-        size = int(config.image_size)
-        transform = train_transform(
-            config.augment if config.augment != "auto" else "light",
-            image_size=size,
-            channels=int(config.channels),
-            flip=bool(config.flip),
-        )
+        transform = train_transform(TrainSpec.model_validate(config, from_attributes=True))
         order = TrainOrder(
             len(self.train_split.labels),
             seed=config.seed,

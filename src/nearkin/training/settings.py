@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Any
+from typing import Any, Literal
 
 from nearkin.config import RunConfig
+from nearkin.data import TrainSpec
 from nearkin.errors import ConfigError
 
 DIGIT_LIKE = ("digits", "mnist", "svhn")
@@ -22,6 +23,8 @@ def resolve_data(config: RunConfig, *, images: int, side: int, channels: int) ->
     batch = _batch_size(images) if config.batch_size == "auto" else config.batch_size
     augment = config.augment if config.augment != "auto" else _augment(config.objective)
     strong = augment == "strong"
+    mirrored = augment != "none" and config.data not in DIGIT_LIKE
+    eval_size = size if config.eval_size == "auto" else config.eval_size
     values: dict[str, Any] = {
         "image_size": size,
         "batch_size": batch,
@@ -29,17 +32,30 @@ def resolve_data(config: RunConfig, *, images: int, side: int, channels: int) ->
         "channels": channels,
         "model": default_model(size),
         "epochs": 12 if config.data == "digits" else max(30, min(100, 500_000 // max(images, 1))),
-        "flip": config.data not in DIGIT_LIKE,
+        "flip": mirrored,
+        "eval_size": eval_size,
+        "eval_crop": 1.0 if eval_size <= SMALL_IMAGE else 0.875,
         "mixup": 0.2 if strong else 0.0,
         "cutmix": 1.0 if strong else 0.0,
     }
-    return _fill(config, values)
+    parts = TrainSpec.of(augment, image_size=size, channels=channels)
+    return _fill(config, parts.model_dump() | values)
 
 
 def resolve_training(
-    config: RunConfig, *, images: int, files: bool, weights: int, device: str, ranks: int
+    config: RunConfig,
+    *,
+    images: int,
+    files: bool,
+    weights: int,
+    layered: bool,
+    device: str,
+    ranks: int,
 ) -> RunConfig:
-    """Everything that follows from the network (its number of weights), the device and the processes on it."""
+    """Everything that follows from the network, the device and the processes on it.
+
+    weights: how many the backbone has. layered: whether it names its layers.
+    """
     batch = int(config.batch_size)
     pretrained = config.pretrained or config.weights is not None
     adam = pretrained or TRANSFORMERS.search(config.model) is not None
@@ -50,6 +66,7 @@ def resolve_training(
         "optimizer": optimizer,
         "lr": _lr(optimizer, pretrained, int(config.image_size)) * batch / 256,
         "weight_decay": 0.05 if optimizer != "sgd" else (5e-4 if images < 100_000 else 1e-4),
+        "layer_decay": 0.75 if pretrained and layered and optimizer == "adamw" else 1.0,
         "warmup_epochs": 0.05 * int(config.epochs),
         "memory_format": "channels_last" if device == "cuda" else "contiguous",
         "device": device,
@@ -100,7 +117,7 @@ def _batch_size(images: int) -> int:
     return min(usual, key=lambda power: abs(power - images / 48))
 
 
-def _augment(objective: str) -> str:
+def _augment(objective: str) -> Literal["light", "strong"]:
     return "strong" if objective == "attract-repulse" else "light"
 
 

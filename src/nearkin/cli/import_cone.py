@@ -1,0 +1,85 @@
+"""nearkin import-cone FILE"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nearkin.cli.arguments import Parser, show_help
+from nearkin.errors import ConfigError, printable
+
+if TYPE_CHECKING:
+    from nearkin.evaluation.cone_import import Imported
+
+USAGE = "nearkin import-cone FILE [--out RUN] [--classes NAMES] [--json]"
+ABOUT = "The CoNe authors' checkpoint as a run folder for evaluate, predict and train --weights."
+
+
+def main(argv: list[str]) -> int:
+    parser = Parser(USAGE, ABOUT)
+    parser.add_argument("file", nargs="?", metavar="FILE", help="the published .pth file")
+    parser.add_argument(
+        "--out", metavar="RUN", help="folder to make (must not exist) [runs/NAME-cone-DATE]"
+    )
+    parser.add_argument(
+        "--classes",
+        metavar="NAMES",
+        help="text file, one class name a line, or .json list, in the classifier's order [000, 001, ...]",
+    )
+    parser.flag("json", "one JSON object on stdout")
+    parser.flag("help", "this help")
+    given = parser.read(argv)
+    if given.get("help"):
+        show_help(parser)
+        return 0
+    if given.get("file") is None:
+        raise ConfigError("Import which file? Give the checkpoint of the CoNe authors.")
+    out = Path(given["out"]) if "out" in given else None
+    if out is not None and out.exists():  # before gigabytes are read
+        raise ConfigError(f"The run folder {printable(str(out))} exists; choose another --out.")
+    from nearkin.evaluation.cone_import import read_class_names, read_cone_checkpoint
+
+    names = read_class_names(Path(given["classes"])) if "classes" in given else None
+    imported = read_cone_checkpoint(Path(given["file"]), names)
+    run = _write(imported, out, Path(given["file"]).stem)
+    _report(run, imported, as_json=given.get("json", False))
+    return 0
+
+
+def _write(imported: Imported, out: Path | None, name: str) -> Path:
+    """The run folder, whole or not at all."""
+    from nearkin.evaluation.bundle import save_bundle
+    from nearkin.training import folder as run_folder
+    from nearkin.training.journal import Journal
+
+    description, weights, config = imported
+    run = run_folder.create(out, data=name, objective=config.objective)
+    try:
+        run_folder.describe(run, config, description.spec.classes, run_folder.command_line())
+        save_bundle(run, description, weights)
+        Journal(run).status(
+            "finished", step=0, steps=0, epoch=0, message="imported, not trained here"
+        )
+    except BaseException:
+        shutil.rmtree(run, ignore_errors=True)
+        raise
+    return run
+
+
+def _report(run: Path, imported: Imported, as_json: bool) -> None:
+    spec = imported.description.spec
+    if as_json:
+        found = {
+            "run": str(run),
+            "test_top1": None,
+            "model": spec.model,
+            "classes": len(spec.classes),
+        }
+        sys.stdout.write(json.dumps(found) + "\n")
+    else:
+        sys.stdout.write(
+            f"{spec.model} for {len(spec.classes)} classes\nrun {printable(str(run))}\n"
+        )
