@@ -92,6 +92,11 @@ class RunConfig(BaseModel):
     eval_crop: Annotated[float, Field(ge=0.1, le=1)] | Auto = _option(
         "auto", "share of the short side that the centre crop keeps there"
     )
+    sampler: Literal["shuffle", "balanced", "weighted"] = _option(
+        "shuffle", "every image once; groups of a class; or classes equally often"
+    )
+    per_class: Count = _option(4, "images in a group of the balanced sampler")
+    repeats: Count = _option(1, "crops of an image in one batch, of fewer images per epoch")
     class_weights: Literal["none", "balanced"] = _option("none", "weigh cross-entropy by class")
     workers: Natural | Auto = _option("auto", "processes that load images, per rank")
 

@@ -6,7 +6,8 @@ from nearkin.data.evaluation import Evaluation, load_for_evaluation
 from nearkin.data.images import Arrays, Files, ImageSource
 from nearkin.data.loader import WorkersDied, eval_loader, train_loader
 from nearkin.data.mixing import mix
-from nearkin.data.order import SampleKey, TrainOrder, epoch_order, sample_seed
+from nearkin.data.order import SampleKey, TrainOrder, sample_seed
+from nearkin.data.samplers import Draw, Draws, drawing, epoch_order
 from nearkin.data.scan import BadImages, write_bad_files
 from nearkin.data.sources import resolve
 from nearkin.data.transforms import EvalSpec, TrainSpec, eval_transform, train_transform
@@ -17,6 +18,8 @@ __all__ = [
     "BadImage",
     "BadImages",
     "Dataset",
+    "Draw",
+    "Draws",
     "EvalSpec",
     "Evaluation",
     "Files",
@@ -26,6 +29,7 @@ __all__ = [
     "TrainOrder",
     "TrainSpec",
     "WorkersDied",
+    "drawing",
     "epoch_order",
     "eval_loader",
     "eval_transform",

@@ -1,14 +1,12 @@
-"""Which image comes when: a pure function of (seed, epoch), whatever the workers and the ranks."""
+"""Which image comes when, and to which rank, whatever the workers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
-from nearkin.data.keys import keyed_rng, keyed_seed
+from nearkin.data.keys import keyed_seed
+from nearkin.data.samplers import Draw, Draws, shuffled
 from nearkin.errors import ConfigError
 
 
@@ -20,30 +18,19 @@ class SampleKey(NamedTuple):
     occurrence: int
 
 
-class Draws(NamedTuple):
-    """All draws of an epoch, in order. rows, occurrences: `[n]`."""
-
-    rows: NDArray[np.int64]
-    occurrences: NDArray[np.int64]
-
-
 def sample_seed(seed: int, epoch: int, index: int, occurrence: int, view: int) -> int:
     """The seed, in [0, 2^63), of one view of one draw of one image. Pure. Source: our choice."""
     return keyed_seed("view", seed, epoch, index, occurrence, view)
-
-
-def epoch_order(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
-    """A permutation of 0 ... n - 1, a pure function of its arguments."""
-    return keyed_rng("order", seed, epoch).permutation(n)
 
 
 class TrainOrder:
     """This rank's part of the global batches `first` (inclusive) to `last` (exclusive), step after step.
 
     An epoch has n // batch_size steps: its last, incomplete global batch is dropped. Rank r of W gets
-    the r-th contiguous block of every global batch. Another way to draw overrides `draws`.
+    the r-th contiguous block of every global batch.
 
-    n: training images. batch_size: global, a multiple of `world_size`, at most n.
+    n: training images. batch_size: global, a multiple of `world_size`, at most n. draw: epoch -> what it draws
+    (`nearkin.data.samplers`); by default every image once, shuffled.
     Raises ConfigError when these do not fit.
     """
 
@@ -57,6 +44,7 @@ class TrainOrder:
         last: int,
         rank: int = 0,
         world_size: int = 1,
+        draw: Draw | None = None,
     ) -> None:
         if not 0 < batch_size <= n:
             raise ConfigError(
@@ -70,10 +58,7 @@ class TrainOrder:
         self.n, self.seed, self.batch_size = n, seed, batch_size
         self.first, self.last = first, last
         self.rank, self.world_size = rank, world_size
-
-    def draws(self, epoch: int) -> Draws:
-        """Every image once, shuffled."""
-        return Draws(epoch_order(self.seed, epoch, self.n), np.zeros(self.n, dtype=np.int64))
+        self.draw: Draw = draw or (lambda epoch: shuffled(n, seed, epoch))
 
     def __len__(self) -> int:
         return max(0, self.last - self.first)
@@ -85,7 +70,7 @@ class TrainOrder:
         for step in range(self.first, self.last):
             epoch, position = divmod(step, steps_per_epoch)
             if drawn is None or drawn[0] != epoch:
-                drawn = epoch, self.draws(epoch)
+                drawn = epoch, self.draw(epoch)
             start = position * self.batch_size + self.rank * block
             rows, occurrences = (column[start : start + block].tolist() for column in drawn[1])
             yield [

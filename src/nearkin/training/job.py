@@ -10,10 +10,12 @@ import sys
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from nearkin.config import FREE_ON_RESUME, RunConfig
-from nearkin.data import Dataset, Split, load_dataset
+from nearkin.data import Dataset, Draw, Split, drawing, load_dataset
 from nearkin.errors import ConfigError, ModelError, NearkinError, printable
 from nearkin.evaluation.bundle import (
     DESCRIPTION,
@@ -25,6 +27,7 @@ from nearkin.evaluation.bundle import (
 )
 from nearkin.network import check_eval_size, load_weights
 from nearkin.runtime import Runtime, launched
+from nearkin.training.forecast import counted_share, expected_share, warning
 from nearkin.training.optim import names_layers
 from nearkin.training.settings import check, resolve_data, resolve_training
 from nearkin.types import Facts
@@ -96,7 +99,33 @@ def prepare(
         ranks=launched().per_node,
     ).model_copy(update={"options": built.spec.options, "stem": built.spec.stem})
     torch.set_num_threads(int(config.threads))
+    _warn_of_lone_anchors(config, built, train, quiet)
     return Job(config, dataset, built, _identity(config, dataset))
+
+
+def drawn(config: RunConfig, labels: NDArray[np.int64]) -> Draw:
+    """How the run's epochs draw their images."""
+    return drawing(
+        config.sampler,
+        labels,
+        seed=config.seed,
+        batch_size=int(config.batch_size),
+        per_class=config.per_class,
+        repeats=config.repeats,
+    )
+
+
+def _warn_of_lone_anchors(config: RunConfig, built: Built, train: Split, quiet: bool) -> None:
+    if not any(stage.positives for stage in built.objective.stages()):
+        return
+    batch = int(config.batch_size)
+    if config.sampler == "shuffle" and config.repeats == 1:
+        share = expected_share(train.labels, batch)
+    else:
+        share = counted_share(drawn(config, train.labels)(0), train.labels, batch)
+    text = warning(share, batch)
+    if text is not None:
+        say(f"warning: {text}", quiet)
 
 
 def say(text: str, quiet: bool) -> None:

@@ -27,7 +27,7 @@ from nearkin.objectives import Stage
 from nearkin.runtime import Runtime
 from nearkin.training.bar import Bar
 from nearkin.training.folder import locked
-from nearkin.training.job import Job, Result, to_result
+from nearkin.training.job import Job, Result, drawn, to_result
 from nearkin.training.journal import Journal
 from nearkin.training.keeper import Keeper, same_run
 from nearkin.training.learner import Learner
@@ -147,6 +147,7 @@ class Session:
             last=last,
             rank=self.runtime.rank,
             world_size=self.runtime.world_size,
+            draw=drawn(config, self.train_split.labels),
         )
         return train_loader(
             self.train_split,

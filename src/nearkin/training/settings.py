@@ -102,6 +102,23 @@ def check(config: RunConfig, *, images: int, world_size: int) -> None:
             f"Mixing needs a multiple of 8 images per process and part, not {batch // parts}; use "
             f"--batch-size {max(1, batch // parts // 8) * 8 * parts} or --mixup 0 --cutmix 0."
         )
+    _check_sampler(config, batch)
+
+
+def _check_sampler(config: RunConfig, batch: int) -> None:
+    size = config.per_class
+    if config.sampler == "balanced" and batch % size:
+        near = ", ".join(str(v) for v in (batch // size * size, (batch // size + 1) * size) if v)
+        raise ConfigError(
+            f"--batch-size {batch} holds no whole number of groups of --per-class {size}; use {near}, or "
+            "another --per-class."
+        )
+    if config.repeats > 1 and config.sampler != "shuffle":
+        raise ConfigError(
+            f"--repeats {config.repeats} needs --sampler shuffle, not {config.sampler}."
+        )
+    if config.repeats > batch:
+        raise ConfigError(f"--repeats {config.repeats} is more than --batch-size {batch}.")
 
 
 def _fill(config: RunConfig, values: dict[str, Any]) -> RunConfig:

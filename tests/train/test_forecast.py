@@ -1,0 +1,74 @@
+"""The forecast of anchors without a positive, against counting."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import nearkin
+from nearkin.data.samplers import Draws, balanced, shuffled, weighted
+from nearkin.training.forecast import counted_share, expected_share, warning
+
+
+def labels_of(sizes):
+    return np.repeat(np.arange(len(sizes)), sizes)
+
+
+@pytest.mark.parametrize(("sizes", "batch"), [([10] * 30, 32), ([100, 5, 1, 1], 16), ([3] * 40, 8)])
+def test_the_closed_form_is_the_mean_of_many_epochs(sizes, batch):
+    labels = labels_of(sizes)
+    counted = np.mean(
+        [counted_share(shuffled(len(labels), 0, e), labels, batch) for e in range(300)]
+    )
+    assert expected_share(labels, batch) == pytest.approx(counted, rel=0.05, abs=2e-3)
+
+
+def test_edges():
+    assert expected_share(labels_of([5, 5]), 10) == 0.0  # the whole class is always there
+    assert expected_share(labels_of([1] * 8), 4) == 1.0
+    assert expected_share(labels_of([500_000, 500_000]), 4096) < 1e-300
+    draws = Draws(np.array([0, 1, 2, 3]), np.zeros(4, dtype=np.int64))
+    assert counted_share(draws, np.array([0, 0, 1, 2]), 4) == 0.5
+
+
+def test_balanced_batches_have_next_to_none():
+    labels = labels_of([20] * 50)
+    assert expected_share(labels, 32) > 0.5
+    assert counted_share(balanced(labels, 0, 0, 32, 4), labels, 32) == 0.0
+    assert counted_share(weighted(labels, 0, 0), labels, 32) > 0.4
+
+
+def test_what_it_says():
+    assert warning(0.05, 32) is None
+    assert "About 51 %" in warning(0.506, 32)
+    assert "--sampler balanced" in warning(0.506, 32)
+
+
+def train(folder, capfd, **options):
+    common = {"images_per_class": 4, "epochs": 1, "batch_size": 16, "model": "test_resnet"}
+    result = nearkin.train(
+        "digits", quiet=False, threads=1, out=folder / "run", **(common | options)
+    )
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning")]
+    return result, lines
+
+
+def test_train_warns_before_it_starts(tmp_path, capfd):
+    _, lines = train(
+        tmp_path, capfd, objective="supcon", objective_options={"views": 1}, batch_size=4
+    )
+    assert len(lines) == 1
+    assert "no other image of their class in a batch of 4" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("objective", "options"),
+    [
+        ("supcon", {"batch_size": 4}),
+        ("ce", {"batch_size": 4}),
+        ("triplet", {"sampler": "balanced"}),
+    ],
+)
+def test_and_only_then(objective, options, tmp_path, capfd):
+    _, lines = train(tmp_path, capfd, objective=objective, **options)
+    assert lines == []
