@@ -37,6 +37,10 @@ CASES = {
         **{"objective": "cone", "objective.bank": 64, "objective.topk": 9, **HEAD},
         **{"objective.teacher_crop": "own", "augment": "strong", "drop_path": 0.2, "ema": 0.9},
     },
+    "supcon-balanced": {
+        **{"objective": "supcon", "objective.views": 1, "objective.hidden": 24},
+        **{"objective.projection": 12, "sampler": "balanced", "per_class": 4},
+    },
     "mean-teacher": {"objective": "attract-repulse", "stage": 1},
 }
 # Every other objective with its defaults: a new file gets this by existing.

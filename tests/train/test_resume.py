@@ -40,6 +40,8 @@ CASES = {
         *["--clip-grad", "0.5", "--accumulate", "2", "--drop-path", "0.2"],
     ],
     "supcon": SUPCON,
+    "supcon-balanced": ["--objective", "supcon", "--sampler", "balanced"],
+    "ce-weighted": ["--objective", "ce", "--sampler", "weighted", "--class-weights", "balanced"],
     "ce-lamb-dropout": ["--objective", "ce", "--optimizer", "lamb", "--drop-rate", "0.3"],
 }
 # Every other objective with its defaults: a new file gets this by existing.
