@@ -128,10 +128,20 @@ def test_global_random_states_are_left_as_they_were(split, workers):
     torch.manual_seed(1), random.seed(2), np.random.seed(3)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
     loaded(split, transform=all_kinds_of_noise, workers=workers)
-    list(eval_loader(split, unchanged, range(5), batch_size=2, workers=workers))
+    list(eval_loader(split, alone(unchanged), range(5), batch_size=2, workers=workers))
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
     assert (np.random.get_state()[1] == before[2]).all()
+
+
+class alone:
+    """One view of each image."""
+
+    def __init__(self, transform):
+        self.transform = transform
+
+    def __call__(self, image):
+        return (self.transform(image),)
 
 
 def unchanged(image):
@@ -142,7 +152,7 @@ def unchanged(image):
 @pytest.mark.parametrize("rows", [range(N), range(1, N, 3), [5, 2, 2], range(0)])
 def test_evaluation_neither_pads_nor_drops(split, workers, rows):
     transform = eval_transform(EvalSpec.for_size(9, 3))
-    batches = list(eval_loader(split, transform, rows, batch_size=B, workers=workers))
+    batches = list(eval_loader(split, alone(transform), rows, batch_size=B, workers=workers))
     assert [row for batch in batches for row in batch.index.tolist()] == list(rows)
     assert all(len(batch.index) == B for batch in batches[:-1])
     for batch in batches:
@@ -160,7 +170,9 @@ def test_an_image_that_went_bad_is_one_sentence(tmp_path, workers):
     transform = eval_transform(EvalSpec.for_size(8, 3))
     with pytest.raises(DataError) as caught:
         list(
-            eval_loader(dataset.splits["train"], transform, range(8), batch_size=2, workers=workers)
+            eval_loader(
+                dataset.splits["train"], alone(transform), range(8), batch_size=2, workers=workers
+            )
         )
     message = str(caught.value)
     assert "b/002.png cannot be used: it is" in message

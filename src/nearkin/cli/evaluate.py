@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from nearkin.cli import is_first
 from nearkin.cli.arguments import Parser, show_help, whole_number
 from nearkin.errors import ConfigError, printable
 
-USAGE = "nearkin evaluate RUN [DATA] [--split NAME] [--json]"
+USAGE = "nearkin evaluate RUN... [DATA] [--split NAME] [--tta NAME] [--weights NAME] [--json]"
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(USAGE, "Exact metrics of a trained model, on its own data or on DATA.")
-    parser.add_argument("run", nargs="?", metavar="RUN", help="the folder that train printed")
-    parser.add_argument("data", nargs="?", metavar="DATA", help="[the run's own]")
+    parser = Parser(
+        USAGE,
+        "Exact metrics of a trained model, on its own data or on DATA; of several runs as an ensemble.\n"
+        "A folder that holds a model is a RUN; the last word is DATA if it is not.",
+    )
+    parser.add_argument(
+        "runs", nargs="*", metavar="RUN... [DATA]", help="folders that train printed"
+    )
     parser.add_argument("--split", metavar="NAME", help="train, val or test [test, else val]")
+    parser.add_argument("--tta", metavar="NAME", help="views: none, flip or tencrop [none]")
+    parser.add_argument(
+        "--weights", metavar="NAME", help="of an ensemble: equal, or by validation [equal]"
+    )
+    parser.flag("cache", "keep what each model says in its run folder [true]")
     parser.add_argument("--device", metavar="NAME", help="auto, cpu, cuda or mps [auto]")
     parser.add_argument("--workers", metavar="N", help="processes that load images [0]")
     parser.flag("json", "one JSON object on stdout")
@@ -26,14 +37,16 @@ def main(argv: list[str]) -> int:
     if given.get("help"):
         show_help(parser)
         return 0
-    if "run" not in given or given["run"] is None:
-        raise ConfigError("Evaluate which run? Give the folder that train printed.")
+    runs, data = _runs_and_data(given.get("runs") or [])
     from nearkin.evaluation.verbs import evaluate
 
     result = evaluate(
-        given["run"],
-        given.get("data"),
+        runs,
+        data,
         split=given.get("split"),
+        tta=given.get("tta", "none"),
+        weights=given.get("weights", "equal"),
+        cache=given.get("cache", True),
         device=given.get("device", "auto"),
         workers=whole_number("workers", given.get("workers", "0")),
     )
@@ -51,9 +64,20 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _runs_and_data(words: list[str]) -> tuple[list[str], str | None]:
+    """The last of several words is DATA unless it is a run folder."""
+    if not words:
+        raise ConfigError("Evaluate which run? Give the folder that train printed.")
+    *runs, last = words
+    if runs and not (Path(last) / "model.json").is_file():
+        return runs, last
+    return words, None
+
+
 def table(result: dict[str, Any]) -> str:
     """The metrics as text: totals, then a line per class."""
     lines = [
+        *_members(result),
         f"split      {result['split']} ({result['n']} images)",
         f"top-1      {100 * result['top1']:.2f} %",
         f"top-5      {100 * result['top5']:.2f} %",
@@ -74,3 +98,17 @@ def table(result: dict[str, Any]) -> str:
     for row in result["confusion"]:
         lines.append("".join(f"{value:>{width}}" for value in row))
     return "\n".join(lines) + "\n"
+
+
+def _members(result: dict[str, Any]) -> list[str]:
+    """A line per model: its own top-1, its weight in an ensemble, and whether it had to be run."""
+    if len(result["members"]) == 1:
+        return []
+    width = max(len(printable(member["run"])) for member in result["members"])
+    lines = [f"{'model':<{width}} {'weight':>7} {'top-1':>8}"]
+    for member in result["members"]:
+        kept = "  (kept from before)" if member["cached"] else ""
+        lines.append(
+            f"{printable(member['run']):<{width}} {member['weight']:>7.3f} {100 * member['top1']:>6.2f} %{kept}"
+        )
+    return [*lines, ""]

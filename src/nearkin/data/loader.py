@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Thread
 from typing import Any
@@ -51,26 +51,26 @@ def train_loader(
 
 def eval_loader(
     split: Split,
-    transform: Transform,
+    views: Callable[[Tensor], tuple[Tensor, ...]],
     rows: Sequence[int],
     *,
     batch_size: int,
     workers: int,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """Batches of one view of each of `rows`, in their order, none padded and none dropped: the last is smaller.
+    """Batches of the views of each of `rows`, in their order, none padded and none dropped: the last is smaller.
 
-    Raises as `train_loader`.
+    views: a decoded image -> what is judged of it, as many for every image. Raises as `train_loader`.
     """
     order = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    return _batches(_PlainViews(split, transform), order, workers, pin_memory)
+    return _batches(_PlainViews(split, views), order, workers, pin_memory)
 
 
 class _Views(Dataset[Batch | DataError]):
     """Makes whole batches, and gives an error back as a value: torch would lose its text and its class."""
 
-    def __init__(self, split: Split, transform: Transform) -> None:
-        self.split, self.transform = split, transform
+    def __init__(self, split: Split) -> None:
+        self.split = split
 
     def rows(self, keys: Sequence[Any]) -> list[int]:
         raise NotImplementedError
@@ -99,19 +99,24 @@ class _Views(Dataset[Batch | DataError]):
 class _PlainViews(_Views):
     """Keys are rows."""
 
+    def __init__(self, split: Split, make: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
+        super().__init__(split)
+        self.make = make
+
     def rows(self, keys: Sequence[int]) -> list[int]:
         return list(keys)
 
     def views(self, keys: Sequence[int]) -> list[list[Tensor]]:
-        return [[self.transform(self.split.images.read(row)) for row in keys]]
+        made = [self.make(self.split.images.read(row)) for row in keys]
+        return [list(view) for view in zip(*made, strict=True)]
 
 
 class _TrainViews(_Views):
     """Keys say which draw of an image this is."""
 
     def __init__(self, split: Split, transform: Transform, views: int, seed: int) -> None:
-        super().__init__(split, transform)
-        self.count, self.seed = views, seed
+        super().__init__(split)
+        self.transform, self.count, self.seed = transform, views, seed
 
     def rows(self, keys: Sequence[SampleKey]) -> list[int]:
         return [key.row for key in keys]

@@ -8,9 +8,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from nearkin.data import EvalSpec, Split, eval_loader, eval_transform
+from nearkin.data import EvalSpec, Split, eval_loader
 from nearkin.errors import ModelError
 from nearkin.evaluation.predict import collect, knn_accuracy
+from nearkin.evaluation.tta import COUNTS, Tta, tta_views
 from nearkin.network import Network
 from nearkin.runtime import Runtime
 from nearkin.types import Batch, Predictions
@@ -25,34 +26,57 @@ class Judge:
         self._runtime, self._spec = runtime, spec
         self._batch_size, self._workers = batch_size, workers
 
-    def predictions(self, network: Network, split: Split) -> Predictions:
+    def predictions(self, network: Network, split: Split, tta: Tta = "none") -> Predictions:
         """The class probabilities of every image of `split`, in its order, on every process."""
+        return self.look(network, split, tta)[0]
+
+    def look(self, network: Network, split: Split, tta: Tta = "none") -> tuple[Predictions, Tensor]:
+        """The predictions and the embeddings `[N, e]` of the first view, from one pass, on every process."""
         rows = self._mine(range(len(split.labels)))
+        kept: list[Tensor] = []
+
+        def forward(images: Tensor) -> Tensor:
+            outputs = network(images.flatten(0, 1))
+            if outputs.logits is None:
+                raise ModelError("This model has no classifier, so it has no classes to predict.")
+            kept.append(outputs.embedding[: images.shape[1]].float())
+            logits: Tensor = outputs.logits
+            return logits
+
         mine = None
         if rows:
             with self._looking(network):
-                mine = collect(self._batches(split, rows), lambda images: _logits(network, images))
+                found = collect(self._batches(split, rows, tta), forward)
+            mine = (*found, torch.cat(kept).cpu())  # both ascend by row
         parts = [part for part in self._runtime.collect(mine) if part is not None]
-        columns = [torch.cat(column) for column in zip(*parts, strict=True)]
-        order = columns[2].argsort()
-        return Predictions(*(column[order] for column in columns))
+        whole = [torch.cat(column) for column in zip(*parts, strict=True)]
+        order = whole[2].argsort()
+        probabilities, labels, index, embeddings = (column[order] for column in whole)
+        return Predictions(probabilities, labels, index), embeddings
 
-    def knn(self, network: Network, train: Split, split: Split) -> float:
-        """kNN accuracy of the embedding: how a stage without a classifier is judged."""
-        spread = range(0, len(train.labels), -(-len(train.labels) // NEIGHBOURS))
-        keys, key_labels = self._embeddings(network, train, spread)
-        rows, labels = self._embeddings(network, split, range(len(split.labels)))
-        return knn_accuracy(keys, key_labels, rows, labels)
+    def embeddings(self, network: Network, split: Split, most: int | None = None) -> Tensor:
+        """The embeddings of `split` in its order, or of at most `most` evenly spread images, on every process."""
+        spread = self.spread(split, most)
+        with torch.no_grad(), self._looking(network):
+            mine = [
+                network(batch.images.flatten(0, 1)).embedding.float().cpu()
+                for batch in self._batches(split, self._mine(spread))
+            ]
+        whole = torch.cat([part for parts in self._runtime.collect(mine) for part in parts])
+        world = self._runtime.world_size
+        rows = torch.cat([torch.tensor(list(spread[rank::world])) for rank in range(world)])
+        return whole[rows.argsort()]
 
-    @torch.no_grad()
-    def _embeddings(self, network: Network, split: Split, rows: range) -> tuple[Tensor, Tensor]:
-        mine: list[tuple[Tensor, Tensor]] = []
-        with self._looking(network):
-            for batch in self._batches(split, self._mine(rows)):
-                outputs = network(batch.images.flatten(0, 1))
-                mine.append((outputs.embedding.float().cpu(), batch.labels.cpu()))
-        everyone = [part for parts in self._runtime.collect(mine) for part in parts]
-        return torch.cat([e for e, _ in everyone]), torch.cat([y for _, y in everyone])
+    def spread(self, split: Split, most: int | None) -> range:
+        """The rows that `embeddings` takes."""
+        count = len(split.labels)
+        return range(0, count, 1 if most is None else max(1, -(-count // most)))
+
+    def knn(self, network: Network, train: Split, split: Split) -> tuple[float, Tensor]:
+        """kNN accuracy of the embedding, how a stage without a classifier is judged; and the embeddings of `split`."""
+        keys, rows = self.embeddings(network, train, NEIGHBOURS), self.embeddings(network, split)
+        key_labels = torch.from_numpy(train.labels[list(self.spread(train, NEIGHBOURS))])
+        return knn_accuracy(keys, key_labels, rows, torch.from_numpy(split.labels)), rows
 
     def _mine(self, rows: range) -> range:
         return rows[self._runtime.rank :: self._runtime.world_size]
@@ -68,18 +92,9 @@ class Judge:
         finally:
             network.train(was)
 
-    def _batches(self, split: Split, rows: range) -> Iterator[Batch]:
-        transform = eval_transform(self._spec)
-        loader = eval_loader(
-            split, transform, rows, batch_size=self._batch_size, workers=self._workers
-        )
+    def _batches(self, split: Split, rows: range, tta: Tta = "none") -> Iterator[Batch]:
+        views = tta_views(tta, self._spec)
+        size = max(1, self._batch_size // COUNTS[tta])
         device = self._runtime.device
-        for batch in loader:
+        for batch in eval_loader(split, views, rows, batch_size=size, workers=self._workers):
             yield Batch(batch.images.to(device), batch.labels.to(device), batch.index.to(device))
-
-
-def _logits(network: Network, images: Tensor) -> Tensor:
-    logits = network(images.flatten(0, 1)).logits
-    if logits is None:
-        raise ModelError("This model has no classifier, so it has no classes to predict.")
-    return torch.as_tensor(logits)

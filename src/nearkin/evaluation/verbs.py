@@ -5,19 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-from nearkin.config import CONFIG_FILE, RunConfig, read_yaml, validate
-from nearkin.data import IMAGE_SUFFIXES, BadImage, eval_transform, load_for_evaluation, read_image
-from nearkin.errors import DataError, printable
+from nearkin.data import IMAGE_SUFFIXES, BadImage, Evaluation, eval_transform, read_image
+from nearkin.errors import ConfigError, DataError, printable
 from nearkin.evaluation.bundle import Bundle, load_bundle
-from nearkin.evaluation.judge import Judge
+from nearkin.evaluation.ensemble import likelihood_weights, mixed
+from nearkin.evaluation.members import BATCH, Jury, Opinion, load_members
 from nearkin.evaluation.metrics import summarise
+from nearkin.evaluation.tta import Tta
 from nearkin.runtime import Runtime, choose_device
-
-BATCH = 64
+from nearkin.types import Predictions
 
 
 class Guess(NamedTuple):
@@ -31,41 +31,71 @@ class Guess(NamedTuple):
 
 
 def evaluate(
-    run: str | Path,
+    run: str | Path | Sequence[str | Path],
     data: str | Path | None = None,
     *,
     split: str | None = None,
+    tta: Tta = "none",
+    weights: Literal["equal", "validation"] = "equal",
+    cache: bool = True,
     device: str = "auto",
     workers: int = 0,
 ) -> dict[str, Any]:
-    """Exact metrics of the model in a run folder.
+    """Exact metrics of the model in a run folder, or of several as an ensemble: the mean of their probabilities.
 
-    data: by default the run's own, with the same splits. split: by default test, else val; the result names it.
-    Raises ModelError when `run` has no finished model, DataError when data or split do not fit its classes.
+    data: by default the runs' own, with the same splits. split: by default test, else val; the result names it.
+    tta: none, flip or tencrop; the probabilities of the views are averaged. weights: of an ensemble, equal or those
+    that minimise the log loss on the validation split, which no member was trained on. cache: keep what each model
+    says of a split in its run folder.
+
+    Raises ModelError when a run has no finished model or knows other classes, DataError when data or split do not
+    fit its classes, ConfigError for options that do not fit together.
     """
-    run = Path(run)
+    runs = [Path(run)] if isinstance(run, str | Path) else [Path(one) for one in run]
+    if not runs:
+        raise ConfigError("Evaluate which run? Give at least one run folder.")
+    if weights not in ("equal", "validation"):
+        raise ConfigError(f"--weights {printable(weights)} is none of equal, validation.")
     runtime = Runtime(device=choose_device(device), precision="fp32")
     try:
-        bundle = load_bundle(run, runtime.device)
-        config: RunConfig = validate(RunConfig, read_yaml(run / CONFIG_FILE))
-        found = load_for_evaluation(
-            config.data if data is None else str(data),
-            classes=bundle.classes,
-            channels=bundle.description.spec.channels,
-            split=split,
-            own=data is None,
-            val_split=config.val_split,
-            seed=config.seed,
-            images_per_class=config.images_per_class,
-            bad_images=config.bad_images,
-        )
-        spec = bundle.description.transform
-        judge = Judge(runtime, spec, batch_size=BATCH, workers=workers)
-        predictions = judge.predictions(bundle.network, found.split)
-        summary = summarise(predictions, bundle.classes)
-        return {"run": str(run), "split": found.split.name, "notes": list(found.notes)} | summary
+        members = load_members(runs, runtime.device)
+        jury = Jury(members, runtime, tta=tta, workers=workers, cache=cache)
+        shares = [1 / len(runs)] * len(runs)
+        if weights == "validation" and len(runs) > 1:
+            held, said = jury.ask(None, "val")
+            labels = torch.from_numpy(held.split.labels)
+            shares = likelihood_weights([one.probabilities for one in said], labels)
+        found, opinions = jury.ask(None if data is None else str(data), split)
+        return _report(jury, found, opinions, shares)
     finally:
         runtime.close()
+
+
+def _report(
+    jury: Jury, found: Evaluation, opinions: Sequence[Opinion], shares: Sequence[float]
+) -> dict[str, Any]:
+    labels = torch.from_numpy(found.split.labels)
+    index = torch.arange(len(labels))
+    whole = opinions[0].probabilities
+    if len(opinions) > 1:
+        whole = mixed([one.probabilities for one in opinions], shares)
+    members = [
+        {
+            "run": str(member.run),
+            "weight": share,
+            "top1": summarise(Predictions(one.probabilities, labels, index), jury.classes)["top1"],
+            "cached": one.cached,
+        }
+        for member, one, share in zip(jury.members, opinions, shares, strict=True)
+    ]
+    notes = [*found.notes, *(note for one in opinions for note in one.notes)]
+    head = {
+        "run": str(jury.members[0].run),
+        "split": found.split.name,
+        "notes": notes,
+        "members": members,
+    }
+    return head | summarise(Predictions(whole, labels, index), jury.classes)
 
 
 def predict(

@@ -10,7 +10,7 @@ from nearkin.objectives.margin import MarginSoftmax
 
 
 class ArcFace(MarginSoftmax, name="arcface"):
-    """Softmax over cosines whose own class must win by a margin of the angle (Deng et al. 2019)."""
+    """Softmax over cosines whose own class must win by a margin of the angle (arXiv 1801.07698)."""
 
     class Config(MarginSoftmax.Config):
         """0.2 suits few classes (our choice); the paper's 0.5 with scale 64 learns nothing there."""

@@ -35,7 +35,7 @@ from nearkin.types import Batch, Facts, Loss, Outputs, Progress
 
 
 class AttractRepulse(Objective, name="attract-repulse"):
-    """For small data: symmetric CE attracts, instance contrast repulses, then a Mean Teacher (arXiv 2206.06168).
+    """Symmetric CE attracts, instance contrast repulses; then a Mean Teacher (arXiv 2206.06168).
 
     contrast:     total = SCE + repulse(t) * CR. CR is instance discrimination: other images of the class are
                   negatives too. repulse falls from `repulse` to `repulse_end` by a cosine.

@@ -14,7 +14,7 @@ from nearkin.types import Batch, Loss, Outputs, Progress
 
 
 class CrossEntropy(Objective, name="ce"):
-    """Cross-entropy with label smoothing, soft targets and class weights; binary as an option (arXiv 2110.00476).
+    """Cross-entropy, of a softmax or binary: the one that others must beat (arXiv 2110.00476).
 
     total = CE(logits, labels). Heads: one linear classifier on the pooled features.
     """

@@ -33,13 +33,13 @@ CERTAIN = 1e-8
 
 
 class CoNe(Objective, name="cone"):
-    """A class centre, similar neighbours as anchors, and their distributional consistency (arXiv 2308.10761).
+    """Class centre, neighbours in a bank, and their distributional consistency (arXiv 2308.10761).
 
     total = CE + neighbour_weight * L_neighbour + consistency_weight * L_consistency, after a warm-up on CE.
     Both terms are attention over a bank of the teacher's keys: L_neighbour is minus the log of the attention mass
     on one's own class, L_consistency the divergence from the neighbours' class probabilities. The student's
     embedding e feeds the classifier, z = e / |e| the contrast; the teacher gives keys and probabilities. An image's
-    own earlier copies are masked. Inference needs neither bank nor teacher. Equations: docs/methods, section 1.
+    own earlier copies are masked. Inference needs neither bank nor teacher. Equations: docs/methods/cone.md.
     """
 
     class Config(Objective.Config):

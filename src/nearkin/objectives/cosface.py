@@ -10,7 +10,7 @@ from nearkin.objectives.margin import MarginSoftmax
 
 
 class CosFace(MarginSoftmax, name="cosface"):
-    """Softmax over cosines whose own class must win by a margin of the cosine (Wang et al. 2018)."""
+    """Softmax over cosines whose own class must win by a margin of the cosine (arXiv 1801.09414)."""
 
     class Config(MarginSoftmax.Config):
         """0.2 suits few classes (our choice); the paper's 0.35 with scale 30 is in the recipes."""

@@ -25,7 +25,7 @@ from nearkin.types import Batch, Facts, Loss, Outputs, Progress
 
 
 class GPaCo(Objective, name="gpaco"):
-    """Class logits and same-class samples compete in one softmax, over batch and bank (Cui et al. 2023).
+    """Class logits and same-class samples compete in one softmax, with a bank (arXiv 2209.12400).
 
     The anchors are the student's crops. They contrast with each other, with the teacher's keys of this batch and
     with the bank of earlier ones, in which an image's own copies are masked.
@@ -33,7 +33,7 @@ class GPaCo(Objective, name="gpaco"):
     """
 
     class Config(Objective.Config):
-        """Alpha, temperature and smoothing as methods.md gives them; bank and teacher as CoNe's (our choice)."""
+        """Alpha and temperature as published for ImageNet; smoothing, bank and teacher are our choice."""
 
         alpha: float = Field(0.05, ge=0, description="weight of a sample beside that of the label")
         temperature: float = Field(0.2, gt=0, description="divides the cosine similarities")

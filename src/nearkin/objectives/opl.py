@@ -19,7 +19,7 @@ from nearkin.types import Batch, Loss, Outputs, Progress
 
 
 class OrthogonalProjection(Objective, name="opl"):
-    """Each class along one direction, other classes at right angles to it (Ranasinghe et al. 2021).
+    """Each class along one direction, other classes at right angles to it (arXiv 2103.14021).
 
     total = CE + weight * L_opl of the pooled features, scaled to unit length.
     Heads: one linear classifier on the pooled features.

@@ -25,13 +25,13 @@ def preset(classes: int) -> tuple[float, float]:
 
 
 class SymmetricCE(Objective, name="sce"):
-    """Cross-entropy plus its reverse, which bears wrong labels (Wang et al. 2019).
+    """Cross-entropy plus its reverse, which bears wrong labels (arXiv 1908.06112).
 
     total = alpha * CE + beta * RCE. Heads: one linear classifier on the pooled features.
     """
 
     class Config(Objective.Config):
-        """Presets as published."""
+        """`auto` is the published preset for the number of classes, see `preset`."""
 
         alpha: Amount | Auto = Field("auto", description="weight of the cross-entropy")
         beta: Amount | Auto = Field("auto", description="weight of the reverse cross-entropy")

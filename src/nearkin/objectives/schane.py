@@ -24,7 +24,7 @@ from nearkin.types import Batch, Loss, Outputs, Progress
 
 
 class SCHaNe(Objective, name="schane"):
-    """Supervised contrast with hard negatives, joined with cross-entropy: for fine-tuning (arXiv 2308.14893).
+    """Supervised contrast with hard negatives, beside CE: for fine-tuning (arXiv 2308.14893).
 
     total = mix * L_schane + (1 - mix) * CE, over the embeddings and logits of independent crops.
     Heads: a projection without BatchNorm and a linear classifier, side by side on the pooled features.

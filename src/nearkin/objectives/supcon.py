@@ -12,7 +12,7 @@ from nearkin.objectives.contrast import Contrastive
 
 
 class SupCon(Contrastive, name="supcon"):
-    """Pull the images of one class together, push all others away (Khosla et al. 2020).
+    """Pull the images of one class together, push all others away (arXiv 2004.11362).
 
     Joint with CE at weight 0.5 (our choice), or in two stages as published.
     """

@@ -21,7 +21,7 @@ from nearkin.types import Batch, Loss, Outputs, Progress
 
 
 class Triplet(Objective, name="triplet"):
-    """Each image nearer to its farthest kin than to the nearest stranger, by a margin (Hermans et al. 2017).
+    """The farthest image of the class nearer than any of another, by a margin (arXiv 1703.07737).
 
     total = CE + weight * batch-hard triplet loss of the pooled features, scaled to unit length (our choice).
     Heads: one linear classifier on the pooled features. Of a mixed image both classes are taken in turn.

@@ -1,4 +1,4 @@
-"""VarCon (Wang et al. 2025, NeurIPS)."""
+"""VarCon (Wang et al. 2025, NeurIPS, arXiv 2506.07413)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nearkin.objectives.contrast import Contrastive
 
 
 class VarCon(Contrastive, name="varcon"):
-    """Samples against the class centres of the batch, with a target that follows confidence (Wang et al. 2025).
+    """Samples against the class centres of the batch; targets follow confidence (arXiv 2506.07413).
 
     Joint with CE at weight 0.5 (our choice), or in two stages as published. Of a mixed image both classes are
     taken in turn.

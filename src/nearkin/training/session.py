@@ -21,6 +21,7 @@ from nearkin.data import (
 )
 from nearkin.errors import ConfigError, NearkinError
 from nearkin.evaluation.bundle import FORMAT, Description, save_bundle
+from nearkin.evaluation.geometry import geometry
 from nearkin.evaluation.judge import Judge
 from nearkin.evaluation.metrics import summarise, write_predictions
 from nearkin.objectives import Stage
@@ -165,16 +166,14 @@ class Session:
             return None
         network = self.learner.judged()
         if not network.classifies:
-            value = self.judge.knn(network, self.train_split, split)
-            return {"metric": "val kNN", "value": value, "knn": value}
-        summary = summarise(self.judge.predictions(network, split), self.dataset.classes)
-        value = summary["top1"]
-        return {
-            "metric": "val top-1",
-            "value": value,
-            "top1": value,
-            "log_loss": summary["log_loss"],
-        }
+            value, embeddings = self.judge.knn(network, self.train_split, split)
+            found: dict[str, Any] = {"metric": "val kNN", "value": value, "knn": value}
+        else:
+            predictions, embeddings = self.judge.look(network, split)
+            summary = summarise(predictions, self.dataset.classes)
+            value, loss = summary["top1"], summary["log_loss"]
+            found = {"metric": "val top-1", "value": value, "top1": value, "log_loss": loss}
+        return found | geometry(embeddings, torch.from_numpy(split.labels))
 
     def _finish(self, step: int) -> Result:
         network = self.learner.judged()
