@@ -140,6 +140,7 @@ def test_the_public_names():
         "Stopped",
         "__version__",
         "evaluate",
+        "fewshot",
         "predict",
         "train",
     ]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         NearkinError,
         Stopped,
     )
+    from nearkin.evaluation.fewshot import fewshot
     from nearkin.evaluation.verbs import evaluate, predict
     from nearkin.training.run import Result, train
 
@@ -27,6 +28,7 @@ _HOME = {
     "Result": "nearkin.training.run",
     "evaluate": "nearkin.evaluation.verbs",
     "predict": "nearkin.evaluation.verbs",
+    "fewshot": "nearkin.evaluation.fewshot",
     "NearkinError": "nearkin.errors",
     "ConfigError": "nearkin.errors",
     "DataError": "nearkin.errors",
@@ -45,6 +47,7 @@ __all__ = [
     "Stopped",
     "__version__",
     "evaluate",
+    "fewshot",
     "predict",
     "train",
 ]

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
+from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from nearkin.bank import NeighbourBank
 from nearkin.data import TrainOrder, drawing
 from nearkin.data.samplers import balanced, repeated, weighted
 
@@ -25,38 +29,80 @@ def labels_of(sizes, seed=0):
     return np.random.default_rng(seed).permutation(labels)
 
 
-@pytest.mark.parametrize("name", SIZES)
-@pytest.mark.parametrize("per_class", [1, 2, 4])
-def test_balanced_draws_no_image_twice_and_fills_the_epoch(name, per_class):
-    labels = labels_of(SIZES[name])
-    batch = 4 * max(1, per_class // 2)
-    for epoch in range(6):
-        rows = balanced(labels, 3, epoch, batch, per_class).rows
-        assert len(rows) == len(labels) // batch * batch
-        assert len(set(rows.tolist())) == len(rows)
-
-
-def groups(labels, rows, batch, size):
+def per_batch(labels, rows, batch):
     """How many images of each class every batch holds."""
     return [Counter(labels[rows[i : i + batch]].tolist()) for i in range(0, len(rows), batch)]
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    sizes=st.lists(st.integers(1, 4) | st.integers(1, 40), min_size=1, max_size=25),
+    per_class=st.integers(1, 5),
+    groups_in_batch=st.integers(1, 6),
+    epoch=st.integers(0, 9),
+)
+def test_balanced_keeps_its_rules_for_any_classes(sizes, per_class, groups_in_batch, epoch):
+    labels, batch = labels_of(sizes), per_class * groups_in_batch
+    steps = len(labels) // batch
+    draws = balanced(labels, 3, epoch, batch, per_class)
+    rows = draws.rows
+    assert len(rows) == steps * batch
+    assert len(set(rows.tolist())) == len(rows)
+    assert not draws.occurrences.any()
+    held = per_batch(labels, rows, batch)
+    small = [c for c, size in enumerate(sizes) if size < per_class]
+    # A short group is cut only between a batch and the next: in all, at most once per step.
+    assert sum(max(0, sum(c in counts for counts in held) - 1) for c in small) <= max(0, steps - 1)
+    # Short places are whole in number, so what a batch holds beside whole groups is a multiple of a group.
+    beside = [sum(n % per_class for c, n in counts.items() if c not in small) for counts in held]
+    short = [sum(n for c, n in counts.items() if c in small) for counts in held]
+    assert all((a + b) % per_class == 0 for a, b in zip(beside, short, strict=True))
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("per_class", [2, 3, 4])
+def test_every_image_gets_its_turn(name, per_class):
+    labels, batch = labels_of(SIZES[name]), 2 * per_class
+    drawn = set()
+    for epoch in range(40):
+        drawn |= set(balanced(labels, 3, epoch, batch, per_class).rows.tolist())
+    assert drawn == set(range(len(labels)))
+
+
+def test_a_small_class_is_drawn_each_epoch_though_nothing_is_left_over_to_fill_its_place():
+    labels = labels_of([40] * 10 + [3])
+    for epoch in range(5):
+        held = per_batch(labels, balanced(labels, 0, epoch, 16, 4).rows, 16)
+        assert sorted(counts[10] for counts in held)[-2:] == [0, 3]
 
 
 def test_groups_lie_whole_in_a_batch():
     labels = labels_of([40, 40, 40, 40])
     for epoch in range(3):
-        rows = balanced(labels, 0, epoch, 16, 4).rows
-        for counts in groups(labels, rows, 16, 4):
+        for counts in per_batch(labels, balanced(labels, 0, epoch, 16, 4).rows, 16):
             assert all(count % 4 == 0 for count in counts.values())
+
+
+@pytest.mark.parametrize(("sizes", "per_class"), [([3] * 40, 4), ([7] * 40, 4), ([5] * 60, 6)])
+def test_short_groups_and_left_over_images_find_kin(sizes, per_class):
+    """One by one in any order, or cut at every place, a sixth of the anchors and more would be alone."""
+    labels, batch, lone = labels_of(sizes), 8 * per_class, 0
+    rows = [balanced(labels, 0, epoch, batch, per_class).rows for epoch in range(20)]
+    for epoch in rows:
+        lone += sum(list(counts.values()).count(1) for counts in per_batch(labels, epoch, batch))
+    assert lone / sum(map(len, rows)) < 0.05
 
 
 def test_a_class_may_have_several_groups_in_a_batch_and_few_images_are_one_short_group():
     labels = labels_of([60, 3, 1])
     rows = balanced(labels, 0, 0, 16, 4).rows
-    assert max(counts[0] for counts in groups(labels, rows, 16, 4)) > 4
-    # the three images of class 1 are drawn together, where no place ends between them
-    epochs = [balanced(labels, 0, epoch, 16, 4).rows for epoch in range(40)]
-    held = [counts[1] for rows in epochs for counts in groups(labels, rows, 16, 4)]
-    assert max(held) == 3
+    assert max(counts[0] for counts in per_batch(labels, rows, 16)) > 4
+    for epoch in range(20):
+        rows = balanced(labels, 0, epoch, 16, 4).rows
+        assert sorted(counts[1] for counts in per_batch(labels, rows, 16)) in (
+            [0, 0, 0, 3],
+            [0, 0, 1, 2],
+        )
 
 
 def test_left_over_images_take_turns():
@@ -68,14 +114,11 @@ def test_left_over_images_take_turns():
 
 
 def test_partners_change_from_epoch_to_epoch():
-    labels = labels_of([40, 40])
-    together = set()
+    labels, together = labels_of([40, 40]), set()
     for epoch in range(20):
-        rows = balanced(labels, 0, epoch, 8, 4).rows
-        for i in range(0, len(rows), 8):
-            mine = [r for r in rows[i : i + 8] if labels[r] == 0]
-            together |= set(itertools.combinations(sorted(mine), 2))
-    assert len(together) > 300  # of 780 pairs; the same groups each epoch would give at most 140
+        for group in balanced(labels, 0, epoch, 4, 4).rows.reshape(-1, 4).tolist():
+            together |= set(itertools.combinations(sorted(group), 2))
+    assert len(together) > 1000  # of 1560 pairs; the same groups each epoch would give 120
 
 
 def test_positions_are_shuffled_inside_a_batch():
@@ -104,22 +147,36 @@ def test_occurrences_tell_the_draws_of_an_image_apart():
     assert max(seen.values()) > 5
 
 
-@pytest.mark.parametrize("repeats", [2, 3])
-def test_repeats_share_a_batch_and_differ_in_occurrence(repeats):
-    batch = 4 * repeats
+@pytest.mark.parametrize(("batch", "repeats"), [(8, 2), (12, 3), (16, 3), (5, 4), (7, 7)])
+def test_repeats_share_a_batch_and_differ_in_occurrence(batch, repeats):
     draws = repeated(100, 0, 0, batch, repeats)
     assert len(draws.rows) == 100
-    assert len(set(draws.rows.tolist())) == -(-100 // repeats)
+    earlier = set()
     for i in range(0, 100 // batch * batch, batch):
-        keys = set(
-            zip(
-                draws.rows[i : i + batch].tolist(),
-                draws.occurrences[i : i + batch].tolist(),
-                strict=True,
-            )
-        )
-        assert keys == {(row, n) for row, _ in keys for n in range(repeats)}
+        copies = defaultdict(list)
+        for row, number in zip(*(column[i : i + batch].tolist() for column in draws), strict=True):
+            copies[row].append(number)
+        counts = sorted(map(len, copies.values()), reverse=True)
+        assert counts[: batch // repeats] == [repeats] * (batch // repeats)
+        assert counts[batch // repeats :] == [batch % repeats][: batch % repeats]
+        assert all(sorted(numbers) == list(range(len(numbers))) for numbers in copies.values())
+        assert not earlier & copies.keys()
+        earlier |= copies.keys()
     assert set(draws.rows.tolist()) != set(repeated(100, 0, 1, batch, repeats).rows.tolist())
+
+
+def test_copies_of_an_image_are_not_side_by_side():
+    rows = repeated(3000, 0, 0, 300, 3).rows
+    assert (rows[1:] == rows[:-1]).mean() < 0.03  # in a row they would be 0.67
+
+
+def test_a_bank_masks_every_copy_of_an_image():
+    rows = torch.from_numpy(repeated(24, 0, 0, 12, 3).rows[:12])
+    bank = NeighbourBank(12, 4)
+    bank.write(torch.eye(4).repeat(3, 1), torch.zeros(12, dtype=torch.int64), None, rows)
+    usable = bank.usable(rows)
+    assert torch.equal(usable, rows[:, None] != rows[None, :])
+    assert usable.sum(1).tolist() == [9] * 12
 
 
 @pytest.mark.parametrize(

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.pictures import write_image
 from torchvision.transforms import v2
 
 import nearkin
 from nearkin.cli import run as command
 from nearkin.data import EvalSpec, eval_transform
-from nearkin.errors import ConfigError, ModelError
+from nearkin.errors import ConfigError, DivergedError, ModelError
 from nearkin.evaluation import members
 from nearkin.evaluation.ensemble import likelihood_weights, mixed
 from nearkin.evaluation.tta import tta_views
@@ -25,7 +27,7 @@ def image(height, width, seed=0):
     return torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
 
 
-@pytest.mark.parametrize("shape", [(40, 61), (57, 40), (40, 40)])
+@pytest.mark.parametrize("shape", [(40, 62), (40, 61), (57, 40), (40, 40)])  # slack 21, 20, ...
 def test_tencrop_is_torchvisions(shape):
     spec = EvalSpec(image_size=28, resize=32, channels=3)
     views = tta_views("tencrop", spec)(image(*shape))
@@ -74,6 +76,15 @@ def test_weights_minimise_the_log_loss():
     assert loss(found) <= min(loss(weights) for weights in grid) + 1e-6
     assert max(found) > 0.4  # not simply equal
     assert likelihood_weights([parts[0]], labels) == [1.0]
+    with pytest.raises(DivergedError, match="not finite"):
+        likelihood_weights([parts[0], parts[1] * torch.nan], labels)
+
+
+def test_of_equal_members_none_is_preferred_and_a_useless_one_gets_nothing():
+    right = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.7, 0.3]])
+    labels = torch.tensor([0, 1, 0])
+    assert likelihood_weights([right, right], labels) == pytest.approx([0.5, 0.5])
+    assert likelihood_weights([right, 1 - right], labels) == pytest.approx([1, 0], abs=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -147,8 +158,14 @@ def test_a_damaged_or_foreign_file_in_the_cache_is_no_answer(runs):
         again = nearkin.evaluate(runs["a"])
         assert again["top1"] == right
         assert not again["members"][0]["cached"]
+        assert any(file.name in note and "made anew" in note for note in again["notes"])
     file.write_bytes(b"no tensors")
-    assert nearkin.evaluate(runs["a"])["top1"] == right
+    again = nearkin.evaluate(runs["a"])
+    assert again["top1"] == right
+    assert len(again["notes"]) == 1
+    mended = nearkin.evaluate(runs["a"])
+    assert mended["members"][0]["cached"]
+    assert mended["notes"] == []
     # Another model of the same shape must not find what the first has said.
     weights = runs["a"] / "model.safetensors"
     kept = weights.read_bytes()
@@ -167,6 +184,66 @@ def test_a_cache_that_cannot_be_written_is_a_note(runs):
     (runs["a"] / "cache").unlink()
 
 
+def test_nothing_is_kept_outside_the_run_folder(runs, tmp_path):
+    forget(runs["a"])
+    (runs["a"] / "cache").symlink_to(tmp_path, target_is_directory=True)
+    result = nearkin.evaluate(runs["a"])
+    (runs["a"] / "cache").unlink()
+    assert list(tmp_path.iterdir()) == []
+    assert any("is a link" in note for note in result["notes"])
+
+
+@pytest.fixture
+def twins(tmp_path):
+    """Two data sets with equal names, sizes and times of change of all files, but swapped pictures; a run on each."""
+    made = []
+    for shift, root in enumerate((tmp_path / "one", tmp_path / "two")):
+        for part in ("train", "test"):
+            for label, name in enumerate(("cat", "dog")):
+                for number in range(8):
+                    file = root / part / name / f"{number}.bmp"
+                    write_image(file, (label ^ shift) + 2, number, size=(16, 16))
+                    os.utime(file, (1_700_000_000, 1_700_000_000))
+        options = {"epochs": 0, "batch_size": 8, "model": "test_resnet", "threads": 1}
+        made.append(nearkin.train(root, "ce", out=tmp_path / f"run{shift}", **options).run)
+    return made, (tmp_path / "one", tmp_path / "two")
+
+
+def test_runs_on_other_data_of_the_same_names_are_no_ensemble(twins):
+    runs, (one, _) = twins
+    with pytest.raises(ConfigError, match="other images in their split test.*give DATA"):
+        nearkin.evaluate(runs)
+    assert nearkin.evaluate(runs, one)["n"] == 16
+    with pytest.raises(ConfigError, match="other images in their split val"):
+        nearkin.evaluate(runs, one, weights="validation")
+
+
+def test_other_images_of_the_same_names_and_sizes_are_not_taken_from_the_cache(twins):
+    (run, _), (one, two) = twins
+    said = {data: nearkin.evaluate(run, data) for data in (one, two)}
+    assert not said[two]["members"][0]["cached"]
+    assert said[one]["log_loss"] != said[two]["log_loss"]
+    assert nearkin.evaluate(run, one)["members"][0]["cached"]
+    picture = two / "test" / "cat" / "0.bmp"
+    picture.write_bytes((one / "test" / "cat" / "0.bmp").read_bytes())  # the same size, a new time
+    assert not nearkin.evaluate(run, two)["members"][0]["cached"]
+
+
+def test_a_run_given_twice_is_a_slip(runs):
+    with pytest.raises(ConfigError, match="given twice"):
+        nearkin.evaluate([runs["a"], runs["b"], runs["a"] / ".." / runs["a"].name])
+
+
+def test_data_are_read_once_for_all_members(runs, monkeypatch):
+    read = []
+    plain = members.load_for_evaluation
+    monkeypatch.setattr(
+        members, "load_for_evaluation", lambda *a, **k: read.append(a) or plain(*a, **k)
+    )
+    nearkin.evaluate([runs["a"], runs["b"], runs["c"]], "digits")
+    assert len(read) == 1
+
+
 def test_validation_chooses_the_weights_and_nothing_else(runs):
     forget(*runs.values())
     result = nearkin.evaluate([runs["a"], runs["b"]], weights="validation")
@@ -180,8 +257,13 @@ def test_validation_chooses_the_weights_and_nothing_else(runs):
     labels = torch.from_numpy(load_dataset("digits", seed=0).splits["val"].labels)
     expected = likelihood_weights(said, labels)
     assert [m["weight"] for m in result["members"]] == pytest.approx(expected)
-    with pytest.raises(ConfigError, match="other images in the split val"):
+    with pytest.raises(
+        ConfigError, match="other images in their split val.*or use --weights equal"
+    ):
         nearkin.evaluate([runs["a"], runs["c"]], weights="validation")
+    assert result["notes"] == []
+    same = nearkin.evaluate([runs["a"], runs["b"]], weights="validation", split="val")
+    assert any("chosen on this very split" in note for note in same["notes"])
 
 
 def test_members_with_other_classes_are_refused_and_with_another_order_are_mapped(runs, tmp_path):
@@ -219,9 +301,10 @@ def test_the_command_line(runs, capsys, tmp_path):
     assert json.loads(capsys.readouterr().out)["members"][0]["run"] == a
     for words, code, part in (
         ([a, b, str(tmp_path / "nothing")], 3, "nothing"),
+        ([a, str(tmp_path / "x"), str(tmp_path / "y")], 2, "only one word can be DATA"),
         ([a, "--tta", "ten"], 2, "tencrop"),
         ([a, "--weights", "best"], 2, "equal, validation"),
-        ([str(tmp_path / "none"), a], 4, "none"),
+        ([str(tmp_path / "none"), a], 3, "none"),
     ):
         assert command(["evaluate", *words]) == code
         assert part in capsys.readouterr().err

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import nearkin
+from nearkin.errors import DivergedError
 from nearkin.evaluation import geometry as module
 from nearkin.evaluation.geometry import geometry
 
@@ -29,10 +30,7 @@ def by_loops(embeddings, labels):
     share = [v / values.sum() for v in values if v > 1e-12]
     eigenvalues, vectors = np.linalg.eigh(z.T @ z)
     sums = [
-        np.exp(sign * z @ vectors[:, k]).sum()
-        for k in range(len(eigenvalues))
-        if eigenvalues[k] > 1e-9
-        for sign in (1, -1)
+        np.exp(sign * z @ vectors[:, k]).sum() for k in range(len(eigenvalues)) for sign in (1, -1)
     ]
 
     def mean(values):
@@ -73,6 +71,44 @@ def test_classes_at_right_angles():
     assert found["alignment"] == pytest.approx(0.0, abs=1e-12)
     assert found["inter_cosine"] == pytest.approx(0.0, abs=1e-12)
     assert found["effective_rank"] == pytest.approx(2.0)  # three points span a plane
+
+
+def test_a_row_of_zeros_has_no_direction():
+    embeddings = torch.tensor([[0.0, 0.0], [0.0, 0.0], [3.0, 0.0], [1.0, 0.0], [0.0, 2.0]])
+    found = geometry(embeddings, torch.tensor([0, 0, 1, 1, 0]))
+    z = [(0, 0), (0, 0), (1, 0), (1, 0), (0, 1)]
+    same = [(0, 1), (0, 4), (1, 4), (2, 3)]
+    apart = [sum((a - b) ** 2 for a, b in zip(z[i], z[j], strict=True)) for i, j in same]
+    assert found["alignment"] == pytest.approx(sum(apart) / 4)
+    assert found["intra_cosine"] == pytest.approx(1 / 4)
+
+
+def test_equal_images_of_one_class():
+    found = geometry(torch.ones(6, 3), torch.zeros(6, dtype=torch.int64))
+    assert found["alignment"] == pytest.approx(0.0, abs=1e-12)
+    assert found["inter_cosine"] is None
+    assert all(value is None or math.isfinite(value) for value in found.values())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_is_refused(value):
+    embeddings = rows(5, 4)
+    embeddings[2, 1] = value
+    with pytest.raises(DivergedError, match="not finite"):
+        geometry(embeddings, torch.arange(5))
+
+
+def test_wide_embeddings_have_their_spectrum_from_fewer_rows(monkeypatch):
+    embeddings, labels = rows(40, 12), torch.arange(40) % 4
+    whole = geometry(embeddings, labels)
+    monkeypatch.setattr(module, "SPECTRUM", 12)
+    assert geometry(embeddings, labels) == whole
+    monkeypatch.setattr(module, "SPECTRUM", 10)
+    fewer = geometry(embeddings, labels)
+    thinned = geometry(embeddings[::4], labels[::4])
+    for name in whole:
+        expected = thinned if name in ("effective_rank", "isotropy") else whole
+        assert fewer[name] == pytest.approx(expected[name], rel=1e-9), name
 
 
 def test_one_image_has_no_pairs():

@@ -14,8 +14,9 @@ nearkin trains image classifiers that learn from their near kin: neighbours of t
 usage: nearkin VERB ...
 
   train     [DATA]            train a classifier, from images to a run folder
-  evaluate  RUN [DATA]        exact metrics of a trained model
+  evaluate  RUN... [DATA]     exact metrics of a trained model; several are an ensemble
   predict   RUN IMAGES...     classes of image files and folders, as CSV or JSON
+  fewshot   RUN DATA          accuracy on classes that the model has not seen, from a few images of each
   import-cone FILE            the CoNe authors' checkpoint as a run folder
   list      models|objectives|recipes
 
@@ -34,6 +35,7 @@ VERBS = {
     "train": "train",
     "evaluate": "evaluate",
     "predict": "predict",
+    "fewshot": "fewshot",
     "import-cone": "import_cone",
     "list": "listing",
 }

@@ -13,12 +13,18 @@ from nearkin.errors import ConfigError, printable
 
 USAGE = "nearkin evaluate RUN... [DATA] [--split NAME] [--tta NAME] [--weights NAME] [--json]"
 
+MARKS = (
+    "model.json",
+    "config.yaml",
+)  # a run that is not finished is a RUN, too, and an error says so
+KEPT = "not run again: its predictions were kept (--no-cache runs it)"
+
 
 def main(argv: list[str]) -> int:
     parser = Parser(
         USAGE,
         "Exact metrics of a trained model, on its own data or on DATA; of several runs as an ensemble.\n"
-        "A folder that holds a model is a RUN; the last word is DATA if it is not.",
+        "Every run folder is a RUN; one other word may be DATA.",
     )
     parser.add_argument(
         "runs", nargs="*", metavar="RUN... [DATA]", help="folders that train printed"
@@ -65,13 +71,19 @@ def main(argv: list[str]) -> int:
 
 
 def _runs_and_data(words: list[str]) -> tuple[list[str], str | None]:
-    """The last of several words is DATA unless it is a run folder."""
+    """Every run folder among the words is a RUN; one other word may be DATA. A lone word is always a RUN."""
     if not words:
         raise ConfigError("Evaluate which run? Give the folder that train printed.")
-    *runs, last = words
-    if runs and not (Path(last) / "model.json").is_file():
-        return runs, last
-    return words, None
+    runs = [word for word in words if any((Path(word) / name).is_file() for name in MARKS)]
+    others = [word for word in words if word not in runs]
+    if len(others) > 1 and runs:
+        raise ConfigError(
+            f"{printable(others[0])} and {printable(others[1])} are no run folders (no model.json), and only "
+            "one word can be DATA; give the folders that train printed."
+        )
+    if not runs:  # the model of the first will be missed
+        return words[:1], None
+    return runs, others[0] if others else None
 
 
 def table(result: dict[str, Any]) -> str:
@@ -103,11 +115,11 @@ def table(result: dict[str, Any]) -> str:
 def _members(result: dict[str, Any]) -> list[str]:
     """A line per model: its own top-1, its weight in an ensemble, and whether it had to be run."""
     if len(result["members"]) == 1:
-        return []
+        return [f"model      {KEPT}"] if result["members"][0]["cached"] else []
     width = max(len(printable(member["run"])) for member in result["members"])
     lines = [f"{'model':<{width}} {'weight':>7} {'top-1':>8}"]
     for member in result["members"]:
-        kept = "  (kept from before)" if member["cached"] else ""
+        kept = f"  {KEPT}" if member["cached"] else ""
         lines.append(
             f"{printable(member['run']):<{width}} {member['weight']:>7.3f} {100 * member['top1']:>6.2f} %{kept}"
         )

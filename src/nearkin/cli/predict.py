@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from nearkin.evaluation.verbs import Guess
 
-USAGE = "nearkin predict RUN IMAGES... [--json]"
+USAGE = "nearkin predict RUN IMAGES... [--tta NAME] [--json]"
 COLUMNS = ("path", "class", "probability", "top5", "error")
 
 
@@ -25,6 +25,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("run", nargs="?", metavar="RUN", help="the folder that train printed")
     parser.add_argument("images", nargs="*", metavar="IMAGES", help="image files and folders")
+    parser.add_argument("--tta", metavar="NAME", help="views: none, flip or tencrop [none]")
     parser.add_argument("--device", metavar="NAME", help="auto, cpu, cuda or mps [auto]")
     parser.flag("json", "one JSON object on stdout instead of CSV")
     parser.flag("help", "this help")
@@ -36,7 +37,12 @@ def main(argv: list[str]) -> int:
         raise ConfigError("Predict what? Give a run folder, then image files or folders.")
     from nearkin.evaluation.verbs import predict
 
-    guesses = predict(given["run"], given["images"], device=given.get("device", "auto"))
+    guesses = predict(
+        given["run"],
+        given["images"],
+        tta=given.get("tta", "none"),
+        device=given.get("device", "auto"),
+    )
     # Paths are bytes; those that are not UTF-8 come out as they went in.
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]
     write = _write_json if given.get("json") else _write_csv

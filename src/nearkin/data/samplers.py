@@ -52,14 +52,16 @@ def epoch_order(seed: int, epoch: int, n: int) -> Rows:
 
 
 def repeated(n: int, seed: int, epoch: int, batch_size: int, repeats: int) -> Draws:
-    """Repeated augmentation: n / repeats images of the shuffled order, each `repeats` times with other crops.
+    """Repeated augmentation: about n / repeats images of the shuffled order, each `repeats` times with other crops.
 
-    The copies share a global batch, except where `repeats` does not divide it. An epoch stays as long as without.
-    Source: Hoffer et al. 2020 (arXiv 1901.09335); the epoch's length as in timm.
+    All copies of an image share a global batch; where `repeats` does not divide it, the last image of a batch has
+    fewer. An epoch stays as long as without. Source: Hoffer et al. 2020 (arXiv 1901.09335); the epoch's length as
+    in timm; whole batches are our choice.
     """
-    images = epoch_order(seed, epoch, n)[: -(-n // repeats)]
-    draws = Draws(np.repeat(images, repeats)[:n], np.tile(np.arange(repeats), len(images))[:n])
-    return _scattered(draws, seed, epoch, batch_size)
+    batch, position = np.divmod(np.arange(n), batch_size)
+    images = -(-batch_size // repeats)  # in each batch
+    rows = epoch_order(seed, epoch, n)[batch * images + position // repeats]
+    return _scattered(Draws(rows, position % repeats), seed, epoch, batch_size)
 
 
 def weighted(labels: Rows, seed: int, epoch: int) -> Draws:
@@ -76,44 +78,54 @@ def balanced(labels: Rows, seed: int, epoch: int, batch_size: int, per_class: in
     """Groups of `per_class` images of one class; batch_size is a multiple of it, so a group lies in one batch.
 
     A class of n_c images gives n_c // per_class groups; the n_c mod per_class images that are left over are others
-    each epoch, in turn. A class with fewer images than a group is one short group; short groups are put together to
-    fill places of the same size. Left-over images are drawn only where groups do not fill the epoch. No image is
-    drawn twice. A class may have several groups in a batch. Source: our choice, after Hermans et al. 2017.
+    each epoch, in turn. A class with fewer images than a group is one short group. Left-over images are drawn only
+    where these do not fill the epoch, as short groups too. Short groups are laid end to end through the epoch, so one
+    is cut only where a batch has no room for the rest of it. Where short groups do not fill their last place, a whole
+    group is opened. No image is drawn twice; a class may have several groups in a batch.
+    Source: our choice, after Hermans et al. 2017.
     """
-    groups, small, spare = _grouped(labels, seed, epoch, per_class)
     rng = keyed_rng("groups", seed, epoch)
     need = len(labels) // batch_size * (batch_size // per_class)
-    spare = rng.permutation(spare)
-    gap = -len(small) % per_class  # the last place of short groups is filled up
-    filled = np.concatenate([small, spare[:gap]])
-    short = filled[: len(filled) // per_class * per_class].reshape(-1, per_class)
-    places = rng.permutation(np.concatenate([groups, short]))[:need]
-    missing = need - len(places)
-    if missing:
-        rest = np.concatenate([filled[short.size :], spare[gap:]])[: missing * per_class]
-        places = rng.permutation(np.concatenate([places, rest.reshape(-1, per_class)]))
-    rows = places.reshape(-1)
+    groups, tail, small = _grouped(labels, seed, epoch, per_class)
+    wanted = -(-small // per_class)
+    if wanted > len(tail) // per_class and len(groups):
+        opened = rng.integers(len(groups))
+        tail, groups = np.concatenate([tail, groups[opened]]), np.delete(groups, opened, axis=0)
+    count = min(max(wanted, need - len(groups)), len(tail) // per_class)
+    short = _classes_shuffled(tail[: count * per_class], labels, rng)
+    places = np.concatenate([groups, short.reshape(-1, per_class)])
+    order = rng.permutation(len(places))[:need]
+    is_short = order >= len(groups)
+    order[is_short] = len(groups) + np.arange(is_short.sum())
+    rows = places[order].reshape(-1)
     return _scattered(Draws(rows, np.zeros_like(rows)), seed, epoch, batch_size)
 
 
-def _grouped(labels: Rows, seed: int, epoch: int, size: int) -> tuple[Rows, Rows, Rows]:
-    """Full groups `[g, size]`, the images of small classes in a row, and the images left over."""
-    fixed = keyed_rng("turns", seed).permutation(len(labels))
-    members = fixed[np.argsort(labels[fixed], kind="stable")]  # by class, in an order that stays
-    classes = labels[members]
-    _, starts, counts = np.unique(classes, return_index=True, return_counts=True)
-    counts_of, starts_of = np.repeat(counts, counts), np.repeat(starts, counts)
-    left = counts_of % size
+def _grouped(labels: Rows, seed: int, epoch: int, size: int) -> tuple[Rows, Rows, int]:
+    """Full groups `[g, size]`; the images in none, class by class, first those of small classes; how many these are."""
+    members = _by_class(labels, keyed_rng("turns", seed))  # in an order that stays
+    classes, counts = labels[members], np.bincount(labels)
+    starts, of, left = (x[classes] for x in (np.cumsum(counts) - counts, counts, counts % size))
     # Each class turns by the number left over last time: in turn everyone stands at its end.
-    turned = (np.arange(len(labels)) - starts_of - epoch * left) % counts_of
-    over = (turned >= counts_of - left) & (counts_of >= size)
-    few = counts_of < size
-    shuffle = keyed_rng("within", seed, epoch).random(len(labels))
-    kept = members[~over & ~few]
-    order = np.lexsort((shuffle[~over & ~few], classes[~over & ~few]))
-    ranks = keyed_rng("classes", seed, epoch).permutation(int(labels.max()) + 1)
-    small = members[few][np.argsort(ranks[classes[few]], kind="stable")]
-    return kept[order].reshape(-1, size), small, members[over]
+    over = (np.arange(len(labels)) - starts - epoch * left) % of >= of - left
+    kept = members[~over]
+    groups = kept[_by_class(labels[kept], keyed_rng("within", seed, epoch))]
+    few = over & (of < size)  # all of a small class is over
+    rng = keyed_rng("classes", seed, epoch)
+    parts = [_classes_shuffled(members[of_tail], labels, rng) for of_tail in (few, over & ~few)]
+    return groups.reshape(-1, size), np.concatenate(parts), len(parts[0])
+
+
+def _by_class(labels: Rows, rng: np.random.Generator) -> Rows:
+    """The positions of `labels` sorted by class, shuffled within each."""
+    order = rng.permutation(len(labels))
+    return order[np.argsort(labels[order], kind="stable")]
+
+
+def _classes_shuffled(rows: Rows, labels: Rows, rng: np.random.Generator) -> Rows:
+    """The same rows class by class, the classes in random order, each class in the order that it had."""
+    ranks = rng.permutation(int(labels.max()) + 1)
+    return rows[np.argsort(ranks[labels[rows]], kind="stable")]
 
 
 def _scattered(draws: Draws, seed: int, epoch: int, batch_size: int) -> Draws:

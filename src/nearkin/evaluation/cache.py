@@ -4,51 +4,87 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from nearkin.data import Split
-from nearkin.errors import ModelError, NearkinError
-from nearkin.evaluation.bundle import DESCRIPTION, WEIGHTS
-from nearkin.files import write_atomic
+from nearkin.data import Files, Split
+from nearkin.errors import ModelError, printable
+from nearkin.evaluation.bundle import DESCRIPTION, FORMAT, WEIGHTS
+from nearkin.files import SaveFailed, write_atomic
 from nearkin.network import read_safetensors
 
 FOLDER = "cache"
 NAME = "probabilities"
+PACKAGES = ("nearkin", "torch", "timm", "torchvision", "pillow")  # what turns files into numbers
 
 
-def cache_key(run: Path, split: Split, tta: str, device: torch.device) -> str:
-    """SHA-256 of all that the probabilities depend on: model, transform, views, images, versions, device."""
+def cache_key(run: Path, split: Split, images: str, tta: str, device: torch.device) -> str:
+    """SHA-256 of all that the probabilities depend on: model, transform, views, images, versions, device.
+
+    images: `fingerprint` of the split.
+    """
     digest = hashlib.sha256()
     for file in (WEIGHTS, DESCRIPTION):
-        digest.update(hashlib.sha256((run / file).read_bytes()).digest())
-    plain = [tta, device.type, version("nearkin"), version("torch"), split.name]
-    digest.update(json.dumps(plain).encode())
-    for row in range(len(split.labels)):
-        identity = split.images.identity(row)
-        digest.update(b"%d:" % len(identity) + identity)
+        with (run / file).open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    versions = [version(package) for package in PACKAGES]
+    digest.update(json.dumps([FORMAT, tta, device.type, split.name, images, versions]).encode())
     return digest.hexdigest()
 
 
-def read_cached(run: Path, key: str, shape: tuple[int, int]) -> Tensor | None:
-    """The probabilities `[N, C]` float32 under `key`; None when there are none, or what is there is not that."""
-    path = run / FOLDER / f"{key}.safetensors"
-    if not path.is_file():
-        return None
+def fingerprint(split: Split) -> str:
+    """SHA-256 of which images a split holds, in order. Of arrays all pixels; of files the place, the size and the time
+    of the last change, since two files may well have one name and one size."""
+    digest = hashlib.sha256()
+    images = split.images
+    if isinstance(images, Files):
+        digest.update(os.fsencode(os.path.realpath(images.root)))
+    for row in range(len(split.labels)):
+        parts = [images.identity(row)]
+        if isinstance(images, Files):
+            parts.append(b"%d" % _changed(images.path(row)))
+        for part in parts:  # with their lengths, so that no two lists look alike
+            digest.update(b"%d:" % len(part) + part)
+    return digest.hexdigest()
+
+
+def _changed(path: str) -> int:
     try:
-        found = read_safetensors(path).get(NAME)
-    except ModelError:
-        return None
-    if found is None or found.shape != shape or found.dtype != torch.float32:
-        return None
-    rows = found.sum(1)
-    sound = bool(torch.isfinite(found).all()) and torch.allclose(
-        rows, torch.ones_like(rows), atol=1e-3
-    )
-    return found if sound else None
+        return os.stat(path).st_mtime_ns  # noqa: PTH116 - called once per image
+    except OSError:
+        return -1
+
+
+class Found(NamedTuple):
+    """Probabilities `[N, C]` float32 if they were kept; else why a file that is there was not taken, if one is."""
+
+    probabilities: Tensor | None
+    note: str | None = None
+
+
+def read_cached(run: Path, key: str, shape: tuple[int, int]) -> Found:
+    """What is kept under `key`. Anything but N rows of C probabilities is left aside."""
+    path = run / FOLDER / f"{key}.safetensors"
+    try:
+        if not path.is_file():
+            return Found(None)
+        kept = read_safetensors(path).get(NAME)
+    except (OSError, ModelError):
+        kept = None
+    if kept is None or kept.shape != shape or kept.dtype != torch.float32 or not _sound(kept):
+        shown = printable(str(path))
+        return Found(None, f"{shown} does not hold this model's predictions; it was made anew")
+    return Found(kept)
+
+
+def _sound(rows: Tensor) -> bool:
+    total = rows.sum(1)
+    return bool((rows >= 0).all()) and torch.allclose(total, torch.ones_like(total), atol=1e-3)
 
 
 def write_cached(run: Path, key: str, probabilities: Tensor) -> str | None:
@@ -56,10 +92,16 @@ def write_cached(run: Path, key: str, probabilities: Tensor) -> str | None:
     from safetensors.torch import save
 
     folder = run / FOLDER
+    if folder.is_symlink():
+        return f"{printable(str(folder))} is a link, so the predictions were not kept there"
     try:
         folder.mkdir(exist_ok=True)
         data = save({NAME: probabilities.float().contiguous()})
         write_atomic(folder / f"{key}.safetensors", data)
-    except (OSError, NearkinError) as error:
-        return f"the predictions were not kept for the next time ({error})"
+    except OSError as error:
+        return (
+            f"the predictions were not kept: no folder {printable(str(folder))} ({error.strerror})"
+        )
+    except SaveFailed as error:
+        return f"the predictions were not kept: {error}"
     return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -14,7 +14,7 @@ from nearkin.evaluation.predict import collect, knn_accuracy
 from nearkin.evaluation.tta import COUNTS, Tta, tta_views
 from nearkin.network import Network
 from nearkin.runtime import Runtime
-from nearkin.types import Batch, Predictions
+from nearkin.types import Batch, Outputs, Predictions
 
 NEIGHBOURS = 5_000  # training images that a kNN accuracy compares with, evenly spread
 
@@ -28,44 +28,56 @@ class Judge:
 
     def predictions(self, network: Network, split: Split, tta: Tta = "none") -> Predictions:
         """The class probabilities of every image of `split`, in its order, on every process."""
-        return self.look(network, split, tta)[0]
+        return self._predict(network, split, tta, lambda _: None)
 
-    def look(self, network: Network, split: Split, tta: Tta = "none") -> tuple[Predictions, Tensor]:
-        """The predictions and the embeddings `[N, e]` of the first view, from one pass, on every process."""
-        rows = self._mine(range(len(split.labels)))
-        kept: list[Tensor] = []
+    def look(self, network: Network, split: Split) -> tuple[Predictions, Tensor]:
+        """The predictions and the embeddings `[N, e]`, from one pass, in the order of `split`, on every process."""
+        mine: list[Tensor] = []
+        predictions = self._predict(
+            network, split, "none", lambda outputs: mine.append(outputs.embedding.float())
+        )
+        return predictions, self._gathered(mine, range(len(split.labels)))
+
+    def _predict(
+        self, network: Network, split: Split, tta: Tta, watch: Callable[[Outputs], None]
+    ) -> Predictions:
+        """The predictions; `watch` sees what the network says of each batch of this process."""
 
         def forward(images: Tensor) -> Tensor:
             outputs = network(images.flatten(0, 1))
             if outputs.logits is None:
                 raise ModelError("This model has no classifier, so it has no classes to predict.")
-            kept.append(outputs.embedding[: images.shape[1]].float())
+            watch(outputs)
             logits: Tensor = outputs.logits
             return logits
 
+        rows = self._mine(range(len(split.labels)))
         mine = None
         if rows:
             with self._looking(network):
-                found = collect(self._batches(split, rows, tta), forward)
-            mine = (*found, torch.cat(kept).cpu())  # both ascend by row
+                mine = collect(self._batches(split, rows, tta), forward)
         parts = [part for part in self._runtime.collect(mine) if part is not None]
-        whole = [torch.cat(column) for column in zip(*parts, strict=True)]
-        order = whole[2].argsort()
-        probabilities, labels, index, embeddings = (column[order] for column in whole)
-        return Predictions(probabilities, labels, index), embeddings
+        columns = [torch.cat(column) for column in zip(*parts, strict=True)]
+        order = columns[2].argsort()
+        return Predictions(*(column[order] for column in columns))
 
     def embeddings(self, network: Network, split: Split, most: int | None = None) -> Tensor:
         """The embeddings of `split` in its order, or of at most `most` evenly spread images, on every process."""
         spread = self.spread(split, most)
         with torch.no_grad(), self._looking(network):
             mine = [
-                network(batch.images.flatten(0, 1)).embedding.float().cpu()
+                network(batch.images.flatten(0, 1)).embedding.float()
                 for batch in self._batches(split, self._mine(spread))
             ]
-        whole = torch.cat([part for parts in self._runtime.collect(mine) for part in parts])
+        return self._gathered(mine, spread)
+
+    def _gathered(self, mine: list[Tensor], rows: range) -> Tensor:
+        """What the processes have of `rows`, each of its own share, in the order of `rows`."""
+        parts = self._runtime.collect(torch.cat(mine).cpu() if mine else None)
+        whole = torch.cat([part for part in parts if part is not None])
         world = self._runtime.world_size
-        rows = torch.cat([torch.tensor(list(spread[rank::world])) for rank in range(world)])
-        return whole[rows.argsort()]
+        places = torch.arange(len(rows))
+        return whole[torch.cat([places[rank::world] for rank in range(world)]).argsort()]
 
     def spread(self, split: Split, most: int | None) -> range:
         """The rows that `embeddings` takes."""

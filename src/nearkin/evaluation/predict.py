@@ -26,7 +26,7 @@ def collect(batches: Iterable[Batch], forward: Callable[[Tensor], Tensor]) -> Pr
     """
     parts = [
         Predictions(
-            _probabilities(forward(batch.images), len(batch.index)), batch.labels, batch.index
+            mean_probabilities(forward(batch.images), len(batch.index)), batch.labels, batch.index
         )
         for batch in batches
     ]
@@ -39,7 +39,9 @@ def collect(batches: Iterable[Batch], forward: Callable[[Tensor], Tensor]) -> Pr
     return Predictions(probabilities[order], labels[order], index)
 
 
-def _probabilities(logits: Tensor, images: int) -> Tensor:
+def mean_probabilities(logits: Tensor, images: int) -> Tensor:
+    """The mean of softmax over the views, `[images, C]`, of `logits` `[V * images, C]`, view after view; in float32
+    (float64 stays)."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return wide.softmax(1).view(-1, images, logits.shape[1]).mean(0)
 

@@ -26,15 +26,20 @@ def tta_views(name: Tta, spec: EvalSpec) -> Callable[[Tensor], tuple[Tensor, ...
     Raises ConfigError for another name.
     """
     if name not in COUNTS:
-        known = get_args(Tta)
-        raise ConfigError(
-            f"--tta {printable(str(name))} is none of {', '.join(known)}.{nearest(str(name), known)}"
-        )
+        raise unknown_tta(name)
     if name != "tencrop":
         return Single(eval_transform(spec), mirrored=name == "flip")
     size = spec.image_size
     resize = spec.resize if spec.resize > size else round(size * 256 / 224)
     return TenCrop(ResizeShortSide(max(resize, size + 2), spec.interpolation, spec.antialias), size)
+
+
+def unknown_tta(name: str) -> ConfigError:
+    """The error that names what there is."""
+    known = get_args(Tta)
+    return ConfigError(
+        f"--tta {printable(name)} is none of {', '.join(known)}.{nearest(name, known)}"
+    )
 
 
 @dataclass(frozen=True)
@@ -51,20 +56,18 @@ class Single:
 
 @dataclass(frozen=True)
 class TenCrop:
-    """Four corners and the centre of the resized image, then the same mirrored."""
+    """Four corners and the centre of the resized image, then those of its mirror image (the views of an image and
+    of its mirror image are the same ten)."""
 
     resize: Transform
     size: int
 
     def __call__(self, image: Tensor) -> tuple[Tensor, ...]:
-        image = self.resize(image)
+        resized = self.resize(image)
+        return (*self._five(resized), *self._five(resized.flip(-1)))
+
+    def _five(self, image: Tensor) -> tuple[Tensor, ...]:
         down, right = (side - self.size for side in image.shape[-2:])
-        corners = [
-            (0, 0),
-            (0, right),
-            (down, 0),
-            (down, right),
-            (round(down / 2), round(right / 2)),
-        ]
-        five = [image[..., y : y + self.size, x : x + self.size] for y, x in corners]
-        return (*five, *(view.flip(-1) for view in five))
+        corners = ((0, 0), (0, right), (down, 0), (down, right))
+        places = (*corners, (round(down / 2), round(right / 2)))
+        return tuple(image[..., y : y + self.size, x : x + self.size] for y, x in places)

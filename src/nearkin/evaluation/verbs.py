@@ -9,13 +9,14 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from nearkin.data import IMAGE_SUFFIXES, BadImage, Evaluation, eval_transform, read_image
+from nearkin.data import IMAGE_SUFFIXES, BadImage, read_image
 from nearkin.errors import ConfigError, DataError, printable
 from nearkin.evaluation.bundle import Bundle, load_bundle
 from nearkin.evaluation.ensemble import likelihood_weights, mixed
-from nearkin.evaluation.members import BATCH, Jury, Opinion, load_members
+from nearkin.evaluation.members import BATCH, Answer, Jury, load_members
 from nearkin.evaluation.metrics import summarise
-from nearkin.evaluation.tta import Tta
+from nearkin.evaluation.predict import mean_probabilities
+from nearkin.evaluation.tta import COUNTS, Tta, tta_views, unknown_tta
 from nearkin.runtime import Runtime, choose_device
 from nearkin.types import Predictions
 
@@ -56,29 +57,47 @@ def evaluate(
         raise ConfigError("Evaluate which run? Give at least one run folder.")
     if weights not in ("equal", "validation"):
         raise ConfigError(f"--weights {printable(weights)} is none of equal, validation.")
+    if tta not in COUNTS:
+        raise unknown_tta(tta)
     runtime = Runtime(device=choose_device(device), precision="fp32")
     try:
         members = load_members(runs, runtime.device)
         jury = Jury(members, runtime, tta=tta, workers=workers, cache=cache)
-        shares = [1 / len(runs)] * len(runs)
-        if weights == "validation" and len(runs) > 1:
-            held, said = jury.ask(None, "val")
-            labels = torch.from_numpy(held.split.labels)
-            shares = likelihood_weights([one.probabilities for one in said], labels)
-        found, opinions = jury.ask(None if data is None else str(data), split)
-        return _report(jury, found, opinions, shares)
+        held = jury.ask_validation() if weights == "validation" and len(runs) > 1 else None
+        answer = jury.ask(None if data is None else str(data), split)
+        how = {"tta": tta, "weights": weights}
+        return how | _report(jury, answer, _shares(held, len(runs)), _notes(answer, held))
     finally:
         runtime.close()
 
 
+def _shares(held: Answer | None, members: int) -> list[float]:
+    """The weight of each member: equal, or what `held`, a split that none has seen, says."""
+    if held is None:
+        return [1 / members] * members
+    labels = torch.from_numpy(held.found.split.labels)
+    return likelihood_weights([one.probabilities for one in held.opinions], labels)
+
+
+def _notes(answer: Answer, held: Answer | None) -> list[str]:
+    """What a person should know, each thing once."""
+    asked = [held, answer] if held is not None else [answer]
+    notes = [*answer.found.notes]
+    notes += [note for one in asked for opinion in one.opinions for note in opinion.notes]
+    if held is not None and held.images == answer.images:
+        notes.append(
+            "the weights were chosen on this very split, so the ensemble's numbers flatter it; "
+            "judge it on a test split or on other DATA"
+        )
+    return list(dict.fromkeys(notes))
+
+
 def _report(
-    jury: Jury, found: Evaluation, opinions: Sequence[Opinion], shares: Sequence[float]
+    jury: Jury, answer: Answer, shares: Sequence[float], notes: Sequence[str]
 ) -> dict[str, Any]:
-    labels = torch.from_numpy(found.split.labels)
-    index = torch.arange(len(labels))
-    whole = opinions[0].probabilities
-    if len(opinions) > 1:
-        whole = mixed([one.probabilities for one in opinions], shares)
+    split = answer.found.split
+    labels, index = torch.from_numpy(split.labels), torch.arange(len(split.labels))
+    whole = mixed([one.probabilities for one in answer.opinions], shares)
     members = [
         {
             "run": str(member.run),
@@ -86,30 +105,39 @@ def _report(
             "top1": summarise(Predictions(one.probabilities, labels, index), jury.classes)["top1"],
             "cached": one.cached,
         }
-        for member, one, share in zip(jury.members, opinions, shares, strict=True)
+        for member, one, share in zip(jury.members, answer.opinions, shares, strict=True)
     ]
-    notes = [*found.notes, *(note for one in opinions for note in one.notes)]
     head = {
         "run": str(jury.members[0].run),
-        "split": found.split.name,
-        "notes": notes,
+        "split": split.name,
+        "notes": list(notes),
         "members": members,
     }
     return head | summarise(Predictions(whole, labels, index), jury.classes)
 
 
 def predict(
-    run: str | Path, paths: Iterable[str | Path], *, device: str = "auto"
+    run: str | Path,
+    paths: Iterable[str | Path],
+    *,
+    tta: Tta = "none",
+    device: str = "auto",
 ) -> Iterator[Guess]:
     """The class of each image file, folders searched through; an unreadable file gives a Guess with `error`.
 
-    Raises ModelError when `run` has no finished model, DataError when a path does not exist or holds no images.
+    tta: as in `evaluate`.
+
+    Raises ModelError when `run` has no finished model, DataError when a path does not exist or holds no images,
+    ConfigError for other views.
     """
+    if tta not in COUNTS:
+        raise unknown_tta(tta)
     chosen = torch.device(choose_device(device))
     bundle = load_bundle(Path(run), chosen)
+    size = BATCH // COUNTS[tta]
     files = [file for path in paths for file in _files(Path(path))]
-    parts = (files[start : start + BATCH] for start in range(0, len(files), BATCH))
-    return (guess for part in parts for guess in _guesses(bundle, part, chosen))
+    parts = (files[start : start + size] for start in range(0, len(files), size))
+    return (guess for part in parts for guess in _guesses(bundle, part, tta, chosen))
 
 
 def _files(path: Path) -> Iterator[Path]:
@@ -129,20 +157,23 @@ def _files(path: Path) -> Iterator[Path]:
 
 
 @torch.inference_mode()
-def _guesses(bundle: Bundle, files: Sequence[Path], device: torch.device) -> Iterator[Guess]:
+def _guesses(
+    bundle: Bundle, files: Sequence[Path], tta: Tta, device: torch.device
+) -> Iterator[Guess]:
     spec = bundle.description.spec
-    transform = eval_transform(bundle.description.transform)
+    views = tta_views(tta, bundle.description.transform)
     good, images, errors = [], [], {}
     for file in files:
         try:
-            images.append(transform(read_image(file, channels=spec.channels)))
+            images.append(views(read_image(file, channels=spec.channels)))
             good.append(file)
         except BadImage as error:
             errors[file] = error.reason
-    rows = bundle.network(torch.stack(images).to(device)).logits if images else None
-    probabilities = (
-        {} if rows is None else dict(zip(good, rows.float().softmax(1).cpu(), strict=True))
-    )
+    probabilities = {}
+    if images:
+        batch = torch.stack([view for same in zip(*images, strict=True) for view in same])
+        rows = mean_probabilities(bundle.network(batch.to(device)).logits, len(good))
+        probabilities = dict(zip(good, rows.cpu(), strict=True))
     for file in files:
         if file in errors:
             yield Guess(str(file), None, None, (), errors[file])

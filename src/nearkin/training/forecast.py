@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import gammaln
 
-from nearkin.data import Draws
+from nearkin.data.samplers import Draws, Sampler
 
 TOO_MANY = 0.05
 
@@ -36,13 +36,14 @@ def counted_share(draws: Draws, labels: NDArray[np.int64], batch_size: int) -> f
     return lone / drawn.size
 
 
-def warning(share: float, batch_size: int) -> str | None:
+def warning(share: float, batch_size: int, sampler: Sampler) -> str | None:
     """What to say to a person, if anything."""
     if share <= TOO_MANY:
         return None
+    change = "another --per-class" if sampler == "balanced" else "--sampler balanced"
     return (
         f"About {100 * share:.0f} % of the anchors will find no other image of their class in a batch of "
-        f"{batch_size} and teach the contrast nothing. Use --sampler balanced, a larger --batch-size, or "
+        f"{batch_size} and teach the contrast nothing. Use {change}, a larger --batch-size, or "
         "--objective.views 2."
     )
 

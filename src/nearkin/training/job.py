@@ -120,7 +120,7 @@ def _warn_of_lone_anchors(config: RunConfig, built: Built, train: Split, quiet: 
         share = expected_share(train.labels, batch)
     else:
         share = counted_share(drawn(config, train.labels)(0), train.labels, batch)
-    text = warning(share, batch)
+    text = warning(share, batch, config.sampler)
     if text is not None:
         say(f"warning: {text}", quiet)
 

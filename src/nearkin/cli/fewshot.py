@@ -1,0 +1,57 @@
+"""nearkin fewshot RUN DATA"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from nearkin.cli import is_first
+from nearkin.cli.arguments import Parser, show_help
+from nearkin.errors import ConfigError, printable
+from nearkin.evaluation.protocol import Protocol
+
+USAGE = "nearkin fewshot RUN DATA [--ways 5] [--shots 1] [--json]"
+ABOUT = "How well the model's features tell classes apart that it has not seen, from a few images of each."
+
+
+def main(argv: list[str]) -> int:
+    parser = Parser(USAGE, ABOUT)
+    parser.add_argument("run", nargs="?", metavar="RUN", help="the folder that train printed")
+    parser.add_argument("data", nargs="?", metavar="DATA", help="images outside RUN's training")
+    parser.options(Protocol)
+    parser.flag("json", "one JSON object on stdout")
+    parser.flag("help", "this help")
+    given = parser.read(argv)
+    if given.pop("help", False):
+        show_help(parser)
+        return 0
+    run, data = given.pop("run", None), given.pop("data", None)
+    as_json = given.pop("json", False)
+    if run is None or data is None:
+        raise ConfigError("Give the folder that train printed, then the images to draw from.")
+    from nearkin.evaluation.fewshot import fewshot
+
+    result = fewshot(run, data, **given)
+    if not is_first():
+        return 0
+    for note in result["notes"]:
+        sys.stderr.write(f"warning: {printable(note)}\n")
+    if as_json:
+        record = {"run": result["run"], "test_top1": None} | result
+        sys.stdout.write(json.dumps(record, allow_nan=False) + "\n")
+    else:
+        sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]  # ± in any locale
+        sys.stdout.write(line(result))
+    return 0
+
+
+def line(result: dict[str, Any]) -> str:
+    """The mean with its interval, in percent, and what it is the mean of."""
+    return (
+        f"{result['ways']}-way {result['shots']}-shot: "
+        f"{100 * result['mean']:.2f} ± {100 * result['interval']:.2f} % "
+        f"({result['episodes']} episodes, {result['queries']} queries a class, 95 % interval; "
+        f"{result['eligible']} of {result['classes']} classes have "
+        f"{result['shots'] + result['queries']} images)\n"
+    )

@@ -1,0 +1,115 @@
+"""Few-shot episodes: which images, a classifier for each, and the mean with its interval. No network in here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+
+from nearkin.data.keys import keyed_rng
+from nearkin.errors import DataError
+from nearkin.evaluation.protocol import Protocol
+
+Rows = NDArray[np.int64]
+TOLERANCE = (
+    1e-6  # largest gradient entry of the mean loss at which a classifier counts as converged
+)
+ITERATIONS = 1000
+
+
+class Episode(NamedTuple):
+    """classes: `[ways]`. support: `[ways, shots]` and queries: `[ways, queries]`, rows of the split, none twice."""
+
+    classes: Rows
+    support: Rows
+    queries: Rows
+
+
+class Estimate(NamedTuple):
+    """mean: of the episodes' accuracies, in [0, 1]. std: theirs, with n - 1. interval: half of the 95 % interval."""
+
+    mean: float
+    std: float
+    interval: float
+
+
+def eligible(labels: Rows, protocol: Protocol) -> Rows:
+    """The classes that have the images for an episode, in rising order. labels: `[N]` class numbers.
+
+    Raises DataError when they are fewer than the ways.
+    """
+    classes, counts = np.unique(labels, return_counts=True)
+    found: Rows = classes[counts >= protocol.needed]
+    if len(found) >= protocol.ways:
+        return found
+    problem = (
+        f"A {protocol.ways}-way episode needs {protocol.ways} classes with {protocol.needed} images "
+        f"({protocol.shots} labelled, {protocol.queries} queries), but {len(found)} of {len(classes)} have them"
+    )
+    if len(classes) < protocol.ways:
+        raise DataError(f"{problem}; use fewer --ways or other data.")
+    spare = int(np.sort(counts)[-protocol.ways]) - protocol.shots
+    advice = f"--queries {spare}" if spare > 0 else "fewer --shots"
+    raise DataError(f"{problem}; use {advice}, fewer --ways or other data.")
+
+
+def draw(labels: Rows, classes: Rows, protocol: Protocol) -> Iterator[Episode]:
+    """The episodes over `classes`, each class with at least `protocol.needed` of the `labels` `[N]`.
+
+    Ways, support and queries are drawn without replacement. Pure: the classes of episode e are the first of a
+    permutation keyed by (seed, e), the images of class c the first of one keyed by (seed, e, c). So fewer ways
+    give the same episodes with their last classes left out. Source: our choice.
+    """
+    rows = {int(c): np.flatnonzero(labels == c) for c in classes}
+    for number in range(protocol.episodes):
+        ways = keyed_rng("episode", protocol.seed, number).permutation(classes)[: protocol.ways]
+        drawn = np.stack([_images(rows[int(c)], protocol, number, int(c)) for c in ways])
+        yield Episode(ways, drawn[:, : protocol.shots], drawn[:, protocol.shots :])
+
+
+def _images(rows: Rows, protocol: Protocol, number: int, label: int) -> Rows:
+    rng = keyed_rng("episode images", protocol.seed, number, label)
+    return rng.permutation(rows)[: protocol.needed]
+
+
+def classify(
+    support: NDArray[np.floating], labels: Rows, queries: NDArray[np.floating]
+) -> NDArray[np.int64]:
+    """The class `[m]` of each of the `queries` `[m, d]` after learning from `support` `[n, d]` with `labels` `[n]`.
+
+    Multinomial logistic regression with C = 1: minimises sum_i CE_i(W, b) + |W|^2 / 2, the intercept b free of
+    the penalty, by scikit-learn's L-BFGS in float64 (with two classes that is binary logistic regression).
+    Source: few-shot protocol of SCHaNe's code, as in RFS (Tian et al. 2020, section 3).
+    """
+    # Pooled features share a large mean. The free intercept takes it up, so W stays the same without it, and the
+    # solver needs half as many steps.
+    centre = support.mean(0, dtype=np.float64)
+    model = LogisticRegression(C=1.0, solver="lbfgs", tol=TOLERANCE, max_iter=ITERATIONS)
+    predicted: NDArray[np.int64] = model.fit(support - centre, labels).predict(queries - centre)
+    return predicted
+
+
+def accuracy(
+    episode: Episode, support: NDArray[np.floating], queries: NDArray[np.floating]
+) -> float:
+    """The share of the episode's queries that are classified rightly, in [0, 1].
+
+    support: features `[N, copies, d]` of every image where it is labelled, queries: `[N, d]` where it is not.
+    """
+    ways, shots = episode.support.shape
+    copies, dim = support.shape[1:]
+    known = support[episode.support].reshape(-1, dim)
+    labels = np.repeat(np.arange(ways), shots * copies)
+    asked = queries[episode.queries].reshape(-1, dim)
+    truth = np.repeat(np.arange(ways), episode.queries.shape[1])
+    return float((classify(known, labels, asked) == truth).mean())
+
+
+def estimate(accuracies: NDArray[np.float64]) -> Estimate:
+    """Mean, deviation s (with n - 1) and 1.96 s / sqrt(n) of the accuracies `[n]`, n >= 2."""
+    std = float(accuracies.std(ddof=1))
+    return Estimate(float(accuracies.mean()), std, 1.96 * std / math.sqrt(len(accuracies)))
