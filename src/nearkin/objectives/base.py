@@ -111,13 +111,13 @@ class Objective(nn.Module):
     def heads(self, dim: int, classes: int) -> dict[str, Head]:
         """The heads that this objective trains on features of width `dim`; also sizes the bank, if it has one.
 
-        Called once, before training. The network owns the modules.
+        Called once, before training. The network owns the modules. Unless overridden: one linear classifier.
         """
-        raise NotImplementedError
+        return {"classifier": Head(nn.Linear(dim, classes), reads="features", writes="logits")}
 
     def stages(self) -> tuple[Stage, ...]:
-        """The stretches of training, in order."""
-        raise NotImplementedError
+        """The stretches of training, in order. Unless overridden: one, which classifies one crop of each image."""
+        return (Stage("classify", 1.0, heads=("classifier",)),)
 
     def forward(
         self, batch: Batch, student: Outputs, teacher: Outputs | None, progress: Progress

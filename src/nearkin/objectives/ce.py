@@ -5,11 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 from pydantic import Field
-from torch import nn
 
 from nearkin.functional import binary_cross_entropy
-from nearkin.network import Head
-from nearkin.objectives.base import Objective, Stage, combine, required
+from nearkin.objectives.base import Objective, combine, required
 from nearkin.types import Batch, Loss, Outputs, Progress
 
 
@@ -27,12 +25,6 @@ class CrossEntropy(Objective, name="ce"):
         )
 
     config: Config
-
-    def heads(self, dim: int, classes: int) -> dict[str, Head]:
-        return {"classifier": Head(nn.Linear(dim, classes), reads="features", writes="logits")}
-
-    def stages(self) -> tuple[Stage, ...]:
-        return (Stage("classify", 1.0, heads=("classifier",)),)
 
     def forward(
         self,

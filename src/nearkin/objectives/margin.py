@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nearkin.functional import PerAnchor
 from nearkin.network import CosineClassifier, Head
-from nearkin.objectives.base import Objective, Stage, combine, per_class, required
+from nearkin.objectives.base import Objective, combine, per_class, required
 from nearkin.types import Batch, Loss, Outputs, Progress
 
 
@@ -32,9 +32,6 @@ class MarginSoftmax(Objective):
     def heads(self, dim: int, classes: int) -> dict[str, Head]:
         classifier = CosineClassifier(dim, classes, self.config.scale)
         return {"classifier": Head(classifier, reads="features", writes="logits")}
-
-    def stages(self) -> tuple[Stage, ...]:
-        return (Stage("classify", 1.0, heads=("classifier",)),)
 
     def forward(
         self,

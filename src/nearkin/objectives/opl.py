@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from pydantic import Field
-from torch import nn
 
 from nearkin.functional import orthogonal_projection
-from nearkin.network import Head
 from nearkin.objectives.base import (
     Objective,
     Stage,
@@ -33,9 +31,6 @@ class OrthogonalProjection(Objective, name="opl"):
         views: int = Field(1, ge=1, le=8, description="crops per image")
 
     config: Config
-
-    def heads(self, dim: int, classes: int) -> dict[str, Head]:
-        return {"classifier": Head(nn.Linear(dim, classes), reads="features", writes="logits")}
 
     def stages(self) -> tuple[Stage, ...]:
         return (Stage("joint", 1.0, ("classifier",), views=self.config.views, coupled=True),)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Self
 
 from pydantic import Field
-from torch import nn
 
 from nearkin.config import Amount, Auto
 from nearkin.functional import symmetric_ce
 from nearkin.network import Head
-from nearkin.objectives.base import Objective, Stage, combine, required, smoothed
+from nearkin.objectives.base import Objective, combine, required, smoothed
 from nearkin.types import Batch, Facts, Loss, Outputs, Progress
 
 FEW_CLASSES = 30
@@ -49,10 +48,7 @@ class SymmetricCE(Objective, name="sce"):
 
     def heads(self, dim: int, classes: int) -> dict[str, Head]:
         self.config = self.config.resolve(Facts(0, classes, 0, 0, dim))
-        return {"classifier": Head(nn.Linear(dim, classes), reads="features", writes="logits")}
-
-    def stages(self) -> tuple[Stage, ...]:
-        return (Stage("classify", 1.0, heads=("classifier",)),)
+        return super().heads(dim, classes)
 
     def forward(
         self,

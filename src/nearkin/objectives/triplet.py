@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from nearkin.functional import PerAnchor, triplet_batch_hard
-from nearkin.network import Head
 from nearkin.objectives.base import (
     Objective,
     Stage,
@@ -35,9 +34,6 @@ class Triplet(Objective, name="triplet"):
         views: int = Field(1, ge=1, le=8, description="crops per image")
 
     config: Config
-
-    def heads(self, dim: int, classes: int) -> dict[str, Head]:
-        return {"classifier": Head(nn.Linear(dim, classes), reads="features", writes="logits")}
 
     def stages(self) -> tuple[Stage, ...]:
         views = self.config.views
