@@ -38,7 +38,7 @@ def test_public_names():
 
 def test_imports_torch_and_jaxtyping_only():
     allowed = {"torch", "jaxtyping", "nearkin"}
-    standard = {"__future__", "collections", "functools", "inspect", "math", "typing"}
+    standard = {"__future__", "collections", "functools", "itertools", "inspect", "math", "typing"}
     for path in Path(F.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [node.module] if isinstance(node, ast.ImportFrom) else []

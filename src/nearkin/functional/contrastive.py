@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from nearkin.functional.bank_mask import Mask, usable_entries
 from nearkin.functional.checks import check_positive, check_same_shape
 from nearkin.functional.labels import Labels
-from nearkin.functional.pairs import batch_pairs, log_count, log_sum
+from nearkin.functional.pairs import log_count, pair_sums, softplus_sum
 from nearkin.functional.per_anchor import PerAnchor
 from nearkin.functional.precision import full_precision
+from nearkin.functional.terms import Count, LogSum, Total
 from nearkin.functional.validity import all_valid, masked
 
 
@@ -31,11 +31,10 @@ def supcon_out(features: Float[Tensor, "n d"], labels: Labels, *, temperature: f
     Raises ValueError when temperature or the shape of labels is wrong.
     Source: Khosla et al. 2020, equation 2; soft labels as in GenSCL (2022); validity is our choice.
     """
-    pairs = batch_pairs(features, labels, temperature)
-    count = pairs.positive.sum(1)
+    terms = LogSum("others"), Total("positives"), Count("positives")
+    all_others, attraction, count = pair_sums(features, labels, temperature, *terms)
     valid = count > 0
-    attraction = (pairs.positive * pairs.similarity).sum(1) / count.where(valid, 1)
-    return masked(log_sum(pairs.similarity, pairs.other) - attraction, valid)
+    return masked(all_others - attraction / count.where(valid, 1), valid)
 
 
 @full_precision
@@ -46,10 +45,9 @@ def supcon_in(features: Float[Tensor, "n d"], labels: Labels, *, temperature: fl
 
     Shapes, symbols, validity and errors as in `supcon_out`. Source: Khosla et al. 2020, equation 3.
     """
-    pairs = batch_pairs(features, labels, temperature)
-    count = pairs.positive.sum(1)
-    positives = log_sum(pairs.similarity, pairs.positive) - log_count(count)
-    return masked(log_sum(pairs.similarity, pairs.other) - positives, count > 0)
+    terms = LogSum("others"), LogSum("positives"), Count("positives")
+    all_others, positives, count = pair_sums(features, labels, temperature, *terms)
+    return masked(all_others - positives + log_count(count), count > 0)
 
 
 def instance_nce(
@@ -108,9 +106,8 @@ def sincere(features: Float[Tensor, "n d"], labels: Labels, *, temperature: floa
     negative its value is 0 and it is valid. Source: Feeney and Hughes 2023 (SINCERE); soft labels
     are our choice.
     """
-    pairs = batch_pairs(features, labels, temperature)
-    count = pairs.positive.sum(1)
+    terms = LogSum("negatives"), Count("positives"), Count("negatives")
+    negatives, count, negative_count = pair_sums(features, labels, temperature, *terms)
     valid = count > 0
-    each = F.softplus(log_sum(pairs.similarity, pairs.negative)[:, None] - pairs.similarity)
-    mean = (pairs.positive * each).sum(1) / count.where(valid, 1)
-    return masked(mean.where(pairs.negative.sum(1) > 0, 0), valid)
+    mean = softplus_sum(features, labels, temperature, negatives) / count.where(valid, 1)
+    return masked(mean.where(negative_count > 0, 0), valid)

@@ -59,10 +59,16 @@ def positiveness(labels: Labels, dtype: torch.dtype) -> Float[Tensor, "n n"]:
     Clamped to [0, 1], which rounding may leave; carries no gradient. One-hot rows give exactly what
     their hard labels give. Source: our choice.
     """
+    return shared_classes(labels, labels, dtype)
+
+
+def shared_classes(
+    labels: Labels, others: Int[Tensor, " m"] | Float[Tensor, "m c"], dtype: torch.dtype
+) -> Float[Tensor, "n m"]:
+    """`positiveness` of samples with other ones."""
     if labels.ndim == 1:
-        return (labels[:, None] == labels).to(dtype)
-    rows = labels.detach().to(dtype)
-    return (rows @ rows.T).clamp(0, 1)
+        return (labels[:, None] == others).to(dtype)
+    return (labels.detach().to(dtype) @ others.detach().to(dtype).T).clamp(0, 1)
 
 
 def bank_positiveness(labels: Labels, pairs: SoftPairs) -> Float[Tensor, "n k"]:

@@ -6,8 +6,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nearkin.functional.labels import Labels
-from nearkin.functional.pairs import batch_pairs
+from nearkin.functional.pairs import pair_sums
 from nearkin.functional.precision import full_precision
+from nearkin.functional.terms import Count, Total
 
 COUNT_EPSILON = 1e-6  # as published: added to both counts, so that no pairs give 0
 
@@ -29,9 +30,8 @@ def orthogonal_projection(
     ValueError when the shape of labels is wrong.
     Source: Ranasinghe et al. 2021 and its code; soft labels are our choice.
     """
-    pairs = batch_pairs(features, labels, temperature=1.0)
-    attraction, repulsion = (
-        (pairs.similarity * weights).sum() / (weights.sum() + COUNT_EPSILON)
-        for weights in (pairs.positive, pairs.negative)
-    )
+    terms = Total("positives"), Count("positives"), Total("negatives"), Count("negatives")
+    sums = [each.sum() for each in pair_sums(features, labels, 1.0, *terms)]
+    attraction = sums[0] / (sums[1] + COUNT_EPSILON)
+    repulsion = sums[2] / (sums[3] + COUNT_EPSILON)
     return 1 - attraction + gamma * repulsion

@@ -1,37 +1,72 @@
-"""The pairs of a batch, and the sums over them that the contrastive functions share."""
+"""Sums over the pairs of a batch, of which the contrastive functions are made.
+
+A function names the sums that it needs; how they are computed is chosen here, by size: from `[N, N]` matrices
+while these are small, else by tiles or strips, so that memory grows with N and not with its square.
+"""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nearkin.functional.checks import check_labels, check_positive
-from nearkin.functional.labels import Labels, positiveness
+from nearkin.functional.labels import Labels, shared_classes
+from nearkin.functional.strips import in_strips
+from nearkin.functional.terms import Count, LogSum, Over, Term
+from nearkin.functional.tile_sums import EXACT, softplus_in_tiles, sums_in_tiles
+
+LARGE = 1024  # samples from which tiles are faster than matrices (measured: docs/performance.md)
+STEEP = 40.0  # e^40 and e^-40, times any number of samples, are far inside the range of float32
+
+Sums = tuple[Tensor, ...]
 
 
 class Pairs(NamedTuple):
-    """All pairs of N samples; a sample with itself weighs 0 everywhere. Each `[N, N]`.
+    """M anchors with all N samples. similarity: z_i . z_j / temperature. positive: a_ij. other: 1, but 0 for i = j."""
 
-    similarity: z_i . z_j / temperature. positive: a_ij. negative: 1 - a_ij. other: 1.
+    similarity: Float[Tensor, "m n"]
+    positive: Float[Tensor, "m n"]
+    other: Float[Tensor, "m n"]
+
+    def weights(self, over: Over) -> Float[Tensor, "m n"]:
+        """1, a_ij or 1 - a_ij; 0 for an anchor with itself."""
+        if over == "others":
+            return self.other
+        return self.other * (self.positive if over == "positives" else 1 - self.positive)
+
+
+def pair_sums(
+    features: Float[Tensor, "n d"], labels: Labels, temperature: float, *terms: Term
+) -> Sums:
+    """The `terms` of each sample, `[N]` each. From `LARGE` samples on they can be differentiated once only.
+
+    features: `[N, d]` rows of unit length, which bounds s by 1 / temperature. labels: `[N]` integers or `[N, C]` rows.
+    Raises ValueError when temperature or the shape of labels is wrong. Source: our choice.
     """
+    _check(features, labels, temperature)
+    steepest = max((term.scale for term in terms if isinstance(term, LogSum)), default=0.0)
+    if len(features) < LARGE:
+        return _sums(features, labels, temperature, terms, slice(0, len(features)))
+    if steepest / temperature <= STEEP:
+        return sums_in_tiles(features, labels, temperature, terms)
+    # Slower, but any temperature is safe: each exponential is shifted by its anchor's largest.
+    return in_strips(features, lambda z, anchors: _sums(z, labels, temperature, terms, anchors))
 
-    similarity: Float[Tensor, "n n"]
-    positive: Float[Tensor, "n n"]
-    negative: Float[Tensor, "n n"]
-    other: Float[Tensor, "n n"]
 
-
-def batch_pairs(features: Float[Tensor, "n d"], labels: Labels, temperature: float) -> Pairs:
-    """Every sample with every other of the batch."""
-    check_positive("temperature", temperature)
-    check_labels(labels, len(features))
-    similarity = features @ features.T / temperature
-    other = not_self(similarity).to(features.dtype)
-    positive = positiveness(labels, features.dtype)
-    return Pairs(similarity, positive * other, (1 - positive) * other, other)
+def softplus_sum(
+    features: Float[Tensor, "n d"], labels: Labels, temperature: float, level: Float[Tensor, " n"]
+) -> Float[Tensor, " n"]:
+    """sum_p a_ip softplus(level_i - s_ip), `[N]`, differentiable in features and level; else as `pair_sums`."""
+    _check(features, labels, temperature)
+    if len(features) >= LARGE:
+        return softplus_in_tiles(features, labels, temperature, level)
+    pairs = _pairs(features, labels, temperature, slice(0, len(features)))
+    rises = F.softplus(level[:, None] - pairs.similarity, threshold=EXACT)
+    return (pairs.weights("positives") * rises).sum(1)
 
 
 def not_self(square: Tensor) -> Bool[Tensor, "n n"]:
@@ -53,3 +88,32 @@ def log_sum(scores: Float[Tensor, "n k"], weights: Float[Tensor, "n k"]) -> Floa
 def log_count(count: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
     """log of a count; 0 where it is 0, since the caller masks those rows."""
     return count.where(count > 0, 1).log()
+
+
+def _check(features: Tensor, labels: Labels, temperature: float) -> None:
+    check_positive("temperature", temperature)
+    check_labels(labels, len(features))
+
+
+def _pairs(features: Tensor, labels: Labels, temperature: float, anchors: slice) -> Pairs:
+    similarity = features[anchors] @ features.T / temperature
+    samples = torch.arange(len(features), device=features.device)
+    other = (samples[anchors, None] != samples).to(features.dtype)
+    return Pairs(similarity, shared_classes(labels[anchors], labels, features.dtype), other)
+
+
+def _sums(
+    features: Tensor, labels: Labels, temperature: float, terms: tuple[Term, ...], anchors: slice
+) -> Sums:
+    """The terms of the anchors, from matrices."""
+    pairs = _pairs(features, labels, temperature, anchors)
+    return tuple(_sum(pairs, term) for term in terms)
+
+
+def _sum(pairs: Pairs, term: Term) -> Tensor:
+    weights = pairs.weights(term.over)
+    if isinstance(term, Count):
+        return weights.sum(1)
+    if isinstance(term, LogSum):
+        return log_sum(term.scale * pairs.similarity, weights)
+    return (weights * pairs.similarity).sum(1)

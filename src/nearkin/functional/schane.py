@@ -9,9 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nearkin.functional.labels import Labels
-from nearkin.functional.pairs import batch_pairs, log_count, log_sum
+from nearkin.functional.pairs import log_count, pair_sums
 from nearkin.functional.per_anchor import PerAnchor
 from nearkin.functional.precision import full_precision
+from nearkin.functional.terms import Count, LogSum
 from nearkin.functional.validity import masked
 
 
@@ -45,15 +46,17 @@ def schane(
     """
     if positives not in ("mean", "sum"):
         raise ValueError(f'positives is {positives!r} but must be "mean" or "sum".')
-    pairs = batch_pairs(features, labels, temperature)
-    positive_count, negative_count = pairs.positive.sum(1), pairs.negative.sum(1)
-    attraction = log_sum(pairs.similarity, pairs.positive)
-    if positives == "mean":
-        attraction = attraction - log_count(positive_count)
-    repulsion = (
-        log_sum((1 + hardness) * pairs.similarity, pairs.negative)
-        - log_sum(hardness * pairs.similarity, pairs.negative)
-        + log_count(negative_count)
+    positive, steeper, weights, positive_count, negative_count = pair_sums(
+        features,
+        labels,
+        temperature,
+        LogSum("positives"),
+        LogSum("negatives", 1 + hardness),
+        LogSum("negatives", hardness),
+        Count("positives"),
+        Count("negatives"),
     )
+    attraction = positive - (log_count(positive_count) if positives == "mean" else 0)
+    repulsion = steeper - weights + log_count(negative_count)
     value = F.softplus(repulsion - attraction).where(negative_count > 0, 0)
     return masked(value, positive_count > 0)
