@@ -92,3 +92,22 @@ def test_nothing_keeps_the_graph():
     keys, labels, probabilities, ids = rows(0, 2)
     bank.write(keys.requires_grad_(), labels, probabilities.requires_grad_(), ids)
     assert not any(value.requires_grad for value in bank.buffers())
+
+
+def test_half_precision_stays_half_but_in_float64():
+    """A run's precision says nothing about its memory's; a comparison in float64 wants all of it."""
+    bank = NeighbourBank(5, 4, 3, torch.bfloat16)
+    assert bank.to(torch.float32).keys.dtype == torch.bfloat16
+    assert bank.half().probabilities.dtype == torch.bfloat16
+    assert bank.weights.dtype == torch.float16
+    assert bank.double().keys.dtype == torch.float64
+    assert NeighbourBank(5, 4, 3).half().keys.dtype == torch.float32
+
+
+def test_half_the_bytes():
+    size, dim, classes = 65_536, 256, 1000
+    with torch.device("meta"):
+        bank = NeighbourBank(size, dim, classes, torch.bfloat16)
+    large = sum(b.numel() * b.element_size() for b in (bank.keys, bank.probabilities))
+    assert large == size * (dim + classes) * 2
+    assert sum(b.numel() * b.element_size() for b in bank.buffers()) <= 160 * 2**20

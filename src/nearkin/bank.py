@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from nearkin.functional import SoftPairs, soft_pairs
+from nearkin.functional.attention import Memory
 
 EMPTY = -1
 
@@ -18,6 +20,9 @@ class NeighbourBank(nn.Module):
 
     All state sits in buffers, pointer and fill included, so that a checkpoint restores it exactly. An empty slot
     has label -1 and is never usable. It is no part of the network: a buffer there would be broadcast on every step.
+
+    storage: the type of keys and probabilities. A cast of the module to float64 casts them; any other leaves them
+    as they are, because a run's precision says nothing about its memory's.
 
     keys `[K, d]`; labels, weights, ids `[K, 2]` (a mixed image has two of each; else the second has weight 0 and
     id -1); probabilities `[C, K]`, the layout in which the consistency target reads them.
@@ -31,18 +36,34 @@ class NeighbourBank(nn.Module):
     pointer: Tensor
     filled: Tensor
 
-    def __init__(self, size: int, dim: int, classes: int = 0) -> None:
+    def __init__(
+        self, size: int, dim: int, classes: int = 0, storage: torch.dtype = torch.float32
+    ) -> None:
         super().__init__()
-        self.register_buffer("keys", torch.zeros(size, dim))
+        self.storage = storage
+        self.register_buffer("keys", torch.zeros(size, dim, dtype=storage))
         self.register_buffer("labels", torch.full((size, 2), EMPTY, dtype=torch.int64))
         self.register_buffer("weights", torch.zeros(size, 2))
         self.register_buffer("ids", torch.full((size, 2), EMPTY, dtype=torch.int64))
-        self.register_buffer("probabilities", torch.zeros(classes, size))
+        self.register_buffer("probabilities", torch.zeros(classes, size, dtype=storage))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
         self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
 
     def __len__(self) -> int:
         return self.keys.shape[0]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name in ("keys", "probabilities"):
+            stored = self.get_buffer(name)
+            if stored.dtype not in (self.storage, torch.float64):
+                setattr(self, name, stored.to(self.storage))
+        return self
+
+    @property
+    def memory(self) -> Memory:
+        """All entries, for `bank_attention`."""
+        return Memory(self.keys, self.labels, self.weights, self.ids, self.probabilities)
 
     @property
     def pairs(self) -> SoftPairs:
@@ -76,7 +97,7 @@ class NeighbourBank(nn.Module):
     def collapsed(self) -> Iterator[None]:
         """Inside, every key is the same unit vector, the direction of (1, ..., 1)."""
         keys = self.keys
-        self.keys = torch.full_like(keys, keys.shape[1] ** -0.5)
+        self.keys = torch.full_like(keys[:1], keys.shape[1] ** -0.5).expand_as(keys)
         try:
             yield
         finally:

@@ -10,12 +10,8 @@ from torch import Tensor, nn
 
 from nearkin.bank import NeighbourBank
 from nearkin.config import Auto, Count, Natural
-from nearkin.functional import (
-    PerAnchor,
-    consistency_kl,
-    neighbour_nll,
-    neighbour_target,
-)
+from nearkin.functional import PerAnchor, consistency_kl
+from nearkin.functional.attention import bank_attention
 from nearkin.network import Head, projection_head, projection_sizes
 from nearkin.objectives.base import (
     Objective,
@@ -50,6 +46,9 @@ class CoNe(Objective, name="cone"):
         neighbour_temperature: float = Field(0.10, gt=0, description="of the k neighbours")
         consistency_temperature: float = Field(0.07, gt=0, description="of the whole bank")
         bank: Count | Auto = Field("auto", description="entries K of the bank")
+        bank_precision: Literal["bf16", "exact"] = Field(
+            "bf16", description="of its keys and probabilities; exact takes twice the memory"
+        )
         topk: Count | Auto = Field("auto", description="neighbours k per anchor")
         warmup_steps: Natural | Auto = Field(
             "auto", description="steps on cross-entropy alone; auto: until the bank is full"
@@ -97,7 +96,8 @@ class CoNe(Objective, name="cone"):
                 "CoNe needs numbers: give bank, topk and warmup_steps, or call Config.resolve(facts)."
             )
         sizes = sizes.resolve(Facts(0, classes, 0, 0, dim))
-        self.bank = NeighbourBank(int(sizes.bank), int(sizes.embedding), classes)
+        storage = torch.float32 if sizes.bank_precision == "exact" else torch.bfloat16
+        self.bank = NeighbourBank(int(sizes.bank), int(sizes.embedding), classes, storage)
         projection = projection_head(dim, int(sizes.hidden), int(sizes.embedding))
         classifier = nn.Linear(int(sizes.embedding), classes)
         return {
@@ -127,9 +127,17 @@ class CoNe(Objective, name="cone"):
             loss = combine(ce=(1.0, ce))
             zero = torch.zeros_like(loss.total.detach())
             return loss._replace(terms=loss.terms | {"neighbour": zero, "consistency": zero})
-        usable = self.bank.usable(batch.index)
-        neighbour = self._neighbour(batch, student, usable)
-        consistency = self._consistency(logits, teacher, usable)
+        neighbour, target = bank_attention(
+            unit(student.embedding),
+            unit(teacher.embedding),
+            batch.labels,
+            batch.index,
+            self.bank.memory,
+            query_temperature=self.config.neighbour_temperature,
+            key_temperature=self.config.consistency_temperature,
+            topk=int(self.config.topk),
+        )
+        consistency = consistency_kl(logits, target)
         if self.config.guard:
             unsure = logits.detach().float().softmax(1).amin(1) > CERTAIN
             ce, consistency = _only(ce, unsure), _only(consistency, unsure)
@@ -138,27 +146,6 @@ class CoNe(Objective, name="cone"):
             neighbour=(self.config.neighbour_weight, neighbour),
             consistency=(self.config.consistency_weight, consistency),
         )
-
-    def _neighbour(self, batch: Batch, student: Outputs, usable: Tensor) -> PerAnchor:
-        return neighbour_nll(
-            unit(student.embedding),
-            batch.labels,
-            self.bank.keys,
-            self.bank.pairs,
-            temperature=self.config.neighbour_temperature,
-            topk=int(self.config.topk),
-            mask=usable,
-        )
-
-    def _consistency(self, logits: Tensor, teacher: Outputs, usable: Tensor) -> PerAnchor:
-        target = neighbour_target(
-            unit(teacher.embedding),
-            self.bank.keys,
-            self.bank.probabilities.T,
-            temperature=self.config.consistency_temperature,
-            mask=usable,
-        )
-        return consistency_kl(logits, target)
 
     def update(self, batch: Batch, student: Outputs, teacher: Outputs | None) -> None:  # noqa: ARG002
         if teacher is None:

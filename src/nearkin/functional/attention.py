@@ -1,0 +1,184 @@
+"""CoNe's two terms over a bank in half precision, without a copy of it: a few anchors and a piece of it at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from nearkin.functional.checks import check_labels, check_positive, check_rows
+from nearkin.functional.labels import Labels, SoftPairs, bank_positiveness
+from nearkin.functional.neighbours import LEAST_MASS
+from nearkin.functional.once import differentiated_once
+from nearkin.functional.per_anchor import PerAnchor
+from nearkin.functional.precision import full_precision
+from nearkin.functional.topk import GROUP, largest
+
+ANCHORS = 64  # at a time: their scores take 8 bytes an entry of the bank
+PIECE = 2048  # entries of the bank widened at a time: they stay in the cache
+NEAR = 2**20  # numbers of chosen neighbours gathered at a time
+
+
+class Memory(NamedTuple):
+    """What a bank of K entries holds. keys `[K, d]` and probabilities `[C, K]`: of any floating type.
+
+    labels, weights, ids: `[K, 2]`; label -1 is an empty slot, id -1 no second image.
+    """
+
+    keys: Float[Tensor, "k d"]
+    labels: Int[Tensor, "k 2"]
+    weights: Float[Tensor, "k 2"]
+    ids: Int[Tensor, "k 2"]
+    probabilities: Float[Tensor, "c k"]
+
+
+class Attention(NamedTuple):
+    """neighbours: the losses of `neighbour_nll`. target: `[N, C]` as of `neighbour_target`."""
+
+    neighbours: PerAnchor
+    target: Float[Tensor, "n c"]
+
+
+@full_precision
+def bank_attention(
+    query: Float[Tensor, "n d"],
+    key: Float[Tensor, "n d"],
+    labels: Labels,
+    ids: Int[Tensor, " n"] | Int[Tensor, "n 2"],
+    memory: Memory,
+    *,
+    query_temperature: float,
+    key_temperature: float,
+    topk: int,
+) -> Attention:
+    """`neighbour_nll` of query and `neighbour_target` of key; empty slots and an anchor's own copies are masked.
+
+    query, key: `[N, d]` unit rows; gradient flows into query only, and once. labels: `[N]` integers or `[N, C]` rows.
+    ids: of each anchor's image, or of its two images, below 2^31; -1 is none. temperatures > 0. topk >= 1.
+    Raises ValueError when an argument is wrong. Source: as these two functions; the order of the work is our choice.
+    """
+    check_positive("query_temperature", query_temperature)
+    check_positive("key_temperature", key_temperature)
+    check_positive("topk", topk)
+    check_labels(labels, len(query))
+    check_rows("ids", ids, len(query))
+    options = memory, query_temperature, key_temperature, topk
+    parts = [
+        _Attention.apply(query[rows], key[rows], labels[rows], ids[rows], *options)
+        for rows in (slice(i, i + ANCHORS) for i in range(0, len(query), ANCHORS))
+    ]
+    value, valid, target = (torch.cat(column) for column in zip(*parts, strict=True))
+    return Attention(PerAnchor(value, valid), target)
+
+
+class _Attention(torch.autograd.Function):
+    """Value and validity of the neighbour term, and the target, of some anchors.
+
+    The gradient of the values for the query is known in the forward pass and small, so nothing of the bank is kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        labels: Tensor,
+        ids: Tensor,
+        memory: Memory,
+        query_temperature: float,
+        key_temperature: float,
+        topk: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        near, far = _scores((query, key), memory.keys)
+        mask = _unusable(ids, memory)
+        for scores in (near, far):
+            scores[:, : len(memory.keys)].masked_fill_(mask, -torch.inf)
+        highest = far.amax(1, keepdim=True)
+        usable = ~highest.isneginf()
+        target = _target(far, highest.where(usable, 0), key_temperature, memory)
+        nearest, index = largest(near, topk)
+        # With fewer entries than topk, columns that only fill a group are among them: -inf, of no weight.
+        index = index.clamp(max=len(memory.keys) - 1)
+        # A row without a usable entry must not be -inf everywhere: its softmax is NaN.
+        value, slope = _mass(nearest.where(usable, 0) / query_temperature, index, labels, memory)
+        valid = usable.squeeze(1)
+        if ctx.needs_input_grad[0]:
+            slope = (slope / query_temperature).where(usable, 0)
+            ctx.save_for_backward(_mix(slope, index, memory.keys))
+        ctx.mark_non_differentiable(valid, target)
+        return value.where(valid, 0), valid, target
+
+    @staticmethod
+    @differentiated_once
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return upstream[:, None] * gradient, *[None] * 7
+
+
+def _scores(rows: tuple[Tensor, ...], keys: Tensor) -> list[Tensor]:
+    """rows . keys `[n, K]` of each, and columns of -inf up to a multiple of GROUP."""
+    count = len(keys)
+    scores = [each.new_empty(len(each), -(-count // GROUP) * GROUP) for each in rows]
+    for each in scores:
+        each[:, count:] = -torch.inf
+    for piece, part in _pieces(keys, 0, rows[0].dtype):
+        for each, result in zip(rows, scores, strict=True):
+            torch.mm(each, part.T, out=result[:, piece])
+    return scores
+
+
+def _unusable(ids: Tensor, memory: Memory) -> Tensor:
+    """`[n, K]`: True where an entry is empty or shares an image with the anchor."""
+    mask = (memory.labels[:, 0] < 0).expand(len(ids), -1)
+    # Half the bytes to compare; no second image, -1, is no image of an entry: -2.
+    mine = torch.where(ids < 0, -2, ids).view(len(ids), -1).int()
+    for theirs in memory.ids.int().unbind(1):
+        for own in mine.unbind(1):
+            mask = mask | (own[:, None] == theirs)
+    return mask
+
+
+def _target(scores: Tensor, highest: Tensor, temperature: float, memory: Memory) -> Tensor:
+    """softmax(scores / temperature) @ probabilities', in the memory of the scores; zeros where all are -inf."""
+    attention = scores.sub_(highest).div_(temperature).exp_()
+    total = attention.sum(1)
+    # Transposed, because the long axis of the stored probabilities is then read as it lies.
+    target = attention.new_zeros(len(memory.probabilities), len(attention))
+    for piece, part in _pieces(memory.probabilities, 1, target.dtype):
+        target.addmm_(part, attention[:, piece].T)
+    return target.div_(total.where(total > 0, 1)).T.contiguous()
+
+
+def _mass(scores: Tensor, index: Tensor, labels: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+    """-log of the attention on the anchors' own classes, 0 where there is none, and its derivative for the scores."""
+    pairs = SoftPairs(memory.labels[index], memory.weights[index].to(scores.dtype))
+    positive = bank_positiveness(labels, pairs).to(scores.dtype)
+    attention = scores.softmax(1)
+    mass = (attention * positive).sum(1, keepdim=True)
+    counts = mass > LEAST_MASS
+    safe = mass.where(counts, 1)
+    slope = torch.where(counts, attention * (1 - positive / safe), 0)
+    return -safe.log().squeeze(1), slope
+
+
+def _mix(weights: Tensor, index: Tensor, keys: Tensor) -> Tensor:
+    """sum_j weights_ij keys[index_ij] `[n, d]`, a few anchors at a time."""
+    step = max(1, NEAR // (index.shape[1] * keys.shape[1]))
+    parts = [
+        torch.bmm(w[:, None], keys[i].to(weights.dtype)).squeeze(1)
+        for w, i in zip(torch.split(weights, step), torch.split(index, step), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def _pieces(stored: Tensor, axis: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Parts of `stored` along the axis of entries, in `dtype`: views, or one after another in a buffer."""
+    buffer = stored.new_empty(PIECE * stored.shape[1 - axis], dtype=dtype)
+    for start in range(0, stored.shape[axis], PIECE):
+        part = stored.narrow(axis, start, min(PIECE, stored.shape[axis] - start))
+        if part.dtype != dtype:
+            part = buffer[: part.numel()].view(part.shape).copy_(part)
+        yield slice(start, start + part.shape[axis]), part

@@ -1,0 +1,189 @@
+"""CoNe's terms by pieces of the bank are those of the plain functions; half precision costs what is said."""
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+from torch.nn.functional import normalize, one_hot
+
+from nearkin import functional as F
+from nearkin.functional import attention, topk
+from nearkin.functional.attention import Memory, bank_attention
+
+OPTIONS = {"query_temperature": 0.1, "key_temperature": 0.07, "topk": 6}
+
+
+def case(anchors=10, entries=50, classes=4, dim=6, filled=None, mixed=False, dtype=torch.float64):
+    """Query, key, labels, ids and a memory; every third anchor has copies of its image in the bank."""
+    draw = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=draw, dtype=torch.float64)
+
+    labels = torch.randint(classes, (anchors,), generator=draw)
+    own = torch.randint(classes, (entries, 2), generator=draw)
+    weights = torch.rand(entries, 1, generator=draw, dtype=torch.float64)
+    ids = torch.randint(3 * anchors, (entries, 2), generator=draw)
+    if not mixed:
+        own, weights = own[:, :1].expand(-1, 2).clone(), torch.ones_like(weights)
+        ids[:, 1] = -1
+    if filled is not None:
+        own[filled:] = ids[filled:] = -1
+    soft = 0.7 * one_hot(labels, classes) + 0.3 * one_hot(labels.roll(1), classes)
+    mine = torch.stack([torch.arange(anchors), torch.arange(anchors).roll(1)], 1)
+    memory = Memory(
+        normalize(normal(entries, dim), dim=1).to(dtype),
+        own,
+        torch.cat([weights, 1 - weights], 1),
+        ids,
+        normal(classes, entries).softmax(0).to(dtype),
+    )
+    query, key = normalize(normal(anchors, dim), dim=1), normalize(normal(anchors, dim), dim=1)
+    return query, key, soft if mixed else labels, mine if mixed else mine[:, 0], memory
+
+
+def plain(query, key, labels, ids, memory):
+    """The public functions, and the mask by a loop."""
+    mask = torch.tensor(
+        [
+            [
+                bool(m[0] >= 0) and not ({*i} & {*e})
+                for m, e in zip(memory.labels.tolist(), theirs, strict=True)
+            ]
+            for theirs in [[[x for x in e if x >= 0] for e in memory.ids.tolist()]]
+            for i in ids.view(len(ids), -1).tolist()
+        ]
+    )
+    keys, probabilities = memory.keys.to(query.dtype), memory.probabilities.T.to(query.dtype)
+    pairs = F.SoftPairs(memory.labels, memory.weights)
+    near = F.neighbour_nll(query, labels, keys, pairs, temperature=0.1, topk=6, mask=mask)
+    return near, F.neighbour_target(key, keys, probabilities, temperature=0.07, mask=mask)
+
+
+def gradient(function, query, *rest):
+    """Value, validity, target, and the gradient of a sum that weighs every anchor differently."""
+    leaf = query.clone().requires_grad_()
+    near, target = function(leaf, *rest)
+    weights = torch.linspace(-1, 2, len(query), dtype=query.dtype)
+    (slope,) = torch.autograd.grad((near.value * weights).sum(), leaf)
+    return near.value.detach(), near.valid, target, slope
+
+
+def ours(query, key, labels, ids, memory):
+    return bank_attention(query, key, labels, ids, memory, **OPTIONS)
+
+
+CASES = {
+    "hard": {},
+    "mixed": {"mixed": True},
+    "half empty": {"filled": 20},
+    "fewer than k": {"filled": 4, "mixed": True},
+    "empty": {"filled": 0},
+    "by groups": {"entries": 16 * 9 + 5},
+    "many anchors": {"anchors": 150, "entries": 131, "mixed": True},
+    "one": {"anchors": 1, "entries": 1},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("piece", [1, 7, 2048])
+def test_as_the_plain_functions(name, piece, monkeypatch):
+    monkeypatch.setattr(attention, "PIECE", piece)
+    monkeypatch.setattr(attention, "NEAR", 40)
+    x = case(**CASES[name])
+    expected, found = gradient(plain, *x), gradient(ours, *x)
+    assert torch.equal(found[1], expected[1])
+    for a, b in zip(found, expected, strict=True):
+        if a.is_floating_point():
+            assert (a - b).norm() <= 1e-12 * b.norm() + 1e-14
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_the_gradient_is_that_of_finite_differences(mixed):
+    query, *rest = case(mixed=mixed, entries=40)
+    assert gradcheck(lambda q: ours(q, *rest).neighbours.value, [query.requires_grad_()])
+
+
+def test_anchors_without_an_entry_are_invalid_and_pull_on_nothing():
+    x = list(case(anchors=3, entries=4))
+    x[4] = x[4]._replace(ids=torch.tensor([[0, -1]] * 4))
+    value, valid, target, slope = gradient(ours, *x)
+    assert valid.tolist() == [False, True, True]
+    assert value[0] == 0
+    assert (target[0] == 0).all()
+    assert (slope[0] == 0).all()
+    torch.testing.assert_close(target[1:].sum(1), torch.ones(2, dtype=torch.float64))
+
+
+def test_what_half_precision_costs():
+    """Against float64 on the unrounded bank: 4 096 entries, 100 classes, ten seeds of anchors near their class."""
+    draw = torch.Generator().manual_seed(0)
+    centres = torch.randn(100, 64, generator=draw)
+    labels = torch.randint(100, (4096,), generator=draw)
+    keys = normalize(centres[labels] + 0.9 * torch.randn(4096, 64, generator=draw), dim=1)
+    logits = 6 * keys @ normalize(centres, dim=1).T
+    memory = Memory(
+        keys.double(),
+        labels[:, None].expand(-1, 2),
+        torch.tensor([[1.0, 0.0]]).expand(4096, -1),
+        torch.arange(4096)[:, None].expand(-1, 2),
+        logits.double().softmax(1).T.contiguous(),
+    )
+    half = memory._replace(keys=keys.bfloat16(), probabilities=memory.probabilities.bfloat16())
+    options = {"query_temperature": 0.1, "key_temperature": 0.07, "topk": 128}
+    worst = [0.0, 0.0, 0.0]
+    for _ in range(10):
+        own = torch.randint(100, (64,), generator=draw)
+        rows = normalize(centres[own] + 0.9 * torch.randn(64, 64, generator=draw), dim=1)
+        ids = torch.full((64,), -1)
+        found = []
+        for z, bank in ((rows.double(), memory), (rows, half)):
+            leaf = z.clone().requires_grad_()
+            near, target = bank_attention(leaf, leaf, own, ids, bank, **options)
+            total = F.mean_valid(near)
+            found.append([total.detach(), target, torch.autograd.grad(total, leaf)[0]])
+        for i, (exact, rounded) in enumerate(zip(*found, strict=True)):
+            worst[i] = max(worst[i], float((rounded - exact).norm() / exact.norm()))
+    print(
+        f"relative error of loss {worst[0]:.1e}, target {worst[1]:.1e}, query gradient {worst[2]:.1e}"
+    )
+    assert worst[0] < 5e-4
+    assert worst[1] < 2e-3
+    assert worst[2] < 2e-2
+
+
+@pytest.mark.parametrize("columns", [16, 160, 1600])
+@pytest.mark.parametrize("count", [1, 5, 60, 5000])
+@pytest.mark.parametrize("kind", ["normal", "ties", "masked", "all masked"])
+def test_the_largest_by_groups_are_those_of_topk(columns, count, kind):
+    scores = torch.randn(7, columns, generator=torch.Generator().manual_seed(columns))
+    if kind == "ties":
+        scores = scores.round()
+    if kind == "masked":
+        scores[:, ::3] = -torch.inf
+    if kind == "all masked":
+        scores[:] = -torch.inf
+    values, index = topk.largest(scores, count)
+    assert torch.equal(scores.gather(1, index), values)
+    assert all(len(set(row.tolist())) == len(row) for row in index)
+    expected = scores.topk(min(count, columns), dim=1).values
+    assert torch.equal(values.sort(1, descending=True).values, expected)
+
+
+def test_nothing_of_the_size_of_the_bank_is_kept():
+    query, *rest = case(anchors=20, entries=3000)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append(t.numel()) or t, lambda t: t
+    ):
+        near = ours(query.requires_grad_(), *rest).neighbours
+        F.mean_valid(near)
+    assert kept
+    assert max(kept) <= query.numel()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"topk": 0}, {"key_temperature": 0.0}, {"query_temperature": -1.0}]
+)
+def test_wrong_options_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        bank_attention(*case(), **(OPTIONS | wrong))
