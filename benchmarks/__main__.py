@@ -1,0 +1,40 @@
+"""`python -m benchmarks`: every table with its ratios and targets; exit 1 when a target is missed."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks.bench import save
+
+TABLES = ("pairwise", "bank")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks")
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(TABLES)}")
+    parser.add_argument("--json", type=Path, help="also write the numbers here")
+    parser.add_argument("--threads", type=int, default=2)
+    given = parser.parse_args()
+    unknown = sorted(set(given.tables) - set(TABLES))
+    if unknown:
+        parser.error(f"no table {', '.join(unknown)}; there are {', '.join(TABLES)}")
+    torch.set_num_threads(given.threads)
+    tables = []
+    for name in given.tables or TABLES:
+        tables.append(importlib.import_module(f"benchmarks.{name}").table())
+        print(tables[-1].show(), flush=True)
+    if given.json:
+        save(tables, given.json)
+    missed = [row.what for table in tables for row in table.rows if row.missed]
+    if missed:
+        print(f"\nmissed: {'; '.join(missed)}")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

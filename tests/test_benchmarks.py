@@ -1,0 +1,76 @@
+"""The benchmarks measure what they say, at sizes that take no time; a missed target is an exit status."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from benchmarks import __main__ as command
+from benchmarks import bank, bench, pairwise
+
+
+def test_a_target_is_missed_on_its_own_side():
+    assert bench.Row("less is good", 1.3, target=1.2).missed
+    assert not bench.Row("less is good", 1.1, target=1.2).missed
+    assert bench.Row("more is good", 4.0, target=5, higher=True).missed
+    assert not bench.Row("more is good", 6.0, target=5, higher=True).missed
+    assert not bench.Row("no target", 100.0).missed
+
+
+def test_ratios_are_of_minima():
+    seconds = {"ours": [2.0, 3.0, 9.0], "unit": [4.0, 1.0, 5.0]}
+    row = bench.ratio(seconds, "ours", "unit", "x")
+    assert (row.ratio, row.median) == (2.0, 0.75)
+    assert bench.ratio(seconds, "ours", "unit", "x", higher=True).ratio == 0.5
+
+
+def test_calls_alternate_after_a_round_that_does_not_count():
+    order = []
+    seconds = bench.alternate({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3)
+    assert order == ["a", "b"] * 4
+    assert [len(s) for s in seconds.values()] == [3, 3]
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(pairwise, "SAMPLES", 64)
+    for name, value in {"ENTRIES": 4096, "CLASSES": 10, "DIM": 8, "TOPK": 16}.items():
+        monkeypatch.setattr(bank, name, value)
+    for module in (pairwise, bank):
+        monkeypatch.setattr(
+            module,
+            "extra_memory",
+            lambda _m, _n, what, target=None: bench.Row(what, 1.0, None, target),
+        )
+
+
+@pytest.mark.parametrize("missed", [True, False])
+def test_every_table_is_shown_and_saved(small, monkeypatch, capsys, tmp_path, missed):
+    monkeypatch.setattr(bench.Row, "missed", property(lambda row: missed))
+    monkeypatch.setattr(
+        "sys.argv", ["benchmarks", "--threads", "1", "--json", str(tmp_path / "b.json")]
+    )
+    assert command.main() == int(missed)
+    shown = capsys.readouterr().out
+    assert "SupCon (out)" in shown
+    assert "published structure" in shown
+    tables = json.loads((tmp_path / "b.json").read_text())["tables"]
+    ratios = [row["ratio"] for table in tables for row in table["rows"]]
+    assert len(ratios) > 20
+    assert all(math.isnan(r) or r >= 0 for r in ratios)
+
+
+def test_the_published_structure_computes_what_we_compute(small):
+    """Else the comparison would be one of different things: both totals, from the same bank and batch."""
+    x, theirs, ours = bank.given(), bank.published(), bank.filled(torch.float32)
+    kept = []
+    original = torch.autograd.backward
+    try:
+        torch.autograd.backward = lambda total: kept.append(float(total.detach())) or original(total)
+        theirs.step(x)
+        bank.ours(ours, x)
+    finally:
+        torch.autograd.backward = original
+    assert kept[0] == pytest.approx(kept[1], rel=1e-5)
