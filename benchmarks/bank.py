@@ -41,11 +41,12 @@ def given() -> Given:
 def filled(storage: torch.dtype) -> NeighbourBank:
     draw = torch.Generator().manual_seed(1)
     bank = NeighbourBank(ENTRIES, DIM, CLASSES, storage)
-    for start in range(0, ENTRIES, 4096):
-        labels = torch.randint(CLASSES, (4096,), generator=draw)
-        keys = normalize(torch.randn(4096, DIM, generator=draw), dim=1)
-        probabilities = torch.rand(4096, CLASSES, generator=draw).softmax(1)
-        bank.write(keys, labels, probabilities, BATCH + start + torch.arange(4096))
+    few = 256  # at a time: making the entries must not take more memory than using them
+    for start in range(0, ENTRIES, few):
+        labels = torch.randint(CLASSES, (few,), generator=draw)
+        keys = normalize(torch.randn(few, DIM, generator=draw), dim=1)
+        probabilities = torch.rand(few, CLASSES, generator=draw).softmax(1)
+        bank.write(keys, labels, probabilities, BATCH + start + torch.arange(few))
     return bank
 
 
@@ -104,7 +105,6 @@ def _prepared(storage: torch.dtype) -> Callable[[], Call]:
 PEAK: dict[str, Callable[[], Call]] = {
     "bf16": _prepared(torch.bfloat16),
     "exact": _prepared(torch.float32),
-    "published": lambda: partial(published().step, given()),
 }
 
 
@@ -131,7 +131,6 @@ def table() -> Table:
         Row("the bank in bf16", size, None, 160, False, "MiB"),
         extra_memory("bank", "bf16", "stored in bf16, memory beyond the bank", 100),
         extra_memory("bank", "exact", "exact, memory beyond the bank", 100),
-        extra_memory("bank", "published", "published structure, memory beyond the bank"),
         Row("products in bf16: not built (needs avx512_bf16 or AMX to be measured)", float("nan")),
     ]
     setting = (

@@ -68,7 +68,9 @@ def test_the_published_structure_computes_what_we_compute(small):
     kept = []
     original = torch.autograd.backward
     try:
-        torch.autograd.backward = lambda total: kept.append(float(total.detach())) or original(total)
+        torch.autograd.backward = lambda total: (
+            kept.append(float(total.detach())) or original(total)
+        )
         theirs.step(x)
         bank.ours(ours, x)
     finally:

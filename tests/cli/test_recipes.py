@@ -31,6 +31,7 @@ CHANGED = {
     "batch_size",
     "epochs",
     "objective.warmup_steps",  # an epoch, written in steps
+    "objective.topk",  # from auto, of a bank of 8
     "precision",  # fp16 is refused on a CPU by design
     "device",
     "workers",
@@ -94,6 +95,10 @@ def small(values, folder):
     shrunk = {key: values[key] * 64 // 224 for key in ("image_size", "eval_size") if key in values}
     model = {f"model.{k}": v for k, v in depth.get(values.get("model"), {}).items()}
     warmup = {key: 1 for key in values if key == "objective.warmup_steps"}
+    if values.get("objective") == "cone" and "objective.topk" not in values:
+        warmup["objective.topk"] = (
+            8  # the whole bank, so that both classes are among the neighbours
+        )
     machine = {"device": "cpu", "precision": "fp32", "workers": 0, "threads": 1}
     length = {"batch_size": 8, "epochs": 2}
     return values | shrunk | model | warmup | machine | length | {"data": str(folder / "images")}
