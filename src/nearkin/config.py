@@ -98,6 +98,9 @@ class RunConfig(BaseModel):
     per_class: Count = _option(4, "images in a group of the balanced sampler")
     repeats: Count = _option(1, "crops of an image in one batch, of fewer images per epoch")
     class_weights: Literal["none", "balanced"] = _option("none", "weigh cross-entropy by class")
+    cache: Literal["auto", "off", "ram", "disk"] = _option(
+        "auto", "keep decoded and shrunken images, in memory or in a file that stays"
+    )
     workers: Natural | Auto = _option("auto", "processes that load images, per rank")
 
     # The optimiser.

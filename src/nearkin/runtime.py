@@ -5,22 +5,23 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from nearkin.collectives import gather_rows
-from nearkin.errors import ConfigError
+from nearkin.errors import ConfigError, NearkinError
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
     from torch.optim import Optimizer
 
+T = TypeVar("T")
 Precision = Literal["fp32", "bf16", "fp16", "fp64"]
 _FABRIC_PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed", "fp64": "64-true"}
 # A rank that hangs is noticed in minutes; gloo's own default is half an hour.
@@ -156,6 +157,25 @@ class Runtime:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
+
+    def once_per_node(self, work: Callable[[], T]) -> T:
+        """What `work` gives on the first process of each node, on all processes of that node.
+
+        Raises its NearkinError on all of them.
+        """
+        node, made, problem = self._fabric.node_rank, None, None
+        if self._fabric.local_rank == 0:
+            try:
+                made = work()
+            except NearkinError as error:
+                problem = error
+        told = self.collect((node, made, problem) if self._fabric.local_rank == 0 else None)
+        failed = next((one[2] for one in told if one is not None and one[2] is not None), None)
+        if failed is not None:
+            raise failed
+        if made is None:
+            made = next(one[1] for one in told if one is not None and one[0] == node)
+        return cast("T", made)
 
     def barrier(self) -> None:
         self._fabric.barrier()

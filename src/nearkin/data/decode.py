@@ -16,16 +16,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nearkin.data import jpeg
 from nearkin.errors import ConfigError, DataError, printable
 
 if TYPE_CHECKING:
-    from PIL.Image import Image, Transpose
+    from PIL.Image import Image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 64 * 2**20
 ORIENTATION = 0x0112
+# Orientation -> whether rows become columns, then which sides are mirrored.
+TURNS = {
+    2: (False, (-1,)),
+    3: (False, (-2, -1)),
+    4: (False, (-2,)),
+    5: (True, ()),
+    6: (True, (-1,)),
+    7: (True, (-2, -1)),
+    8: (True, (-2,)),
+}
 PLAIN = {"1": "L", "L": "L"} | dict.fromkeys(("P", "RGB", "RGBX", "CMYK", "YCbCr"), "RGB")
 
 
@@ -38,6 +49,12 @@ class BadImage(DataError):
 
     def __str__(self) -> str:
         return f"The image {printable(self.path)} cannot be used: {printable(self.reason)}."
+
+    def by_now(self) -> DataError:
+        """The error for an image that passed the scan."""
+        return DataError(
+            f"{str(self).rstrip('.')}, though it could be read at the start; mend it, and start again."
+        )
 
 
 class _Refused(Exception):
@@ -57,7 +74,7 @@ def read_image(
     max_pixels: int = MAX_PIXELS,
     max_bytes: int = MAX_BYTES,
 ) -> Tensor:
-    """The pixels of an image file as uint8 `[channels, H, W]`, upright.
+    """The pixels of an image file as uint8 `[channels, H, W]`, upright and contiguous.
 
     channels: 3 for RGB; 1 for grey, from colour by ITU-R 601 luma (Y = 0.299 R + 0.587 G + 0.114 B).
     EXIF orientation is applied. Transparent pixels are laid on white. 16-bit grey v becomes v / 257,
@@ -67,18 +84,27 @@ def read_image(
     Raises BadImage for anything but a whole, regular JPEG, PNG, WEBP, BMP, TIFF or GIF file of at most
     `max_bytes` bytes and `max_pixels` pixels, and for floating-point pixels. Never waits on a pipe.
     """
+    return decoded(path, channels, max_pixels, max_bytes).contiguous()
+
+
+def decoded(
+    path: str | os.PathLike[str],
+    channels: int,
+    max_pixels: int = MAX_PIXELS,
+    max_bytes: int = MAX_BYTES,
+) -> Tensor:
+    """As `read_image`, but in memory a pixel's colours lie side by side, as decoders leave them: resizing is
+    fastest so."""
     check_channels(channels)
     name = os.fspath(path)
     try:
         content = _content(name, max_bytes)
         with _pillow_warnings:
-            image = _upright(content, max_pixels).convert("L" if channels == 1 else "RGB")
+            return _upright(content, channels, max_pixels)
     except MemoryError:
         raise
     except Exception as error:  # a decoder may raise anything when bytes are damaged
         raise BadImage(name, _reason(error)) from error
-    pixels = torch.from_numpy(np.array(image))
-    return pixels[None] if channels == 1 else pixels.permute(2, 0, 1).contiguous()
 
 
 def _content(path: str, max_bytes: int) -> bytes:
@@ -94,13 +120,13 @@ def _content(path: str, max_bytes: int) -> bytes:
         if status.st_size > max_bytes:
             raise _Refused(f"it is larger than {max_bytes / 2**20:g} MiB")
         with open(descriptor, "rb", closefd=False) as file:
-            return file.read(max_bytes)
+            return file.read(status.st_size)  # asking for more would allocate more
     finally:
         os.close(descriptor)
 
 
-def _upright(content: bytes, max_pixels: int) -> Image:
-    """The first frame as mode L or RGB, turned as its EXIF block says."""
+def _upright(content: bytes, channels: int, max_pixels: int) -> Tensor:
+    """The first frame, turned as its EXIF block says."""
     from PIL import Image
 
     with Image.open(io.BytesIO(content), formats=FORMATS) as image:
@@ -109,10 +135,12 @@ def _upright(content: bytes, max_pixels: int) -> Image:
             raise _Refused(f"{width} x {height} are more than {max_pixels} pixels")
         if image.format == "PNG":
             _check_sums(content)
-        image.load()
-        turn = _turn(image)
-        flat = _eight_bit(image)
-    return flat if turn is None else flat.transpose(turn)
+        pixels = jpeg.decode(content, channels) if jpeg.decodes(image, channels) else None
+        if pixels is None:
+            image.load()
+            flat = _eight_bit(image).convert("L" if channels == 1 else "RGB")
+            pixels = np.atleast_3d(np.array(flat))
+        return _turned(torch.from_numpy(pixels).permute(2, 0, 1), image)
 
 
 def _check_sums(png: bytes) -> None:
@@ -129,24 +157,16 @@ def _check_sums(png: bytes) -> None:
         start = end
 
 
-def _turn(image: Image) -> Transpose | None:
-    """What undoes the EXIF orientation, if anything. TIFF files were turned by Pillow while loading."""
-    from PIL.Image import Transpose
-
+def _turned(pixels: Tensor, image: Image) -> Tensor:
+    """The EXIF orientation undone. TIFF files were turned by Pillow while loading."""
     try:
         orientation = image.getexif().get(ORIENTATION)
     except Exception:  # a broken EXIF block says nothing of the orientation
-        return None
-    turns = {
-        2: Transpose.FLIP_LEFT_RIGHT,
-        3: Transpose.ROTATE_180,
-        4: Transpose.FLIP_TOP_BOTTOM,
-        5: Transpose.TRANSPOSE,
-        6: Transpose.ROTATE_270,
-        7: Transpose.TRANSVERSE,
-        8: Transpose.ROTATE_90,
-    }
-    return turns.get(orientation) if isinstance(orientation, int) else None
+        return pixels
+    if not isinstance(orientation, int) or orientation not in TURNS:
+        return pixels
+    transposed, mirrored = TURNS[orientation]
+    return (pixels.mT if transposed else pixels).flip(mirrored)
 
 
 def _eight_bit(image: Image) -> Image:

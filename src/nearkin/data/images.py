@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nearkin.data.decode import check_channels, read_image
+from nearkin.data.decode import check_channels, decoded
 
 Rows = Sequence[int] | NDArray[np.int64]
 
@@ -32,6 +32,9 @@ class ImageSource(Protocol):
 
     def read(self, row: int) -> Tensor:
         """uint8 `[channels, H, W]`. Raises BadImage."""
+
+    def stack(self, rows: Rows) -> Tensor | None:
+        """uint8 `[n, channels, H, W]`, if these images lie in one array; `read` gives them one by one in any case."""
 
     def name(self, row: int) -> str:
         """The name to show for a row, unique in the source."""
@@ -71,7 +74,10 @@ class Files:
         return os.path.join(self.root, self.name(row))  # noqa: PTH118 - a Path would normalise it
 
     def read(self, row: int) -> Tensor:
-        return read_image(self.path(row), channels=self.channels)
+        return decoded(self.path(row), self.channels)
+
+    def stack(self, rows: Rows) -> None:
+        """Files are decoded one by one."""
 
     def identity(self, row: int) -> bytes:
         """The path and the size of the file; a size of -1 if there is none."""
@@ -118,10 +124,11 @@ class Arrays:
         return f"{self._prefix}/{self._numbers[row]}"
 
     def read(self, row: int) -> Tensor:
-        image = torch.from_numpy(self._array[row]).permute(2, 0, 1)
-        if image.shape[0] == self.channels:
-            return image
-        return image.expand(3, -1, -1) if self.channels == 3 else _luma(image)
+        return in_channels(torch.from_numpy(self._array[row]).permute(2, 0, 1), self.channels)
+
+    def stack(self, rows: Rows) -> Tensor:
+        pixels = np.take(self._array, rows, axis=0)
+        return in_channels(torch.from_numpy(pixels).permute(0, 3, 1, 2), self.channels)
 
     def identity(self, row: int) -> bytes:
         return bytes(self._array[row].tobytes())
@@ -134,8 +141,13 @@ class Arrays:
         return type(self)(self._array, self._prefix, channels, self._numbers)
 
 
-def _luma(image: Tensor) -> Tensor:
-    """ITU-R 601 in 16-bit fixed point, as Pillow rounds it: grey arrays equal grey files."""
+def in_channels(images: Tensor, channels: int) -> Tensor:
+    """uint8 `[..., 1 or 3, H, W]` with 1 or 3 channels; grey from colour by ITU-R 601 in 16-bit fixed point, as
+    Pillow rounds it: grey arrays equal grey files."""
+    if images.shape[-3] == channels:
+        return images
+    if channels == 3:
+        return images.expand(*images.shape[:-3], 3, -1, -1)
     weights = torch.tensor([19595, 38470, 7471], dtype=torch.int32)
-    grey = (image.int() * weights[:, None, None]).sum(0, keepdim=True) + (1 << 15)
+    grey = (images.int() * weights[:, None, None]).sum(-3, keepdim=True) + (1 << 15)
     return (grey >> 16).to(torch.uint8)

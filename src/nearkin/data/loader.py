@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from nearkin.data.dataset import Split
 from nearkin.data.decode import BadImage
 from nearkin.data.order import SampleKey, sample_seed
-from nearkin.data.transforms import Transform
+from nearkin.data.transforms import Pipeline, Transform
 from nearkin.errors import DataError, NearkinError
 from nearkin.types import Batch
 
@@ -75,25 +75,17 @@ class _Views(Dataset[Batch | DataError]):
     def rows(self, keys: Sequence[Any]) -> list[int]:
         raise NotImplementedError
 
-    def views(self, keys: Sequence[Any]) -> list[list[Tensor]]:
-        """For each view, the image of each key."""
+    def views(self, keys: Sequence[Any]) -> Tensor:
+        """`[V, b, C, H, W]` of b keys."""
         raise NotImplementedError
 
     def __getitems__(self, keys: Sequence[Any]) -> Batch | DataError:
         try:
             views = self.views(keys)
         except BadImage as error:
-            return DataError(
-                f"{str(error).rstrip('.')}, though it could be read at the start; mend it, and start again."
-            )
-        # In a worker this collates into shared memory, which saves a copy.
-        stacked: Tensor = default_collate([image for view in views for image in view])
+            return error.by_now()
         rows = self.rows(keys)
-        return Batch(
-            stacked.view(len(views), len(rows), *stacked.shape[1:]),
-            torch.from_numpy(self.split.labels[rows]),
-            torch.tensor(rows),
-        )
+        return Batch(views, torch.from_numpy(self.split.labels[rows]), torch.tensor(rows))
 
 
 class _PlainViews(_Views):
@@ -106,9 +98,9 @@ class _PlainViews(_Views):
     def rows(self, keys: Sequence[int]) -> list[int]:
         return list(keys)
 
-    def views(self, keys: Sequence[int]) -> list[list[Tensor]]:
+    def views(self, keys: Sequence[int]) -> Tensor:
         made = [self.make(self.split.images.read(row)) for row in keys]
-        return [list(view) for view in zip(*made, strict=True)]
+        return _stacked([list(view) for view in zip(*made, strict=True)])
 
 
 class _TrainViews(_Views):
@@ -121,15 +113,35 @@ class _TrainViews(_Views):
     def rows(self, keys: Sequence[SampleKey]) -> list[int]:
         return [key.row for key in keys]
 
-    def views(self, keys: Sequence[SampleKey]) -> list[list[Tensor]]:
+    def views(self, keys: Sequence[SampleKey]) -> Tensor:
+        transform = self.transform
+        if isinstance(transform, Pipeline) and transform.batchwise:
+            images = self.split.images.stack(self.rows(keys))
+            if images is not None:
+                made = [transform.of_batch(images, self._seeds(keys, v)) for v in range(self.count)]
+                return torch.stack(made)
+        return self._one_by_one(keys)
+
+    def _one_by_one(self, keys: Sequence[SampleKey]) -> Tensor:
         made: list[list[Tensor]] = [[] for _ in range(self.count)]
+        seeds = list(zip(*(self._seeds(keys, view) for view in range(self.count)), strict=True))
         with _borrowed_random_states():
-            for key in keys:
+            for key, own in zip(keys, seeds, strict=True):
                 image = self.split.images.read(key.row)
-                for view in range(self.count):
-                    _seed(sample_seed(self.seed, key.epoch, key.row, key.occurrence, view))
+                for view, seed in enumerate(own):
+                    _seed(seed)
                     made[view].append(self.transform(image))
-        return made
+        return _stacked(made)
+
+    def _seeds(self, keys: Sequence[SampleKey], view: int) -> list[int]:
+        return [sample_seed(self.seed, k.epoch, k.row, k.occurrence, view) for k in keys]
+
+
+def _stacked(views: list[list[Tensor]]) -> Tensor:
+    """For each view the image of each key -> `[V, b, C, H, W]`."""
+    # In a worker this collates into shared memory, which saves a copy.
+    stacked: Tensor = default_collate([image for view in views for image in view])
+    return stacked.view(len(views), len(views[0]), *stacked.shape[1:])
 
 
 def _seed(seed: int) -> None:

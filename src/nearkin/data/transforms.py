@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
+import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
@@ -144,9 +147,52 @@ class Pipeline:
             image = step(image)
         return image
 
+    @property
+    def batchwise(self) -> bool:
+        """Whether every step can do its work on many images at once."""
+        return all(isinstance(step, Plain | Drawing) for step in self.steps)
+
+    def of_batch(self, images: Tensor, seeds: Iterable[int]) -> Tensor:
+        """uint8 `[n, C, H, W]` -> for each image what `self` makes of it after `torch.manual_seed` of its seed: the
+        same bits, and the global state untouched."""
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        for step in self.steps:
+            images = (
+                step.of_batch(images, generators) if isinstance(step, Drawing) else step(images)
+            )
+        return images
+
+
+class Plain:
+    """A step that draws nothing and works on `[..., C, H, W]`."""
+
+
+class Drawing(ABC):
+    """A step that draws a few numbers for each image and then treats all images at once."""
+
+    def __call__(self, image: Tensor) -> Tensor:
+        image = self.prepare(image)
+        return self.apply(image[None], [self.draw(image.shape)])[0]
+
+    def of_batch(self, images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        images = self.prepare(images)
+        return self.apply(images, [self.draw(images.shape, generator) for generator in generators])
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """What needs no draw, of one image or many."""
+        return images
+
+    @abstractmethod
+    def draw(self, shape: torch.Size, generator: torch.Generator | None = None) -> tuple[int, ...]:
+        """For one image, from its own generator or the global one."""
+
+    @abstractmethod
+    def apply(self, images: Tensor, draws: Sequence[tuple[int, ...]]) -> Tensor:
+        """`[n, C, H, W]` and what was drawn for each of them."""
+
 
 @dataclass(frozen=True)
-class ResizeShortSide:
+class ResizeShortSide(Plain):
     """The short side becomes `side` pixels; the ratio of the sides stays, up to 8 to 1."""
 
     side: int
@@ -169,7 +215,7 @@ class ResizeShortSide:
 
 
 @dataclass(frozen=True)
-class CentreCrop:
+class CentreCrop(Plain):
     """The centre `side` x `side` of an image that is at least as large."""
 
     side: int
@@ -179,25 +225,42 @@ class CentreCrop:
 
 
 @dataclass(frozen=True)
-class RandomPaddedCrop:
+class RandomPaddedCrop(Drawing):
     """Short side to `side`, `padding` black pixels on each edge, a random `side` x `side`."""
 
     side: int
     padding: int
 
-    def __call__(self, image: Tensor) -> Tensor:
-        image = ResizeShortSide(self.side)(image)
-        image = torch.nn.functional.pad(image, [self.padding] * 4)
-        top, left = (int(torch.randint(n - self.side + 1, ())) for n in image.shape[-2:])
-        return image[..., top : top + self.side, left : left + self.side]
+    def prepare(self, images: Tensor) -> Tensor:
+        resized = ResizeShortSide(self.side)(images)
+        return torch.nn.functional.pad(resized, [self.padding] * 4)
+
+    def draw(self, shape: torch.Size, generator: torch.Generator | None = None) -> tuple[int, ...]:
+        down, right = shape[-2] - self.side + 1, shape[-1] - self.side + 1
+        top = torch.randint(down, (), generator=generator).item()
+        return int(top), int(torch.randint(right, (), generator=generator).item())
+
+    def apply(self, images: Tensor, draws: Sequence[tuple[int, ...]]) -> Tensor:
+        # One copy by NumPy's windows takes a sixth of slicing and stacking.
+        windows = sliding_window_view(images.numpy(), (self.side, self.side), axis=(2, 3))
+        top, left = np.array(draws).T
+        return torch.from_numpy(windows[np.arange(len(images)), :, top, left])
 
 
 @dataclass(frozen=True)
-class RandomFlip:
+class RandomFlip(Drawing):
     """The mirror image in half of the cases."""
 
-    def __call__(self, image: Tensor) -> Tensor:
-        return image.flip(-1) if torch.rand(()) < 0.5 else image
+    def draw(self, _: torch.Size, generator: torch.Generator | None = None) -> tuple[int, ...]:
+        return (int(torch.rand((), generator=generator).item() < 0.5),)
+
+    def apply(self, images: Tensor, draws: Sequence[tuple[int, ...]]) -> Tensor:
+        mirrored = np.array(draws, dtype=bool)[:, 0]
+        if not mirrored.any():
+            return images
+        pixels = images.flip(-1).numpy()
+        pixels[~mirrored] = images.numpy()[~mirrored]
+        return torch.from_numpy(pixels)
 
 
 def _centre(image: Tensor, height: int, width: int) -> Tensor:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from nearkin.config import FREE_ON_RESUME, RunConfig
 from nearkin.data import Dataset, Draw, Split, drawing, load_dataset
+from nearkin.data.cache import Contents, Where, make_pack, packed, room_in_memory
 from nearkin.errors import ModelError, NearkinError, printable
 from nearkin.evaluation.bundle import (
     DESCRIPTION,
@@ -30,7 +31,13 @@ from nearkin.runtime import Runtime, launched
 from nearkin.training.checks import check_built
 from nearkin.training.forecast import counted_share, expected_share, warning
 from nearkin.training.optim import names_layers
-from nearkin.training.settings import check, resolve_data, resolve_training
+from nearkin.training.settings import (
+    check,
+    read_whole,
+    resolve_data,
+    resolve_training,
+    side_in_cache,
+)
 from nearkin.types import Facts
 
 LOOKED_AT = 200  # images whose size is read to find the usual one
@@ -78,8 +85,10 @@ def prepare(
     train = dataset.splits["train"]
     count = len(train.labels)
     side = _usual_side(train) if config.image_size == "auto" else 0
-    config = resolve_data(config, images=count, side=side, channels=dataset.channels)
+    room = runtime.share(room_in_memory()) if train.images.from_files else 0
+    config = resolve_data(config, images=count, side=side, channels=dataset.channels, room=room)
     check(config, images=count, world_size=runtime.world_size)
+    dataset = _cached(config, runtime, dataset, quiet)
     built = _build(config, dataset, pretrained=config.pretrained and fresh)
     check_built(config, built)
     if config.freeze_backbone and not config.pretrained and config.weights is None:
@@ -89,7 +98,7 @@ def prepare(
     config = resolve_training(
         config,
         images=count,
-        files=train.images.from_files,
+        files=train.images.from_files and not read_whole(config),
         weights=sum(p.numel() for p in built.network.backbone.parameters()),
         layered=names_layers(built.network.backbone),
         device=runtime.device.type,
@@ -168,6 +177,17 @@ def _load(config: RunConfig, runtime: Runtime, classes: tuple[str, ...] | None) 
     if problem is not None:
         raise problem
     return load() if dataset is None else dataset
+
+
+def _cached(config: RunConfig, runtime: Runtime, dataset: Dataset, quiet: bool) -> Dataset:
+    """The data set as `--cache` wants it; arrays are in memory already."""
+    if config.cache not in ("ram", "disk") or not dataset.splits["train"].images.from_files:
+        return dataset
+    where: Where = config.cache
+    contents = Contents(dataset, side_in_cache(config))
+    made = runtime.once_per_node(lambda: make_pack(contents, where, max(1, os.cpu_count() or 1)))
+    say(str(made), quiet)
+    return packed(dataset, contents, made.pack)
 
 
 def _usual_side(split: Split) -> int:

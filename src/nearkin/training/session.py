@@ -10,15 +10,7 @@ from typing import Any
 
 import torch
 
-from nearkin.data import (
-    Dataset,
-    EvalSpec,
-    Split,
-    TrainOrder,
-    TrainSpec,
-    train_loader,
-    train_transform,
-)
+from nearkin.data import Dataset, Split, TrainOrder, TrainSpec, train_loader, train_transform
 from nearkin.errors import ConfigError, NearkinError
 from nearkin.evaluation.bundle import FORMAT, Description, save_bundle
 from nearkin.evaluation.geometry import geometry
@@ -33,6 +25,7 @@ from nearkin.training.journal import Journal
 from nearkin.training.keeper import Keeper, same_run
 from nearkin.training.learner import Learner
 from nearkin.training.loop import Loop, legs
+from nearkin.training.settings import eval_spec
 from nearkin.training.signals import StopSignals, handled
 from nearkin.training.store import Snapshot, Store
 from nearkin.types import Batch
@@ -47,9 +40,7 @@ class Session:
         self.steps_per_epoch = len(self.train_split.labels) // int(self.config.batch_size)
         self.journal = Journal(folder) if runtime.is_main else None
         self.quiet = quiet or not runtime.is_main
-        self.spec = EvalSpec.for_size(
-            int(self.config.eval_size), int(self.config.channels), float(self.config.eval_crop)
-        )
+        self.spec = eval_spec(self.config)
         self.judge = Judge(
             runtime,
             self.spec,

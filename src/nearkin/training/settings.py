@@ -7,7 +7,7 @@ import re
 from typing import Any, Literal
 
 from nearkin.config import RunConfig
-from nearkin.data import TrainSpec
+from nearkin.data import EvalSpec, TrainSpec
 from nearkin.errors import ConfigError
 
 DIGIT_LIKE = ("digits", "mnist", "svhn")
@@ -17,8 +17,13 @@ SMALL_WORK = 2e9
 SMALL_IMAGE = 64
 
 
-def resolve_data(config: RunConfig, *, images: int, side: int, channels: int) -> RunConfig:
-    """Everything that follows from the training images: their number and their median short side in pixels."""
+def resolve_data(
+    config: RunConfig, *, images: int, side: int, channels: int, room: int = 0
+) -> RunConfig:
+    """Everything that follows from the training images: their number and their median short side in pixels.
+
+    room: bytes of memory that a cache may take; 0 where there are no files to decode.
+    """
     size = min(side, 224) if config.image_size == "auto" else config.image_size
     batch = _batch_size(images) if config.batch_size == "auto" else config.batch_size
     augment = config.augment if config.augment != "auto" else _augment(config.objective)
@@ -39,7 +44,33 @@ def resolve_data(config: RunConfig, *, images: int, side: int, channels: int) ->
         "cutmix": 1.0 if strong else 0.0,
     }
     parts = TrainSpec.of(augment, image_size=size, channels=channels)
-    return _fill(config, parts.model_dump() | values)
+    filled = _fill(config, parts.model_dump() | values)
+    fits = 4 * images * channels * size**2 <= room  # oblong images and other splits included
+    return _fill(filled, {"cache": "ram" if fits and shrinks_exactly(filled) else "off"})
+
+
+def shrinks_exactly(config: RunConfig) -> bool:
+    """Whether shrinking the images to `image_size` first changes no pixel that the network will see."""
+    whole = config.crop_scale in ("padded", "centre")
+    same = config.eval_size == config.image_size and config.eval_crop == 1
+    return int(config.image_size) <= SMALL_IMAGE and whole and same
+
+
+def read_whole(config: RunConfig) -> bool:
+    """Whether batches come from one array in memory, faster than other processes could hand them over."""
+    return config.cache != "off" and int(config.image_size) <= SMALL_IMAGE
+
+
+def side_in_cache(config: RunConfig) -> int:
+    """The short side of cached images: that of evaluation, which so sees the same pixels as without a cache; more where
+    random regions would be enlarged from fewer pixels than the network reads. Source: our choice."""
+    size, regions = int(config.image_size), not isinstance(config.crop_scale, str)
+    return max(eval_spec(config).resize, round(size / 0.875) if regions else size)
+
+
+def eval_spec(config: RunConfig) -> EvalSpec:
+    """How images are evaluated."""
+    return EvalSpec.for_size(int(config.eval_size), int(config.channels), float(config.eval_crop))
 
 
 def resolve_training(

@@ -1,0 +1,87 @@
+"""The fast way to a JPEG's pixels is Pillow's: the same bits, and nothing accepted that Pillow refuses."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from nearkin.data import BadImage, jpeg, read_image
+
+
+def picture(mode: str = "RGB", width: int = 61, height: int = 43) -> Image.Image:
+    """Smooth colours with edges, so that subsampling and rounding have something to do."""
+    y, x = np.mgrid[0:height, 0:width]
+    waves = [np.sin(x / a + y / b) * 100 + 128 for a, b in ((5, 9), (11, 4), (7, 7))]
+    colours = np.stack(waves, 2).astype(np.uint8)
+    colours[10:20, 15:30] = (255, 0, 10)
+    return Image.fromarray(colours).convert(mode)
+
+
+def by_pillow(content: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(content)) as image:
+        return np.atleast_3d(np.asarray(image.convert("RGB")))
+
+
+def encoded(image: Image.Image, **options) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", **options)
+    return stream.getvalue()
+
+
+KINDS = {
+    "4:2:0": {"subsampling": 2},
+    "4:2:2": {"subsampling": 1},
+    "4:4:4": {"subsampling": 0},
+    "progressive": {"progressive": True},
+    "restart markers": {"restart_marker_blocks": 2},
+    "low quality": {"quality": 5},
+    "no YCbCr": {"keep_rgb": True},
+}
+
+
+@pytest.mark.parametrize("size", [(61, 43), (1, 1), (16, 9), (8, 8), (3, 200)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bits_are_pillows(kind, size):
+    content = encoded(picture("RGB", *size), **KINDS[kind])
+    ours = jpeg.decode(content, 3)
+    assert ours is not None, "the fast way was taken"
+    assert np.array_equal(ours, by_pillow(content))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grey_files_too(tmp_path, channels):
+    content = encoded(picture("L"))
+    (tmp_path / "x.jpg").write_bytes(content)
+    expected = by_pillow(content).transpose(2, 0, 1)[:channels]
+    assert np.array_equal(read_image(tmp_path / "x.jpg", channels=channels).numpy(), expected)
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("CMYK", 3), ("RGB", 1)])
+def test_what_would_differ_goes_by_pillow(mode, channels):
+    with Image.open(io.BytesIO(encoded(picture(mode)))) as image:
+        assert not jpeg.decodes(image, channels)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_damage_is_judged_as_pillow_judges_it(tmp_path, monkeypatch, seed):
+    draw = np.random.default_rng(seed)
+    content = bytearray(encoded(picture(), progressive=bool(seed % 2)))
+    for place in draw.integers(2, len(content), draw.integers(1, 4)):
+        content[place] = draw.integers(256)
+    damaged = bytes(content[: draw.integers(len(content) // 2, len(content) + 1)])
+    (tmp_path / "x.jpg").write_bytes(damaged)
+    ours = outcome(tmp_path / "x.jpg")
+    monkeypatch.setattr(jpeg, "decodes", lambda image, channels: False)
+    pillows = outcome(tmp_path / "x.jpg")
+    assert ours == pillows
+
+
+def outcome(path) -> tuple[str, bytes]:
+    """What is wrong, or the pixels."""
+    try:
+        return "", read_image(path, channels=3).numpy().tobytes()
+    except BadImage as error:
+        return error.reason, b""
