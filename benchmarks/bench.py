@@ -111,14 +111,18 @@ def _peak(module: str, name: str, call: bool) -> int:
     return int(done.stdout.split()[-1])
 
 
-def save(tables: list[Table], path: Path) -> None:
-    """Every number as JSON, with what it was measured on."""
-    machine = {
+def machine() -> dict[str, object]:
+    """What numbers were measured on."""
+    return {
         "processor": platform.machine(),
         "vector": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-    content = {"machine": machine, "tables": [asdict(table) for table in tables]}
+
+
+def save(tables: list[Table], path: Path) -> None:
+    """Every number as JSON, with what it was measured on."""
+    content = {"machine": machine(), "tables": [asdict(table) for table in tables]}
     path.write_text(json.dumps(content, indent=1) + "\n")
