@@ -24,7 +24,7 @@ def test_the_exponent_is_that_of_the_upper_half():
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(growth, "SIZES", dict.fromkeys(growth.SIZES, (64, 128)))
+    monkeypatch.setattr(growth, "SIZES", dict.fromkeys(growth.SIZES, (128, 256)))
     monkeypatch.setattr(growth, "fresh", growth.measure)  # without a process for each point
     for name in ("ENTRIES", "CLASSES", "TOPK"):  # which a point sets
         monkeypatch.setattr(growth.bank, name, getattr(growth.bank, name))
@@ -44,7 +44,7 @@ def test_every_study_is_shown_and_saved(small, monkeypatch, capsys, tmp_path):
     for study in content["studies"]:
         assert study["name"] in shown
         assert isinstance(study["exponent"], float)
-        assert [point["size"] for point in study["points"]] == [64, 128]
+        assert [point["size"] for point in study["points"]] == [128, 256]
         for point in study["points"]:
             assert 0 < point["minimum"] <= point["median"]
             assert point["extra_mib"] >= 0
