@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
-from benchmarks import growth
+import torch
+from benchmarks import bank, gpu, gpu_steps, growth
+
+from nearkin.runtime import Runtime
 
 
 def planted(power, sizes):
@@ -23,11 +27,16 @@ def test_the_exponent_is_that_of_the_upper_half():
 
 
 @pytest.fixture
-def small(monkeypatch):
+def sizes_kept(monkeypatch):
+    """Of the bank's module, which both commands set."""
+    for name in ("ENTRIES", "CLASSES", "TOPK"):
+        monkeypatch.setattr(bank, name, getattr(bank, name))
+
+
+@pytest.fixture
+def small(sizes_kept, monkeypatch):
     monkeypatch.setattr(growth, "SIZES", dict.fromkeys(growth.SIZES, (128, 256)))
     monkeypatch.setattr(growth, "fresh", growth.measure)  # without a process for each point
-    for name in ("ENTRIES", "CLASSES", "TOPK"):  # which a point sets
-        monkeypatch.setattr(growth.bank, name, getattr(growth.bank, name))
 
 
 def run(monkeypatch, *given):
@@ -92,4 +101,94 @@ def test_without_matplotlib_no_plot_is_begun(monkeypatch, capsys, tmp_path):
         run(monkeypatch, "--json", tmp_path / "g.json", "--plot", tmp_path / "g.svg")
     assert stopped.value.code == 2
     assert "needs matplotlib" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def on_gpu(monkeypatch, *given):
+    monkeypatch.setattr("sys.argv", ["gpu", *map(str, given)])
+    return gpu.main()
+
+
+def test_every_step_and_loss_is_measured(sizes_kept, monkeypatch, capsys, tmp_path):
+    path = tmp_path / "gpu.json"
+    assert on_gpu(monkeypatch, "--json", path, "--device", "cpu", "--tiny") == 0
+    shown = capsys.readouterr().out
+    content = json.loads(path.read_text())
+    assert content["device"] == "CPU"
+    assert content["machine"]["torch"] == torch.__version__
+    assert content["settings"]["batch"] == gpu.TINY.batch
+    cases = {(step["model"], step["objective"], step["compiled"]) for step in content["steps"]}
+    models = [model for model, _ in gpu.TINY.models]
+    assert cases == set(itertools.product(models, gpu.OBJECTIVES, (False, True)))
+    for step in content["steps"]:
+        assert 0 < step["minimum"] <= step["median"], step
+        assert step["n"] == gpu.TINY.runs
+        assert step["views"] == (2 if step["objective"] in ("supcon", "schane") else 1)
+        assert ("pays_after_steps" in step) == step["compiled"]
+        assert step["objective"] in shown
+    losses = {loss["loss"]: loss for loss in content["losses"]}
+    peer = losses.pop("SupCon of pytorch-metric-learning")
+    assert "not installed" in peer.get("failed", "not installed")
+    assert {*gpu.LOSSES, "CoNe's bank, bf16", "CoNe's bank, published structure"} <= set(losses)
+    assert all(loss["minimum"] > 0 for loss in losses.values())
+
+
+def test_compiling_is_in_place_and_reaches_the_teacher(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **_: compiled.append(module))
+    runtime = Runtime(device="cpu", precision="fp32")
+    case = gpu.Case("test_vit", 32, 4, 10, "cone", 64, "eager")
+    learner = gpu_steps._learner(case, gpu_steps._config(case, runtime), runtime)
+    names = set(learner.network.state_dict())
+    gpu_steps.compile_backbones(learner, "eager")
+    assert compiled == [learner.network.backbone, learner.teacher.network.backbone]
+    assert set(learner.network.state_dict()) == names
+    runtime.close()
+
+
+def test_the_bank_is_full_and_used():
+    """Else CoNe's step would be timed without its neighbours."""
+    runtime = Runtime(device="cpu", precision="fp32")
+    case = gpu.Case("test_vit", 32, 4, 10, "cone", 64, None)
+    step, views = gpu_steps.prepared(case, runtime)
+    assert views == 1
+    assert {"ce", "neighbour", "consistency"} == set(step().terms)
+    assert all(term > 0 for term in step().terms.values())
+    runtime.close()
+
+
+def test_a_case_that_fails_is_text_and_the_others_go_on(monkeypatch, capsys, tmp_path):
+    def work(case, *_):
+        if case.objective == "supcon":
+            raise torch.OutOfMemoryError("no room\nfor this")
+        return {"minimum": 0.5 if case.backend else 1.0, "median": 1.0, "start": 2.0} | {
+            "peak_mib": 2048.0
+        }
+
+    monkeypatch.setattr(gpu, "step_times", work)
+    found = gpu.steps(None, gpu.TINY, "m", 32)
+    failed = [record for record in found if "failed" in record]
+    assert [record["objective"] for record in failed] == ["supcon", "supcon"]
+    assert failed[0]["failed"] == "OutOfMemoryError: no room"
+    shown = gpu.table("t", "s", found).show()
+    assert "supcon, compiled: OutOfMemoryError" in shown
+    assert "ce, 2.00 GiB" in shown
+
+
+@pytest.mark.parametrize(
+    ("eager", "compiled", "steps"),
+    [
+        ({"minimum": 0.3, "start": 1.0}, {"minimum": 0.2, "start": 51.0}, 500),
+        ({"minimum": 0.2, "start": 1.0}, {"minimum": 0.2, "start": 51.0}, None),
+        ({"failed": "why"}, {"minimum": 0.2, "start": 51.0}, None),
+    ],
+)
+def test_compiling_pays_once_its_seconds_are_saved(eager, compiled, steps):
+    assert gpu.pays_after(eager, compiled) == (steps and pytest.approx(steps))
+
+
+def test_without_a_gpu_it_says_so(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert on_gpu(monkeypatch, "--json", tmp_path / "gpu.json") == 2
+    assert "no CUDA device" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
