@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import statistics
@@ -109,6 +110,14 @@ def _peak(module: str, name: str, call: bool) -> int:
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     return int(done.stdout.split()[-1])
+
+
+def output(text: str) -> Path:
+    """A file that can be written later, as an argument: minutes of measuring must not end without a place."""
+    path = Path(text)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"the folder {path.parent} does not exist")
+    return path
 
 
 def machine() -> dict[str, object]:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks import bank, pairwise
-from benchmarks.bench import Call, Row, Table, alternate, machine
+from benchmarks.bench import Call, Row, Table, alternate, machine, output
 from benchmarks.gpu_steps import Case, prepared
 from nearkin.runtime import Precision, Runtime
 
@@ -81,13 +81,13 @@ def attempt(about: Record, work: Callable[[], Record]) -> Record:
         first = next(iter(str(error).strip().splitlines()), "")
         return about | {"failed": f"{type(error).__name__}: {first}"[:300]}
     finally:
+        torch.compiler.reset()
         gc.collect()
         torch.cuda.empty_cache()
 
 
 def step_times(case: Case, runtime: Runtime, sizes: Sizes) -> Record:
     """One case. start: seconds of its first two steps beyond those of two later ones, most of it compiling."""
-    torch.compiler.reset()
     step, views = prepared(case, runtime)
     wait(runtime.device)
     start = time.perf_counter()
@@ -228,7 +228,7 @@ def measure(runtime: Runtime, sizes: Sizes, path: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    parser.add_argument("--json", type=Path, required=True, help="write the numbers here")
+    parser.add_argument("--json", type=output, required=True, help="write the numbers here")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="sizes that only show that it works")
     given = parser.parse_args()

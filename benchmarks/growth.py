@@ -24,7 +24,7 @@ import torch
 from torch.nn.functional import normalize
 
 from benchmarks import bank, pairwise
-from benchmarks.bench import Call, machine
+from benchmarks.bench import Call, machine, output
 from nearkin import functional as F
 from nearkin.data import Files, Split, TrainOrder, dataset
 
@@ -201,13 +201,15 @@ def as_json(name: str, points: list[Point]) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.growth", description=__doc__)
-    parser.add_argument("--json", type=Path, required=True, help="write the numbers here")
-    parser.add_argument("--plot", type=Path, help="draw them here (SVG)")
+    parser.add_argument("--json", type=output, required=True, help="write the numbers here")
+    parser.add_argument("--plot", type=output, help="draw them here (SVG)")
     parser.add_argument("--drawn-again", action="store_true", help="draw --json, measure nothing")
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
     if given.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib; run with --group bench or leave it out")
+    if given.drawn_again and not given.json.is_file():
+        parser.error(f"--drawn-again needs the numbers of an earlier run; there is no {given.json}")
     if not given.drawn_again:
         torch.set_num_threads(given.threads)
         studies = []

@@ -104,6 +104,21 @@ def test_without_matplotlib_no_plot_is_begun(monkeypatch, capsys, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--json", "nowhere/g.json"], "the folder nowhere does not exist"),
+        (["--json", "g.json", "--drawn-again"], "there is no g.json"),
+    ],
+)
+def test_what_cannot_end_well_is_not_begun(monkeypatch, capsys, tmp_path, given, said):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, *given)
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+
+
 def on_gpu(monkeypatch, *given):
     monkeypatch.setattr("sys.argv", ["gpu", *map(str, given)])
     return gpu.main()
