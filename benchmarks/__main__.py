@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.bench import save
 
-TABLES = ("pairwise", "bank")
+TABLES = ("pairwise", "bank", "startup", "evaluation")
 
 
 def main() -> int:

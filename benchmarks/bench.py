@@ -88,6 +88,14 @@ def ratio(
     return Row(what, minima, medians, target, higher, "x")
 
 
+def fastest(
+    seconds: dict[str, list[float]], name: str, what: str, target: float | None = None
+) -> Row:
+    """min(name) in seconds, for what has no counterpart to be compared with."""
+    found = seconds[name]
+    return Row(what, min(found), statistics.median(found), target, False, "s")
+
+
 def extra_memory(module: str, name: str, what: str, target: float | None = None) -> Row:
     """MiB that `module.PEAK[name]()` adds to the peak of a fresh process that prepares but does not call it.
 

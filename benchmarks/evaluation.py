@@ -1,0 +1,132 @@
+"""Judging a model, and what validation, checkpoints and the end of a run take of it."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks.bench import Call, Row, Table, alternate, fastest, ratio
+from nearkin import evaluate, train
+from nearkin.evaluation.cache import FOLDER
+from nearkin.evaluation.judge import Judge
+from nearkin.training import session
+from nearkin.training.journal import METRICS, read_metrics
+from nearkin.training.keeper import Keeper
+
+RUNS = 5  # a TenCrop takes ten times as long as what it is compared with
+MODEL, SIDE, PIXELS = "resnet18", 64, (160, 120)
+IMAGES = 192  # whole batches with one view and with ten
+RUN: dict[str, Any] = {}  # options of the run whose shares are told: none, the default run
+
+
+def pictures(folder: Path) -> Path:
+    """JPEG files in class folders: a few to train on, `IMAGES` to judge."""
+    draw = np.random.default_rng(0)
+    for split, count in (("train", 16), ("test", IMAGES)):
+        for number in range(count):
+            place = folder / split / f"class{number % 2}"
+            place.mkdir(parents=True, exist_ok=True)
+            coarse = draw.integers(0, 256, (12, 16, 3), dtype=np.uint8)
+            Image.fromarray(coarse).resize(PIXELS).save(place / f"{number}.jpg", quality=90)
+    return folder
+
+
+def trained(data: Path, run: Path, seed: int) -> Path:
+    """A run folder to judge. What its model has learnt does not matter here."""
+    options: dict[str, Any] = {"model": MODEL, "image_size": SIDE, "epochs": 1, "workers": 0}
+    threads = torch.get_num_threads()
+    train(data, "ce", out=run, seed=seed, val_split=0, batch_size=16, threads=threads, **options)
+    return run
+
+
+def judging(place: Path) -> list[Row]:
+    data = pictures(place / "data")
+    runs = [trained(data, place / f"run{seed}", seed) for seed in range(2)]
+
+    def first() -> None:
+        for run in runs:
+            shutil.rmtree(run / FOLDER, ignore_errors=True)
+        evaluate(runs)
+
+    calls: dict[str, Call] = {
+        "one": partial(evaluate, runs[0], cache=False),
+        "ten": partial(evaluate, runs[0], tta="tencrop", cache=False),
+        "first": first,
+        "again": partial(evaluate, runs),  # right after `first`, which left its predictions
+    }
+    seconds = alternate(calls, RUNS)
+    return [
+        fastest(seconds, "one", f"nearkin evaluate of {IMAGES} files, one view"),
+        ratio(seconds, "ten", "one", "TenCrop against one view", 10.5),
+        fastest(seconds, "first", "ensemble of two runs, nothing kept"),
+        ratio(seconds, "again", "first", "the ensemble again, from kept predictions", 0.5),
+    ]
+
+
+@contextmanager
+def watched(owner: Any, name: str, spent: dict[str, float]) -> Iterator[None]:
+    """Adds the seconds inside `owner.name` to `spent[name]`."""
+    inner: Callable[..., Any] = getattr(owner, name)
+    spent[name] = 0.0
+
+    def timed(*arguments: Any, **options: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return inner(*arguments, **options)
+        finally:
+            spent[name] += time.perf_counter() - start
+
+    setattr(owner, name, timed)
+    try:
+        yield
+    finally:
+        setattr(owner, name, inner)
+
+
+def shares(run: Path) -> list[Row]:
+    """Of one run from the call to its result: what is not training. Modules are loaded already."""
+    spent: dict[str, float] = {}
+    with (
+        watched(Keeper, "save", spent),
+        watched(Judge, "predictions", spent),
+        watched(session, "write_predictions", spent),
+        watched(session, "save_bundle", spent),
+    ):
+        start = time.perf_counter()
+        train(out=run, **RUN)
+        whole = time.perf_counter() - start
+    events = read_metrics(run / METRICS)
+    looked = sum(e["clock"]["seconds"] for e in events if e["kind"] == "validation")
+    files = spent["write_predictions"] + spent["save_bundle"]
+    return [
+        Row("a default run on digits", whole, unit="s"),
+        Row("its validation, share", looked / whole),
+        Row("its checkpoints, share", spent["save"] / whole),
+        Row("both together, share", (looked + spent["save"]) / whole, None, 0.10),
+        Row("its test split, share", spent["predictions"] / whole),
+        Row("its model and prediction files, share", files / whole),
+    ]
+
+
+def table() -> Table:
+    threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as name:
+        try:
+            rows = judging(Path(name)) + shares(Path(name) / "default")
+        finally:
+            torch.set_num_threads(threads)  # a run chooses its own
+    setting = (
+        f"{IMAGES} JPEG files of {PIXELS[0]} x {PIXELS[1]} in batches of 64 views, {MODEL} at {SIDE} px, n = {RUNS}, "
+        f"{threads} threads; files are checked, decoded and judged; shares of one default run, which takes one thread"
+    )
+    return Table("Evaluation", setting, rows)

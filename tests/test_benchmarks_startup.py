@@ -1,0 +1,120 @@
+"""The benchmarks of start-up and evaluation measure what they say."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+import timm
+from benchmarks import bench, evaluation, first_step, startup
+
+from nearkin.evaluation.bundle import read_description
+from nearkin.training.folder import stored_config
+from nearkin.training.learner import Learner
+
+
+class Left(BaseException):
+    """Instead of the end of this process."""
+
+
+@pytest.fixture
+def leaving(monkeypatch):
+    def leave(code):
+        raise Left(code)
+
+    monkeypatch.setattr(first_step.os, "_exit", leave)
+    monkeypatch.setattr(Learner, "step", Learner.step)  # put back afterwards
+
+
+def test_both_ways_take_one_step_of_the_same_model(leaving, monkeypatch, tmp_path):
+    learners = []
+    step = Learner.step
+    monkeypatch.setattr(
+        Learner, "step", lambda self, *x: (learners.append(self), step(self, *x))[1]
+    )
+    with pytest.raises(Left, match="^0$"):
+        first_step.nearkin(str(tmp_path / "run"))
+    assert [learner.steps_done for learner in learners] == [1]
+    config = stored_config(tmp_path / "run")
+    chosen = config.model, config.channels, config.batch_size, config.lr
+    assert chosen == (
+        first_step.MODEL,
+        first_step.CHANNELS,
+        first_step.BATCH,
+        pytest.approx(first_step.LR),
+    )
+    assert (config.optimizer, config.momentum, config.nesterov) == ("sgd", 0.9, True)
+    theirs = first_step.small_model(timm)
+    theirs.reset_classifier(0)
+    ours = learners[0].network.backbone
+    assert [p.shape for p in theirs.parameters()] == [p.shape for p in ours.parameters()]
+    strides = [[m.stride for m in n.modules() if hasattr(m, "stride")] for n in (theirs, ours)]
+    assert strides[0] == strides[1]
+
+
+def test_the_plain_way_takes_its_step(leaving):
+    with pytest.raises(Left, match="^0$"):
+        first_step.plain()
+
+
+def test_a_process_that_fails_is_an_error():
+    with pytest.raises(subprocess.CalledProcessError):
+        startup.process("nearkin", "no-such-verb")
+
+
+def test_each_first_step_has_a_run_folder_of_its_own(monkeypatch, tmp_path):
+    given = []
+    monkeypatch.setattr(startup, "process", lambda *words: given.append(words))
+    call = startup._first_step(tmp_path)
+    call()
+    call()
+    assert given[0][:2] == ("benchmarks.first_step", "nearkin")
+    assert given[0][2] != given[1][2]
+
+
+def test_time_inside_a_watched_function_is_counted_and_the_function_put_back():
+    class Owner:
+        def work(self):
+            return 3
+
+    inner, spent = Owner.work, {}
+    with evaluation.watched(Owner, "work", spent):
+        assert Owner().work() == 3
+    assert Owner.work is inner
+    assert spent["work"] > 0
+
+
+@pytest.fixture
+def small_judging(monkeypatch):
+    small = {"RUNS": 1, "MODEL": "resnet10t", "SIDE": 16, "PIXELS": (32, 24), "IMAGES": 4}
+    for name, value in small.items():
+        monkeypatch.setattr(evaluation, name, value)
+
+
+def test_the_second_ensemble_reads_what_the_first_left(small_judging, monkeypatch, tmp_path):
+    cached = []
+    evaluate = evaluation.evaluate
+
+    def watched(*given, **options):
+        result = evaluate(*given, **options)
+        cached.append(all(member["cached"] for member in result["members"]))
+        return result
+
+    monkeypatch.setattr(evaluation, "evaluate", watched)
+    evaluation.judging(tmp_path)
+    assert cached == [False, False, False, True] * 2
+
+
+def test_the_shares_are_of_one_run(monkeypatch, tmp_path):
+    monkeypatch.setattr(evaluation, "RUN", {"objective": "ce", "epochs": 1})
+    rows = evaluation.shares(tmp_path / "run")
+    assert read_description(tmp_path / "run").metrics["split"] == "test"
+    parts = [row.ratio for row in rows if "share" in row.what]
+    assert all(0 < part < 1 for part in parts)
+    assert parts[2] == pytest.approx(parts[0] + parts[1])
+    assert [row.what for row in rows if row.target is not None] == ["both together, share"]
+
+
+def test_seconds_are_minima_beside_medians():
+    row = bench.fastest({"a": [3.0, 1.0, 2.0]}, "a", "x", 0.5)
+    assert (row.ratio, row.median, row.unit, row.missed) == (1.0, 2.0, "s", True)
