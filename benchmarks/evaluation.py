@@ -19,6 +19,7 @@ from benchmarks.bench import Call, Row, Table, alternate, fastest, ratio
 from nearkin import evaluate, train
 from nearkin.evaluation.cache import FOLDER
 from nearkin.evaluation.judge import Judge
+from nearkin.training import run as beginning
 from nearkin.training import session
 from nearkin.training.journal import METRICS, read_metrics
 from nearkin.training.keeper import Keeper
@@ -94,9 +95,10 @@ def watched(owner: Any, name: str, spent: dict[str, float]) -> Iterator[None]:
 
 
 def shares(run: Path) -> list[Row]:
-    """Of one run from the call to its result: what is not training. Modules are loaded already."""
+    """Of one run in this process, from the call to its result: what is not training."""
     spent: dict[str, float] = {}
     with (
+        watched(beginning, "prepare", spent),
         watched(Keeper, "save", spent),
         watched(Judge, "predictions", spent),
         watched(session, "write_predictions", spent),
@@ -108,13 +110,18 @@ def shares(run: Path) -> list[Row]:
     events = read_metrics(run / METRICS)
     looked = sum(e["clock"]["seconds"] for e in events if e["kind"] == "validation")
     files = spent["write_predictions"] + spent["save_bundle"]
+
+    def share(what: str, seconds: float, target: float | None = None) -> Row:
+        return Row(f"its {what}", 100 * seconds / whole, None, target, False, "%")
+
     return [
         Row("a default run on digits", whole, unit="s"),
-        Row("its validation, share", looked / whole),
-        Row("its checkpoints, share", spent["save"] / whole),
-        Row("both together, share", (looked + spent["save"]) / whole, None, 0.10),
-        Row("its test split, share", spent["predictions"] / whole),
-        Row("its model and prediction files, share", files / whole),
+        share("validation", looked),
+        share("checkpoints", spent["save"]),
+        share("validation and checkpoints", looked + spent["save"], 10),
+        share("data and model, before the first step", spent["prepare"]),
+        share("test split", spent["predictions"]),
+        share("model and prediction files", files),
     ]
 
 

@@ -109,10 +109,13 @@ def test_the_shares_are_of_one_run(monkeypatch, tmp_path):
     monkeypatch.setattr(evaluation, "RUN", {"objective": "ce", "epochs": 1})
     rows = evaluation.shares(tmp_path / "run")
     assert read_description(tmp_path / "run").metrics["split"] == "test"
-    parts = [row.ratio for row in rows if "share" in row.what]
-    assert all(0 < part < 1 for part in parts)
-    assert parts[2] == pytest.approx(parts[0] + parts[1])
-    assert [row.what for row in rows if row.target is not None] == ["both together, share"]
+    validation, checkpoints, both, *others = (row.ratio for row in rows if row.unit == "%")
+    assert both == pytest.approx(validation + checkpoints)
+    assert all(0 < part < 100 for part in (validation, checkpoints, *others))
+    assert both + sum(others) < 100
+    assert [row.what for row in rows if row.target is not None] == [
+        "its validation and checkpoints"
+    ]
 
 
 def test_seconds_are_minima_beside_medians():
