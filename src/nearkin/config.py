@@ -123,6 +123,8 @@ class RunConfig(BaseModel):
     memory_format: Literal["auto", "contiguous", "channels_last"] = _option("auto", "of images")
     device: Literal["auto", "cpu", "cuda", "mps"] = _option("auto", "where to compute")
     threads: Count | Auto = _option("auto", "CPU threads of each process")
+    autotune: bool = _option(False, "settle precision, memory format and threads by a short trial")
+    compile: bool = _option(False, "compile the backbone (torch.compile)")
 
     # The record.
     out: Path | None = _option(

@@ -87,6 +87,11 @@ class Runtime:
         self.precision = precision
         self._fabric = _start_fabric(device, precision)
 
+    def at(self, precision: Precision) -> Runtime:
+        """The same processes and device with another precision."""
+        same = precision == self.precision
+        return self if same else Runtime(device=self.device.type, precision=precision)
+
     @property
     def rank(self) -> int:
         return int(self._fabric.global_rank)

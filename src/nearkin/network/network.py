@@ -39,6 +39,7 @@ class Network(nn.Module):
     ) -> None:
         super().__init__()
         self.dim, self.key = dim, RandomKey()
+        self._compiled = False
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1))
         self.backbone = backbone
@@ -85,6 +86,14 @@ class Network(nn.Module):
         resting = [head for name, head in self.heads.items() if name not in self.active]
         return [*resting, self.backbone] if self.freeze_backbone else resting
 
+    def compile_backbone(self) -> None:
+        """Let torch compile the backbone in training; the names in a state dict stay. A deep copy is not compiled.
+
+        The heads are small, and evaluation sees batches of many sizes, each of which would be compiled anew.
+        """
+        self.backbone.compile()
+        self._compiled = True
+
     def forward(self, images: Tensor) -> Outputs:
         """images: `[N, C, H, W]`, uint8 or float in [0, 1], C as `mean` has.
 
@@ -94,7 +103,11 @@ class Network(nn.Module):
             raise ValueError(f"The network reads {len(self.mean)} channels, not {images.shape[1]}.")
         if self.training:
             self.key.begin(len(images))
-        features = self.dropout(self.backbone(self._normalised(images)))
+        if self.training and self._compiled:
+            self.key.prepare(images.device)
+        plain = self._compiled and not self.training
+        backbone = self.backbone.forward if plain else self.backbone
+        features = self.dropout(backbone(self._normalised(images)))
         fields: dict[str, Tensor | None] = {
             "features": features,
             "embedding": features,

@@ -46,6 +46,12 @@ class RandomKey:
         """A forward pass over `rows` images (all views) starts."""
         self._rows, self._state = rows, None
 
+    def prepare(self, device: torch.device) -> None:
+        """Do now what the first draw would do. Compiled code then reads one tensor, not numbers that differ in each
+        step, for which it would be compiled again."""
+        if self._key is not None:
+            self._state = self._images(device)
+
     def draw(self, number: int, shape: Sequence[int], device: torch.device) -> Tensor:
         """Uniform int64 of `shape` for module `number`.
 
@@ -59,21 +65,24 @@ class RandomKey:
 
     def _images(self, device: torch.device) -> Tensor:
         """`[rows]`, one well-mixed word per row; computed once per pass."""
+        if self._state is None:
+            self._state = self._words(device)
+        return self._state
+
+    def _words(self, device: torch.device) -> Tensor:
         if self._key is None:
             raise ValueError(
                 "Dropout needs network.key.set(seed, step, offset, views) before training."
             )
-        if self._state is None:
-            seed, step, offset, views = self._key
-            if self._rows % views:
-                raise ValueError(f"{self._rows} images are not {views} views of the same number.")
-            row = torch.arange(self._rows, device=device)
-            size = self._rows // views
-            state = _absorb(torch.zeros_like(row), torch.full_like(row, seed))
-            state = _absorb(state, torch.full_like(row, step))
-            state = _absorb(state, row // size)
-            self._state = _absorb(state, row % size + offset)
-        return self._state
+        seed, step, offset, views = self._key
+        if self._rows % views:
+            raise ValueError(f"{self._rows} images are not {views} views of the same number.")
+        row = torch.arange(self._rows, device=device)
+        size = self._rows // views
+        state = _absorb(torch.zeros_like(row), torch.full_like(row, seed))
+        state = _absorb(state, torch.full_like(row, step))
+        state = _absorb(state, row // size)
+        return _absorb(state, row % size + offset)
 
 
 class KeyedDropout(nn.Module):

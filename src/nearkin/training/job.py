@@ -8,7 +8,7 @@ import os
 import statistics
 import sys
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -27,10 +27,12 @@ from nearkin.evaluation.bundle import (
     read_description,
 )
 from nearkin.network import load_weights
-from nearkin.runtime import Runtime, launched
+from nearkin.runtime import Precision, Runtime, launched
+from nearkin.training.autotune import NAMES, tuned
 from nearkin.training.checks import check_built
 from nearkin.training.forecast import counted_share, expected_share, warning
 from nearkin.training.optim import names_layers
+from nearkin.training.process import settle
 from nearkin.training.settings import (
     check,
     read_whole,
@@ -50,6 +52,11 @@ class Job(NamedTuple):
     dataset: Dataset
     built: Built
     identity: str
+
+    @property
+    def precision(self) -> Precision:
+        """Resolved, as everything is."""
+        return cast("Precision", self.config.precision)
 
 
 class Result(NamedTuple):
@@ -95,18 +102,33 @@ def prepare(
         say("note: --freeze-backbone keeps random weights; give --pretrained or --weights.", quiet)
     if config.weights is not None and fresh:
         say(str(load_weights(built.network, config.weights)), quiet)
+    config = _settled(config, runtime, built, train, quiet)
+    settle(int(config.threads))
+    _warn_of_lone_anchors(config, built, train, quiet)
+    return Job(config, dataset, built, _identity(config, dataset))
+
+
+def _settled(
+    config: RunConfig, runtime: Runtime, built: Built, train: Split, quiet: bool
+) -> RunConfig:
+    """With every `auto` that depends on the network and the machine, by rule or by trial."""
+    left_open = frozenset(name for name in NAMES if getattr(config, name) == "auto")
     config = resolve_training(
         config,
-        images=count,
+        images=len(train.labels),
         files=train.images.from_files and not read_whole(config),
         weights=sum(p.numel() for p in built.network.backbone.parameters()),
         layered=names_layers(built.network.backbone),
         device=runtime.device.type,
         ranks=launched().per_node,
+        precision=runtime.precision,
     ).model_copy(update={"options": built.spec.options, "stem": built.spec.stem})
-    torch.set_num_threads(int(config.threads))
-    _warn_of_lone_anchors(config, built, train, quiet)
-    return Job(config, dataset, built, _identity(config, dataset))
+    if not (config.autotune and left_open):
+        return config
+    views = built.objective.stages()[0].views
+    trial = tuned(config, left_open, built.network, views, runtime)
+    say(str(trial), quiet)
+    return trial.config
 
 
 def drawn(config: RunConfig, labels: NDArray[np.int64]) -> Draw:

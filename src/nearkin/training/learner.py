@@ -63,6 +63,9 @@ class Learner:
         self.ema = Teacher(self.network) if config.ema > 0 else None
         policy = stage.teacher
         self.teacher = Teacher(self.network, batchnorm=policy.batchnorm) if policy else None
+        if config.compile:
+            for network in [self.network] + ([self.teacher.network] if self.teacher else []):
+                network.compile_backbone()
         self._raw_optimizer = build_optimizer(
             self.network,
             config.optimizer,

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from nearkin.config import FREE_ON_RESUME, RunConfig, merge, validate
 from nearkin.data import WorkersDied, write_bad_files
 from nearkin.data.scan import BadImages
-from nearkin.errors import DivergedError, NearkinError
+from nearkin.errors import ConfigError, DivergedError, NearkinError
 from nearkin.evaluation.bundle import read_description
 from nearkin.objectives import get
 from nearkin.runtime import Runtime, choose_device, choose_precision
@@ -51,13 +51,12 @@ def start_run(values: Mapping[str, Any], *, quiet: bool) -> Result:
     validate(get(config.objective).Config, config.options, prefix="objective.")
 
     def work(runtime: Runtime) -> Result:
-        resolved = config.model_copy(update={"precision": runtime.precision})
         try:
-            job = prepare(resolved, runtime, quiet=quiet)
+            job = prepare(config, runtime, quiet=quiet)
         except BadImages as error:
-            raise _listed(error, resolved, runtime) from None
+            raise _listed(error, config, runtime) from None
         folder = _create_folder(job, runtime)
-        return Session(job, runtime, folder, quiet=quiet).run()
+        return Session(job, runtime.at(job.precision), folder, quiet=quiet).run()
 
     return _with_runtime(config, work)
 
@@ -89,7 +88,7 @@ def resolved(values: Mapping[str, Any]) -> RunConfig:
     config: RunConfig = validate(RunConfig, values)
 
     def work(runtime: Runtime) -> RunConfig:
-        return prepare(config.model_copy(update={"precision": runtime.precision}), runtime).config
+        return prepare(config, runtime).config
 
     return _with_runtime(config, work)
 
@@ -119,6 +118,10 @@ def _named_failures() -> Iterator[None]:
             raise DivergedError(
                 "The memory ran out; lower --batch-size, --image-size or --workers, or split the batch "
                 "with --accumulate."
+            ) from error
+        if "c++ compiler" in text:
+            raise ConfigError(
+                "--compile needs a C++ compiler, and none works here; install g++, or leave it out."
             ) from error
         raise
 

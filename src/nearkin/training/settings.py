@@ -82,10 +82,11 @@ def resolve_training(
     layered: bool,
     device: str,
     ranks: int,
+    precision: str = "fp32",
 ) -> RunConfig:
     """Everything that follows from the network, the device and the processes on it.
 
-    weights: how many the backbone has. layered: whether it names its layers.
+    weights: how many the backbone has. layered: whether it names its layers. precision: that the runtime has.
     """
     batch = int(config.batch_size)
     pretrained = config.pretrained or config.weights is not None
@@ -101,6 +102,7 @@ def resolve_training(
         "warmup_epochs": 0.05 * int(config.epochs),
         "memory_format": "channels_last" if device == "cuda" else "contiguous",
         "device": device,
+        "precision": precision,
         "threads": 1 if small or ranks > 1 else cores,
         "workers": min(8, cores) if files else 0,
     }

@@ -1,0 +1,137 @@
+"""`--autotune`: precision, memory format and threads by a short timed trial instead of by rule."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from copy import deepcopy
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nearkin.config import RunConfig
+from nearkin.network import Network
+from nearkin.runtime import Runtime, choose_precision, launched
+
+NAMES = ("precision", "memory_format", "threads")
+ROUNDS = 3  # timed steps of each choice, in turn; the fastest counts
+ENOUGH = 0.95  # of the time so far: less is no reason to change
+HOPELESS = 2.0  # times the time so far at the first step: not tried again
+PATIENCE = 90.0  # seconds, after which no further choice is tried
+
+
+class Choice(NamedTuple):
+    """What is settled together. Each is one try."""
+
+    precision: str
+    memory_format: str
+    threads: int
+
+    def __str__(self) -> str:
+        return f"{self.precision} {self.memory_format} {self.threads} thread(s)"
+
+
+class Tuned(NamedTuple):
+    """The options with what was chosen, and the seconds of each try, in the order of trying."""
+
+    config: RunConfig
+    seconds: dict[Choice, float]
+
+    def __str__(self) -> str:
+        tried = ", ".join(f"{choice} {1000 * s:.0f} ms" for choice, s in self.seconds.items())
+        chosen = Choice(*(getattr(self.config, name) for name in NAMES))
+        return f"autotune: {chosen} chosen of {tried}"
+
+
+def tuned(
+    config: RunConfig, left_open: frozenset[str], network: Network, views: int, runtime: Runtime
+) -> Tuned:
+    """Try the options of NAMES that are in `left_open`, one after the other, on copies of `network`.
+
+    The batch has this process's share of the images, of random pixels; one try is a forward and a backward pass of the
+    whole network. The rule's choice stays unless another takes less than ENOUGH of its time. The choice of the first
+    process holds for all. The global random state is left as it was. Source: our choice.
+    """
+    best = Choice(*(getattr(config, name) for name in NAMES))
+    seconds: dict[Choice, float] = {}
+    images = _images(config, runtime, views)
+    started = time.monotonic()
+    with torch.random.fork_rng(devices=[runtime.device] if runtime.device.type == "cuda" else []):
+        for name in NAMES:
+            others = [o for o in _others(name, best, runtime) if name in left_open]
+            if others and time.monotonic() - started < PATIENCE:
+                best = _fastest(best, others, network, images, seconds)
+    best = runtime.share(best)
+    return Tuned(config.model_copy(update=best._asdict()), seconds)
+
+
+def _others(name: str, best: Choice, runtime: Runtime) -> Iterator[Choice]:
+    """What else the option could be."""
+    device = runtime.device.type
+    cores = max(1, (os.cpu_count() or 1) // launched().per_node)
+    half = choose_precision("auto", device) if device == "cuda" else "bf16"
+    values: dict[str, list[Any]] = {
+        "precision": [] if device == "mps" else ["fp32", half],
+        "memory_format": ["contiguous", "channels_last"],
+        "threads": sorted({1, max(1, cores // 2), cores}) if device == "cpu" else [],
+    }
+    for value in values[name]:
+        if value != getattr(best, name):
+            yield best._replace(**{name: value})
+
+
+def _fastest(
+    best: Choice,
+    others: list[Choice],
+    network: Network,
+    images: Tensor,
+    seconds: dict[Choice, float],
+) -> Choice:
+    """The fastest of all, timed in turn, so that a busy moment of the machine meets every one of them."""
+    trials = {choice: Trial(choice, network, images) for choice in (best, *others)}
+    first = {choice: trial.seconds() for choice, trial in trials.items()}
+    kept = [c for c in trials if first[c] <= HOPELESS * min(first.values()) or c == best]
+    rounds = [{choice: trials[choice].seconds() for choice in kept} for _ in range(ROUNDS)]
+    found = first | {choice: min(each[choice] for each in rounds) for choice in kept}
+    seconds |= found
+    fastest = min(kept, key=found.__getitem__)
+    return fastest if found[fastest] < ENOUGH * found[best] else best
+
+
+class Trial:
+    """One choice on a copy of the network."""
+
+    def __init__(self, choice: Choice, network: Network, images: Tensor) -> None:
+        layout = (
+            torch.channels_last
+            if choice.memory_format == "channels_last"
+            else torch.contiguous_format
+        )
+        self.choice, self.images = choice, images.contiguous(memory_format=layout)
+        self.network = deepcopy(network).to(images.device).train()
+        self.network.to(memory_format=layout)
+        self.network.key.set(0, 0, 0, 1)
+
+    def seconds(self) -> float:
+        """Of one forward and backward pass."""
+        torch.set_num_threads(self.choice.threads)
+        device = self.images.device
+        kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.choice.precision)
+        start = time.perf_counter()
+        with torch.autocast(device.type, dtype=kind, enabled=kind is not None):
+            outputs = self.network(self.images)
+        means = [output.float().square().mean() for output in outputs if output is not None]
+        torch.autograd.backward(torch.stack(means).sum())
+        self.network.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+
+def _images(config: RunConfig, runtime: Runtime, views: int) -> Tensor:
+    rows = int(config.batch_size) // (runtime.world_size * config.accumulate)
+    shape = (max(2, views * rows), int(config.channels), *[int(config.image_size)] * 2)
+    draw = torch.Generator().manual_seed(0)
+    return torch.randint(256, shape, dtype=torch.uint8, generator=draw).to(runtime.device)
