@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.bench import save
 
-TABLES = ("pairwise", "bank", "startup", "evaluation")
+TABLES = ("pairwise", "bank", "data", "step", "startup", "evaluation")
 
 
 def main() -> int:

@@ -23,7 +23,7 @@ import torch
 
 from benchmarks import bank, pairwise
 from benchmarks.bench import Call, Row, Table, alternate, machine, output
-from benchmarks.gpu_steps import Case, prepared
+from benchmarks.training_steps import Case, prepared
 from nearkin.runtime import Precision, Runtime
 
 Record = dict[str, Any]

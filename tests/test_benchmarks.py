@@ -8,7 +8,10 @@ import math
 import pytest
 import torch
 from benchmarks import __main__ as command
-from benchmarks import bank, bench, evaluation, pairwise, startup
+from benchmarks import bank, bench, data, evaluation, pairwise, startup, step
+
+from nearkin.data import EvalSpec, eval_loader, load_dataset
+from nearkin.evaluation.tta import tta_views
 
 
 def test_a_target_is_missed_on_its_own_side():
@@ -35,9 +38,16 @@ def test_calls_alternate_after_a_round_that_does_not_count():
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(pairwise, "SAMPLES", 64)
-    for name, value in {"ENTRIES": 4096, "CLASSES": 10, "DIM": 8, "TOPK": 16}.items():
-        monkeypatch.setattr(bank, name, value)
+    sizes = {
+        pairwise: {"SAMPLES": 64},
+        bank: {"ENTRIES": 4096, "CLASSES": 10, "DIM": 8, "TOPK": 16},
+        data: {"IMAGES": 4, "BATCH": 2, "SMALL": (("test_resnet", 8, 8.0),)},
+        step: {"BATCH": 8, "CLASSES": 4, "BANK": 64, "RUNS": 2}
+        | {"LARGE": (("test_resnet", 16),), "SMALL": (("test_resnet", 16, 0.5),)},
+    }
+    for module, values in sizes.items():
+        for name, value in values.items():
+            monkeypatch.setattr(module, name, value)
     # What these do is tested in test_benchmarks_startup.py.
     monkeypatch.setattr(startup, "process", lambda *words: None)
     for part in ("judging", "shares"):
@@ -50,6 +60,7 @@ def small(monkeypatch):
         )
 
 
+@pytest.mark.filterwarnings("ignore:unclosed file")  # timm's loader leaves that to the collector
 @pytest.mark.parametrize("missed", [True, False])
 def test_every_table_is_shown_and_saved(small, monkeypatch, capsys, tmp_path, missed):
     monkeypatch.setattr(bench.Row, "missed", property(lambda row: missed))
@@ -60,6 +71,8 @@ def test_every_table_is_shown_and_saved(small, monkeypatch, capsys, tmp_path, mi
     shown = capsys.readouterr().out
     assert "SupCon (out)" in shown
     assert "published structure" in shown
+    assert "train, cached" in shown
+    assert "cone against ce" in shown
     tables = json.loads((tmp_path / "b.json").read_text())["tables"]
     ratios = [row["ratio"] for table in tables for row in table["rows"]]
     assert len(ratios) > 20
@@ -80,3 +93,19 @@ def test_the_published_structure_computes_what_we_compute(small):
     finally:
         torch.autograd.backward = original
     assert kept[0] == pytest.approx(kept[1], rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file")  # timm's loader leaves that to the collector
+def test_both_loaders_give_the_same_pixels_to_the_network(small, tmp_path):
+    """Evaluation draws nothing, so what timm's loader and ours normalise must agree but for resizing's rounding."""
+    root = data.pictures(tmp_path)
+    split = load_dataset(str(root), val_split=0).splits["train"]
+    views = tta_views("none", EvalSpec.for_size(data.SIDE, 3, data.SIDE / data.CACHED_SIDE))
+    (ours, *_) = eval_loader(split, views, range(4), batch_size=4, workers=0)
+    mine = data.normalising()._normalised(ours.images[0])
+    theirs = torch.cat([images for images, _ in data.timms(root, train=False).args[0]])
+    order = [str(path) for path in sorted(root.rglob("*.jpg"))]
+    assert [split.images.path(row) for row in range(4)] == order
+    difference = (mine - theirs).abs()
+    assert difference.mean() < 0.01
+    assert difference.max() < 0.1

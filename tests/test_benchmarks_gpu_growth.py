@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from benchmarks import bank, gpu, gpu_steps, growth
+from benchmarks import bank, gpu, growth, training_steps
 
 from nearkin.runtime import Runtime
 
@@ -153,9 +153,9 @@ def test_compiling_is_in_place_and_reaches_the_teacher(monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **_: compiled.append(module))
     runtime = Runtime(device="cpu", precision="fp32")
     case = gpu.Case("test_vit", 32, 4, 10, "cone", 64, "eager")
-    learner = gpu_steps._learner(case, gpu_steps._config(case, runtime), runtime)
+    learner = training_steps._learner(case, training_steps._config(case, runtime), runtime)
     names = set(learner.network.state_dict())
-    gpu_steps.compile_backbones(learner, "eager")
+    training_steps.compile_backbones(learner, "eager")
     assert compiled == [learner.network.backbone, learner.teacher.network.backbone]
     assert set(learner.network.state_dict()) == names
     runtime.close()
@@ -165,7 +165,7 @@ def test_the_bank_is_full_and_used():
     """Else CoNe's step would be timed without its neighbours."""
     runtime = Runtime(device="cpu", precision="fp32")
     case = gpu.Case("test_vit", 32, 4, 10, "cone", 64, None)
-    step, views = gpu_steps.prepared(case, runtime)
+    step, views = training_steps.prepared(case, runtime)
     assert views == 1
     assert {"ce", "neighbour", "consistency"} == set(step().terms)
     assert all(term > 0 for term in step().terms.values())

@@ -138,9 +138,15 @@ class _TrainViews(_Views):
 
 
 def _stacked(views: list[list[Tensor]]) -> Tensor:
-    """For each view the image of each key -> `[V, b, C, H, W]`."""
+    """For each view the image of each key -> `[V, b, C, H, W]`, in memory as the images are."""
+    images = [image for view in views for image in view]
     # In a worker this collates into shared memory, which saves a copy.
-    stacked: Tensor = default_collate([image for view in views for image in view])
+    stacked: Tensor
+    if all(image.shape[0] > 1 and image.stride(0) == 1 for image in images):
+        # Colours side by side, as decoders and resizing leave them.
+        stacked = default_collate([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+    else:
+        stacked = default_collate(images)
     return stacked.view(len(views), len(views[0]), *stacked.shape[1:])
 
 

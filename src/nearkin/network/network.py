@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ class Network(nn.Module):
     ) -> None:
         super().__init__()
         self.dim, self.key = dim, RandomKey()
-        self._compiled = False
+        self._compiled, self._layout = False, torch.contiguous_format
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1))
         self.backbone = backbone
@@ -86,6 +87,12 @@ class Network(nn.Module):
         resting = [head for name, head in self.heads.items() if name not in self.active]
         return [*resting, self.backbone] if self.freeze_backbone else resting
 
+    def lay_out(self, memory_format: Literal["contiguous", "channels_last"]) -> None:
+        """Compute in this memory format: weights now, and images as they come."""
+        formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+        self._layout = formats[memory_format]
+        self.to(memory_format=self._layout)
+
     def compile_backbone(self) -> None:
         """Let torch compile the backbone in training; the names in a state dict stay. A deep copy is not compiled.
 
@@ -125,7 +132,16 @@ class Network(nn.Module):
         return Outputs(**fields)  # type: ignore[arg-type]  # features and embedding are never None
 
     def _normalised(self, images: Tensor) -> Tensor:
+        images = images.contiguous(memory_format=self._layout)
         if images.is_floating_point():
             return (images.to(self.mean.dtype) - self.mean) / self.std
-        # In place: fresh memory for each of three passes costs more than the passes.
-        return images.to(self.mean.dtype).div_(255).sub_(self.mean).div_(self.std)
+        # In place: fresh memory for each pass costs more than the pass.
+        pixels = images.to(self.mean.dtype)
+        if self._layout != torch.channels_last:
+            return pixels.div_(255).sub_(self.mean).div_(self.std)
+        # Whole rows in one pass: three values at a time take three times as long.
+        rows = pixels.permute(0, 2, 3, 1).flatten(2)
+        scale, shift = 1 / (255 * self.std), -self.mean / self.std
+        scale, shift = (each.flatten().repeat(images.shape[-1]) for each in (scale, shift))
+        torch.addcmul(shift, rows, scale, out=rows)
+        return pixels

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 from copy import deepcopy
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ class Choice(NamedTuple):
     """What is settled together. Each is one try."""
 
     precision: str
-    memory_format: str
+    memory_format: Literal["contiguous", "channels_last"]
     threads: int
 
     def __str__(self) -> str:
@@ -104,14 +104,9 @@ class Trial:
     """One choice on a copy of the network."""
 
     def __init__(self, choice: Choice, network: Network, images: Tensor) -> None:
-        layout = (
-            torch.channels_last
-            if choice.memory_format == "channels_last"
-            else torch.contiguous_format
-        )
-        self.choice, self.images = choice, images.contiguous(memory_format=layout)
+        self.choice, self.images = choice, images
         self.network = deepcopy(network).to(images.device).train()
-        self.network.to(memory_format=layout)
+        self.network.lay_out(choice.memory_format)
         self.network.key.set(0, 0, 0, 1)
 
     def seconds(self) -> float:

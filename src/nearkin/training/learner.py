@@ -203,7 +203,7 @@ class Learner:
         torch.manual_seed((self.config.seed + step + (offset << 40)) % (1 << 63))
         views = self.stage.student_views
         self.network.key.set(self.config.seed, step, offset, views)
-        outputs: Outputs = self._wrapped(self._flat(batch.images[:views]))
+        outputs: Outputs = self._wrapped(batch.images[:views].flatten(0, 1))
         return outputs
 
     def _taught(self, batch: Batch, step: int, number: int) -> Outputs | None:
@@ -211,7 +211,7 @@ class Learner:
         if self.teacher is None or self.stage.teacher is None:
             return None
         views, own = self.stage.student_views, self.stage.teacher.crop == "own"
-        read = self._flat(batch.images[views:] if own else batch.images[:views])
+        read = (batch.images[views:] if own else batch.images[:views]).flatten(0, 1)
         salted, offset = self.config.seed ^ TEACHER_SALT, self._offset(batch, number)
         self.teacher.network.key.set(salted, step, offset, 1 if own else views)
         with self.runtime.autocast():
@@ -221,12 +221,6 @@ class Learner:
     def _offset(self, batch: Batch, number: int) -> int:
         """The position of a part's first image in the global batch."""
         return (self.runtime.rank * self.config.accumulate + number) * batch.images.shape[1]
-
-    def _flat(self, images: Tensor) -> Tensor:
-        flat = images.flatten(0, 1)
-        if self.config.memory_format == "channels_last":
-            return flat.contiguous(memory_format=torch.channels_last)
-        return flat
 
     def _gathered(self, part: Part) -> Part:
         """The part over all ranks, in the order of the global batch; without the images, which no loss reads."""

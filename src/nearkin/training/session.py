@@ -89,8 +89,8 @@ class Session:
         network, objective = self.job.built.network, self.job.built.objective
         self.runtime.place(network)
         self.runtime.place(objective)
-        if self.config.memory_format == "channels_last":
-            network.to(memory_format=torch.channels_last)
+        if self.config.memory_format != "auto":
+            network.lay_out(self.config.memory_format)
         if self.runtime.world_size > 1:
             from nearkin.network import synchronise_batchnorm
 

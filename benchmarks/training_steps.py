@@ -1,4 +1,4 @@
-"""The training steps that `benchmarks.gpu` times: nearkin's own, and a plain loop around a timm model."""
+"""The training steps that `benchmarks.step` and `benchmarks.gpu` time: nearkin's own, and a plain loop around timm."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch.nn.functional import normalize
 
 from nearkin.bank import NeighbourBank
 from nearkin.config import RunConfig, validate
-from nearkin.evaluation.bundle import ModelSpec, build
+from nearkin.evaluation.bundle import Built, ModelSpec, build
+from nearkin.network import Network
 from nearkin.network.backbone import _create, _statistics
 from nearkin.runtime import Runtime
 from nearkin.training.learner import Learner
@@ -33,7 +34,8 @@ class Case:
     classes: int
     objective: str
     bank: int
-    backend: str | None  # of torch.compile; None does not compile
+    backend: str | None = None  # of torch.compile; None does not compile
+    memory_format: str = "auto"
 
 
 def prepared(case: Case, runtime: Runtime) -> tuple[Step, int]:
@@ -67,6 +69,7 @@ def _config(case: Case, runtime: Runtime) -> RunConfig:
         "batch_size": case.batch,
         "stem": "default",  # timm's own, as in the plain loop
         "precision": runtime.precision,
+        "memory_format": case.memory_format,
     }
     if case.objective == "cone":
         given["objective.bank"] = case.bank
@@ -74,8 +77,14 @@ def _config(case: Case, runtime: Runtime) -> RunConfig:
     return resolve_data(config, images=IMAGES, side=case.side, channels=3)
 
 
-def _learner(case: Case, config: RunConfig, runtime: Runtime) -> Learner:
-    """As a training session builds one, without data."""
+def settings(case: Case, runtime: Runtime) -> tuple[RunConfig, Network]:
+    """The resolved options and the network."""
+    config = _config(case, runtime)
+    built = _built(case, config)
+    return _trained(config, built.network.backbone, runtime), built.network
+
+
+def _built(case: Case, config: RunConfig) -> Built:
     spec = ModelSpec(
         model=case.model,
         channels=3,
@@ -85,12 +94,17 @@ def _learner(case: Case, config: RunConfig, runtime: Runtime) -> Learner:
         options=config.options,
         classes=tuple(map(str, range(case.classes))),
     )
-    built = build(spec, facts=Facts(IMAGES, case.classes, case.batch, case.side, 0))
+    return build(spec, facts=Facts(IMAGES, case.classes, case.batch, case.side, 0))
+
+
+def _learner(case: Case, config: RunConfig, runtime: Runtime) -> Learner:
+    """As a training session builds one, without data."""
+    built = _built(case, config)
     config = _trained(config, built.network.backbone, runtime)
     runtime.place(built.network)
     runtime.place(built.objective)
-    if config.memory_format == "channels_last":
-        built.network.to(memory_format=torch.channels_last)
+    if config.memory_format != "auto":
+        built.network.lay_out(config.memory_format)
     steps = IMAGES // case.batch
     learner = Learner(config, runtime, built.network, built.objective, steps, case.classes)
     learner.begin(built.objective.stages()[0])

@@ -1,0 +1,164 @@
+"""Images to the network: nearkin's loaders beside timm's on one core, and their share of a step on small images."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks.bench import Call, Row, Table, alternate, ratio
+from benchmarks.training_steps import Case, prepared
+from nearkin.data import (
+    EvalSpec,
+    Split,
+    TrainOrder,
+    TrainSpec,
+    eval_loader,
+    load_dataset,
+    train_loader,
+    train_transform,
+)
+from nearkin.data.cache import Contents, make_pack, packed
+from nearkin.data.images import Arrays
+from nearkin.evaluation.tta import tta_views
+from nearkin.network import Network
+from nearkin.runtime import Runtime
+from nearkin.training.process import settle
+
+IMAGES, BATCH, SIDE, CACHED_SIDE = 128, 64, 224, 256
+SCALE = 0.35  # least share of the area in a crop, of both loaders
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SMALL = (("resnet10t", 32, 5.0), ("test_resnet", 32, 8.0))  # model, side, per cent of a step
+
+
+def pictures(root: Path) -> Path:
+    """JPEGs of 500 x 375 in two classes: random parts of the photographs that come with scikit-learn."""
+    from PIL import Image
+    from sklearn.datasets import load_sample_image
+
+    draw = np.random.default_rng(0)
+    for number in range(IMAGES):
+        photo = Image.fromarray(load_sample_image(("china.jpg", "flower.jpg")[number % 2]))
+        left, top = int(draw.integers(80)), int(draw.integers(7))
+        path = root / "train" / str(number % 2) / f"{number:04}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = photo.crop((left, top, left + 560, top + 420)).resize((500, 375))
+        part.save(path, quality=92)
+    return root
+
+
+def normalising() -> Network:
+    """What the network does before its backbone, in the layout that decoded images have."""
+    network = Network(nn.Identity(), {}, dim=3, mean=MEAN, std=STD)
+    network.lay_out("channels_last")
+    return network
+
+
+def training(split: Split) -> Call:
+    spec = TrainSpec.of("light", image_size=SIDE, channels=3, flip=True)
+    transform = train_transform(spec.model_copy(update={"crop_scale": SCALE}))
+    normalise = normalising()
+    order = TrainOrder(IMAGES, seed=0, batch_size=BATCH, first=0, last=IMAGES // BATCH)
+
+    def epoch() -> None:
+        for batch in train_loader(split, transform, order, views=1, seed=0, workers=0):
+            normalise(batch.images[0])
+
+    return epoch
+
+
+def evaluation(split: Split) -> Call:
+    normalise = normalising()
+    views = tta_views("none", EvalSpec.for_size(SIDE, 3, SIDE / CACHED_SIDE))
+
+    def epoch() -> None:
+        for batch in eval_loader(split, views, range(IMAGES), batch_size=BATCH, workers=0):
+            normalise(batch.images[0])
+
+    return epoch
+
+
+def timms(root: Path, train: bool) -> Call:
+    """timm's loader with its prefetcher, which normalises: the same crops, mirrored in half of the cases."""
+    from timm.data.dataset_factory import create_dataset
+    from timm.data.loader import create_loader
+
+    options = {"scale": (SCALE, 1.0), "color_jitter": 0.0} if train else {"crop_pct": 0.875}
+    loader = create_loader(
+        create_dataset("", root=str(root), split="train", is_training=train),
+        (3, SIDE, SIDE),
+        BATCH,
+        is_training=train,
+        num_workers=0,
+        interpolation="bilinear",
+        mean=MEAN,
+        std=STD,
+        pin_memory=False,
+        persistent_workers=False,
+        device=torch.device("cpu"),
+        **options,
+    )
+    return partial(_through, loader)
+
+
+def _through(batches: Iterable[object]) -> None:
+    for _ in batches:
+        pass
+
+
+def loaders() -> list[Row]:
+    """On one core and one thread."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = pictures(Path(folder))
+        dataset = load_dataset(str(root), val_split=0, scan=False)
+        contents = Contents(dataset, CACHED_SIDE)
+        pack = make_pack(contents, "ram", 1).pack
+        plain, cached = dataset.splits["train"], packed(dataset, contents, pack).splits["train"]
+        size = sum(path.stat().st_size for path in root.rglob("*.jpg")) / IMAGES / 1000
+        rows = []
+        kinds: tuple[tuple[str, Callable[[Split], Call], bool, float, float], ...] = (
+            ("train", training, True, 1.8, 8.0),
+            ("evaluation", evaluation, False, 1.5, 15.0),
+        )
+        for name, make, train, target, cached_target in kinds:
+            seconds = alternate(
+                {"ours": make(plain), "cached": make(cached), "timm": timms(root, train)}
+            )
+            what = f"{name}, 500 x 375 JPEG of {size:.0f} kB to {SIDE}"
+            rows.append(ratio(seconds, "ours", "timm", what, target, True))
+            rows.append(ratio(seconds, "cached", "timm", f"{name}, cached", cached_target, True))
+    return rows
+
+
+def share(runtime: Runtime, model: str, side: int, target: float) -> Row:
+    """Loading, augmentation and normalisation of a batch of small images in per cent of a step, which normalises."""
+    array = np.random.default_rng(0).integers(0, 256, (4096, side, side, 3), dtype=np.uint8)
+    split = Split("train", Arrays(array, "x"), np.arange(4096) % 10)
+    transform = train_transform(TrainSpec.of("light", image_size=side, channels=3, flip=True))
+    order = TrainOrder(4096, seed=0, batch_size=128, first=0, last=1 << 30)
+    batches = iter(train_loader(split, transform, order, views=1, seed=0, workers=0))
+    normalise = Network(nn.Identity(), {}, dim=3, mean=MEAN, std=STD)
+    step, _ = prepared(Case(model, side, 128, 10, "ce", 0), runtime)
+    seconds = alternate({"load": lambda: normalise(next(batches).images[0]), "step": step})
+    found = ratio(seconds, "load", "step", "")
+    what = f"{model}, {side} px, 128 images: loading in per cent of a step"
+    return Row(what, 100 * found.ratio, 100 * (found.median or 0), target, False, "%")
+
+
+def table() -> Table:
+    threads = torch.get_num_threads()
+    settle(1)
+    runtime = Runtime(device="cpu", precision="fp32")
+    rows = loaders() + [share(runtime, *each) for each in SMALL]
+    runtime.close()
+    torch.set_num_threads(threads)
+    setting = (
+        f"one core, no workers, {IMAGES} images in batches of {BATCH}, crops from {SCALE:g} of the area, mirrored, "
+        f"bilinear, normalised float32; timm with its prefetcher; the cache has a short side of {CACHED_SIDE}"
+    )
+    return Table("Data", setting, rows)
