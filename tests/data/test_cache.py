@@ -34,7 +34,7 @@ from nearkin.errors import ConfigError, DataError
 @pytest.fixture(autouse=True)
 def own_homes(tmp_path, monkeypatch):
     """Neither this person's caches nor the machine's shared memory are touched."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setenv("NEARKIN_CACHE_DIR", str(tmp_path / "kept"))
     memory = tmp_path / "memory"
     memory.mkdir()
     real = cache_room.home
@@ -230,13 +230,13 @@ def test_a_disk_that_fills_up_leaves_nothing(dataset, monkeypatch, tmp_path):
     monkeypatch.setattr(cache_room.np, "save", full)
     with pytest.raises(ConfigError, match="No space left on device; make room, or use --cache ram"):
         made(dataset, 20, "disk")
-    assert not list((tmp_path / "xdg" / "nearkin").iterdir())
+    assert not list((tmp_path / "kept").iterdir())
 
 
 def test_a_place_that_is_no_folder_is_one_sentence(dataset, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file" / "x"))
-    with pytest.raises(ConfigError, match="--cache disk cannot write to"):
+    monkeypatch.setenv("NEARKIN_CACHE_DIR", str(tmp_path / "file" / "x"))
+    with pytest.raises(DataError, match="cache folder .* cannot be made"):
         made(dataset, 20, "disk")
 
 
@@ -244,7 +244,7 @@ def test_an_image_that_went_bad_is_named(dataset, tmp_path):
     (tmp_path / "data" / "b" / "1.png").write_bytes(b"nothing")
     with pytest.raises(DataError, match=r"b/1.png cannot be used.*could be read at the start"):
         make_pack(Contents(dataset, 20), "disk", 2)
-    assert not list((tmp_path / "xdg" / "nearkin").glob("*"))
+    assert not list((tmp_path / "kept").glob("*"))
 
 
 def test_two_that_build_the_same_cache_both_have_it(dataset, monkeypatch):

@@ -66,7 +66,7 @@ def _digits() -> Listing:
 
 def _torchvision(name: str) -> Listing:
     source = _TORCHVISION[name]
-    folder = _cache_folder()
+    folder = cache_folder()
     parts = {
         split: _part(_fetch(name, source.kind, folder, arguments), f"{name}-{split}")
         for split, arguments in source.splits.items()
@@ -74,7 +74,8 @@ def _torchvision(name: str) -> Listing:
     return Listing(name, parts)
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Where downloads and `--cache disk` lie: $NEARKIN_CACHE_DIR, else ~/.cache/nearkin. Raises DataError."""
     given = os.environ.get(CACHE)
     folder = Path(given) if given else Path.home() / ".cache" / "nearkin"
     try:

@@ -18,6 +18,7 @@ from typing import BinaryIO, Literal, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from nearkin.data.builtin import cache_folder
 from nearkin.data.dataset import Dataset
 from nearkin.data.decode import BadImage, quiet_pillow
 from nearkin.data.images import Files
@@ -83,9 +84,9 @@ class Contents:
 
 
 def home(where: Where) -> Path:
-    """The folder that caches lie in: of this process in memory, of this person on the disk."""
+    """The folder that caches lie in. Raises DataError."""
     if where == "disk":
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nearkin"
+        return cache_folder()
     memory = Path("/dev/shm")  # each cache has a folder there that only we may enter
     return memory if memory.is_dir() else Path(tempfile.gettempdir())
 
