@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -92,13 +93,10 @@ class _Attention(torch.autograd.Function):
         key_temperature: float,
         topk: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        near, far = _scores((query, key), memory.keys)
-        mask = _unusable(ids, memory)
-        for scores in (near, far):
-            scores[:, : len(memory.keys)].masked_fill_(mask, -torch.inf)
+        near, far = _scores((query, key / key_temperature), ids, memory)
         highest = far.amax(1, keepdim=True)
         usable = ~highest.isneginf()
-        target = _target(far, highest.where(usable, 0), key_temperature, memory)
+        target = _target(far, highest.where(usable, 0), memory)
         nearest, index = largest(near, topk)
         # With fewer entries than topk, columns that only fill a group are among them: -inf, of no weight.
         index = index.clamp(max=len(memory.keys) - 1)
@@ -118,38 +116,37 @@ class _Attention(torch.autograd.Function):
         return upstream[:, None] * gradient, *[None] * 7
 
 
-def _scores(rows: tuple[Tensor, ...], keys: Tensor) -> list[Tensor]:
-    """rows . keys `[n, K]` of each, and columns of -inf up to a multiple of GROUP."""
-    count = len(keys)
+def _scores(rows: tuple[Tensor, ...], ids: Tensor, memory: Memory) -> list[Tensor]:
+    """rows . keys `[n, K]` of each, -inf where an entry is empty or shares an image with the anchor, and columns of
+    -inf up to a multiple of GROUP."""
+    count = len(memory.keys)
     scores = [each.new_empty(len(each), -(-count // GROUP) * GROUP) for each in rows]
     for each in scores:
         each[:, count:] = -torch.inf
-    for piece, part in _pieces(keys, 0, rows[0].dtype):
+    empty = memory.labels[:, 0] < 0
+    # Half the bytes to compare; no second image, -1, is no image of an entry: -2.
+    mine = torch.where(ids < 0, -2, ids).view(len(ids), -1).int()
+    theirs = memory.ids.T.int()
+    for piece, part in _pieces(memory.keys, 0, rows[0].dtype):
+        unusable = empty[piece].expand(len(ids), -1)
+        for own, other in product(mine.unbind(1), theirs[:, piece]):
+            unusable = unusable | (own[:, None] == other)
         for each, result in zip(rows, scores, strict=True):
-            torch.mm(each, part.T, out=result[:, piece])
+            # Here and now: the piece of the scores is in the cache.
+            torch.mm(each, part.T, out=result[:, piece]).masked_fill_(unusable, -torch.inf)
     return scores
 
 
-def _unusable(ids: Tensor, memory: Memory) -> Tensor:
-    """`[n, K]`: True where an entry is empty or shares an image with the anchor."""
-    mask = (memory.labels[:, 0] < 0).expand(len(ids), -1)
-    # Half the bytes to compare; no second image, -1, is no image of an entry: -2.
-    mine = torch.where(ids < 0, -2, ids).view(len(ids), -1).int()
-    for theirs in memory.ids.int().unbind(1):
-        for own in mine.unbind(1):
-            mask = mask | (own[:, None] == theirs)
-    return mask
-
-
-def _target(scores: Tensor, highest: Tensor, temperature: float, memory: Memory) -> Tensor:
-    """softmax(scores / temperature) @ probabilities', in the memory of the scores; zeros where all are -inf."""
-    attention = scores.sub_(highest).div_(temperature).exp_()
-    total = attention.sum(1)
+def _target(scores: Tensor, highest: Tensor, memory: Memory) -> Tensor:
+    """softmax(scores) @ probabilities', in the memory of the scores; zeros where all are -inf."""
+    total = torch.zeros_like(highest)
     # Transposed, because the long axis of the stored probabilities is then read as it lies.
-    target = attention.new_zeros(len(memory.probabilities), len(attention))
+    target = scores.new_zeros(len(memory.probabilities), len(scores))
     for piece, part in _pieces(memory.probabilities, 1, target.dtype):
-        target.addmm_(part, attention[:, piece].T)
-    return target.div_(total.where(total > 0, 1)).T.contiguous()
+        attention = scores[:, piece].sub_(highest).exp_()
+        total += attention.sum(1, keepdim=True)
+        target.addmm_(part, attention.T)
+    return target.T.div(total.where(total > 0, 1)).contiguous()
 
 
 def _mass(scores: Tensor, index: Tensor, labels: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
