@@ -26,6 +26,7 @@ Precision = Literal["fp32", "bf16", "fp16", "fp64"]
 _FABRIC_PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed", "fp64": "64-true"}
 # A rank that hangs is noticed in minutes; gloo's own default is half an hour.
 PATIENCE = timedelta(minutes=5)
+LONG_PATIENCE = timedelta(days=2)
 
 
 class Launch(NamedTuple):
@@ -86,6 +87,8 @@ class Runtime:
     def __init__(self, *, device: str, precision: Precision) -> None:
         self.precision = precision
         self._fabric = _start_fabric(device, precision)
+        if self.world_size > 1:
+            self._patient = dist.new_group(backend="gloo", timeout=LONG_PATIENCE)
 
     def at(self, precision: Precision) -> Runtime:
         """The same processes and device with another precision."""
@@ -163,6 +166,14 @@ class Runtime:
         dist.all_gather_object(values, value)
         return values
 
+    def collect_patiently(self, value: Any) -> list[Any]:
+        """As `collect`, where some may work for hours before they come: a scan of all images, say."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=cast("dist.ProcessGroup", self._patient))
+        return values
+
     def once_per_node(self, work: Callable[[], T]) -> T:
         """What `work` gives on the first process of each node, on all processes of that node.
 
@@ -174,7 +185,8 @@ class Runtime:
                 made = work()
             except NearkinError as error:
                 problem = error
-        told = self.collect((node, made, problem) if self._fabric.local_rank == 0 else None)
+        leads = self._fabric.local_rank == 0
+        told = self.collect_patiently((node, made, problem) if leads else None)
         failed = next((one[2] for one in told if one is not None and one[2] is not None), None)
         if failed is not None:
             raise failed
@@ -196,55 +208,6 @@ class Runtime:
         """Leave the process group, so that a second run in this process can start its own."""
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
-
-
-class Flags:
-    """What any rank may ask of all: read one step later, so that no step waits for it.
-
-    On a GPU the flags travel on a stream of their own: reading those of the last step does not wait for this one.
-    """
-
-    def __init__(self, runtime: Runtime) -> None:
-        self._alone = runtime.world_size == 1
-        self._device = runtime.device
-        self._stream = torch.cuda.Stream() if runtime.device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._sent: tuple[Tensor, Any] | None = None
-
-    def post(self, stop: bool, bad: Tensor) -> None:
-        """Send this rank's wish to stop and whether its loss is not finite (`[]` bool, on the device)."""
-        wish = torch.full((), stop, dtype=torch.bool, device=self._device)
-        flags = torch.stack([wish, bad]).to(torch.int32)
-        if self._stream is not None:
-            self._sent = self._to_host(flags, self._stream)
-        elif self._alone:
-            self._sent = flags, None
-        else:
-            self._sent = flags, dist.all_reduce(flags, op=dist.ReduceOp.MAX, async_op=True)
-
-    def read(self) -> tuple[bool, bool]:
-        """(stop, bad) of the last post, over all ranks; (False, False) before the first."""
-        if self._sent is None:
-            return False, False
-        flags, arrival = self._sent
-        if isinstance(arrival, torch.cuda.Event):
-            arrival.synchronize()
-        elif arrival is not None:
-            arrival.wait()
-        self._sent = None
-        stop, bad = flags.tolist()
-        return bool(stop), bool(bad)
-
-    def _to_host(self, flags: Tensor, stream: torch.cuda.Stream) -> tuple[Tensor, torch.cuda.Event]:
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            flags.record_stream(stream)
-            if not self._alone:
-                dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-            host = torch.empty(2, dtype=torch.int32, pin_memory=True)
-            host.copy_(flags, non_blocking=True)
-            arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            arrival.record(stream)
-        return host, arrival
 
 
 def _start_fabric(device: str, precision: Precision) -> Fabric:

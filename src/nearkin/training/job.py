@@ -195,7 +195,7 @@ def _load(config: RunConfig, runtime: Runtime, classes: tuple[str, ...] | None) 
             dataset = load()
         except NearkinError as error:
             problem = error
-    problem = runtime.share(problem)
+    problem, *_ = runtime.collect_patiently(problem)
     if problem is not None:
         raise problem
     return load() if dataset is None else dataset

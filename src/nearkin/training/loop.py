@@ -11,8 +11,9 @@ import torch
 from nearkin.config import RunConfig
 from nearkin.errors import DivergedError, Stopped
 from nearkin.objectives import Stage
-from nearkin.runtime import Flags, Runtime
+from nearkin.runtime import Runtime
 from nearkin.training.collapse import CollapseWatch
+from nearkin.training.flags import Flags
 from nearkin.training.folder import write_json
 from nearkin.training.journal import Journal
 from nearkin.training.keeper import Keeper
