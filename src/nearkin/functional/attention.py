@@ -100,6 +100,8 @@ class _Attention(torch.autograd.Function):
         nearest, index = largest(near, topk)
         # With fewer entries than topk, columns that only fill a group are among them: -inf, of no weight.
         index = index.clamp(max=len(memory.keys) - 1)
+        if nearest.dtype != query.dtype:
+            nearest = _rescored(query, nearest, index, memory.keys)
         # A row without a usable entry must not be -inf everywhere: its softmax is NaN.
         value, slope = _mass(nearest.where(usable, 0) / query_temperature, index, labels, memory)
         valid = usable.squeeze(1)
@@ -119,7 +121,8 @@ class _Attention(torch.autograd.Function):
 def _scores(rows: tuple[Tensor, ...], ids: Tensor, memory: Memory) -> list[Tensor]:
     """rows . keys `[n, K]` of each, -inf where an entry is empty or shares an image with the anchor, and columns of
     -inf up to a multiple of GROUP."""
-    count = len(memory.keys)
+    count, dtype = len(memory.keys), _multiplied(rows[0], memory.keys)
+    rows = tuple(each.to(dtype) for each in rows)
     scores = [each.new_empty(len(each), -(-count // GROUP) * GROUP) for each in rows]
     for each in scores:
         each[:, count:] = -torch.inf
@@ -127,7 +130,7 @@ def _scores(rows: tuple[Tensor, ...], ids: Tensor, memory: Memory) -> list[Tenso
     # Half the bytes to compare; no second image, -1, is no image of an entry: -2.
     mine = torch.where(ids < 0, -2, ids).view(len(ids), -1).int()
     theirs = memory.ids.T.int()
-    for piece, part in _pieces(memory.keys, 0, rows[0].dtype):
+    for piece, part in _pieces(memory.keys, 0, dtype):
         unusable = empty[piece].expand(len(ids), -1)
         for own, other in product(mine.unbind(1), theirs[:, piece]):
             unusable = unusable | (own[:, None] == other)
@@ -139,14 +142,41 @@ def _scores(rows: tuple[Tensor, ...], ids: Tensor, memory: Memory) -> list[Tenso
 
 def _target(scores: Tensor, highest: Tensor, memory: Memory) -> Tensor:
     """softmax(scores) @ probabilities', in the memory of the scores; zeros where all are -inf."""
-    total = torch.zeros_like(highest)
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    total = torch.zeros_like(highest, dtype=wide)
     # Transposed, because the long axis of the stored probabilities is then read as it lies.
-    target = scores.new_zeros(len(memory.probabilities), len(scores))
-    for piece, part in _pieces(memory.probabilities, 1, target.dtype):
+    target = total.new_zeros(len(memory.probabilities), len(scores))
+    for piece, part in _pieces(memory.probabilities, 1, scores.dtype):
         attention = scores[:, piece].sub_(highest).exp_()
-        total += attention.sum(1, keepdim=True)
-        target.addmm_(part, attention.T)
+        total += attention.sum(1, keepdim=True, dtype=wide)
+        if scores.dtype == wide:
+            target.addmm_(part, attention.T)
+        else:
+            target += part @ attention.T
     return target.T.div(total.where(total > 0, 1)).contiguous()
+
+
+def _multiplied(row: Tensor, stored: Tensor) -> torch.dtype:
+    """The type of the products: that of the store, if the processor multiplies in it; else that of the rows."""
+    half = stored.dtype == torch.bfloat16 and row.dtype == torch.float32
+    return torch.bfloat16 if half and multiplies_bf16(row.device) else row.dtype
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether products of bf16 are faster than those of float32: a CPU with avx512_bf16 or AMX, a GPU that has them."""
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+
+def _rescored(query: Tensor, rough: Tensor, index: Tensor, keys: Tensor) -> Tensor:
+    """query . keys of the chosen entries in the type of the query, -inf where `rough` is; a few anchors at a time."""
+    step = max(1, NEAR // (index.shape[1] * keys.shape[1]))
+    parts = [
+        torch.bmm(keys[i].to(q.dtype), q[:, :, None]).squeeze(2)
+        for q, i in zip(torch.split(query, step), torch.split(index, step), strict=True)
+    ]
+    return torch.cat(parts).where(~rough.isneginf(), -torch.inf)
 
 
 def _mass(scores: Tensor, index: Tensor, labels: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
