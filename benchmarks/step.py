@@ -16,7 +16,8 @@ from nearkin.training.autotune import NAMES, tuned
 from nearkin.training.process import settle
 
 BATCH, CLASSES, BANK = 64, 100, 8192
-RUNS = 15  # whole steps vary more than single products
+RUNS = 9
+COPIES = 2  # of everything: where weights happen to lie in memory is worth some per cent
 LARGE = (("resnet18", 64), ("vit_tiny_patch16_224", 64))
 # Where the bank weighs more: model, side, share of ce's images per second.
 SMALL = (("resnet10t", 32, 0.6), ("test_resnet", 32, 0.5))
@@ -30,11 +31,18 @@ def calls(runtime: Runtime, model: str, side: int) -> dict[str, Call]:
     """The plain loop; `ce`; the rivals, which see every image twice, and `ce` on as many crops."""
     cases = {n: case(model, side, n) for n in ("timm", "ce", "cone", "supcon", "schane")}
     cases["ce on twice the images"] = case(model, side, "ce", 2 * BATCH)
-    return {name: prepared(each, runtime)[0] for name, each in cases.items()}
+    return {
+        f"{name}, {copy}": prepared(each, runtime)[0]
+        for copy in range(COPIES)
+        for name, each in cases.items()
+    }
 
 
 def large(runtime: Runtime, model: str, side: int) -> list[Row]:
-    seconds = alternate(calls(runtime, model, side), RUNS)
+    single = alternate(calls(runtime, model, side), RUNS)
+    seconds: dict[str, list[float]] = {}
+    for name, times in single.items():
+        seconds.setdefault(name.split(", ")[0], []).extend(times)
     named = partial("{}, {} px: {}".format, model, side)
     twice = "ce on twice the images"
     return [
