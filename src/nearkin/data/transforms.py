@@ -248,7 +248,7 @@ class RandomPaddedCrop(Drawing):
 
 @dataclass(frozen=True)
 class RandomRegion:
-    """torchvision's RandomResizedCrop, bilinear and antialiased: the same draws and the same bits in a third of the
+    """torchvision's RandomResizedCrop, bilinear and antialiased: the same draws and the same bits in about half the
     time, since pixels whose colours lie side by side are copied out first and stay so."""
 
     side: int
