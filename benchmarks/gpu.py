@@ -174,10 +174,20 @@ def _published(device: torch.device) -> Call:
 
 def losses(device: torch.device, sizes: Sizes) -> list[Record]:
     """Forward and backward of each loss alone; the bank with its update."""
-    return [
-        attempt({"loss": name}, lambda make=make: timed(make(), device, sizes.runs))  # type: ignore[misc]
-        for name, make in loss_calls(device, sizes).items()
-    ]
+    with tensor_cores():
+        return [
+            attempt({"loss": name}, lambda make=make: timed(make(), device, sizes.runs))  # type: ignore[misc]
+            for name, make in loss_calls(device, sizes).items()
+        ]
+
+
+@contextmanager
+def tensor_cores() -> Iterator[None]:
+    """Products of float32 may be in TF32, the peers' as well: numbers that were bf16 are exact in it."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
 
 
 def table(title: str, setting: str, records: list[Record]) -> Table:
@@ -201,7 +211,7 @@ def about(device: torch.device, sizes: Sizes) -> Record:
     cuda = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if cuda else "CPU"
     settings = asdict(sizes) | {
-        "float32_products": torch.get_float32_matmul_precision(),
+        "float32_products": "highest in steps, high for the losses alone",
         "bank_alone": {"batch": bank.BATCH, "dim": bank.DIM},
     }
     return {"device": name, "cuda": torch.version.cuda, "machine": machine(), "settings": settings}

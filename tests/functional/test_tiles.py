@@ -1,8 +1,15 @@
 """Large batches: tiles and strips give what the matrices give, at any size, temperature and labels."""
 
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
 import pytest
 import torch
 from functional_cases import SOFT, differentiated, make, mixed
+from torch._dynamo.testing import CompileCounter
 from torch.autograd import gradcheck
 from torch.nn.functional import normalize, one_hot
 
@@ -63,10 +70,12 @@ def values_and_gradient(name, z, labels, temperature):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Tiles of 4 x 8 or strips of 3, from the first sample on."""
+    """Tiles of 4 x 8 or strips of 3, from the first sample on; strips as a GPU would take them, but not compiled."""
 
     def use(path):
         monkeypatch.setattr(pairs, "LARGE", 0)
+        monkeypatch.setattr(pairs, "LARGE_ON_GPU", 0)
+        monkeypatch.setattr(pairs, "on_gpu", lambda _: path == "fused strips")
         monkeypatch.setattr(pairs, "STEEP", 0.0 if path == "strips" else 1000.0)
         monkeypatch.setattr(tiles, "HEIGHT", 4)
         monkeypatch.setattr(tiles, "WIDTH", 8)
@@ -86,7 +95,7 @@ def close(found, expected, relative):
 
 
 @every
-@paths
+@pytest.mark.parametrize("path", ["tiles", "strips", "fused strips"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("count", [2, 22, 24])
 def test_as_from_matrices(name, path, kind, count, small):
@@ -160,6 +169,45 @@ def test_which_way_is_taken(monkeypatch):
     assert asked == ["tiles", "tiles", "strips", "strips"]
 
 
+def test_which_way_is_taken_on_a_gpu(monkeypatch):
+    """At any temperature; compiled where there is a compiler for it."""
+    asked = []
+    monkeypatch.setattr(pairs, "on_gpu", lambda _: True)
+    monkeypatch.setattr(pairs, "LARGE_ON_GPU", 100)
+    monkeypatch.setattr(pairs, "fused", lambda sums: asked.append(sums) or sums)
+    for count, wanted in ((99, []), (100, [pairs._sums])):
+        z, labels = rows_of(count), labels_of("some", count)
+        pairs.pair_sums(z, labels, 0.01, pairs.LogSum("others"))
+        assert asked == wanted
+    pairs.softplus_sum(z, labels, 0.01, z[:, 0])
+    assert asked == [pairs._sums, pairs._softplus]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_strips_are_compiled_where_there_is_a_compiler(there, monkeypatch):
+    counter = CompileCounter()
+    monkeypatch.setattr(strips, "has_triton", lambda: there)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    strips.fused.cache_clear()
+    assert (strips.fused(pairs._sums) is pairs._sums) != there
+    assert strips.fused(pairs._sums) is strips.fused(pairs._sums)
+    strips.fused.cache_clear()
+
+
+@pytest.mark.slow
+def test_compiled_strips():
+    """By torch's compiler for this processor, in a process without the checks of types, which it cannot follow."""
+    script = Path(__file__).with_name("compiled_strips.py")
+    done = subprocess.run([sys.executable, "-W", "error", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found.keys() == {"supcon_out", "schane", "sincere"}
+    for name, (errors, graphs, breaks) in found.items():
+        assert max(errors) < 1e-12, name
+        assert graphs > 0, name
+        assert breaks == 0, name
+
+
 @pytest.mark.parametrize("kind", ["2048 classes", "one class", "distinct", "lone"])
 @pytest.mark.parametrize("name", ["supcon_out", "supcon_in", "sincere", "schane 1.0 mean"])
 def test_4096_samples(name, kind):
@@ -179,7 +227,7 @@ def test_4096_samples(name, kind):
     shared = labels[few, None] == labels
     shared[torch.arange(len(few)), few] = False
     assert torch.equal(valid[few], shared.any(1))
-    expected = pairs._sums(z.double(), labels, 0.1, (pairs.LogSum("others"),), slice(0, 4096, 64))
+    expected = pairs._sums(labels, 0.1, (pairs.LogSum("others"),), z.double(), few)
     if name == "supcon_out" and kind != "distinct":
         similarity = z[few].double() @ z.double().T / 0.1
         mean = (similarity * shared).sum(1) / shared.sum(1).clamp(min=1)

@@ -202,10 +202,15 @@ def _mix(weights: Tensor, index: Tensor, keys: Tensor) -> Tensor:
 
 
 def _pieces(stored: Tensor, axis: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Parts of `stored` along the axis of entries, in `dtype`: views, or one after another in a buffer."""
-    buffer = stored.new_empty(PIECE * stored.shape[1 - axis], dtype=dtype)
-    for start in range(0, stored.shape[axis], PIECE):
-        part = stored.narrow(axis, start, min(PIECE, stored.shape[axis] - start))
+    """Parts of `stored` along the axis of entries, in `dtype`: views, or one after another in a buffer.
+
+    A GPU has no such cache, and few calls are best for it: where nothing is widened, one part is all.
+    """
+    count = stored.shape[axis]
+    size = PIECE if stored.device.type == "cpu" or stored.dtype != dtype else max(1, count)
+    buffer = stored.new_empty(size * stored.shape[1 - axis] * (stored.dtype != dtype), dtype=dtype)
+    for start in range(0, count, size):
+        part = stored.narrow(axis, start, min(size, count - start))
         if part.dtype != dtype:
             part = buffer[: part.numel()].view(part.shape).copy_(part)
         yield slice(start, start + part.shape[axis]), part

@@ -6,7 +6,8 @@ while these are small, else by tiles or strips, so that memory grows with N and 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import partial
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +16,12 @@ from torch import Tensor
 
 from nearkin.functional.checks import check_labels, check_positive
 from nearkin.functional.labels import Labels, shared_classes
-from nearkin.functional.strips import in_strips
+from nearkin.functional.strips import fused, in_strips
 from nearkin.functional.terms import Count, LogSum, Over, Term
 from nearkin.functional.tile_sums import EXACT, softplus_in_tiles, sums_in_tiles
 
 LARGE = 1024  # samples from which tiles are faster than matrices (measured: docs/performance.md)
+LARGE_ON_GPU = 4096  # our guess: below, the matrices are small there and nothing has to be compiled
 STEEP = 40.0  # e^40 and e^-40, times any number of samples, are far inside the range of float32
 
 Sums = tuple[Tensor, ...]
@@ -42,19 +44,20 @@ class Pairs(NamedTuple):
 def pair_sums(
     features: Float[Tensor, "n d"], labels: Labels, temperature: float, *terms: Term
 ) -> Sums:
-    """The `terms` of each sample, `[N]` each. From `LARGE` samples on they can be differentiated once only.
+    """The `terms` of each sample, `[N]` each. Of a large batch they can be differentiated once only.
 
     features: `[N, d]` rows of unit length, which bounds s by 1 / temperature. labels: `[N]` integers or `[N, C]` rows.
     Raises ValueError when temperature or the shape of labels is wrong. Source: our choice.
     """
     _check(features, labels, temperature)
     steepest = max((term.scale for term in terms if isinstance(term, LogSum)), default=0.0)
-    if len(features) < LARGE:
-        return _sums(features, labels, temperature, terms, slice(0, len(features)))
-    if steepest / temperature <= STEEP:
+    way = _way(features, steepest / temperature)
+    if way == "tiles":
         return sums_in_tiles(features, labels, temperature, terms)
-    # Slower, but any temperature is safe: each exponential is shifted by its anchor's largest.
-    return in_strips(features, lambda z, anchors: _sums(z, labels, temperature, terms, anchors))
+    if way == "matrices":
+        return _sums(labels, temperature, terms, features, _all(features))
+    sums = fused(_sums) if way == "fused strips" else _sums
+    return in_strips(partial(sums, labels, temperature, terms), features)
 
 
 def softplus_sum(
@@ -62,11 +65,12 @@ def softplus_sum(
 ) -> Float[Tensor, " n"]:
     """sum_p a_ip softplus(level_i - s_ip), `[N]`, differentiable in features and level; else as `pair_sums`."""
     _check(features, labels, temperature)
-    if len(features) >= LARGE:
+    way = _way(features, 0.0)  # nothing here can overflow
+    if way == "tiles":
         return softplus_in_tiles(features, labels, temperature, level)
-    pairs = _pairs(features, labels, temperature, slice(0, len(features)))
-    rises = F.softplus(level[:, None] - pairs.similarity, threshold=EXACT)
-    return (pairs.weights("positives") * rises).sum(1)
+    if way == "matrices":
+        return _softplus(labels, temperature, features, level, _all(features))[0]
+    return in_strips(partial(fused(_softplus), labels, temperature), features, level)[0]
 
 
 def not_self(square: Tensor) -> Bool[Tensor, "n n"]:
@@ -95,19 +99,48 @@ def _check(features: Tensor, labels: Labels, temperature: float) -> None:
     check_labels(labels, len(features))
 
 
-def _pairs(features: Tensor, labels: Labels, temperature: float, anchors: slice) -> Pairs:
-    similarity = features[anchors] @ features.T / temperature
-    samples = torch.arange(len(features), device=features.device)
-    other = (samples[anchors, None] != samples).to(features.dtype)
-    return Pairs(similarity, shared_classes(labels[anchors], labels, features.dtype), other)
+def _way(
+    features: Tensor, steepness: float
+) -> Literal["matrices", "tiles", "strips", "fused strips"]:
+    """steepness: the largest factor of a cosine in an exponential."""
+    if on_gpu(features):
+        return "matrices" if len(features) < LARGE_ON_GPU else "fused strips"
+    if len(features) < LARGE:
+        return "matrices"
+    # Strips are slower, but any temperature is safe: each exponential is shifted by its anchor's largest.
+    return "tiles" if steepness <= STEEP else "strips"
+
+
+def on_gpu(features: Tensor) -> bool:
+    """Whether kernels are compiled for where these lie."""
+    return features.is_cuda
+
+
+def _all(features: Tensor) -> Tensor:
+    return torch.arange(len(features), device=features.device)
+
+
+def _pairs(features: Tensor, labels: Labels, temperature: float, anchors: Tensor) -> Pairs:
+    similarity = features.index_select(0, anchors) @ features.T / temperature
+    other = (anchors[:, None] != _all(features)).to(features.dtype)
+    own = labels.index_select(0, anchors)
+    return Pairs(similarity, shared_classes(own, labels, features.dtype), other)
 
 
 def _sums(
-    features: Tensor, labels: Labels, temperature: float, terms: tuple[Term, ...], anchors: slice
+    labels: Labels, temperature: float, terms: tuple[Term, ...], features: Tensor, anchors: Tensor
 ) -> Sums:
     """The terms of the anchors, from matrices."""
     pairs = _pairs(features, labels, temperature, anchors)
     return tuple(_sum(pairs, term) for term in terms)
+
+
+def _softplus(
+    labels: Labels, temperature: float, features: Tensor, level: Tensor, anchors: Tensor
+) -> Sums:
+    pairs = _pairs(features, labels, temperature, anchors)
+    rises = F.softplus(level[anchors, None] - pairs.similarity, threshold=EXACT)
+    return ((pairs.weights("positives") * rises).sum(1),)
 
 
 def _sum(pairs: Pairs, term: Term) -> Tensor:
