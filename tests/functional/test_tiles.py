@@ -70,15 +70,15 @@ def values_and_gradient(name, z, labels, temperature):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Tiles of 4 x 8 or strips of 3, from the first sample on; strips as a GPU would take them, but not compiled."""
+    """Tiles of 8 x 4 or strips of 3, from the first sample on; strips as a GPU would take them, but not compiled."""
 
     def use(path):
         monkeypatch.setattr(pairs, "LARGE", 0)
         monkeypatch.setattr(pairs, "LARGE_ON_GPU", 0)
         monkeypatch.setattr(pairs, "on_gpu", lambda _: path == "fused strips")
         monkeypatch.setattr(pairs, "STEEP", 0.0 if path == "strips" else 1000.0)
-        monkeypatch.setattr(tiles, "HEIGHT", 4)
-        monkeypatch.setattr(tiles, "WIDTH", 8)
+        monkeypatch.setattr(tiles, "HEIGHT", 8)
+        monkeypatch.setattr(tiles, "WIDTH", 4)
         monkeypatch.setattr(strips, "HEIGHT", 3)
 
     return use
@@ -92,6 +92,18 @@ def close(found, expected, relative):
     for a, b in ((found[0], expected[0]), (found[2], expected[2])):
         assert torch.isfinite(a).all()
         assert (a - b).norm() <= relative * b.norm() + 1e-14
+
+
+@every
+@pytest.mark.parametrize("kept", [0, 40, 2**22])
+def test_what_is_kept_changes_nothing(name, kept, small, monkeypatch):
+    """No tile, some of them, or all are found again by the backward pass: the same bits."""
+    small("tiles")
+    z, labels = rows_of(22), labels_of("mixed", 22)
+    expected = values_and_gradient(name, z, labels, 0.1)
+    monkeypatch.setattr(tiles, "KEPT", kept)
+    found = values_and_gradient(name, z, labels, 0.1)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @every
@@ -244,7 +256,7 @@ def test_large_batches_are_differentiated_once(small):
 
 
 def test_memory_grows_with_the_samples_and_not_with_their_pairs():
-    """No tensor of more than a tile or the features: counted through every operation, forward and backward."""
+    """No tensor of more than a tile, what is kept, or the features: counted through every operation, both ways."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):
@@ -262,7 +274,8 @@ def test_memory_grows_with_the_samples_and_not_with_their_pairs():
     for name in IN_PAIRS:
         with Largest() as largest:
             F.mean_valid(IN_PAIRS[name](z, labels, 0.1)).backward()
-        assert largest.size <= max(tiles.HEIGHT * tiles.WIDTH, z.numel()), name
+        assert largest.size <= max(tiles.HEIGHT * tiles.WIDTH, tiles.KEPT, z.numel()), name
+    assert len(z) ** 2 > 3 * largest.size
     with Largest() as largest:
         F.mean_valid(F.supcon_out(z, labels, temperature=0.01)).backward()
     assert largest.size <= max(strips.HEIGHT * len(z), z.numel())

@@ -42,16 +42,14 @@ class _Sums(torch.autograd.Function):
         sums = tiles.z.new_zeros(len(terms), len(tiles.z))
         for tile in tiles.all():
             for term, total in zip(terms, sums, strict=True):
-                if not tile.lacks(term.over):
-                    values = tile.weighed(_values(tile, term), term.over)
+                over = "positives" if isinstance(term, Count) else term.over
+                if not tile.lacks(over):
+                    values = tile.weighed(_values(tile, term), over)
                     tile.gather_rows(total, values)
                     tile.gather_cols(total, values)
         ctx.tiles, ctx.terms = tiles, terms
         ctx.save_for_backward(sums)
-        results = [
-            total.where(total > 0, 1).log() if isinstance(term, LogSum) else total
-            for term, total in zip(terms, sums, strict=True)
-        ]
+        results = [_result(term, total) for term, total in zip(terms, sums, strict=True)]
         return torch.stack([tiles.in_batch_order(result) for result in results])
 
     @staticmethod
@@ -78,6 +76,16 @@ def _values(tile: Tile, term: Term) -> Tensor:
     return tile.buffer("ones").fill_(1) if isinstance(term, Count) else tile.similarity
 
 
+def _result(term: Term, total: Tensor) -> Tensor:
+    """The term, from the sums of its values; of a count, from those over the positives: few tiles hold any."""
+    if isinstance(term, LogSum):
+        return total.where(total > 0, 1).log()
+    if isinstance(term, Count) and term.over != "positives":
+        others = len(total) - 1
+        return others - total if term.over == "negatives" else torch.full_like(total, others)
+    return total
+
+
 def _steepness(term: Term, total: Tensor) -> Tensor:
     """What all derivatives of a sample's term have in common; 0 for a sample without any weight."""
     if isinstance(term, LogSum):
@@ -87,15 +95,19 @@ def _steepness(term: Term, total: Tensor) -> Tensor:
 
 def _slopes(tile: Tile, sloped: list[tuple[Term, Tensor]]) -> Tensor:
     """The derivatives of the anchors' terms for s_ij: those of i and of j, which weigh alike, added."""
-    parts: list[Tensor] = []
+    total: Tensor | None = None
     for term, factor in sloped:
-        buffer = tile.buffer("more slopes" if parts else "slopes")
+        buffer = tile.buffer("slopes" if total is None else "more slopes")
         slopes = torch.add(factor[tile.rows, None], factor[tile.cols], out=buffer)
-        if isinstance(term, LogSum):
-            slopes.mul_(tile.power(term.scale))
         tile.weigh_(slopes, term.over)
-        parts = [parts[0].add_(slopes)] if parts else [slopes]
-    return parts[0]
+        if not isinstance(term, LogSum):
+            total = slopes if total is None else total.add_(slopes)
+        elif total is None:
+            total = slopes.mul_(tile.power(term.scale))
+        else:
+            total.addcmul_(slopes, tile.power(term.scale))
+    assert total is not None  # the caller has at least one
+    return total
 
 
 class _Softplus(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""The pairs of a batch one tile after another: only the upper triangle, for the matrix of similarities is symmetric."""
+"""The pairs of a batch one tile after another: only the lower triangle, for the matrix of similarities is symmetric."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from torch import Tensor
 from nearkin.functional.labels import Labels, shared_classes
 from nearkin.functional.terms import Over
 
-HEIGHT = 256  # rows of a tile
-WIDTH = 2048  # most columns of a tile: it and its exponentials stay in the cache
+HEIGHT = 2048  # most rows of a tile: it and its exponentials stay in the cache
+WIDTH = 256  # its columns; products of wide tiles take up to 1.8 times as long in some processes, of tall ones never
+KEPT = 2**22  # similarities that the backward pass finds again: 16 MiB
 
 
 class Tile:
-    """The samples `rows` with the samples `cols`, none of which comes before the rows.
+    """The samples `rows` with the samples `cols`, none of which comes after the rows.
 
-    similarity: s_ij, `[rows, cols]`. positive: a_ij, or None where no pair is positive. own: how many of the columns,
-    the first, are the rows themselves, so that each of their pairs stands there twice: all or none.
+    similarity: s_ij, `[rows, cols]`. positive: a_ij, or None where no pair is positive. own: how many of the rows,
+    the first, are the columns themselves, so that each of their pairs stands there twice: all or none.
     """
 
-    def __init__(self, buffers: Buffers, rows: slice, cols: slice, z: Tensor) -> None:
-        self.rows, self.cols = rows, cols
-        self.own = rows.stop - rows.start if rows.start == cols.start else 0
+    def __init__(self, buffers: Buffers, rows: slice, cols: slice, similarity: Tensor) -> None:
+        self.rows, self.cols, self.similarity = rows, cols, similarity
+        self.own = cols.stop - cols.start if rows.start == cols.start else 0
         self.positive: Tensor | None = None
         self._buffers = buffers
         self._shape = (rows.stop - rows.start, cols.stop - cols.start)
-        self.similarity = torch.mm(z[rows], z[cols].T, out=self.buffer("similarity"))
         self._powers: dict[float, Tensor] = {}
         self._negatives: Tensor | None = None
 
     @property
     def beyond(self) -> slice:
-        """The columns that are not rows as well."""
-        return slice(self.cols.start + self.own, self.cols.stop)
+        """The rows that are not columns as well."""
+        return slice(self.rows.start + self.own, self.rows.stop)
 
     def buffer(self, name: str) -> Tensor:
         """Memory in the tile's shape, which the next tile uses again."""
@@ -71,17 +71,17 @@ class Tile:
         return self._powers[scale]
 
     def gather_rows(self, sums: Tensor, values: Tensor) -> None:
-        """Add the sum of each row of `values` to `sums` `[N]`."""
-        sums[self.rows] += values.sum(1)
+        """Add the sum of each row of `values` that is not a column as well to `sums` `[N]`."""
+        sums[self.beyond].add_(values[self.own :].sum(1))
 
     def gather_cols(self, sums: Tensor, values: Tensor) -> None:
-        """Add the sum of each column that is not a row as well."""
-        sums[self.beyond] += values[:, self.own :].sum(0)
+        """Add the sum of each column."""
+        sums[self.cols].add_(values.sum(0))
 
     def spread(self, gradient: Tensor, slopes: Tensor, z: Tensor) -> None:
         """Add to `gradient` `[N, d]` what reaches z through s_ij and s_ji, whose `slopes` are added up already."""
-        gradient[self.rows].addmm_(slopes, z[self.cols])
-        gradient[self.beyond].addmm_(slopes[:, self.own :].T, z[self.rows])
+        gradient[self.cols].addmm_(slopes.T, z[self.rows])
+        gradient[self.beyond].addmm_(slopes[self.own :], z[self.cols])
 
     def _negative(self, positive: Tensor) -> Tensor:
         if self._negatives is None:
@@ -117,36 +117,53 @@ class Tiles:
         self.z = features[self.order].mul_(self.scale)
         self._labels = labels[self.order].detach()
         self._buffers = Buffers(self.z)
-        ends = [*range(0, len(features), HEIGHT), len(features)]
-        self._rows = [slice(*bounds) for bounds in pairwise(ends)]
+        self._kept: dict[tuple[int, int], Tensor] = {}
+        # One block, which the allocator keeps for the next step; many small ones it would give back.
+        self._free = self.z.new_empty(min(KEPT, len(features) ** 2))
+        ends = [*range(0, len(features), WIDTH), len(features)]
+        self._cols = [slice(*bounds) for bounds in pairwise(ends)]
 
     def near(self) -> Iterator[Tile]:
         """Tiles that may hold positive pairs."""
-        for rows, end in zip(self._rows, self._ends(), strict=True):
-            for cols in _chunks(rows.start, end):
-                tile = Tile(self._buffers, rows, cols, self.z)
+        for cols, end in zip(self._cols, self._ends(), strict=True):
+            for rows in _chunks(cols.start, end):
+                tile = self._tile(rows, cols)
                 tile.positive = shared_classes(self._labels[rows], self._labels[cols], self.z.dtype)
                 yield tile
 
     def all(self) -> Iterator[Tile]:
-        """The upper triangle: those, and the tiles without a positive pair."""
+        """The lower triangle: those, and the tiles without a positive pair."""
         yield from self.near()
-        for rows, end in zip(self._rows, self._ends(), strict=True):
-            for cols in _chunks(end, len(self.z)):
-                yield Tile(self._buffers, rows, cols, self.z)
+        for cols, end in zip(self._cols, self._ends(), strict=True):
+            for rows in _chunks(end, len(self.z)):
+                yield self._tile(rows, cols)
 
     def in_batch_order(self, rows: Tensor) -> Tensor:
         """Rows in the order of the batch, from rows in that of the tiles."""
         return torch.empty_like(rows).index_copy_(0, self.order, rows)
 
+    def _tile(self, rows: slice, cols: slice) -> Tile:
+        """Similarities of the first tiles are kept for the backward pass, of others computed again."""
+        key, shape = (rows.start, cols.start), (rows.stop - rows.start, cols.stop - cols.start)
+        similarity, size = self._kept.get(key), shape[0] * shape[1]
+        if similarity is None:
+            keep = size <= len(self._free)
+            similarity = (
+                self._free[:size].view(shape) if keep else self._buffers.of("similarity", shape)
+            )
+            torch.mm(self.z[rows], self.z[cols].T, out=similarity)
+            if keep:
+                self._kept[key], self._free = similarity, self._free[size:]
+        return Tile(self._buffers, rows, cols, similarity)
+
     def _ends(self) -> list[int]:
-        """Where the classes of each strip of rows end.
+        """Where the classes of each strip of columns end.
 
         Soft labels may share a class anywhere; and any device but the CPU would have to be waited for.
         """
         if self._labels.ndim == 2 or self._labels.device.type != "cpu":
-            return [len(self.z)] * len(self._rows)
-        last = self._labels[[rows.stop - 1 for rows in self._rows]]
+            return [len(self.z)] * len(self._cols)
+        last = self._labels[[cols.stop - 1 for cols in self._cols]]
         ends: list[int] = torch.searchsorted(self._labels, last, right=True).tolist()
         return ends
 
@@ -159,4 +176,4 @@ def _hard_if_known(labels: Labels) -> Labels:
 
 
 def _chunks(start: int, end: int) -> list[slice]:
-    return [slice(i, min(i + WIDTH, end)) for i in range(start, end, WIDTH)]
+    return [slice(i, min(i + HEIGHT, end)) for i in range(start, end, HEIGHT)]
