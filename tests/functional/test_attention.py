@@ -87,7 +87,8 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("piece", [1, 7, 2048])
 def test_as_the_plain_functions(name, piece, monkeypatch):
-    monkeypatch.setattr(attention, "PIECE", piece)
+    monkeypatch.setattr(attention, "KEYS", piece)
+    monkeypatch.setattr(attention, "SHARES", (piece, 3))
     monkeypatch.setattr(attention, "NEAR", 40)
     x = case(**CASES[name])
     expected, found = gradient(plain, *x), gradient(ours, *x)
@@ -185,21 +186,21 @@ def test_float64_never_multiplies_in_half_precision(monkeypatch):
     assert all(torch.allclose(a.double(), b.double()) for a, b in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("columns", [16, 160, 1600])
+@pytest.mark.parametrize("rows", [16, 160, 1600])
 @pytest.mark.parametrize("count", [1, 5, 60, 5000])
 @pytest.mark.parametrize("kind", ["normal", "ties", "masked", "all masked"])
-def test_the_largest_by_groups_are_those_of_topk(columns, count, kind):
-    scores = torch.randn(7, columns, generator=torch.Generator().manual_seed(columns))
+def test_the_largest_by_groups_are_those_of_topk(rows, count, kind):
+    scores = torch.randn(rows, 7, generator=torch.Generator().manual_seed(rows))
     if kind == "ties":
         scores = scores.round()
     if kind == "masked":
-        scores[:, ::3] = -torch.inf
+        scores[::3] = -torch.inf
     if kind == "all masked":
         scores[:] = -torch.inf
     values, index = topk.largest(scores, count)
-    assert torch.equal(scores.gather(1, index), values)
+    assert torch.equal(scores.T.gather(1, index), values)
     assert all(len(set(row.tolist())) == len(row) for row in index)
-    expected = scores.topk(min(count, columns), dim=1).values
+    expected = scores.T.topk(min(count, rows), dim=1).values
     assert torch.equal(values.sort(1, descending=True).values, expected)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from nearkin.functional.checks import check_labels, check_positive, check_rows
 from nearkin.functional.labels import Labels, SoftPairs, bank_positiveness
@@ -19,7 +19,11 @@ from nearkin.functional.precision import full_precision
 from nearkin.functional.topk import GROUP, largest
 
 ANCHORS = 64  # at a time: their scores take 8 bytes an entry of the bank
-PIECE = 2048  # entries of the bank widened at a time: they stay in the cache
+KEYS = 2048  # keys at a time: widened, they stay in the cache
+SHARES = (
+    8192,
+    128,
+)  # probabilities at a time, entries and classes: likewise, and rows are long enough to stream
 NEAR = 2**20  # numbers of chosen neighbours gathered at a time
 
 
@@ -94,9 +98,10 @@ class _Attention(torch.autograd.Function):
         topk: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         near, far = _scores((query, key / key_temperature), ids, memory)
-        highest = far.amax(1, keepdim=True)
+        highest = far.amax(0)
         usable = ~highest.isneginf()
         target = _target(far, highest.where(usable, 0), memory)
+        usable = usable[:, None]
         nearest, index = largest(near, topk)
         # With fewer entries than topk, columns that only fill a group are among them: -inf, of no weight.
         index = index.clamp(max=len(memory.keys) - 1)
@@ -119,41 +124,48 @@ class _Attention(torch.autograd.Function):
 
 
 def _scores(rows: tuple[Tensor, ...], ids: Tensor, memory: Memory) -> list[Tensor]:
-    """rows . keys `[n, K]` of each, -inf where an entry is empty or shares an image with the anchor, and columns of
-    -inf up to a multiple of GROUP."""
+    """keys . rows `[K, n]` of each, -inf where an entry is empty or shares an image with the anchor, and rows of -inf
+    up to a multiple of GROUP. An entry's scores side by side, because few anchors make the best right factor."""
     count, dtype = len(memory.keys), _multiplied(rows[0], memory.keys)
-    rows = tuple(each.to(dtype) for each in rows)
-    scores = [each.new_empty(len(each), -(-count // GROUP) * GROUP) for each in rows]
+    anchors = [each.to(dtype).T for each in rows]
+    scores = [each.new_empty(-(-count // GROUP) * GROUP, len(ids)) for each in anchors]
     for each in scores:
-        each[:, count:] = -torch.inf
-    empty = memory.labels[:, 0] < 0
+        each[count:] = -torch.inf
+    empty = memory.labels[:, :1] < 0
     # Half the bytes to compare; no second image, -1, is no image of an entry: -2.
     mine = torch.where(ids < 0, -2, ids).view(len(ids), -1).int()
-    theirs = memory.ids.T.int()
-    for piece, part in _pieces(memory.keys, 0, dtype):
-        unusable = empty[piece].expand(len(ids), -1)
-        for own, other in product(mine.unbind(1), theirs[:, piece]):
-            unusable = unusable | (own[:, None] == other)
-        for each, result in zip(rows, scores, strict=True):
+    theirs = memory.ids.int()
+    keys = _Widened(dtype)
+    for piece in _steps(memory.keys, count, KEYS):
+        unusable = empty[piece].expand(-1, len(ids)).clone()
+        for own, other in product(mine.unbind(1), theirs[piece].unbind(1)):
+            unusable |= other[:, None] == own
+        part = keys.of(memory.keys[piece])
+        for each, result in zip(anchors, scores, strict=True):
             # Here and now: the piece of the scores is in the cache.
-            torch.mm(each, part.T, out=result[:, piece]).masked_fill_(unusable, -torch.inf)
+            torch.mm(part, each, out=result[piece]).masked_fill_(unusable, -torch.inf)
     return scores
 
 
 def _target(scores: Tensor, highest: Tensor, memory: Memory) -> Tensor:
-    """softmax(scores) @ probabilities', in the memory of the scores; zeros where all are -inf."""
+    """The probabilities' mean by softmax(scores), in the memory of the scores; zeros where all are -inf."""
     wide = torch.promote_types(scores.dtype, torch.float32)
-    total = torch.zeros_like(highest, dtype=wide)
-    # Transposed, because the long axis of the stored probabilities is then read as it lies.
-    target = total.new_zeros(len(memory.probabilities), len(scores))
-    for piece, part in _pieces(memory.probabilities, 1, scores.dtype):
-        attention = scores[:, piece].sub_(highest).exp_()
-        total += attention.sum(1, keepdim=True, dtype=wide)
-        if scores.dtype == wide:
-            target.addmm_(part, attention.T)
-        else:
-            target += part @ attention.T
-    return target.T.div(total.where(total > 0, 1)).contiguous()
+    stored = memory.probabilities
+    total, target = (
+        torch.zeros_like(highest, dtype=wide),
+        stored.new_zeros(len(stored), len(highest), dtype=wide),
+    )
+    shares = _Widened(scores.dtype)
+    for piece in _steps(stored, stored.shape[1], SHARES[0]):
+        attention = scores[piece].sub_(highest).exp_()
+        total += attention.sum(0, dtype=wide)
+        for classes in _steps(stored, len(stored), SHARES[1]):
+            part = shares.of(stored[classes, piece])
+            if scores.dtype == wide:
+                target[classes].addmm_(part, attention)
+            else:
+                target[classes] += part @ attention
+    return target.div_(total.where(total > 0, 1)).T.contiguous()
 
 
 def _multiplied(row: Tensor, stored: Tensor) -> torch.dtype:
@@ -192,25 +204,28 @@ def _mass(scores: Tensor, index: Tensor, labels: Tensor, memory: Memory) -> tupl
 
 
 def _mix(weights: Tensor, index: Tensor, keys: Tensor) -> Tensor:
-    """sum_j weights_ij keys[index_ij] `[n, d]`, a few anchors at a time."""
-    step = max(1, NEAR // (index.shape[1] * keys.shape[1]))
-    parts = [
-        torch.bmm(w[:, None], keys[i].to(weights.dtype)).squeeze(1)
-        for w, i in zip(torch.split(weights, step), torch.split(index, step), strict=True)
-    ]
-    return torch.cat(parts)
+    """sum_j weights_ij keys[index_ij] `[n, d]`, read and added at once; in the type of the store, but float64 stays."""
+    dtype = keys.dtype if weights.dtype == torch.float32 else weights.dtype
+    mixed = embedding_bag(index, keys.to(dtype), per_sample_weights=weights.to(dtype), mode="sum")
+    return mixed.to(weights.dtype)
 
 
-def _pieces(stored: Tensor, axis: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Parts of `stored` along the axis of entries, in `dtype`: views, or one after another in a buffer.
+def _steps(stored: Tensor, count: int, size: int) -> list[slice]:
+    """0 ... count in pieces that suit a processor's cache; in one for a GPU, to which few calls matter more."""
+    size = size if stored.device.type == "cpu" else max(1, count)
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
-    A GPU has no such cache, and few calls are best for it: where nothing is widened, one part is all.
-    """
-    count = stored.shape[axis]
-    size = PIECE if stored.device.type == "cpu" or stored.dtype != dtype else max(1, count)
-    buffer = stored.new_empty(size * stored.shape[1 - axis] * (stored.dtype != dtype), dtype=dtype)
-    for start in range(0, count, size):
-        part = stored.narrow(axis, start, min(size, count - start))
-        if part.dtype != dtype:
-            part = buffer[: part.numel()].view(part.shape).copy_(part)
-        yield slice(start, start + part.shape[axis]), part
+
+class _Widened:
+    """Parts of a store in another type, one after another in the same memory; as they are if it is theirs."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._buffer: Tensor | None = None
+
+    def of(self, part: Tensor) -> Tensor:
+        if part.dtype == self.dtype:
+            return part
+        if self._buffer is None or self._buffer.numel() < part.numel():
+            self._buffer = part.new_empty(part.numel(), dtype=self.dtype)
+        return self._buffer[: part.numel()].view(part.shape).copy_(part)
