@@ -28,6 +28,7 @@ from nearkin.training.parts import (
     statistics_kept,
 )
 from nearkin.training.schedule import lr_factor
+from nearkin.training.transfer import Transfer
 from nearkin.types import Batch, Loss, Outputs, Progress
 
 
@@ -47,6 +48,7 @@ class Learner:
         classes: int,
     ) -> None:
         self.config, self.runtime = config, runtime
+        self._transfer = Transfer(runtime.device)
         self.network, self.objective = network, objective
         self.steps_per_epoch, self.classes = steps_per_epoch, classes
         self.ema: Teacher | None = None
@@ -173,13 +175,11 @@ class Learner:
         set_lr(self._raw_optimizer, self._lr)
 
     def _place(self, batch: Batch, step: int) -> Batch:
-        device, config = self.runtime.device, self.config
-        images = batch.images.to(device, non_blocking=True)
-        labels = batch.labels.to(device, non_blocking=True)
-        index = batch.index.to(device, non_blocking=True)
+        config, batch = self.config, self._transfer(batch)
+        images, labels, index = batch
         mixup, cutmix = float(config.mixup), float(config.cutmix)
         if mixup == 0 and cutmix == 0:
-            return Batch(images, labels, index)
+            return batch
         return Batch(
             *mix(
                 images.to(self.runtime.dtype) / 255,
