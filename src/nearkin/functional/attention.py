@@ -99,17 +99,15 @@ class _Attention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         near, far = _scores((query, key / key_temperature), ids, memory)
         highest = far.amax(0)
-        usable = ~highest.isneginf()
-        target = _target(far, highest.where(usable, 0), memory)
-        usable = usable[:, None]
+        valid = ~highest.isneginf()
+        target, usable = _target(far, highest.where(valid, 0), memory), valid[:, None]
         nearest, index = largest(near, topk)
-        # With fewer entries than topk, columns that only fill a group are among them: -inf, of no weight.
+        # With fewer entries than topk, rows that only fill a group are among them: -inf, of no weight.
         index = index.clamp(max=len(memory.keys) - 1)
         if nearest.dtype != query.dtype:
             nearest = _rescored(query, nearest, index, memory.keys)
         # A row without a usable entry must not be -inf everywhere: its softmax is NaN.
         value, slope = _mass(nearest.where(usable, 0) / query_temperature, index, labels, memory)
-        valid = usable.squeeze(1)
         if ctx.needs_input_grad[0]:
             slope = (slope / query_temperature).where(usable, 0)
             ctx.save_for_backward(_mix(slope, index, memory.keys))
@@ -151,10 +149,8 @@ def _target(scores: Tensor, highest: Tensor, memory: Memory) -> Tensor:
     """The probabilities' mean by softmax(scores), in the memory of the scores; zeros where all are -inf."""
     wide = torch.promote_types(scores.dtype, torch.float32)
     stored = memory.probabilities
-    total, target = (
-        torch.zeros_like(highest, dtype=wide),
-        stored.new_zeros(len(stored), len(highest), dtype=wide),
-    )
+    total = torch.zeros_like(highest, dtype=wide)
+    target = total.new_zeros(len(stored), len(highest))
     shares = _Widened(scores.dtype)
     for piece in _steps(stored, stored.shape[1], SHARES[0]):
         attention = scores[piece].sub_(highest).exp_()
