@@ -12,7 +12,7 @@ from torch.utils._triton import has_triton
 
 from nearkin.functional.once import differentiated_once
 
-HEIGHT = 32  # anchors of a strip on a processor, whose caches are small
+HEIGHT = 128  # anchors of a strip on a processor: fewer cost more calls, more cost memory
 TALL = 1024  # on a GPU, which needs large products and few calls
 
 Values = tuple[Tensor, ...]
