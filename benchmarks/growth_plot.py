@@ -1,4 +1,4 @@
-"""The picture of `benchmarks.growth`: time against size, one panel per axis, both logarithmic."""
+"""The picture of `benchmarks.growth`: time and memory against size, a row per axis, logarithmic."""
 
 from __future__ import annotations
 
@@ -6,38 +6,39 @@ from pathlib import Path
 from typing import Any
 
 # Colours that stay apart for colour-blind eyes (Okabe and Ito); markers for prints without colour.
+LEAST = 0.01  # what is drawn for nothing at all, which has no logarithm
 STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"))
 
 
 def draw(studies: list[dict[str, Any]], path: Path) -> None:
-    """Write the SVG: small multiples in two columns, exponents in the legends."""
+    """Write the SVG: a row for each axis, time on the left with exponents in the legend, memory on the right."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     axes = list(dict.fromkeys(study["axis"] for study in studies))
-    rows = -(-len(axes) // 2)
     # Text as text is small and can be searched; a fixed salt gives the same numbers the same file.
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "growth", "font.size": 9}):
-        figure = Figure(figsize=(9, 3.4 * rows), layout="constrained")
-        panels = figure.subplots(rows, 2, squeeze=False).flat
-        for axis, panel in zip(axes, panels, strict=False):
-            _panel(panel, axis, [study for study in studies if study["axis"] == axis])
-        for panel in list(panels):  # those that are left
-            panel.set_visible(False)
+        figure = Figure(figsize=(9, 3 * len(axes)), layout="constrained")
+        rows = figure.subplots(len(axes), 2, squeeze=False)
+        for axis, (time, memory) in zip(axes, rows, strict=True):
+            of_axis = [study for study in studies if study["axis"] == axis]
+            _panel(time, of_axis, "minimum", 1000.0)
+            time.set(xlabel=axis, ylabel="ms")
+            time.legend(frameon=False, fontsize=8)
+            _panel(memory, of_axis, "extra_mib", 1.0)
+            memory.set(xlabel=axis, ylabel="MiB beyond the inputs")
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
 
 
-def _panel(panel: Any, axis: str, studies: list[dict[str, Any]]) -> None:
+def _panel(panel: Any, studies: list[dict[str, Any]], measure: str, unit: float) -> None:
     for study, (colour, marker) in zip(studies, STYLES, strict=False):
-        points = study["points"]
         panel.plot(
-            [p["size"] for p in points],
-            [1000 * p["minimum"] for p in points],
+            [point["size"] for point in study["points"]],
+            [max(LEAST, unit * point[measure]) for point in study["points"]],
             color=colour,
             marker=marker,
             markersize=4,
             label=f"{study['name']}: size^{study['exponent']:.2f}",
         )
-    panel.set(xscale="log", yscale="log", xlabel=axis, ylabel="ms")
+    panel.set(xscale="log", yscale="log")
     panel.grid(visible=True, which="major", linewidth=0.4, alpha=0.6)
-    panel.legend(frameon=False, fontsize=8)

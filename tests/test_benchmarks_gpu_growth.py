@@ -74,7 +74,10 @@ STUDIES = [
         "name": name,
         "axis": axis,
         "exponent": 1.0,
-        "points": [{"size": 10, "minimum": 0.1}, {"size": 100, "minimum": 1.0}],
+        "points": [
+            {"size": 10, "minimum": 0.1, "extra_mib": 0.0},  # of which there is no logarithm
+            {"size": 100, "minimum": 1.0, "extra_mib": 3.5},
+        ],
     }
     for name, axis in (
         ("one", "anchors"),
@@ -92,6 +95,7 @@ def test_the_numbers_are_drawn(monkeypatch, tmp_path):
     assert run(monkeypatch, "--json", numbers, "--plot", picture, "--drawn-again") == 0
     text = picture.read_text()
     assert "two: size^1.00" in text
+    assert "MiB beyond the inputs" in text
     assert len(text) < 200_000
 
 

@@ -20,7 +20,7 @@ from nearkin.functional.strips import fused, in_strips
 from nearkin.functional.terms import Count, LogSum, Over, Term
 from nearkin.functional.tile_sums import EXACT, softplus_in_tiles, sums_in_tiles
 
-LARGE = 1024  # samples from which tiles are faster than matrices (measured: docs/performance.md)
+LARGE = 512  # samples from which tiles are faster than matrices (measured: docs/performance.md)
 LARGE_ON_GPU = 4096  # our guess: below, the matrices are small there and nothing has to be compiled
 STEEP = 70.0  # e^70 times a million samples, and e^-70, are inside the range of float32
 
