@@ -27,7 +27,7 @@ from nearkin.data import (
 )
 from nearkin.data import cache as cache_room
 from nearkin.data.cache import Contents, Made, home, make_pack, packed
-from nearkin.data.transforms import ResizeShortSide
+from nearkin.data.steps import ResizeShortSide
 from nearkin.errors import ConfigError, DataError
 
 

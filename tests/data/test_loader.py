@@ -26,6 +26,7 @@ from nearkin.data import (
     eval_loader,
     eval_transform,
     load_dataset,
+    loader,
     sample_seed,
     train_loader,
     train_transform,
@@ -102,9 +103,12 @@ def test_a_later_start_makes_the_rest(split):
     assert_same(loaded(split, first=5), loaded(split)[5:])
 
 
-def test_each_view_is_made_under_its_own_seed(split):
-    transform = train_transform(TrainSpec.of("light", image_size=9, channels=3, flip=True))
-    for step, batch in enumerate(loaded(split, views=3)):
+@pytest.mark.parametrize("crop", ["padded", "centre", 0.35])
+def test_each_view_is_made_under_its_own_seed(split, crop, monkeypatch):
+    monkeypatch.setattr(loader, "AT_ONCE", 3)  # of a batch of 8
+    spec = TrainSpec.of("light", image_size=9, channels=3, flip=True)
+    transform = train_transform(spec.model_copy(update={"crop_scale": crop}))
+    for step, batch in enumerate(loaded(split, views=3, transform=transform)):
         for place, row in enumerate(batch.index.tolist()):
             for view in range(3):
                 torch.manual_seed(sample_seed(4, step // (N // B), row, 0, view))

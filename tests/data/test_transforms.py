@@ -10,6 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from nearkin.data import EvalSpec, TrainSpec, eval_transform, train_transform
+from nearkin.data.steps import RandomRegion
 
 SIZES = [(8, 8), (1, 1), (1, 9), (40, 3), (64, 64), (90, 131), (300, 200), (2, 3000)]
 
@@ -188,6 +189,25 @@ def test_strengths_draw_as_torchvision_would_in_this_order(strength, channels, f
             expected = colour(expected)
         torch.manual_seed(seed)
         assert torch.equal(transform(image), expected)
+
+
+@pytest.mark.parametrize("scale", [(0.08, 1.0), (0.35, 1.0), (1.0, 1.0)])
+@pytest.mark.parametrize("size", [*SIZES, (375, 500), (200, 151), (151, 200)])
+def test_regions_are_drawn_as_torchvision_draws_them(size, scale):
+    """From the global state or from a generator, with as many numbers taken: also where ten tries find nothing."""
+    from torchvision.transforms import v2
+
+    region, theirs = RandomRegion(72, scale), v2.RandomResizedCrop(72, scale=scale)
+    image = torch.empty(3, *size, dtype=torch.uint8)
+    for seed in range(100):
+        torch.manual_seed(seed)
+        expected, following = tuple(theirs.make_params([image]).values()), torch.rand(())
+        torch.manual_seed(seed)
+        assert region.draw(image.shape) == expected
+        assert torch.rand(()) == following
+        generator = torch.Generator().manual_seed(seed)
+        assert region.draw(image.shape, generator) == expected
+        assert torch.rand((), generator=generator) == following
 
 
 def test_a_number_always_crops_a_region_and_the_two_words_never_do():

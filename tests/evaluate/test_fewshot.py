@@ -17,7 +17,7 @@ from tests.pictures import write_classes
 
 from nearkin.cli import run
 from nearkin.data import eval_transform, load_dataset, sample_seed
-from nearkin.data.transforms import RandomPaddedCrop
+from nearkin.data.steps import RandomPaddedCrop
 from nearkin.errors import DataError, ModelError
 from nearkin.evaluation import episodes
 from nearkin.evaluation.bundle import load_bundle

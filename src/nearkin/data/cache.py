@@ -23,7 +23,7 @@ from nearkin.data.dataset import Dataset
 from nearkin.data.decode import BadImage, quiet_pillow
 from nearkin.data.images import Files
 from nearkin.data.packed import MANIFEST, PIXELS, SIZES, Pack, Packed
-from nearkin.data.transforms import ResizeShortSide
+from nearkin.data.steps import ResizeShortSide
 from nearkin.errors import ConfigError, printable
 from nearkin.files import write_atomic
 

@@ -18,9 +18,13 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from nearkin.data.dataset import Split
 from nearkin.data.decode import BadImage
 from nearkin.data.order import SampleKey, sample_seed
-from nearkin.data.transforms import Pipeline, Transform
+from nearkin.data.steps import Pipeline, Transform
 from nearkin.errors import DataError, NearkinError
 from nearkin.types import Batch
+
+# Images that wait in memory for their transform: what stays in the processor's caches goes faster, each kind of work by
+# itself, but photographs are large.
+AT_ONCE = 8
 
 
 class WorkersDied(NearkinError):
@@ -115,12 +119,22 @@ class _TrainViews(_Views):
 
     def views(self, keys: Sequence[SampleKey]) -> Tensor:
         transform = self.transform
-        if isinstance(transform, Pipeline) and transform.batchwise:
-            images = self.split.images.stack(self.rows(keys))
-            if images is not None:
-                made = [transform.of_batch(images, self._seeds(keys, v)) for v in range(self.count)]
-                return torch.stack(made)
-        return self._one_by_one(keys)
+        if not (isinstance(transform, Pipeline) and transform.keyed):
+            return self._one_by_one(keys)
+        images = self.split.images.stack(self.rows(keys)) if transform.batchwise else None
+        if images is None:
+            return self._some_at_a_time(keys, transform)
+        made = [transform.of_batch(images, self._seeds(keys, v)) for v in range(self.count)]
+        return torch.stack(made)
+
+    def _some_at_a_time(self, keys: Sequence[SampleKey], transform: Pipeline) -> Tensor:
+        made: list[list[Tensor]] = [[] for _ in range(self.count)]
+        for start in range(0, len(keys), AT_ONCE):
+            some = keys[start : start + AT_ONCE]
+            images = [self.split.images.read(key.row) for key in some]
+            for view, whole in enumerate(made):
+                whole += transform.of_each(images, self._seeds(some, view))
+        return _stacked(made)
 
     def _one_by_one(self, keys: Sequence[SampleKey]) -> Tensor:
         made: list[list[Tensor]] = [[] for _ in range(self.count)]

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterator
 from typing import Any, Literal, Self
 
-import numpy as np
-import torch
-from numpy.lib.stride_tricks import sliding_window_view
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from torch import Tensor
 
-Transform = Callable[[Tensor], Tensor]
+from nearkin.data.steps import (
+    CentreCrop,
+    Interpolation,
+    Pipeline,
+    RandomFlip,
+    RandomPaddedCrop,
+    RandomRegion,
+    ResizeShortSide,
+    Transform,
+)
+
 Strength = Literal["none", "light", "medium", "strong"]
-Interpolation = Literal["bilinear", "bicubic"]
 
 SMALL = 64  # up to this side images are used whole; above it they are cropped
-LONGEST = 8  # times the short side: what lies beyond is cut, a resized strip would fill the memory
 
 
 class EvalSpec(BaseModel):
@@ -133,161 +134,3 @@ def _colour(spec: TrainSpec) -> Iterator[Transform]:
         yield v2.RandomGrayscale(spec.grey_prob)
     if spec.erasing:
         yield v2.RandomErasing(spec.erasing)
-
-
-@dataclass(frozen=True)
-class Pipeline:
-    """One step after the other."""
-
-    steps: tuple[Transform, ...]
-
-    def __call__(self, image: Tensor) -> Tensor:
-        for step in self.steps:
-            image = step(image)
-        return image
-
-    @property
-    def batchwise(self) -> bool:
-        """Whether every step can do its work on many images at once."""
-        return all(isinstance(step, Plain | Drawing) for step in self.steps)
-
-    def of_batch(self, images: Tensor, seeds: Iterable[int]) -> Tensor:
-        """uint8 `[n, C, H, W]` -> for each image what `self` makes of it after `torch.manual_seed` of its seed: the
-        same bits, and the global state untouched."""
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        for step in self.steps:
-            images = (
-                step.of_batch(images, generators) if isinstance(step, Drawing) else step(images)
-            )
-        return images
-
-
-class Plain:
-    """A step that draws nothing and works on `[..., C, H, W]`."""
-
-
-class Drawing(ABC):
-    """A step that draws a few numbers for each image and then treats all images at once."""
-
-    def __call__(self, image: Tensor) -> Tensor:
-        image = self.prepare(image)
-        return self.apply(image[None], [self.draw(image.shape)])[0]
-
-    def of_batch(self, images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        images = self.prepare(images)
-        return self.apply(images, [self.draw(images.shape, generator) for generator in generators])
-
-    def prepare(self, images: Tensor) -> Tensor:
-        """What needs no draw, of one image or many."""
-        return images
-
-    @abstractmethod
-    def draw(self, shape: torch.Size, generator: torch.Generator | None = None) -> tuple[int, ...]:
-        """For one image, from its own generator or the global one."""
-
-    @abstractmethod
-    def apply(self, images: Tensor, draws: Sequence[tuple[int, ...]]) -> Tensor:
-        """`[n, C, H, W]` and what was drawn for each of them."""
-
-
-@dataclass(frozen=True)
-class ResizeShortSide(Plain):
-    """The short side becomes `side` pixels; the ratio of the sides stays, up to 8 to 1."""
-
-    side: int
-    interpolation: Interpolation = "bilinear"
-    antialias: bool = True
-
-    def __call__(self, image: Tensor) -> Tensor:
-        height, width = image.shape[-2:]
-        short = min(height, width)
-        if max(height, width) > LONGEST * short:
-            image = _centre(image, min(height, LONGEST * short), min(width, LONGEST * short))
-        if short == self.side:
-            return image
-        from torchvision.transforms import InterpolationMode
-        from torchvision.transforms.v2 import functional
-
-        mode = InterpolationMode(self.interpolation)
-        resized: Tensor = functional.resize(image, [self.side], mode, antialias=self.antialias)
-        return resized
-
-
-@dataclass(frozen=True)
-class CentreCrop(Plain):
-    """The centre `side` x `side` of an image that is at least as large."""
-
-    side: int
-
-    def __call__(self, image: Tensor) -> Tensor:
-        return _centre(image, self.side, self.side)
-
-
-@dataclass(frozen=True)
-class RandomPaddedCrop(Drawing):
-    """Short side to `side`, `padding` black pixels on each edge, a random `side` x `side`."""
-
-    side: int
-    padding: int
-
-    def prepare(self, images: Tensor) -> Tensor:
-        resized = ResizeShortSide(self.side)(images)
-        return torch.nn.functional.pad(resized, [self.padding] * 4)
-
-    def draw(self, shape: torch.Size, generator: torch.Generator | None = None) -> tuple[int, ...]:
-        down, right = shape[-2] - self.side + 1, shape[-1] - self.side + 1
-        top = torch.randint(down, (), generator=generator).item()
-        return int(top), int(torch.randint(right, (), generator=generator).item())
-
-    def apply(self, images: Tensor, draws: Sequence[tuple[int, ...]]) -> Tensor:
-        # One copy by NumPy's windows takes a sixth of slicing and stacking.
-        windows = sliding_window_view(images.numpy(), (self.side, self.side), axis=(2, 3))
-        top, left = np.array(draws).T
-        return torch.from_numpy(windows[np.arange(len(images)), :, top, left])
-
-
-@dataclass(frozen=True)
-class RandomRegion:
-    """torchvision's RandomResizedCrop, bilinear and antialiased: the same draws and the same bits in about half the
-    time, since pixels whose colours lie side by side are copied out first and stay so."""
-
-    side: int
-    scale: tuple[float, float]
-
-    def __call__(self, image: Tensor) -> Tensor:
-        drawn = self._torchvision.make_params([image])
-        top, left, height, width = (drawn[name] for name in ("top", "left", "height", "width"))
-        region = image[None, :, top : top + height, left : left + width]
-        region = region.contiguous(memory_format=torch.channels_last)
-        sides = (self.side, self.side)
-        return torch.nn.functional.interpolate(region, sides, mode="bilinear", antialias=True)[0]
-
-    @cached_property
-    def _torchvision(self) -> Any:
-        from torchvision.transforms import v2
-
-        return v2.RandomResizedCrop(self.side, scale=self.scale, antialias=True)
-
-
-@dataclass(frozen=True)
-class RandomFlip(Drawing):
-    """The mirror image in half of the cases."""
-
-    def draw(self, _: torch.Size, generator: torch.Generator | None = None) -> tuple[int, ...]:
-        return (int(torch.rand((), generator=generator).item() < 0.5),)
-
-    def apply(self, images: Tensor, draws: Sequence[tuple[int, ...]]) -> Tensor:
-        mirrored = np.array(draws, dtype=bool)[:, 0]
-        if not mirrored.any():
-            return images
-        if mirrored.all():
-            return images.flip(-1)
-        pixels = images.flip(-1).numpy()
-        pixels[~mirrored] = images.numpy()[~mirrored]
-        return torch.from_numpy(pixels)
-
-
-def _centre(image: Tensor, height: int, width: int) -> Tensor:
-    """As torchvision centres: half a pixel is rounded to the even side."""
-    top, left = round((image.shape[-2] - height) / 2), round((image.shape[-1] - width) / 2)
-    return image[..., top : top + height, left : left + width]
