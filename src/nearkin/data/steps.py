@@ -179,14 +179,14 @@ class RandomRegion(Drawing):
 
     def draw(self, shape: torch.Size, generator: torch.Generator | None = None) -> tuple[int, ...]:
         height, width = shape[-2:]
-        number = torch.empty(())
+        number, whole = torch.empty(()), torch.empty((), dtype=torch.int64)
         for _ in range(10):
             area = height * width * number.uniform_(*self.scale, generator=generator).item()
             ratio = number.uniform_(*LOG_RATIOS, generator=generator).exp_().item()
             high, wide = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
             if 0 < high <= height and 0 < wide <= width:
-                top = torch.randint(height - high + 1, (), generator=generator).item()
-                left = torch.randint(width - wide + 1, (), generator=generator).item()
+                top = whole.random_(height - high + 1, generator=generator).item()
+                left = whole.random_(width - wide + 1, generator=generator).item()
                 return int(top), int(left), high, wide
         # The largest centre whose ratio is allowed.
         high, wide = min(height, round(width / RATIOS[0])), min(width, round(height * RATIOS[1]))
