@@ -22,8 +22,8 @@ from nearkin.data.steps import Pipeline, Transform
 from nearkin.errors import DataError, NearkinError
 from nearkin.types import Batch
 
-# Images that wait in memory for their transform: what stays in the processor's caches goes faster, each kind of work by
-# itself, but photographs are large.
+# Decoded images in memory that are transformed together: draws in a row, and then resizing in a row, find their code in
+# the processor's caches. More gains little, and photographs are large.
 AT_ONCE = 8
 
 
