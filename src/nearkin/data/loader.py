@@ -24,7 +24,7 @@ from nearkin.types import Batch
 
 # Decoded images in memory that are transformed together: draws in a row, and then resizing in a row, find their code in
 # the processor's caches. More gains little, and photographs are large.
-AT_ONCE = 8
+AT_ONCE = 4
 
 
 class WorkersDied(NearkinError):

@@ -194,7 +194,7 @@ class RandomRegion(Drawing):
 
     def apply(self, image: Tensor, drawn: tuple[int, ...]) -> Tensor:
         top, left, high, wide = drawn
-        region = image[None, :, top : top + high, left : left + wide]
+        region = image.narrow(1, top, high).narrow(2, left, wide)[None]
         region = region.contiguous(memory_format=torch.channels_last)
         sides = (self.side, self.side)
         return torch.nn.functional.interpolate(region, sides, mode="bilinear", antialias=True)[0]

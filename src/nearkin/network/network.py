@@ -13,6 +13,8 @@ from nearkin.network.heads import Head
 from nearkin.network.randomness import RandomKey, key_randomness
 from nearkin.types import Outputs
 
+FEW = 2  # images normalised at a time on a processor
+
 
 class Network(nn.Module):
     """Images -> features -> the active heads, each of which reads one field of `Outputs` and writes another.
@@ -135,13 +137,16 @@ class Network(nn.Module):
         images = images.contiguous(memory_format=self._layout)
         if images.is_floating_point():
             return (images.to(self.mean.dtype) - self.mean) / self.std
-        # In place: fresh memory for each pass costs more than the pass.
-        pixels = images.to(self.mean.dtype)
         if self._layout != torch.channels_last:
-            return pixels.div_(255).sub_(self.mean).div_(self.std)
-        # Whole rows in one pass: three values at a time take three times as long.
-        rows = pixels.permute(0, 2, 3, 1).flatten(2)
+            # In place: fresh memory for each pass costs more than the pass.
+            return images.to(self.mean.dtype).div_(255).sub_(self.mean).div_(self.std)
+        # Whole rows: three values at a time take three times as long. And few images, which stay in a processor's cache
+        # between the two passes; to a GPU few calls matter more.
         scale, shift = 1 / (255 * self.std), -self.mean / self.std
         scale, shift = (each.flatten().repeat(images.shape[-1]) for each in (scale, shift))
-        torch.addcmul(shift, rows, scale, out=rows)
+        pixels = torch.empty_like(images, dtype=self.mean.dtype)
+        few = max(1, len(images)) if images.is_cuda else FEW
+        for some, given in zip(torch.split(pixels, few), torch.split(images, few), strict=True):
+            rows = some.permute(0, 2, 3, 1).view(len(some), images.shape[2], len(scale))
+            torch.addcmul(shift, rows.copy_(given.permute(0, 2, 3, 1).flatten(2)), scale, out=rows)
         return pixels
