@@ -24,7 +24,7 @@ def draw(studies: list[dict[str, Any]], path: Path) -> None:
             of_axis = [study for study in studies if study["axis"] == axis]
             _panel(time, of_axis, "minimum", 1000.0)
             time.set(xlabel=axis, ylabel="ms")
-            time.legend(frameon=False, fontsize=8)
+            time.legend(framealpha=0.8, edgecolor="none", fontsize=8)
             _panel(memory, of_axis, "extra_mib", 1.0)
             memory.set(xlabel=axis, ylabel="MiB beyond the inputs")
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
