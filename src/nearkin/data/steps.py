@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -18,7 +19,6 @@ Interpolation = Literal["bilinear", "bicubic"]
 
 LONGEST = 8  # times the short side: what lies beyond is cut, a resized strip would fill the memory
 RATIOS = (3 / 4, 4 / 3)  # of width to height, that a random region has
-LOG_RATIOS = torch.tensor(RATIOS).log().tolist()  # float32, as torchvision has them
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ class RandomRegion(Drawing):
         number, whole = torch.empty(()), torch.empty((), dtype=torch.int64)
         for _ in range(10):
             area = height * width * number.uniform_(*self.scale, generator=generator).item()
-            ratio = number.uniform_(*LOG_RATIOS, generator=generator).exp_().item()
+            ratio = number.uniform_(*_log_ratios(), generator=generator).exp_().item()
             high, wide = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
             if 0 < high <= height and 0 < wide <= width:
                 top = whole.random_(height - high + 1, generator=generator).item()
@@ -215,6 +215,13 @@ class RandomFlip(Batchwise):
         pixels = images.flip(-1).numpy()
         pixels[~mirrored] = images.numpy()[~mirrored]
         return torch.from_numpy(pixels)
+
+
+@cache
+def _log_ratios() -> tuple[float, float]:
+    """In float32, as torchvision has them."""
+    low, high = torch.tensor(RATIOS).log().tolist()
+    return low, high
 
 
 def _centre(image: Tensor, height: int, width: int) -> Tensor:

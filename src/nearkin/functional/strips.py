@@ -27,7 +27,7 @@ def in_strips(sums: Sums, *inputs: Tensor) -> Values:
 
 @functools.cache
 def fused(sums: Sums) -> Sums:
-    """`sums` as a few kernels, if there is a compiler for the GPU: a strip is then read twice instead of 20 times."""
+    """`sums` as a few kernels, if there is a compiler for the GPU: not every operation reads a strip again."""
     return torch.compile(sums) if has_triton() else sums
 
 

@@ -12,7 +12,7 @@ from nearkin.functional.labels import Labels, shared_classes
 from nearkin.functional.terms import Over
 
 HEIGHT = 2048  # most rows of a tile: it and its exponentials stay in the cache
-WIDTH = 256  # its columns; products of wide tiles take up to 1.8 times as long in some processes, of tall ones never
+WIDTH = 256  # its columns; products of wide tiles take up to half as long again in some processes, of tall ones never
 KEPT = 2**22  # similarities that the backward pass finds again: 16 MiB
 
 
