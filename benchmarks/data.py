@@ -31,6 +31,7 @@ from nearkin.runtime import Runtime
 from nearkin.training.process import settle
 
 IMAGES, BATCH, SIDE, CACHED_SIDE = 128, 64, 224, 256
+RUNS = 15  # of which ours take a twentieth of a second
 SCALE = 0.35  # least share of the area in a crop, of both loaders
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SMALL = (("resnet10t", 32, 5.0), ("test_resnet", 32, 8.0))  # model, side, per cent of a step
@@ -126,9 +127,8 @@ def loaders() -> list[Row]:
             ("evaluation", evaluation, False, 1.5, 15.0),
         )
         for name, make, train, target, cached_target in kinds:
-            seconds = alternate(
-                {"ours": make(plain), "cached": make(cached), "timm": timms(root, train)}
-            )
+            calls = {"ours": make(plain), "cached": make(cached), "timm": timms(root, train)}
+            seconds = alternate(calls, RUNS)
             what = f"{name}, 500 x 375 JPEG of {size:.0f} kB to {SIDE}"
             rows.append(ratio(seconds, "ours", "timm", what, target, True))
             rows.append(ratio(seconds, "cached", "timm", f"{name}, cached", cached_target, True))
@@ -144,7 +144,8 @@ def share(runtime: Runtime, model: str, side: int, target: float) -> Row:
     batches = iter(train_loader(split, transform, order, views=1, seed=0, workers=0))
     normalise = Network(nn.Identity(), {}, dim=3, mean=MEAN, std=STD)
     step, _ = prepared(Case(model, side, 128, 10, "ce", 0), runtime)
-    seconds = alternate({"load": lambda: normalise(next(batches).images[0]), "step": step})
+    calls: dict[str, Call] = {"load": lambda: normalise(next(batches).images[0]), "step": step}
+    seconds = alternate(calls, RUNS)
     found = ratio(seconds, "load", "step", "")
     what = f"{model}, {side} px, 128 images: loading in per cent of a step"
     return Row(what, 100 * found.ratio, 100 * (found.median or 0), target, False, "%")
@@ -158,7 +159,7 @@ def table() -> Table:
     runtime.close()
     torch.set_num_threads(threads)
     setting = (
-        f"one core, no workers, {IMAGES} images in batches of {BATCH}, crops from {SCALE:g} of the area, mirrored, "
-        f"bilinear, normalised float32; timm with its prefetcher; the cache has a short side of {CACHED_SIDE}"
+        f"one core, no workers, n = {RUNS}, {IMAGES} images in batches of {BATCH}, crops from {SCALE:g} of the area, "
+        f"mirrored, bilinear, normalised float32; timm with its prefetcher; the cache has a short side of {CACHED_SIDE}"
     )
     return Table("Data", setting, rows)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -105,7 +106,7 @@ def test_a_later_start_makes_the_rest(split):
 
 @pytest.mark.parametrize("crop", ["padded", "centre", 0.35])
 def test_each_view_is_made_under_its_own_seed(split, crop, monkeypatch):
-    monkeypatch.setattr(loader, "AT_ONCE", 3)  # of a batch of 8
+    monkeypatch.setattr(loader, "TOGETHER", 3 * 9 * 9 * 3)  # bytes of three images; a batch has 8
     spec = TrainSpec.of("light", image_size=9, channels=3, flip=True)
     transform = train_transform(spec.model_copy(update={"crop_scale": crop}))
     for step, batch in enumerate(loaded(split, views=3, transform=transform)):
@@ -113,6 +114,14 @@ def test_each_view_is_made_under_its_own_seed(split, crop, monkeypatch):
             for view in range(3):
                 torch.manual_seed(sample_seed(4, step // (N // B), row, 0, view))
                 assert torch.equal(batch.images[view, place], transform(split.images.read(row)))
+
+
+@pytest.mark.parametrize("other", [(3, 8, 9), (1, 9, 9)])
+def test_images_of_several_sizes_are_refused(split, other):
+    """Also those that torch would broadcast."""
+    made = iter([torch.zeros(3, 9, 9, dtype=torch.uint8), torch.zeros(other, dtype=torch.uint8)])
+    with pytest.raises(ValueError, match=re.escape(f"(3, 9, 9) and of {other}")):
+        loaded(split, transform=lambda _: next(made))
 
 
 def test_views_epochs_and_seeds_differ(split):

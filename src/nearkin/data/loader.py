@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
 from nearkin.data.dataset import Split
 from nearkin.data.decode import BadImage
@@ -22,9 +22,11 @@ from nearkin.data.steps import Pipeline, Transform
 from nearkin.errors import DataError, NearkinError
 from nearkin.types import Batch
 
-# Decoded images in memory that are transformed together: draws in a row, and then resizing in a row, find their code in
-# the processor's caches. More gains little, and photographs are large.
-AT_ONCE = 4
+# Decoded images are transformed together until they have this many bytes: draws in a row find their code in the
+# processor's caches, but photographs are large.
+TOGETHER = 1 << 23
+
+Placed = tuple[int, int, Tensor]  # view, place in the batch, image
 
 
 class WorkersDied(NearkinError):
@@ -104,7 +106,9 @@ class _PlainViews(_Views):
 
     def views(self, keys: Sequence[int]) -> Tensor:
         made = [self.make(self.split.images.read(row)) for row in keys]
-        return _stacked([list(view) for view in zip(*made, strict=True)])
+        views = range(len(made[0]))
+        placed = ((view, place, made[place][view]) for view in views for place in range(len(keys)))
+        return _stacked(placed, len(views), len(keys))
 
 
 class _TrainViews(_Views):
@@ -120,48 +124,64 @@ class _TrainViews(_Views):
     def views(self, keys: Sequence[SampleKey]) -> Tensor:
         transform = self.transform
         if not (isinstance(transform, Pipeline) and transform.keyed):
-            return self._one_by_one(keys)
+            return _stacked(self._one_by_one(keys), self.count, len(keys))
         images = self.split.images.stack(self.rows(keys)) if transform.batchwise else None
         if images is None:
-            return self._some_at_a_time(keys, transform)
+            return _stacked(self._some_at_a_time(keys, transform), self.count, len(keys))
         made = [transform.of_batch(images, self._seeds(keys, v)) for v in range(self.count)]
         return torch.stack(made)
 
-    def _some_at_a_time(self, keys: Sequence[SampleKey], transform: Pipeline) -> Tensor:
-        made: list[list[Tensor]] = [[] for _ in range(self.count)]
-        for start in range(0, len(keys), AT_ONCE):
-            some = keys[start : start + AT_ONCE]
-            images = [self.split.images.read(key.row) for key in some]
-            for view, whole in enumerate(made):
-                whole += transform.of_each(images, self._seeds(some, view))
-        return _stacked(made)
+    def _some_at_a_time(self, keys: Sequence[SampleKey], transform: Pipeline) -> Iterator[Placed]:
+        some: list[Tensor] = []
+        size = 0
+        for place, key in enumerate(keys, 1):
+            some.append(self.split.images.read(key.row))
+            size += some[-1].nbytes
+            if place == len(keys) or size >= TOGETHER:
+                start = place - len(some)
+                for view in range(self.count):
+                    made = transform.of_each(some, self._seeds(keys[start:place], view))
+                    yield from ((view, start + i, image) for i, image in enumerate(made))
+                some, size = [], 0
 
-    def _one_by_one(self, keys: Sequence[SampleKey]) -> Tensor:
-        made: list[list[Tensor]] = [[] for _ in range(self.count)]
+    def _one_by_one(self, keys: Sequence[SampleKey]) -> Iterator[Placed]:
         seeds = list(zip(*(self._seeds(keys, view) for view in range(self.count)), strict=True))
         with _borrowed_random_states():
-            for key, own in zip(keys, seeds, strict=True):
+            for place, (key, own) in enumerate(zip(keys, seeds, strict=True)):
                 image = self.split.images.read(key.row)
                 for view, seed in enumerate(own):
                     _seed(seed)
-                    made[view].append(self.transform(image))
-        return _stacked(made)
+                    yield view, place, self.transform(image)
 
     def _seeds(self, keys: Sequence[SampleKey], view: int) -> list[int]:
         return [sample_seed(self.seed, k.epoch, k.row, k.occurrence, view) for k in keys]
 
 
-def _stacked(views: list[list[Tensor]]) -> Tensor:
-    """For each view the image of each key -> `[V, b, C, H, W]`, in memory as the images are."""
-    images = [image for view in views for image in view]
-    # In a worker this collates into shared memory, which saves a copy.
-    stacked: Tensor
-    if all(image.shape[0] > 1 and image.stride(0) == 1 for image in images):
+def _stacked(placed: Iterable[Placed], views: int, count: int) -> Tensor:
+    """`[V, b, C, H, W]`, in memory as the first image is. Each is copied as it comes, while it is still in the
+    processor's caches.
+
+    Raises ValueError for images of several sizes.
+    """
+    placed = iter(placed)
+    view, place, image = next(placed)
+    stack, shape = _room(image, (views, count)), image.shape
+    slots = [each.unbind() for each in stack]
+    slots[view][place].copy_(image)
+    for view, place, image in placed:
+        if image.shape != shape:  # copy_ would broadcast
+            raise ValueError(f"Images of {tuple(shape)} and of {tuple(image.shape)}.")
+        slots[view][place].copy_(image)
+    return stack
+
+
+def _room(image: Tensor, places: tuple[int, ...]) -> Tensor:
+    """Room for as many such images."""
+    channels, height, width = image.shape
+    if channels > 1 and image.stride(0) == 1:
         # Colours side by side, as decoders and resizing leave them.
-        stacked = default_collate([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
-    else:
-        stacked = default_collate(images)
-    return stacked.view(len(views), len(views[0]), *stacked.shape[1:])
+        return image.new_empty((*places, height, width, channels)).movedim(-1, -3)
+    return image.new_empty((*places, channels, height, width))
 
 
 def _seed(seed: int) -> None:

@@ -94,9 +94,10 @@ class Packed:
         return len(self.places)
 
     def read(self, row: int) -> Tensor:
-        place = self.places[row]
-        start, end = self.pack.starts[place], self.pack.starts[place + 1]
-        pixels = self.pack.pixels[start:end].reshape(*self.pack.sizes[place], self.pack.channels)
+        place = self.places.item(row)
+        start, end = self.pack.starts[place : place + 2].tolist()
+        shape = (*self.pack.sizes[place].tolist(), self.pack.channels)
+        pixels = self.pack.pixels[start:end].reshape(shape)
         return in_channels(torch.from_numpy(pixels).permute(2, 0, 1), self.channels)
 
     def stack(self, rows: Rows) -> Tensor | None:

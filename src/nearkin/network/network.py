@@ -146,7 +146,7 @@ class Network(nn.Module):
         scale, shift = (each.flatten().repeat(images.shape[-1]) for each in (scale, shift))
         pixels = torch.empty_like(images, dtype=self.mean.dtype)
         few = max(1, len(images)) if images.is_cuda else FEW
-        for some, given in zip(torch.split(pixels, few), torch.split(images, few), strict=True):
-            rows = some.permute(0, 2, 3, 1).view(len(some), images.shape[2], len(scale))
-            torch.addcmul(shift, rows.copy_(given.permute(0, 2, 3, 1).flatten(2)), scale, out=rows)
+        rows = [each.permute(0, 2, 3, 1).flatten(2) for each in (pixels, images)]
+        for some, given in zip(*(torch.split(each, few) for each in rows), strict=True):
+            torch.addcmul(shift, some.copy_(given), scale, out=some)
         return pixels
