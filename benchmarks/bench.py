@@ -16,12 +16,14 @@ from pathlib import Path
 import torch
 
 Call = Callable[[], object]
-RUNS = 9
+WIDTHS = "  {:<66} {:>9} {:>9} {:>7} {:<3} {:>7} {:>6} {:>7} {:>3} {}"
+RUNS = 15  # on a shared machine the least of nine still moves by a tenth
 
 
 @dataclass
 class Row:
-    """One line of a table. ratio: in the table's unit; higher says which side of the target is good."""
+    """One line of a table. ratio: in the table's unit; higher says which side of the target is good. limit: the best
+    that is known to be possible, a bound or what a prototype reached. ours, peer: least seconds of `runs` runs."""
 
     what: str
     ratio: float
@@ -29,6 +31,10 @@ class Row:
     target: float | None = None
     higher: bool = False
     unit: str = ""
+    limit: float | None = None
+    ours: float | None = None
+    peer: float | None = None
+    runs: int | None = None
 
     @property
     def missed(self) -> bool:
@@ -46,19 +52,27 @@ class Table:
     rows: list[Row]
 
     def show(self) -> str:
-        lines = [f"\n{self.title}", f"  {self.setting}"]
+        titles = ("", "ours", "peer", "ratio", "", "medians", "limit", "target", "n", "")
+        lines = [f"\n{self.title}", f"  {self.setting}", WIDTHS.format(*titles).rstrip()]
         for row in self.rows:
-            median = "" if row.median is None else f"(medians {row.median:.2f})"
-            target = (
-                ""
-                if row.target is None
-                else f"target {'>=' if row.higher else '<='} {row.target:g}"
-            )
+            target = "" if row.target is None else f"{'>=' if row.higher else '<='} {row.target:g}"
             verdict = "" if row.target is None else ("MISSED" if row.missed else "ok")
-            lines.append(
-                f"  {row.what:<58} {row.ratio:>8.2f} {row.unit:<9} {median:<16} {target:<15} {verdict}"
-            )
+            median, limit = _shown(row.median, "{:.2f}"), _shown(row.limit, "{:g}")
+            seconds = _seconds(row.ours), _seconds(row.peer)
+            ratio, runs = f"{row.ratio:.2f}", _shown(row.runs, "{}")
+            cells = (row.what, *seconds, ratio, row.unit, median, limit, target, runs, verdict)
+            lines.append(WIDTHS.format(*cells).rstrip())
         return "\n".join(lines)
+
+
+def _shown(number: float | None, form: str) -> str:
+    return "" if number is None else form.format(number)
+
+
+def _seconds(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"
 
 
 def alternate(calls: dict[str, Call], runs: int = RUNS) -> dict[str, list[float]]:
@@ -80,12 +94,14 @@ def ratio(
     what: str,
     target: float | None = None,
     higher: bool = False,
+    limit: float | None = None,
 ) -> Row:
     """min(name) / min(unit), or the other way round where higher is better."""
     over, under = (unit, name) if higher else (name, unit)
     medians = statistics.median(seconds[over]) / statistics.median(seconds[under])
-    minima = min(seconds[over]) / min(seconds[under])
-    return Row(what, minima, medians, target, higher, "x")
+    ours, peer = min(seconds[name]), min(seconds[unit])
+    minima = peer / ours if higher else ours / peer
+    return Row(what, minima, medians, target, higher, "x", limit, ours, peer, len(seconds[name]))
 
 
 def fastest(
@@ -93,10 +109,13 @@ def fastest(
 ) -> Row:
     """min(name) in seconds, for what has no counterpart to be compared with."""
     found = seconds[name]
-    return Row(what, min(found), statistics.median(found), target, False, "s")
+    least, median = min(found), statistics.median(found)
+    return Row(what, least, median, target, False, "s", ours=least, runs=len(found))
 
 
-def extra_memory(module: str, name: str, what: str, target: float | None = None) -> Row:
+def extra_memory(
+    module: str, name: str, what: str, target: float | None = None, limit: float | None = None
+) -> Row:
     """MiB that `module.PEAK[name]()` adds to the peak of a fresh process that prepares but does not call it.
 
     The median of three processes each: a process's own peak varies by some MiB.
@@ -104,7 +123,7 @@ def extra_memory(module: str, name: str, what: str, target: float | None = None)
     peaks = [
         statistics.median(_peak(module, name, call) for _ in range(3)) for call in (True, False)
     ]
-    return Row(what, (peaks[0] - peaks[1]) / 1024, None, target, False, "MiB")
+    return Row(what, (peaks[0] - peaks[1]) / 1024, None, target, False, "MiB", limit, runs=3)
 
 
 def _peak(module: str, name: str, call: bool) -> int:

@@ -24,7 +24,7 @@ from nearkin.training import session
 from nearkin.training.journal import METRICS, read_metrics
 from nearkin.training.keeper import Keeper
 
-RUNS = 5  # a TenCrop takes ten times as long as what it is compared with
+RUNS = 7  # a TenCrop takes ten times as long as what it is compared with
 MODEL, SIDE, PIXELS = "resnet18", 64, (160, 120)
 IMAGES = 192  # whole batches with one view and with ten
 RUN: dict[str, Any] = {}  # options of the run whose shares are told: none, the default run
@@ -133,7 +133,7 @@ def table() -> Table:
         finally:
             torch.set_num_threads(threads)  # a run chooses its own
     setting = (
-        f"{IMAGES} JPEG files of {PIXELS[0]} x {PIXELS[1]} in batches of 64 views, {MODEL} at {SIDE} px, n = {RUNS}, "
+        f"{IMAGES} JPEG files of {PIXELS[0]} x {PIXELS[1]} in batches of 64 views, {MODEL} at {SIDE} px, "
         f"{threads} threads; files are checked, decoded and judged; shares of one default run, which takes one thread"
     )
     return Table("Evaluation", setting, rows)

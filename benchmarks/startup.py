@@ -62,7 +62,7 @@ def table() -> Table:
         ratio(seconds, "step", "plain", f"first step against {plain}", 1.2),
     ]
     setting = (
-        f"fresh processes from start to exit, n = {RUNS}, one thread, bytecode cached; digits with the default "
+        "fresh processes from start to exit, one thread, bytecode cached; digits with the default "
         "options; both leave right after the step"
     )
     return Table("Start-up", setting, rows)

@@ -16,7 +16,7 @@ from nearkin.training.autotune import NAMES, tuned
 from nearkin.training.process import settle
 
 BATCH, CLASSES, BANK = 64, 100, 8192
-RUNS = 15
+RUNS = 25  # targets lie as close as 3 % to what is measured
 COPIES = 2  # of everything: where weights happen to lie in memory is worth some per cent
 LARGE = (("resnet18", 64), ("vit_tiny_patch16_224", 64))
 # Where the bank weighs more: model, side, share of ce's images per second.
@@ -47,7 +47,7 @@ def large(runtime: Runtime, model: str, side: int) -> list[Row]:
     twice = "ce on twice the images"
     return [
         ratio(seconds, "ce", "timm", named("ce against timm, fp32"), 0.97, True),
-        ratio(seconds, "cone", "ce", named("cone against ce"), 0.70, True),
+        ratio(seconds, "cone", "ce", named("cone against ce"), 0.70, True, 0.75),
         ratio(seconds, "supcon", twice, named("supcon against ce per crop"), 0.95, True),
         ratio(seconds, "schane", twice, named("schane against ce per crop"), 0.95, True),
     ]
@@ -94,7 +94,7 @@ def tuning(runtime: Runtime, model: str, side: int) -> Row:
     )
     torch.set_num_threads(threads)
     what = f"{model}, {side} px: tuned ({precision}, {layout}, {choice.threads} thr.) against timm"
-    return ratio(seconds, "tuned", "timm", what, 1.1, True)
+    return ratio(seconds, "tuned", "timm", what, 1.1, True, 1.35)
 
 
 def table() -> Table:

@@ -26,7 +26,18 @@ def test_ratios_are_of_minima():
     seconds = {"ours": [2.0, 3.0, 9.0], "unit": [4.0, 1.0, 5.0]}
     row = bench.ratio(seconds, "ours", "unit", "x")
     assert (row.ratio, row.median) == (2.0, 0.75)
+    assert (row.ours, row.peer, row.runs) == (2.0, 1.0, 3)
     assert bench.ratio(seconds, "ours", "unit", "x", higher=True).ratio == 0.5
+
+
+def test_a_table_shows_both_sides_the_limit_and_the_target():
+    seconds = {"ours": [2.0, 3.0], "peer": [0.5, 0.75]}
+    rows = [bench.ratio(seconds, "ours", "peer", "this", 1.2, limit=0.9), bench.Row("that", 1.0)]
+    titles, first, second = bench.Table("T", "S", rows).show().splitlines()[-3:]
+    assert titles.split() == ["ours", "peer", "ratio", "medians", "limit", "target", "n"]
+    shown = ["this", "2.00", "s", "500.0", "ms", "4.00", "x", "4.00", "0.9", "<=", "1.2", "2"]
+    assert first.split() == [*shown, "MISSED"]
+    assert second.split() == ["that", "1.00"]
 
 
 def test_calls_alternate_after_a_round_that_does_not_count():
@@ -56,7 +67,7 @@ def small(monkeypatch):
         monkeypatch.setattr(
             module,
             "extra_memory",
-            lambda _m, _n, what, target=None: bench.Row(what, 1.0, None, target),
+            lambda _m, _n, what, target=None, limit=None: bench.Row(what, 1.0, None, target),
         )
 
 
