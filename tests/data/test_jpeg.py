@@ -65,18 +65,74 @@ def test_what_would_differ_goes_by_pillow(mode, channels):
         assert not jpeg.decodes(image, channels)
 
 
+@pytest.mark.parametrize("part", ["the head", "the whole"])
 @pytest.mark.parametrize("seed", range(60))
-def test_damage_is_judged_as_pillow_judges_it(tmp_path, monkeypatch, seed):
+def test_damage_is_judged_as_pillow_judges_it(tmp_path, monkeypatch, seed, part):
     draw = np.random.default_rng(seed)
     content = bytearray(encoded(picture(), progressive=bool(seed % 2)))
-    for place in draw.integers(2, len(content), draw.integers(1, 4)):
+    end = len(content) if part == "the whole" else content.index(b"\xff\xda")
+    for place in draw.integers(2, end, draw.integers(1, 4)):
         content[place] = draw.integers(256)
     damaged = bytes(content[: draw.integers(len(content) // 2, len(content) + 1)])
     (tmp_path / "x.jpg").write_bytes(damaged)
     ours = outcome(tmp_path / "x.jpg")
+    monkeypatch.setattr(jpeg, "plain", lambda content, channels, max_pixels: None)
     monkeypatch.setattr(jpeg, "decodes", lambda image, channels: False)
     pillows = outcome(tmp_path / "x.jpg")
     assert ours == pillows
+
+
+def segment(marker: int, content: bytes) -> bytes:
+    return bytes((0xFF, marker)) + (len(content) + 2).to_bytes(2, "big") + content
+
+
+def turned(orientation: int = 6) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif.tobytes()
+
+
+XMP = b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta xmlns:x='adobe:ns:meta/'><r tiff:Orientation=\"6\"/></x:xmpmeta>"
+# What may stand behind the first two bytes, whether Pillow has to look at the file, and what comes of it.
+HEADS = {
+    "nothing": (b"", False, "upright"),
+    "a colour profile": (segment(0xE2, b"ICC_PROFILE\0\1\1" + b"p" * 99), False, "upright"),
+    "a comment": (segment(0xFE, b"\xff\xe1 Exif"), False, "upright"),
+    "Exif": (segment(0xE1, turned()), True, "turned"),
+    "Exif behind a comment": (segment(0xFE, b"x") + segment(0xE1, turned()), True, "turned"),
+    "Exif behind padding": (b"\xff\xff" + segment(0xE1, turned()), True, "turned"),
+    "XMP": (segment(0xE1, XMP), True, "turned"),
+    "several images": (segment(0xE2, b"MPF\0II*\0"), True, "upright"),
+    "Exif behind a mark": (b"\xff\xd5" + segment(0xE1, turned()), True, "turned"),
+    "rubbish": (b"rubbish", True, "refused"),
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_only_files_that_need_nothing_else_pass_by_pillow(tmp_path, monkeypatch, head):
+    before, pillow, comes = HEADS[head]
+    content = encoded(picture())
+    longer = content[:2] + before + content[2:]
+    assert (jpeg.plain(longer, 3, 10_000) is None) == pillow
+    (tmp_path / "x.jpg").write_bytes(longer)
+    ours = outcome(tmp_path / "x.jpg")
+    upright = by_pillow(content).transpose(2, 0, 1)
+    as_they_lie = {"upright": upright, "turned": upright.transpose(0, 2, 1)[..., ::-1]}
+    assert ours[1] == (as_they_lie[comes].tobytes() if comes in as_they_lie else b"")
+    monkeypatch.setattr(jpeg, "plain", lambda content, channels, max_pixels: None)
+    assert ours == outcome(tmp_path / "x.jpg")
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("CMYK", 3), ("RGB", 1)])
+def test_other_colours_are_not_plain(mode, channels):
+    assert jpeg.plain(encoded(picture(mode)), channels, 10_000) is None
+
+
+def test_the_size_is_known_before_a_pixel_is_decoded(monkeypatch):
+    content = encoded(picture())
+    monkeypatch.setattr(jpeg, "decode", lambda content, channels: "decoded")
+    assert jpeg.plain(content, 3, 61 * 43) == "decoded"
+    assert jpeg.plain(content, 3, 61 * 43 - 1) is None
 
 
 def outcome(path) -> tuple[str, bytes]:

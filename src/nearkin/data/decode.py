@@ -99,6 +99,9 @@ def decoded(
     name = os.fspath(path)
     try:
         content = _content(name, max_bytes)
+        pixels = jpeg.plain(content, channels, min(max_pixels, MAX_PIXELS))
+        if pixels is not None:
+            return torch.from_numpy(pixels).permute(2, 0, 1)
         with _pillow_warnings:
             return _upright(content, channels, max_pixels)
     except MemoryError:

@@ -11,6 +11,43 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+SCAN, EXIF_OR_XMP, ICC_OR_MPF = 0xDA, 0xE1, 0xE2  # second bytes of markers
+LENGTHLESS = range(0xD0, 0xDA)  # markers without a segment
+COLOURS = {1: ("Gray",), 3: ("Gray", "YCbCr", "RGB")}  # that `decode` turns into so many channels
+
+
+def plain(content: bytes, channels: int, max_pixels: int) -> NDArray[np.uint8] | None:
+    """uint8 `[H, W, channels]` of a JPEG file of at most `max_pixels` that needs decoding and nothing else, as most on
+    the web do; None for every other, and where anything is wrong: that is Pillow's."""
+    if not _is_plain(content):
+        return None
+    import simplejpeg
+
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
+    except ValueError:
+        return None
+    if height * width > max_pixels or colours not in COLOURS[channels]:
+        return None
+    return decode(content, channels)
+
+
+def _is_plain(content: bytes) -> bool:
+    """Whether no segment before the pixels may hold an orientation or more images. ITU-T T.81, B.1.1."""
+    if not content.startswith(b"\xff\xd8"):
+        return False
+    place = 2
+    while content[place : place + 1] == b"\xff" and place + 4 <= len(content):
+        marker, start = content[place + 1], place + 4
+        if marker == SCAN:
+            return True
+        images = marker == ICC_OR_MPF and content.startswith(b"MPF", start)
+        if marker == EXIF_OR_XMP or images or not 0xC0 <= marker < 0xFF or marker in LENGTHLESS:
+            return False
+        place += 2 + int.from_bytes(content[place + 2 : start])
+    return False
+
+
 def decodes(image: Image, channels: int) -> bool:
     """Whether `decode` gives the pixels that Pillow would: grey made of colours is rounded differently."""
     return image.format == "JPEG" and (image.mode == "L" or (image.mode == "RGB" and channels == 3))
