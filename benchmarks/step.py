@@ -16,7 +16,7 @@ from nearkin.training.autotune import NAMES, tuned
 from nearkin.training.process import settle
 
 BATCH, CLASSES, BANK = 64, 100, 8192
-RUNS = 25  # targets lie as close as 3 % to what is measured
+RUNS, MOST = 15, 3  # targets lie as close as 3 % to what is measured
 COPIES = 2  # of everything: where weights happen to lie in memory is worth some per cent
 LARGE = (("resnet18", 64), ("vit_tiny_patch16_224", 64))
 # Where the bank weighs more: model, side, share of ce's images per second.
@@ -39,7 +39,7 @@ def calls(runtime: Runtime, model: str, side: int) -> dict[str, Call]:
 
 
 def large(runtime: Runtime, model: str, side: int) -> list[Row]:
-    single = alternate(calls(runtime, model, side), RUNS)
+    single = alternate(calls(runtime, model, side), RUNS, MOST)
     seconds: dict[str, list[float]] = {}
     for name, times in single.items():
         seconds.setdefault(name.split(", ")[0], []).extend(times)
@@ -56,7 +56,12 @@ def large(runtime: Runtime, model: str, side: int) -> list[Row]:
 def small(runtime: Runtime, model: str, side: int, target: float) -> Row:
     steps = {n: prepared(case(model, side, n), runtime)[0] for n in ("ce", "cone")}
     return ratio(
-        alternate(steps), "cone", "ce", f"{model}, {side} px: cone against ce", target, True
+        alternate(steps, RUNS, MOST),
+        "cone",
+        "ce",
+        f"{model}, {side} px: cone against ce",
+        target,
+        True,
     )
 
 
@@ -67,7 +72,7 @@ def half(model: str, side: int) -> Row:
         return Row(f"{what}: no avx512_bf16 here", float("nan"))
     with closing(Runtime(device="cpu", precision="bf16")) as runtime:
         steps = {n: prepared(case(model, side, n), runtime)[0] for n in ("timm", "ce")}
-        return ratio(alternate(steps, RUNS), "ce", "timm", what, 0.97, True)
+        return ratio(alternate(steps, RUNS, MOST), "ce", "timm", what, 0.97, True)
 
 
 def tuning(runtime: Runtime, model: str, side: int) -> Row:
@@ -91,6 +96,7 @@ def tuning(runtime: Runtime, model: str, side: int) -> Row:
             "tuned": partial(with_threads, step, int(choice.threads)),
         },
         RUNS,
+        MOST,
     )
     torch.set_num_threads(threads)
     what = f"{model}, {side} px: tuned ({precision}, {layout}, {choice.threads} thr.) against timm"

@@ -47,13 +47,28 @@ def test_calls_alternate_after_a_round_that_does_not_count():
     assert [len(s) for s in seconds.values()] == [3, 3]
 
 
+@pytest.mark.parametrize(
+    ("least", "rounds"),
+    [([5, 1, 1.02, 1.01], 4), ([1, 5, 5, 5, 5, 1.02, 1.01], 7), ([1, *[5] * 99], 12)],
+)
+def test_more_rounds_until_the_least_is_no_accident(monkeypatch, least, rounds):
+    """At least four, at most three times as many."""
+    now, durations = [0.0], iter([9, *least])
+
+    def call():
+        now[0] += next(durations)
+
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
+    assert len(bench.alternate({"it": call}, 4, 3)["it"]) == rounds
+
+
 @pytest.fixture
 def small(monkeypatch):
     sizes = {
         pairwise: {"SAMPLES": 64},
         bank: {"ENTRIES": 4096, "CLASSES": 10, "DIM": 8, "TOPK": 16},
         data: {"IMAGES": 4, "BATCH": 2, "SMALL": (("test_resnet", 8, 8.0),)},
-        step: {"BATCH": 8, "CLASSES": 4, "BANK": 64, "RUNS": 2, "COPIES": 1}
+        step: {"BATCH": 8, "CLASSES": 4, "BANK": 64, "RUNS": 2, "MOST": 1, "COPIES": 1}
         | {"LARGE": (("test_resnet", 16),), "SMALL": (("test_resnet", 16, 0.5),)},
     }
     for module, values in sizes.items():
