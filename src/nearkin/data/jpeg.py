@@ -17,8 +17,8 @@ COLOURS = {1: ("Gray",), 3: ("Gray", "YCbCr", "RGB")}  # that `decode` turns int
 
 
 def plain(content: bytes, channels: int, max_pixels: int) -> NDArray[np.uint8] | None:
-    """uint8 `[H, W, channels]` of a JPEG file of at most `max_pixels` that needs decoding and nothing else, as most on
-    the web do; None for every other, and where anything is wrong: that is Pillow's."""
+    """uint8 `[H, W, channels]` of a JPEG file of at most `max_pixels` that needs decoding and nothing else; None
+    for every other, and where anything is wrong: that is Pillow's."""
     if not _is_plain(content):
         return None
     import simplejpeg
