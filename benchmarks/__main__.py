@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from pathlib import Path
 
 import torch
 
-from benchmarks.bench import save
+from benchmarks.bench import output, save
 
 TABLES = ("pairwise", "bank", "data", "step", "startup", "evaluation")
 
@@ -17,7 +16,7 @@ TABLES = ("pairwise", "bank", "data", "step", "startup", "evaluation")
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(TABLES)}")
-    parser.add_argument("--json", type=Path, help="also write the numbers here")
+    parser.add_argument("--json", type=output, help="also write the numbers here")
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
     unknown = sorted(set(given.tables) - set(TABLES))

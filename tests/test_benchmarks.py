@@ -105,6 +105,22 @@ def test_every_table_is_shown_and_saved(small, monkeypatch, capsys, tmp_path, mi
     assert all(math.isnan(r) or r >= 0 for r in ratios)
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["step", "speed"], "no table speed; there are pairwise,"),
+        (["--json", "nowhere/b.json"], "the folder nowhere does not exist"),
+    ],
+)
+def test_what_cannot_end_well_is_not_begun(monkeypatch, capsys, tmp_path, given, said):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["benchmarks", *given])
+    with pytest.raises(SystemExit) as stopped:
+        command.main()
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+
+
 def test_the_published_structure_computes_what_we_compute(small):
     """Else the comparison would be one of different things: both totals, from the same bank and batch."""
     x, theirs, ours = bank.given(), bank.published(), bank.filled(torch.float32)
