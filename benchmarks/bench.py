@@ -17,7 +17,7 @@ import torch
 
 Call = Callable[[], object]
 WIDTHS = "  {:<66} {:>9} {:>9} {:>7} {:<3} {:>7} {:>6} {:>7} {:>3} {}"
-RUNS = 15  # on a shared machine the least of nine still moves by a tenth
+RUNS, MOST = 15, 4  # on a shared machine the least of nine still moves by a tenth
 
 
 @dataclass

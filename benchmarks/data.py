@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.bench import Call, Row, Table, alternate, ratio
+from benchmarks.bench import MOST, Call, Row, Table, alternate, ratio
 from benchmarks.training_steps import Case, prepared
 from nearkin.data import (
     EvalSpec,
@@ -130,7 +130,7 @@ def loaders() -> list[Row]:
         )
         for name, make, train, goal, cached_goal in kinds:
             calls = {"ours": make(plain), "cached": make(cached), "timm": timms(root, train)}
-            seconds = alternate(calls)
+            seconds = alternate(calls, most=MOST)
             what = f"{name}, 500 x 375 JPEG of {size:.0f} kB to {SIDE}"
             for ours, title, (target, limit) in (
                 ("ours", what, goal),
@@ -150,7 +150,7 @@ def share(runtime: Runtime, model: str, side: int, target: float) -> Row:
     normalise = Network(nn.Identity(), {}, dim=3, mean=MEAN, std=STD)
     step, _ = prepared(Case(model, side, 128, 10, "ce", 0), runtime)
     calls: dict[str, Call] = {"load": lambda: normalise(next(batches).images[0]), "step": step}
-    seconds = alternate(calls)
+    seconds = alternate(calls, most=MOST)
     what = f"{model}, {side} px, 128 images: loading in per cent of a step"
     found = ratio(seconds, "load", "step", what)
     median = 100 * (found.median or 0)
