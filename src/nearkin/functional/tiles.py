@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
@@ -19,9 +19,9 @@ KEPT = 2**22  # values that the backward pass finds again: 16 MiB
 class Tile:
     """The samples `rows` with the samples `cols`, none of which comes after the rows.
 
-    values: s_ij, or e^(s_ij) if `exponential`, `[rows, cols]`. own: how many of the rows, the first, are the columns
-    themselves, so that each of their pairs stands there twice: all or none. near: how many of the rows, the first, may
-    share a class with a column; labels: theirs, and the columns'.
+    values: s_ij, or e^(s_ij) if `exponential`, `[rows, cols]`, 0 for a sample with itself. own: how many of the rows,
+    the first, are the columns themselves, so that each of their pairs stands there twice: all or none. near: how many
+    of the rows, the first, may share a class with a column; labels: theirs, and the columns'.
     """
 
     def __init__(
@@ -96,10 +96,11 @@ class Tile:
         sums[self.cols].add_(values.sum(0))
 
     def spread(self, gradient: Tensor, slopes: Tensor, z: Tensor) -> None:
-        """Add to `gradient` `[N, d]` what reaches z through s_ij and s_ji, whose `slopes` are added up already."""
-        gradient[self.cols].addmm_(slopes.T, z[self.rows])
-        beyond = slice(self.rows.start + self.own, self.rows.stop)
-        gradient[beyond].addmm_(slopes[self.own :], z[self.cols])
+        """Add to `gradient` `[N, d]` what reaches z through s_ij and s_ji, whose `slopes`, of all rows or of the first,
+        are added up already."""
+        start, stop = self.rows.start, self.rows.start + len(slopes)
+        gradient[self.cols].addmm_(slopes.T, z[start:stop])
+        gradient[start + self.own : stop].addmm_(slopes[self.own :], z[self.cols])
 
     def _weights(self, over: Over) -> Tensor:
         """a_ij or 1 - a_ij, `[near, cols]`."""
@@ -128,11 +129,11 @@ class Tiles:
     """All tiles of a batch. The samples are sorted by label: the pairs that may be positive are near the diagonal.
 
     features `[N, d]`, labels `[N]` or `[N, C]`, in the order of the batch. z `[N, d]` are the features in the order of
-    the tiles, scaled so that z z' is the similarity. scales: of the exponentials that will be asked for, if any.
+    the tiles, scaled so that z z' is the similarity s. exponential: whether e^s takes its place in the tiles.
     """
 
     def __init__(
-        self, features: Tensor, labels: Labels, temperature: float, scales: Collection[float] = ()
+        self, features: Tensor, labels: Labels, temperature: float, exponential: bool
     ) -> None:
         keys = labels if labels.ndim == 1 else labels.argmax(1)
         self.order = keys.argsort(stable=True)
@@ -140,8 +141,7 @@ class Tiles:
         self.scale = temperature**-0.5
         self.z = self.in_tile_order(features).mul_(self.scale)
         self._labels = self.in_tile_order(labels.detach())
-        # Where one exponential serves all scales, it takes the similarity's place, and is kept instead.
-        self._exponential = bool(scales) and set(scales) <= {1.0, 2.0}
+        self._exponential = exponential
         self._buffers = Buffers(self.z)
         self._kept: dict[tuple[int, int], Tensor] = {}
         # One block, which the allocator keeps for the next step; many small ones it would give back.
@@ -174,8 +174,8 @@ class Tiles:
                 labels = self._labels[start : min(rows.stop, end)], self._labels[cols]
                 values, new = self._values(rows, cols)
                 tile = Tile(self._buffers, rows, cols, values, self._exponential, labels)
-                if new and self._exponential:
-                    tile.without_own_(values.exp_())
+                if new:
+                    tile.without_own_(values.exp_() if self._exponential else values)
                 yield tile
 
     def _values(self, rows: slice, cols: slice) -> tuple[Tensor, bool]:
