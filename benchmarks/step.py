@@ -16,7 +16,7 @@ from nearkin.training.autotune import NAMES, tuned
 from nearkin.training.process import settle
 
 BATCH, CLASSES, BANK = 64, 100, 8192
-RUNS, MOST = 15, 4
+RUNS = 15
 # Of one run. A single step may fall into one of the machine's rare quick moments, and the shorter of two does so more
 # often: the ratio of their minima would be a few per cent too low for the longer one.
 STEPS = 4
@@ -71,7 +71,7 @@ def large(runtime: Runtime, model: str, side: int) -> list[Row]:
 def small(runtime: Runtime, model: str, side: int, target: float) -> Row:
     calls = {n: run(case(model, side, n), runtime) for n in ("ce", "cone")}
     return ratio(
-        alternate(calls, RUNS, MOST),
+        alternate(calls, RUNS),
         "cone",
         "ce",
         f"{model}, {side} px: cone against ce",
@@ -87,7 +87,7 @@ def half(model: str, side: int) -> Row:
         return Row(f"{what}: no avx512_bf16 here", float("nan"))
     with closing(Runtime(device="cpu", precision="bf16")) as runtime:
         calls = {n: run(case(model, side, n), runtime) for n in ("timm", "ce")}
-        return ratio(alternate(calls, RUNS, MOST), "ce", "timm", what, 0.97, True)
+        return ratio(alternate(calls, RUNS), "ce", "timm", what, 0.97, True)
 
 
 def tuning(runtime: Runtime, model: str, side: int) -> Row:
@@ -111,7 +111,6 @@ def tuning(runtime: Runtime, model: str, side: int) -> Row:
             "tuned": partial(with_threads, picked, int(choice.threads)),
         },
         RUNS,
-        MOST,
     )
     torch.set_num_threads(threads)
     what = f"{model}, {side} px: tuned ({precision}, {layout}, {choice.threads} thr.) against timm"
