@@ -217,3 +217,27 @@ def test_a_real_backbone_in_channels_last():
         results.append(network(images.contiguous(memory_format=layout)).logits)
     assert results[0].shape == (4, 5)
     assert torch.allclose(results[0], results[1], atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("train", [True, False])
+def test_a_pass_without_backward_takes_channels_last_on_a_processor(dtype, train):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), Means(8))
+    head = Head(nn.Linear(8, 5), "features", "logits")
+    network = Network(
+        module, {"classifier": head}, dim=8, mean=(0.1, 0.2, 0.3), std=(0.5, 0.3, 0.2)
+    )
+    network.train(train)
+    images = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8)
+    images = images if dtype == torch.uint8 else images / 255
+    seen = []
+    module[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        alone = network(images).logits
+    with_backward = network(images).logits
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+    assert not seen[0].is_contiguous()
+    assert seen[1].is_contiguous()
+    assert torch.allclose(seen[0], seen[1], rtol=1e-6, atol=1e-6)
+    assert torch.allclose(alone, with_backward, atol=1e-5)
