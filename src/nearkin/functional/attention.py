@@ -19,11 +19,10 @@ from nearkin.functional.precision import full_precision
 from nearkin.functional.topk import GROUP, largest
 
 ANCHORS = 64  # at a time: their scores take 8 bytes an entry of the bank
-KEYS = 2048  # keys at a time: widened, they stay in the cache
-SHARES = (
-    8192,
-    128,
-)  # probabilities at a time, entries and classes: likewise, and rows are long enough to stream
+KEYS = 4096  # keys at a time: widened, they stay in the cache
+# Probabilities at a time: entries, in rows long enough to stream, and classes where they are widened; those that need
+# no widening go to the product as they are, of all classes at once.
+SHARES = 8192, 256
 NEAR = 2**20  # numbers of chosen neighbours gathered at a time
 
 
@@ -152,10 +151,11 @@ def _target(scores: Tensor, highest: Tensor, memory: Memory) -> Tensor:
     total = torch.zeros_like(highest, dtype=wide)
     target = total.new_zeros(len(stored), len(highest))
     shares = _Widened(scores.dtype)
+    classes_each = len(stored) if stored.dtype == scores.dtype else SHARES[1]
     for piece in _steps(stored, stored.shape[1], SHARES[0]):
         attention = scores[piece].sub_(highest).exp_()
         total += attention.sum(0, dtype=wide)
-        for classes in _steps(stored, len(stored), SHARES[1]):
+        for classes in _steps(stored, len(stored), classes_each):
             part = shares.of(stored[classes, piece])
             if scores.dtype == wide:
                 target[classes].addmm_(part, attention)
