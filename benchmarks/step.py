@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -16,41 +18,57 @@ from nearkin.training.autotune import NAMES, tuned
 from nearkin.training.process import settle
 
 BATCH, CLASSES, BANK = 64, 100, 8192
-RUNS = 15
-# Of one run. A single step may fall into one of the machine's rare quick moments, and the shorter of two does so more
-# often: the ratio of their minima would be a few per cent too low for the longer one.
-STEPS = 4
+RUNS, MOST = 8, 3  # of each copy; up to 24 where the least is not settled
+# Of every run, as many steps as fit. A short run falls into one of the machine's rare quick moments more often than a
+# long one: the ratio of their minima would be a few per cent too low for the longer one.
+SECONDS = 2.5
 COPIES = 2  # of everything: where weights happen to lie in memory is worth some per cent
 LARGE = (("resnet18", 64), ("vit_tiny_patch16_224", 64))
 # Where the bank weighs more: model, side, share of ce's images per second.
 SMALL = (("resnet10t", 32, 0.6), ("test_resnet", 32, 0.5))
 
 
-def run(given: Case, runtime: Runtime) -> Call:
-    """As many steps as see `STEPS` batches of single views."""
+class Run(NamedTuple):
+    """Some steps. batches: of BATCH crops that they see."""
+
+    call: Call
+    batches: float
+
+
+def run(given: Case, runtime: Runtime) -> Run:
+    """Steps for about SECONDS."""
     step, views = prepared(given, runtime)
-    count = STEPS * BATCH // (views * given.batch)
+    step()  # the first takes longer
+    start = time.perf_counter()
+    step()
+    count = max(1, round(SECONDS / (time.perf_counter() - start)))
 
     def steps() -> None:
         for _ in range(count):
             step()
 
-    return steps
+    return Run(steps, count * views * given.batch / BATCH)
 
 
 def case(model: str, side: int, objective: str, batch: int = BATCH) -> Case:
     return Case(model, side, batch, CLASSES, objective, BANK)
 
 
+def batch_seconds(runs: dict[str, Run]) -> dict[str, list[float]]:
+    """Of BATCH crops, in runs that alternate."""
+    found = alternate({name: each.call for name, each in runs.items()}, RUNS, MOST)
+    return {name: [s / runs[name].batches for s in seconds] for name, seconds in found.items()}
+
+
 def measured(runtime: Runtime, cases: dict[str, Case]) -> dict[str, list[float]]:
     """Seconds of each case, from some instances of everything."""
-    calls = {
+    runs = {
         f"{name}, {copy}": run(each, runtime)
         for copy in range(COPIES)
         for name, each in cases.items()
     }
-    single = alternate(calls, RUNS)
-    return {n: [s for copy in range(COPIES) for s in single[f"{n}, {copy}"]] for n in cases}
+    found = batch_seconds(runs)
+    return {n: [s for copy in range(COPIES) for s in found[f"{n}, {copy}"]] for n in cases}
 
 
 def large(runtime: Runtime, model: str, side: int) -> list[Row]:
@@ -69,15 +87,8 @@ def large(runtime: Runtime, model: str, side: int) -> list[Row]:
 
 
 def small(runtime: Runtime, model: str, side: int, target: float) -> Row:
-    calls = {n: run(case(model, side, n), runtime) for n in ("ce", "cone")}
-    return ratio(
-        alternate(calls, RUNS),
-        "cone",
-        "ce",
-        f"{model}, {side} px: cone against ce",
-        target,
-        True,
-    )
+    found = measured(runtime, {n: case(model, side, n) for n in ("ce", "cone")})
+    return ratio(found, "cone", "ce", f"{model}, {side} px: cone against ce", target, True)
 
 
 def half(model: str, side: int) -> Row:
@@ -86,8 +97,8 @@ def half(model: str, side: int) -> Row:
     if not torch.cpu._is_avx512_bf16_supported():
         return Row(f"{what}: no avx512_bf16 here", float("nan"))
     with closing(Runtime(device="cpu", precision="bf16")) as runtime:
-        calls = {n: run(case(model, side, n), runtime) for n in ("timm", "ce")}
-        return ratio(alternate(calls, RUNS), "ce", "timm", what, 0.97, True)
+        found = measured(runtime, {n: case(model, side, n) for n in ("timm", "ce")})
+        return ratio(found, "ce", "timm", what, 0.97, True)
 
 
 def tuning(runtime: Runtime, model: str, side: int) -> Row:
@@ -101,17 +112,18 @@ def tuning(runtime: Runtime, model: str, side: int) -> Row:
     layout, ours = choice.memory_format, runtime.at(precision)
     picked = run(replace(given, memory_format=layout), ours)
 
-    def with_threads(call: Call, count: int) -> None:
-        torch.set_num_threads(count)
-        call()
+    def with_threads(given: Run, count: int) -> Run:
+        def call() -> None:
+            torch.set_num_threads(count)
+            given.call()
 
-    seconds = alternate(
-        {
-            "timm": partial(with_threads, plain, threads),
-            "tuned": partial(with_threads, picked, int(choice.threads)),
-        },
-        RUNS,
-    )
+        return Run(call, given.batches)
+
+    runs = {
+        "timm": with_threads(plain, threads),
+        "tuned": with_threads(picked, int(choice.threads)),
+    }
+    seconds = batch_seconds(runs)
     torch.set_num_threads(threads)
     what = f"{model}, {side} px: tuned ({precision}, {layout}, {choice.threads} thr.) against timm"
     return ratio(seconds, "tuned", "timm", what, 1.1, True, 1.35)
@@ -127,8 +139,7 @@ def table() -> Table:
         rows.append(tuning(runtime, SMALL[-1][0], LARGE[0][1]))
     rows += [half(model, side) for model, side in LARGE]
     setting = (
-        f"runs of {STEPS} steps of {BATCH} images, or of {STEPS // 2} on as many crops; images per second; {CLASSES} "
-        f"classes, bank of {BANK}, {torch.get_num_threads()} threads, no tuning but where it says so; forward, "
-        "backward, SGD or AdamW"
+        f"seconds of {BATCH} crops, in runs of {SECONDS} s; ratios of images per second; {CLASSES} classes, bank of "
+        f"{BANK}, {torch.get_num_threads()} threads, no tuning but where it says so; forward, backward, SGD or AdamW"
     )
     return Table("Training steps", setting, rows)
