@@ -13,7 +13,7 @@ from pathlib import Path
 from benchmarks.bench import Call, Row, Table, alternate, fastest, ratio
 from nearkin.cli import VERBS
 
-RUNS = 7
+RUNS = 15
 
 
 def process(*words: str) -> None:
