@@ -153,9 +153,9 @@ class Network(nn.Module):
         return pixels
 
     def _layout_for(self, images: Tensor) -> torch.memory_format:
-        """On a processor a pass without backward takes channels_last: convolutions need a quarter less time there.
+        """On a processor a pass without backward takes channels_last, in which most convolutional networks are faster.
 
-        With a backward pass the two formats are about as fast as each other (docs/performance.md).
+        With a backward pass the two formats differ less (docs/performance.md).
         """
         forward_only = images.device.type == "cpu" and not torch.is_grad_enabled()
         return torch.channels_last if forward_only else self._layout
