@@ -115,6 +115,23 @@ def test_anchors_without_an_entry_are_invalid_and_pull_on_nothing():
     torch.testing.assert_close(target[1:].sum(1), torch.ones(2, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("temperature", [0.001, 0.01, 1 / 60])
+def test_a_steep_attention_neither_overflows_nor_vanishes(temperature):
+    """Scores up to 1 000, in float32, whose range ends at e^88; at last no anchor has an entry."""
+    query, key, labels, ids, memory = case(anchors=8, entries=300)
+    lonely = torch.tensor([[0, -1]]).expand(300, -1)
+    for stored, own in ((memory, ids), (memory._replace(ids=lonely), torch.zeros_like(ids))):
+        single = stored._replace(
+            keys=stored.keys.float(), probabilities=stored.probabilities.float()
+        )
+        options = OPTIONS | {"key_temperature": temperature}
+        _, target = bank_attention(query.float(), key.float(), labels, own, single, **options)
+        mask = stored.ids[:, 0] != own[:, None]
+        scores = (key @ stored.keys.T / temperature).masked_fill(~mask, -torch.inf)
+        weights = scores.softmax(1).nan_to_num(0) @ stored.probabilities.T
+        torch.testing.assert_close(target, weights.float(), atol=2e-3, rtol=2e-3)
+
+
 @pytest.mark.parametrize(
     ("products", "bounds"), [(False, (5e-4, 2e-3, 2e-2)), (True, (5e-4, 5e-3, 3e-2))]
 )

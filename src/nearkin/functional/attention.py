@@ -19,11 +19,14 @@ from nearkin.functional.precision import full_precision
 from nearkin.functional.topk import GROUP, largest
 
 ANCHORS = 64  # at a time: their scores take 8 bytes an entry of the bank
-KEYS = 4096  # keys at a time: widened, they stay in the cache
+KEYS = 2048  # keys of 8 bytes a number at a time, more of shorter ones: they stay in the cache
 # Probabilities at a time: entries, in rows long enough to stream, and classes where they are widened; those that need
 # no widening go to the product as they are, of all classes at once.
-SHARES = 8192, 256
-NEAR = 2**20  # numbers of chosen neighbours gathered at a time
+SHARES = 16384, 256
+# Scores of unit vectors are at most 1 / temperature: up to here their exponentials need no shift.
+STEEP = 60
+NEAR = 2**19  # numbers of chosen neighbours gathered at a time
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
 class Memory(NamedTuple):
@@ -97,9 +100,10 @@ class _Attention(torch.autograd.Function):
         topk: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         near, far = _scores((query, key / key_temperature), ids, memory)
-        highest = far.amax(0)
-        valid = ~highest.isneginf()
-        target, usable = _target(far, highest.where(valid, 0), memory), valid[:, None]
+        if 1 / key_temperature > STEEP:
+            far -= far.amax(0).nan_to_num(neginf=0)
+        target, valid = _target(far, memory)
+        usable = valid[:, None]
         nearest, index = largest(near, topk)
         # With fewer entries than topk, rows that only fill a group are among them: -inf, of no weight.
         index = index.clamp(max=len(memory.keys) - 1)
@@ -128,32 +132,25 @@ def _scores(rows: tuple[Tensor, ...], ids: Tensor, memory: Memory) -> list[Tenso
     scores = [each.new_empty(-(-count // GROUP) * GROUP, len(ids)) for each in anchors]
     for each in scores:
         each[count:] = -torch.inf
-    empty = memory.labels[:, :1] < 0
-    # Half the bytes to compare; no second image, -1, is no image of an entry: -2.
-    mine = torch.where(ids < 0, -2, ids).view(len(ids), -1).int()
-    theirs = memory.ids.int()
-    keys = _Widened(dtype)
-    for piece in _steps(memory.keys, count, KEYS):
-        unusable = empty[piece].expand(-1, len(ids)).clone()
-        for own, other in product(mine.unbind(1), theirs[piece].unbind(1)):
-            unusable |= other[:, None] == own
-        part = keys.of(memory.keys[piece])
+    pieces = _steps(memory.keys, count, KEYS * 8 // dtype.itemsize)
+    barred, keys = _Barred(ids, memory, dtype, pieces[0].stop), _Widened(dtype)
+    for piece in pieces:
+        bar, part = barred.of(piece), keys.of(memory.keys[piece])
         for each, result in zip(anchors, scores, strict=True):
-            # Here and now: the piece of the scores is in the cache.
-            torch.mm(part, each, out=result[piece]).masked_fill_(unusable, -torch.inf)
+            torch.mm(part, each, out=result[piece]).add_(bar)
     return scores
 
 
-def _target(scores: Tensor, highest: Tensor, memory: Memory) -> Tensor:
-    """The probabilities' mean by softmax(scores), in the memory of the scores; zeros where all are -inf."""
+def _target(scores: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+    """The probabilities' mean by softmax(scores), in the memory of the scores, and whether any is above -inf."""
     wide = torch.promote_types(scores.dtype, torch.float32)
     stored = memory.probabilities
-    total = torch.zeros_like(highest, dtype=wide)
-    target = total.new_zeros(len(stored), len(highest))
+    total = scores.new_zeros(scores.shape[1], dtype=wide)
+    target = total.new_zeros(len(stored), len(total))
     shares = _Widened(scores.dtype)
     classes_each = len(stored) if stored.dtype == scores.dtype else SHARES[1]
     for piece in _steps(stored, stored.shape[1], SHARES[0]):
-        attention = scores[piece].sub_(highest).exp_()
+        attention = scores[piece].exp_()
         total += attention.sum(0, dtype=wide)
         for classes in _steps(stored, len(stored), classes_each):
             part = shares.of(stored[classes, piece])
@@ -161,7 +158,8 @@ def _target(scores: Tensor, highest: Tensor, memory: Memory) -> Tensor:
                 target[classes].addmm_(part, attention)
             else:
                 target[classes] += part @ attention
-    return target.div_(total.where(total > 0, 1)).T.contiguous()
+    valid = total > 0
+    return target.div_(total.where(valid, 1)).T.contiguous(), valid
 
 
 def _multiplied(row: Tensor, stored: Tensor) -> torch.dtype:
@@ -180,16 +178,19 @@ def multiplies_bf16(device: torch.device) -> bool:
 def _rescored(query: Tensor, rough: Tensor, index: Tensor, keys: Tensor) -> Tensor:
     """query . keys of the chosen entries in the type of the query, -inf where `rough` is; a few anchors at a time."""
     step = max(1, NEAR // (index.shape[1] * keys.shape[1]))
-    parts = [
-        torch.bmm(keys[i].to(q.dtype), q[:, :, None]).squeeze(2)
-        for q, i in zip(torch.split(query, step), torch.split(index, step), strict=True)
-    ]
-    return torch.cat(parts).where(~rough.isneginf(), -torch.inf)
+    exact = torch.empty_like(rough, dtype=query.dtype)
+    wide = _Widened(query.dtype)
+    for rows in _steps(index, len(index), step):
+        chosen = keys.index_select(0, index[rows].flatten()).view(-1, index.shape[1], keys.shape[1])
+        torch.bmm(query[rows, None], wide.of(chosen).mT, out=exact[rows, None])
+    return exact.where(~rough.isneginf(), -torch.inf)
 
 
 def _mass(scores: Tensor, index: Tensor, labels: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
     """-log of the attention on the anchors' own classes, 0 where there is none, and its derivative for the scores."""
-    pairs = SoftPairs(memory.labels[index], memory.weights[index].to(scores.dtype))
+    at = index.flatten()
+    stored = memory.labels.index_select(0, at), memory.weights.index_select(0, at).to(scores.dtype)
+    pairs = SoftPairs(*(each.view(*index.shape, -1) for each in stored))
     positive = bank_positiveness(labels, pairs).to(scores.dtype)
     attention = scores.softmax(1)
     mass = (attention * positive).sum(1, keepdim=True)
@@ -210,6 +211,32 @@ def _steps(stored: Tensor, count: int, size: int) -> list[slice]:
     """0 ... count in pieces that suit a processor's cache; in one for a GPU, to which few calls matter more."""
     size = size if stored.device.type == "cpu" else max(1, count)
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+class _Barred:
+    """-inf `[k, n]` where an entry is empty or shares an image with the anchor, else 0, of parts of a bank.
+
+    In integers and in the same memory again and again: comparing into booleans, and filling by them, take a CPU
+    several times as long. The bits of -inf are those of an integer: sign and exponent are ones, the fraction is zeros.
+    """
+
+    def __init__(self, ids: Tensor, memory: Memory, dtype: torch.dtype, most: int) -> None:
+        # Half the bytes to compare; no second image, -1, is no image of an entry: -2.
+        self.mine = torch.where(ids < 0, -2, ids).view(len(ids), -1).int()
+        self.theirs = memory.ids.int()
+        self.empty = (memory.labels[:, :1] < 0).int()
+        self.dtype, self.infinity = dtype, -round(1 / torch.finfo(dtype).eps)
+        self._found, self._same = self.mine.new_empty(2, most, len(ids))
+        self._bits = self.mine.new_empty(most, len(ids), dtype=_INTEGERS[dtype.itemsize])
+
+    def of(self, piece: slice) -> Tensor:
+        size = piece.stop - piece.start
+        (own, other), *more = product(self.mine.unbind(1), self.theirs[piece].unbind(1))
+        barred = torch.eq(other[:, None], own, out=self._found[:size])
+        for own, other in more:
+            barred |= torch.eq(other[:, None], own, out=self._same[:size])
+        bits = torch.bitwise_or(barred, self.empty[piece], out=self._bits[:size])
+        return bits.mul_(self.infinity).view(self.dtype)
 
 
 class _Widened:
