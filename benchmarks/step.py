@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from contextlib import closing
-from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from benchmarks.bench import Call, Row, Table, alternate, ratio
+from benchmarks.bench import Row, Table, ratio
 from benchmarks.training_steps import Case, prepared, settings
 from nearkin.config import RunConfig
 from nearkin.runtime import Precision, Runtime
@@ -18,66 +18,72 @@ from nearkin.training.autotune import NAMES, tuned
 from nearkin.training.process import settle
 
 BATCH, CLASSES, BANK = 64, 100, 8192
-RUNS = 8  # of each copy
-# Of every run, as many steps as fit. Of short runs the least is one of the machine's rare quick moments, which not
-# every call meets: the ratio of the minima of `ce` and `cone`, resampled from 31 runs of 0.4, 2.5 and 5 seconds each,
-# had a standard deviation of 0.018, 0.023 and 0.009. And the shorter of two calls meets them more often.
-SECONDS = 5.0
-COPIES = 2  # of everything: where weights happen to lie in memory is worth some per cent
+# Everything is built anew for each round: where its weights happen to lie in memory is worth some per cent, for as
+# long as it lives.
+ROUNDS = 12
+# Of every run. Those of a round take turns step by step, because the machine's speed drifts from one second to the
+# next; and they are long, because the least of short ones is one of its rare quick moments.
+SECONDS = 3.0
 LARGE = (("resnet18", 64), ("vit_tiny_patch16_224", 64))
 # Where the bank weighs more: model, side, share of ce's images per second.
 SMALL = (("resnet10t", 32, 0.6), ("test_resnet", 32, 0.5))
 
 
-class Run(NamedTuple):
-    """Some steps. batches: of BATCH crops that they see."""
+class Setup(NamedTuple):
+    case: Case
+    runtime: Runtime
+    threads: int
 
-    call: Call
-    batches: float
+
+def setup(
+    runtime: Runtime,
+    model: str,
+    side: int,
+    objective: str,
+    batch: int = BATCH,
+    layout: str = "auto",
+    threads: int | None = None,
+) -> Setup:
+    case = Case(model, side, batch, CLASSES, objective, BANK, memory_format=layout)
+    return Setup(case, runtime, threads or torch.get_num_threads())
 
 
-def run(given: Case, runtime: Runtime) -> Run:
-    """Steps for about SECONDS."""
-    step, views = prepared(given, runtime)
-    step()  # the first takes longer
-    start = time.perf_counter()
-    step()
-    count = max(1, round(SECONDS / (time.perf_counter() - start)))
+def measured(setups: dict[str, Setup]) -> dict[str, list[float]]:
+    """Seconds of BATCH crops in each round."""
+    found: dict[str, list[float]] = {name: [] for name in setups}
+    threads = torch.get_num_threads()
+    for _ in range(ROUNDS):
+        for name, seconds in one_round(setups).items():
+            found[name].append(seconds)
+        gc.collect()  # a learner holds itself
+    torch.set_num_threads(threads)
+    return found
 
-    def steps() -> None:
-        for _ in range(count):
+
+def one_round(setups: dict[str, Setup]) -> dict[str, float]:
+    """Seconds of BATCH crops, by steps of new instances in turn for about SECONDS each."""
+    steps, crops = {}, {}
+    for name, given in setups.items():
+        steps[name], views = prepared(given.case, given.runtime)
+        crops[name] = views * given.case.batch
+        steps[name]()  # the first takes longer
+    passed = dict.fromkeys(setups, 0.0)
+    turns = 0
+    while sum(passed.values()) < SECONDS * len(setups):
+        for name, step in steps.items():
+            torch.set_num_threads(setups[name].threads)
+            start = time.perf_counter()
             step()
-
-    return Run(steps, count * views * given.batch / BATCH)
-
-
-def case(model: str, side: int, objective: str, batch: int = BATCH) -> Case:
-    return Case(model, side, batch, CLASSES, objective, BANK)
-
-
-def batch_seconds(runs: dict[str, Run]) -> dict[str, list[float]]:
-    """Of BATCH crops, in runs that alternate."""
-    found = alternate({name: each.call for name, each in runs.items()}, RUNS)
-    return {name: [s / runs[name].batches for s in seconds] for name, seconds in found.items()}
-
-
-def measured(runtime: Runtime, cases: dict[str, Case]) -> dict[str, list[float]]:
-    """Seconds of each case, from some instances of everything."""
-    runs = {
-        f"{name}, {copy}": run(each, runtime)
-        for copy in range(COPIES)
-        for name, each in cases.items()
-    }
-    found = batch_seconds(runs)
-    return {n: [s for copy in range(COPIES) for s in found[f"{n}, {copy}"]] for n in cases}
+            passed[name] += time.perf_counter() - start
+        turns += 1
+    return {name: passed[name] / turns * BATCH / crops[name] for name in setups}
 
 
 def large(runtime: Runtime, model: str, side: int) -> list[Row]:
     """What reads an image once; then what sees it twice, beside `ce` on as many crops."""
-    once = {name: case(model, side, name) for name in ("timm", "ce", "cone")}
-    twice = {name: case(model, side, name) for name in ("supcon", "schane")}
-    twice["ce"] = case(model, side, "ce", 2 * BATCH)
-    one, two = measured(runtime, once), measured(runtime, twice)
+    of = partial(setup, runtime, model, side)
+    one = measured({name: of(name) for name in ("timm", "ce", "cone")})
+    two = measured({"supcon": of("supcon"), "schane": of("schane"), "ce": of("ce", 2 * BATCH)})
     named = partial("{}, {} px: {}".format, model, side)
     return [
         ratio(one, "ce", "timm", named("ce against timm, fp32"), 0.97, True),
@@ -88,7 +94,7 @@ def large(runtime: Runtime, model: str, side: int) -> list[Row]:
 
 
 def small(runtime: Runtime, model: str, side: int, target: float) -> Row:
-    found = measured(runtime, {n: case(model, side, n) for n in ("ce", "cone")})
+    found = measured({name: setup(runtime, model, side, name) for name in ("ce", "cone")})
     return ratio(found, "cone", "ce", f"{model}, {side} px: cone against ce", target, True)
 
 
@@ -98,36 +104,21 @@ def half(model: str, side: int) -> Row:
     if not torch.cpu._is_avx512_bf16_supported():
         return Row(f"{what}: no avx512_bf16 here", float("nan"))
     with closing(Runtime(device="cpu", precision="bf16")) as runtime:
-        found = measured(runtime, {n: case(model, side, n) for n in ("timm", "ce")})
+        found = measured({name: setup(runtime, model, side, name) for name in ("timm", "ce")})
         return ratio(found, "ce", "timm", what, 0.97, True)
 
 
 def tuning(runtime: Runtime, model: str, side: int) -> Row:
     """What `--autotune` picks against timm's defaults with all threads."""
-    given = case(model, side, "ce")
-    plain = run(replace(given, objective="timm"), runtime)
-    threads = torch.get_num_threads()
-    config, network = settings(given, runtime)
+    plain = setup(runtime, model, side, "timm")
+    config, network = settings(setup(runtime, model, side, "ce").case, runtime)
     choice: RunConfig = tuned(config, frozenset(NAMES), network, 1, runtime).config
     precision: Precision = "bf16" if choice.precision == "bf16" else "fp32"
-    layout, ours = choice.memory_format, runtime.at(precision)
-    picked = run(replace(given, memory_format=layout), ours)
-
-    def with_threads(given: Run, count: int) -> Run:
-        def call() -> None:
-            torch.set_num_threads(count)
-            given.call()
-
-        return Run(call, given.batches)
-
-    runs = {
-        "timm": with_threads(plain, threads),
-        "tuned": with_threads(picked, int(choice.threads)),
-    }
-    seconds = batch_seconds(runs)
-    torch.set_num_threads(threads)
-    what = f"{model}, {side} px: tuned ({precision}, {layout}, {choice.threads} thr.) against timm"
-    return ratio(seconds, "tuned", "timm", what, 1.1, True, 1.35)
+    layout, threads = choice.memory_format, int(choice.threads)
+    picked = setup(runtime.at(precision), model, side, "ce", layout=layout, threads=threads)
+    found = measured({"timm": plain, "tuned": picked})
+    what = f"{model}, {side} px: tuned ({precision}, {layout}, {threads} thr.) against timm"
+    return ratio(found, "tuned", "timm", what, 1.1, True, 1.35)
 
 
 def table() -> Table:
@@ -140,7 +131,8 @@ def table() -> Table:
         rows.append(tuning(runtime, SMALL[-1][0], LARGE[0][1]))
     rows += [half(model, side) for model, side in LARGE]
     setting = (
-        f"seconds of {BATCH} crops, in runs of {SECONDS} s; ratios of images per second; {CLASSES} classes, bank of "
-        f"{BANK}, {torch.get_num_threads()} threads, no tuning but where it says so; forward, backward, SGD or AdamW"
+        f"seconds of {BATCH} crops, in runs of {SECONDS} s that take turns step by step; ratios of "
+        f"images per second; {CLASSES} classes, bank of {BANK}, {torch.get_num_threads()} threads, "
+        "no tuning but where it says so; forward, backward, SGD or AdamW"
     )
     return Table("Training steps", setting, rows)

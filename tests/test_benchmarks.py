@@ -68,7 +68,7 @@ def small(monkeypatch):
         pairwise: {"SAMPLES": 64},
         bank: {"ENTRIES": 4096, "CLASSES": 10, "DIM": 8, "TOPK": 16},
         data: {"IMAGES": 4, "BATCH": 2, "SMALL": (("test_resnet", 8, 8.0),)},
-        step: {"BATCH": 8, "CLASSES": 4, "BANK": 64, "RUNS": 2, "SECONDS": 0.01}
+        step: {"BATCH": 8, "CLASSES": 4, "BANK": 64, "ROUNDS": 2, "SECONDS": 0.01}
         | {"LARGE": (("test_resnet", 16),), "SMALL": (("test_resnet", 16, 0.5),)},
     }
     for module, values in sizes.items():

@@ -102,9 +102,10 @@ class _Attention(torch.autograd.Function):
         near, far = _scores((query, key / key_temperature), ids, memory)
         if 1 / key_temperature > STEEP:
             far -= far.amax(0).nan_to_num(neginf=0)
-        target, valid = _target(far, memory)
-        usable = valid[:, None]
+        target = _target(far, memory)
         nearest, index = largest(near, topk)
+        valid = ~nearest.amax(1).isneginf()
+        usable = valid[:, None]
         # With fewer entries than topk, rows that only fill a group are among them: -inf, of no weight.
         index = index.clamp(max=len(memory.keys) - 1)
         if nearest.dtype != query.dtype:
@@ -141,8 +142,8 @@ def _scores(rows: tuple[Tensor, ...], ids: Tensor, memory: Memory) -> list[Tenso
     return scores
 
 
-def _target(scores: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
-    """The probabilities' mean by softmax(scores), in the memory of the scores, and whether any is above -inf."""
+def _target(scores: Tensor, memory: Memory) -> Tensor:
+    """The probabilities' mean by softmax(scores), in the memory of the scores; zeros where all are -inf."""
     wide = torch.promote_types(scores.dtype, torch.float32)
     stored = memory.probabilities
     total = scores.new_zeros(scores.shape[1], dtype=wide)
@@ -150,16 +151,15 @@ def _target(scores: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
     shares = _Widened(scores.dtype)
     classes_each = len(stored) if stored.dtype == scores.dtype else SHARES[1]
     for piece in _steps(stored, stored.shape[1], SHARES[0]):
-        attention = scores[piece].exp_()
-        total += attention.sum(0, dtype=wide)
+        weights = scores[piece].exp_()
+        total += weights.sum(0, dtype=wide)
         for classes in _steps(stored, len(stored), classes_each):
             part = shares.of(stored[classes, piece])
             if scores.dtype == wide:
-                target[classes].addmm_(part, attention)
+                target[classes].addmm_(part, weights)
             else:
-                target[classes] += part @ attention
-    valid = total > 0
-    return target.div_(total.where(valid, 1)).T.contiguous(), valid
+                target[classes] += part @ weights
+    return target.div_(total.where(total > 0, 1)).T.contiguous()
 
 
 def _multiplied(row: Tensor, stored: Tensor) -> torch.dtype:
