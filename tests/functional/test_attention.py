@@ -180,6 +180,7 @@ def test_products_in_half_precision_mask_and_choose_alike(name, monkeypatch):
         **{n: getattr(memory, n).bfloat16() for n in ("keys", "probabilities")},
         weights=memory.weights.float(),
     )
+    monkeypatch.setattr(attention, "MANY", 1)
     found = []
     for products in (False, True):
         monkeypatch.setattr(attention, "multiplies_bf16", lambda device, p=products: p)
@@ -194,7 +195,23 @@ def test_products_in_half_precision_mask_and_choose_alike(name, monkeypatch):
         ).norm() <= 0.2 * fine.norm() + 1e-6  # another neighbour may be the last
 
 
+def test_a_small_bank_is_multiplied_in_float32(monkeypatch):
+    """Rounding its products to bf16 would cost digits and save nothing."""
+    query, key, labels, ids, memory = case(anchors=4, entries=attention.MANY - 1)
+    half = memory._replace(
+        keys=memory.keys.bfloat16(), probabilities=memory.probabilities.bfloat16()
+    )
+    targets = []
+    for products in (False, True):
+        monkeypatch.setattr(attention, "multiplies_bf16", lambda device, p=products: p)
+        targets.append(ours(query.float(), key.float(), labels, ids, half).target)
+    assert torch.equal(*targets)
+    monkeypatch.setattr(attention, "MANY", attention.MANY - 1)
+    assert not torch.equal(targets[0], ours(query.float(), key.float(), labels, ids, half).target)
+
+
 def test_float64_never_multiplies_in_half_precision(monkeypatch):
+    monkeypatch.setattr(attention, "MANY", 1)
     monkeypatch.setattr(attention, "multiplies_bf16", lambda device: True)
     query, key, labels, ids, memory = case()
     rounded = memory._replace(keys=memory.keys.bfloat16())

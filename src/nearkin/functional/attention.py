@@ -25,6 +25,7 @@ KEYS = 2048  # keys of 8 bytes a number at a time, more of shorter ones: they st
 SHARES = 16384, 256
 # Scores of unit vectors are at most 1 / temperature: up to here their exponentials need no shift.
 STEEP = 60
+MANY = 1024  # entries from which products in bf16 save anything
 NEAR = 2**19  # numbers of chosen neighbours gathered at a time
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
@@ -163,8 +164,11 @@ def _target(scores: Tensor, memory: Memory) -> Tensor:
 
 
 def _multiplied(row: Tensor, stored: Tensor) -> torch.dtype:
-    """The type of the products: that of the store, if the processor multiplies in it; else that of the rows."""
-    half = stored.dtype == torch.bfloat16 and row.dtype == torch.float32
+    """The type of the products: that of the store, if the processor multiplies in it; else that of the rows.
+
+    Products of bf16 are rounded to it, which a small bank need not pay: its own take no time.
+    """
+    half = stored.dtype == torch.bfloat16 and row.dtype == torch.float32 and len(stored) >= MANY
     return torch.bfloat16 if half and multiplies_bf16(row.device) else row.dtype
 
 
