@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nearkin.errors import ModelError, printable
 from nearkin.network.heads import Head
 from nearkin.network.randomness import RandomKey, key_randomness
+from nearkin.network.strides import fill_strides
 from nearkin.types import Outputs
 
 FEW = 2  # images normalised at a time on a processor
@@ -50,6 +51,7 @@ class Network(nn.Module):
         self.heads = nn.ModuleDict({name: head.module for name, head in heads.items()})
         self._slots = {name: (head.reads, head.writes) for name, head in heads.items()}
         key_randomness(self, self.key)
+        fill_strides(self)
         # What its author fixed stays fixed in every stage.
         self._fixed = frozenset(n for n, p in self.named_parameters() if not p.requires_grad)
         self.activate(tuple(heads), freeze_backbone=False)
