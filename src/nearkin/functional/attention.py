@@ -22,7 +22,7 @@ ANCHORS = 64  # at a time: their scores take 8 bytes an entry of the bank
 KEYS = 2048  # keys of 8 bytes a number at a time, more of shorter ones: they stay in the cache
 # Probabilities at a time: entries, in rows long enough to stream, and classes where they are widened; those that need
 # no widening go to the product as they are, of all classes at once.
-SHARES = 16384, 256
+SHARES = 8192, 256
 # Scores of unit vectors are at most 1 / temperature: up to here their exponentials need no shift.
 STEEP = 60
 MANY = 1024  # entries from which products in bf16 save anything
