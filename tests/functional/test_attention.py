@@ -98,6 +98,30 @@ def test_as_the_plain_functions(name, piece, monkeypatch):
             assert (a - b).norm() <= 1e-12 * b.norm() + 1e-14
 
 
+@pytest.mark.parametrize("piece", [1, 7, 2048])
+def test_what_is_stored_narrower_is_widened_in_pieces(piece, monkeypatch):
+    monkeypatch.setattr(attention, "KEYS", piece)
+    monkeypatch.setattr(attention, "SHARES", (piece, 3))
+    x = case(entries=149, mixed=True, dtype=torch.float32)
+    for a, b in zip(gradient(ours, *x), gradient(plain, *x), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whose_images_an_entry_shares(seed):
+    """Ids apart, side by side, the same for several anchors, the greatest, and none: of either, one or both."""
+    draw = torch.Generator().manual_seed(seed)
+    choices = torch.tensor([-1, 0, 1, 2, 5, 7, 8, 2**31 - 2, 2**31 - 1])
+    query, key, labels, _, memory = case(entries=90, filled=80)
+    own = choices[torch.randint(len(choices), (len(query), 2), generator=draw)]
+    theirs = choices[torch.randint(len(choices), (90, 2), generator=draw)]
+    theirs[torch.arange(0, 90, 3), 1] = -1
+    for ids in (own, own[:, 0]):
+        x = query, key, labels, ids, memory._replace(ids=theirs)
+        for a, b in zip(gradient(ours, *x), gradient(plain, *x), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize("mixed", [False, True])
 def test_the_gradient_is_that_of_finite_differences(mixed):
     query, *rest = case(mixed=mixed, entries=40)

@@ -20,14 +20,13 @@ from nearkin.functional.topk import GROUP, largest
 
 ANCHORS = 64  # at a time: their scores take 8 bytes an entry of the bank
 KEYS = 2048  # keys of 8 bytes a number at a time, more of shorter ones: they stay in the cache
-# Probabilities at a time: entries, in rows long enough to stream, and classes where they are widened; those that need
-# no widening go to the product as they are, of all classes at once.
+# Probabilities widened at a time: entries, in rows long enough to stream, and classes. What needs no widening goes to
+# the product as it is, at once.
 SHARES = 8192, 256
 # Scores of unit vectors are at most 1 / temperature: up to here their exponentials need no shift.
 STEEP = 60
 MANY = 1024  # entries from which products in bf16 save anything
 NEAR = 2**19  # numbers of chosen neighbours gathered at a time
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
 class Memory(NamedTuple):
@@ -130,36 +129,50 @@ def _scores(rows: tuple[Tensor, ...], ids: Tensor, memory: Memory) -> list[Tenso
     """keys . rows `[K, n]` of each, -inf where an entry is empty or shares an image with the anchor, and rows of -inf
     up to a multiple of GROUP. An entry's scores side by side, because few anchors make the best right factor."""
     count, dtype = len(memory.keys), _multiplied(rows[0], memory.keys)
-    anchors = [each.to(dtype).T for each in rows]
+    anchors = [each.to(dtype).T.contiguous() for each in rows]
     scores = [each.new_empty(-(-count // GROUP) * GROUP, len(ids)) for each in anchors]
     for each in scores:
         each[count:] = -torch.inf
-    pieces = _steps(memory.keys, count, KEYS * 8 // dtype.itemsize)
-    barred, keys = _Barred(ids, memory, dtype, pieces[0].stop), _Widened(dtype)
-    for piece in pieces:
-        bar, part = barred.of(piece), keys.of(memory.keys[piece])
+    keys = _Widened(dtype)
+    at, bars = _barred(ids, memory, dtype)
+    for piece in _steps(memory.keys, count, KEYS * 8 // dtype.itemsize):
+        part = keys.of(memory.keys[piece])
+        bar = embedding_bag(at[piece], bars, mode="sum")
         for each, result in zip(anchors, scores, strict=True):
             torch.mm(part, each, out=result[piece]).add_(bar)
     return scores
 
 
+def _barred(ids: Tensor, memory: Memory, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """For each image of an entry `[K, 2]` the row of a table `[m, n]`: -inf where it bars the entry to an anchor, or 0.
+
+    One search for all anchors instead of a comparison with each: their images and the numbers after these cut the
+    integers into intervals, of which one that begins with an anchor's image holds no other. The last row is of empty
+    entries, the first of what is below all.
+    """
+    # No second image, -1, is no image of an entry: -2.
+    own = torch.where(ids < 0, -2, ids).view(len(ids), -1)
+    starts = torch.cat([own, own + 1]).flatten().sort().values
+    bars = starts.new_zeros(len(starts) + 2, len(ids), dtype=dtype)
+    bars[1:-1].masked_fill_((starts[:, None, None] == own).any(2), -torch.inf)
+    bars[-1] = -torch.inf
+    at = torch.bucketize(memory.ids.contiguous(), starts, right=True, out_int32=True)
+    return at.masked_fill_(memory.labels[:, :1] < 0, len(bars) - 1), bars
+
+
 def _target(scores: Tensor, memory: Memory) -> Tensor:
     """The probabilities' mean by softmax(scores), in the memory of the scores; zeros where all are -inf."""
-    wide = torch.promote_types(scores.dtype, torch.float32)
     stored = memory.probabilities
-    total = scores.new_zeros(scores.shape[1], dtype=wide)
-    target = total.new_zeros(len(stored), len(total))
-    shares = _Widened(scores.dtype)
-    classes_each = len(stored) if stored.dtype == scores.dtype else SHARES[1]
-    for piece in _steps(stored, stored.shape[1], SHARES[0]):
-        weights = scores[piece].exp_()
-        total += weights.sum(0, dtype=wide)
-        for classes in _steps(stored, len(stored), classes_each):
-            part = shares.of(stored[classes, piece])
-            if scores.dtype == wide:
-                target[classes].addmm_(part, weights)
-            else:
-                target[classes] += part @ weights
+    weights = scores[: stored.shape[1]].exp_()
+    total = weights.sum(0, dtype=torch.promote_types(weights.dtype, torch.float32))
+    if stored.dtype == weights.dtype:
+        target = (stored @ weights).to(total.dtype)
+    else:
+        target = total.new_zeros(len(stored), len(total))
+        shares, (entries, classes) = _Widened(weights.dtype), SHARES
+        steps = product(_steps(stored, len(weights), entries), _steps(stored, len(stored), classes))
+        for piece, some in steps:
+            target[some].addmm_(shares.of(stored[some, piece]), weights[piece])
     return target.div_(total.where(total > 0, 1)).T.contiguous()
 
 
@@ -215,32 +228,6 @@ def _steps(stored: Tensor, count: int, size: int) -> list[slice]:
     """0 ... count in pieces that suit a processor's cache; in one for a GPU, to which few calls matter more."""
     size = size if stored.device.type == "cpu" else max(1, count)
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
-
-
-class _Barred:
-    """-inf `[k, n]` where an entry is empty or shares an image with the anchor, else 0, of parts of a bank.
-
-    In integers and in the same memory again and again: comparing into booleans, and filling by them, take a CPU
-    several times as long. The bits of -inf are those of an integer: sign and exponent are ones, the fraction is zeros.
-    """
-
-    def __init__(self, ids: Tensor, memory: Memory, dtype: torch.dtype, most: int) -> None:
-        # Half the bytes to compare; no second image, -1, is no image of an entry: -2.
-        self.mine = torch.where(ids < 0, -2, ids).view(len(ids), -1).int()
-        self.theirs = memory.ids.int()
-        self.empty = (memory.labels[:, :1] < 0).int()
-        self.dtype, self.infinity = dtype, -round(1 / torch.finfo(dtype).eps)
-        self._found, self._same = self.mine.new_empty(2, most, len(ids))
-        self._bits = self.mine.new_empty(most, len(ids), dtype=_INTEGERS[dtype.itemsize])
-
-    def of(self, piece: slice) -> Tensor:
-        size = piece.stop - piece.start
-        (own, other), *more = product(self.mine.unbind(1), self.theirs[piece].unbind(1))
-        barred = torch.eq(other[:, None], own, out=self._found[:size])
-        for own, other in more:
-            barred |= torch.eq(other[:, None], own, out=self._same[:size])
-        bits = torch.bitwise_or(barred, self.empty[piece], out=self._bits[:size])
-        return bits.mul_(self.infinity).view(self.dtype)
 
 
 class _Widened:
