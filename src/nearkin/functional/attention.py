@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -99,11 +100,9 @@ class _Attention(torch.autograd.Function):
         key_temperature: float,
         topk: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        near, far = _scores((query, key / key_temperature), ids, memory)
-        if 1 / key_temperature > STEEP:
-            far -= far.amax(0).nan_to_num(neginf=0)
-        target = _target(far, memory)
-        nearest, index = largest(near, topk)
+        scores, weights = _attended(query, key, key_temperature, ids, memory)
+        target = _target(weights, memory)
+        nearest, index = largest(scores, topk)
         valid = ~nearest.amax(1).isneginf()
         usable = valid[:, None]
         # With fewer entries than topk, rows that only fill a group are among them: -inf, of no weight.
@@ -125,22 +124,45 @@ class _Attention(torch.autograd.Function):
         return upstream[:, None] * gradient, *[None] * 7
 
 
-def _scores(rows: tuple[Tensor, ...], ids: Tensor, memory: Memory) -> list[Tensor]:
-    """keys . rows `[K, n]` of each, -inf where an entry is empty or shares an image with the anchor, and rows of -inf
-    up to a multiple of GROUP. An entry's scores side by side, because few anchors make the best right factor."""
-    count, dtype = len(memory.keys), _multiplied(rows[0], memory.keys)
-    anchors = [each.to(dtype).T.contiguous() for each in rows]
-    scores = [each.new_empty(-(-count // GROUP) * GROUP, len(ids)) for each in anchors]
-    for each in scores:
-        each[count:] = -torch.inf
-    keys = _Widened(dtype)
+class _Weights(NamedTuple):
+    """each: exp of the scores `[K, n]`, with a factor of the anchor's own. total: their sums `[n]`."""
+
+    each: Tensor
+    total: Tensor
+
+
+def _attended(
+    query: Tensor, key: Tensor, key_temperature: float, ids: Tensor, memory: Memory
+) -> tuple[Tensor, _Weights]:
+    """keys . query, -inf where barred and in rows up to a multiple of GROUP; the weights by keys . key, 0 where barred.
+
+    An entry's numbers side by side, because few anchors make the best right factor.
+    """
+    count, dtype = len(memory.keys), _multiplied(query, memory.keys)
+    left, right = (each.to(dtype).T.contiguous() for each in (query, key / key_temperature))
+    scores = left.new_empty(-(-count // GROUP) * GROUP, len(ids))
+    scores[count:] = -torch.inf
+    weights, total = left.new_empty(count, len(ids)), query.new_zeros(len(ids))
+    gentle = 1 / key_temperature <= STEEP
+    for piece, keys, bar in _pieces(ids, memory, dtype):
+        torch.mm(keys, left, out=scores[piece]).add_(bar)
+        part = torch.mm(keys, right, out=weights[piece]).add_(bar)
+        if gentle:  # at once, while they are in the cache
+            total += part.exp_().sum(0, dtype=total.dtype)
+    if not gentle:
+        weights -= weights.amax(0).nan_to_num(neginf=0)
+        total = weights.exp_().sum(0, dtype=total.dtype)
+    return scores, _Weights(weights, total)
+
+
+def _pieces(
+    ids: Tensor, memory: Memory, dtype: torch.dtype
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Parts of the bank: which, their keys, and -inf where an entry is empty or shares an anchor's image, else 0."""
     at, bars = _barred(ids, memory, dtype)
-    for piece in _steps(memory.keys, count, KEYS * 8 // dtype.itemsize):
-        part = keys.of(memory.keys[piece])
-        bar = embedding_bag(at[piece], bars, mode="sum")
-        for each, result in zip(anchors, scores, strict=True):
-            torch.mm(part, each, out=result[piece]).add_(bar)
-    return scores
+    widened = _Widened(dtype)
+    for piece in _steps(memory.keys, len(memory.keys), KEYS * 8 // dtype.itemsize):
+        yield piece, widened.of(memory.keys[piece]), embedding_bag(at[piece], bars, mode="sum")
 
 
 def _barred(ids: Tensor, memory: Memory, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -160,19 +182,17 @@ def _barred(ids: Tensor, memory: Memory, dtype: torch.dtype) -> tuple[Tensor, Te
     return at.masked_fill_(memory.labels[:, :1] < 0, len(bars) - 1), bars
 
 
-def _target(scores: Tensor, memory: Memory) -> Tensor:
-    """The probabilities' mean by softmax(scores), in the memory of the scores; zeros where all are -inf."""
-    stored = memory.probabilities
-    weights = scores[: stored.shape[1]].exp_()
-    total = weights.sum(0, dtype=torch.promote_types(weights.dtype, torch.float32))
-    if stored.dtype == weights.dtype:
-        target = (stored @ weights).to(total.dtype)
+def _target(weights: _Weights, memory: Memory) -> Tensor:
+    """The probabilities' mean by these weights; zeros where all are zero."""
+    (each, total), stored = weights, memory.probabilities
+    if stored.dtype == each.dtype:
+        target = (stored @ each).to(total.dtype)
     else:
         target = total.new_zeros(len(stored), len(total))
-        shares, (entries, classes) = _Widened(weights.dtype), SHARES
-        steps = product(_steps(stored, len(weights), entries), _steps(stored, len(stored), classes))
+        shares, (entries, classes) = _Widened(each.dtype), SHARES
+        steps = product(_steps(stored, len(each), entries), _steps(stored, len(stored), classes))
         for piece, some in steps:
-            target[some].addmm_(shares.of(stored[some, piece]), weights[piece])
+            target[some].addmm_(shares.of(stored[some, piece]), each[piece])
     return target.div_(total.where(total > 0, 1)).T.contiguous()
 
 
