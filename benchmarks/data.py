@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 
 from benchmarks.bench import MOST, Call, Row, Table, alternate, ratio
 from benchmarks.training_steps import Case, prepared
+from nearkin.config import RunConfig
 from nearkin.data import (
     EvalSpec,
     Split,
@@ -25,11 +27,12 @@ from nearkin.data import (
     train_transform,
 )
 from nearkin.data.cache import Contents, make_pack, packed
-from nearkin.data.images import Arrays
+from nearkin.data.images import Arrays, Files
 from nearkin.evaluation.tta import tta_views
 from nearkin.network import Network
 from nearkin.runtime import Runtime
 from nearkin.training.process import settle
+from nearkin.training.settings import side_of_scaled
 
 IMAGES, BATCH, SIDE, CACHED_SIDE = 128, 64, 224, 256
 SCALE = 0.35  # least share of the area in a crop, of both loaders
@@ -51,6 +54,21 @@ def pictures(root: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = photo.crop((left, top, left + 560, top + 420)).resize((500, 375))
         part.save(path, quality=92)
+    return root
+
+
+def photographs(root: Path) -> Path:
+    """Two JPEGs of 4000 x 3000: the photographs that come with scikit-learn side by side, mirrored at the seams."""
+    from PIL import Image
+    from sklearn.datasets import load_sample_image
+
+    for name in ("china.jpg", "flower.jpg"):
+        photo = load_sample_image(name)
+        wide = np.concatenate([photo, photo[:, ::-1]], 1)
+        whole = np.tile(np.concatenate([wide, wide[::-1]], 0), (4, 4, 1))[:3000, :4000]
+        path = root / "train" / name[:-4] / name
+        path.parent.mkdir(parents=True)
+        Image.fromarray(whole).save(path, quality=92)
     return root
 
 
@@ -140,6 +158,24 @@ def loaders() -> list[Row]:
     return rows
 
 
+def scaled() -> Row:
+    """Reading large JPEGs with `--decode scaled` and without."""
+    config = RunConfig(data="", image_size=SIDE, crop_scale=SCALE)
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = load_dataset(str(photographs(Path(folder))), val_split=0, scan=False)
+        files = cast("Files", dataset.splits["train"].images)
+        least = side_of_scaled(config)
+        sources = {"full": files, "scaled": files.scaled(least)}
+        seconds = alternate({name: partial(_read, each) for name, each in sources.items()})
+    what = f"reading 4000 x 3000 JPEG, --decode scaled (sides from {least}) against full"
+    return ratio(seconds, "scaled", "full", what, higher=True)
+
+
+def _read(files: Files) -> None:
+    for row in range(len(files)):
+        files.read(row)
+
+
 def share(runtime: Runtime, model: str, side: int, target: float) -> Row:
     """Loading, augmentation and normalisation of a batch of small images in per cent of a step, which normalises."""
     array = np.random.default_rng(0).integers(0, 256, (4096, side, side, 3), dtype=np.uint8)
@@ -161,7 +197,7 @@ def table() -> Table:
     threads = torch.get_num_threads()
     settle(1)
     runtime = Runtime(device="cpu", precision="fp32")
-    rows = loaders() + [share(runtime, *each) for each in SMALL]
+    rows = [*loaders(), scaled()] + [share(runtime, *each) for each in SMALL]
     runtime.close()
     torch.set_num_threads(threads)
     setting = (

@@ -101,6 +101,9 @@ class RunConfig(BaseModel):
     cache: Literal["auto", "off", "ram", "disk"] = _option(
         "auto", "keep decoded and shrunken images, in memory or in a file that stays"
     )
+    decode: Literal["full", "scaled"] = _option(
+        "full", "scaled: large JPEGs for training at a fraction of their size, which changes pixels"
+    )
     workers: Natural | Auto = _option("auto", "processes that load images, per rank")
 
     # The optimiser.

@@ -46,6 +46,17 @@ def test_files_travel_to_workers(files):
     assert torch.equal(copy.read(1)[0], torch.from_numpy(np.array(noise(1).convert("L"))))
 
 
+def test_scaled_files_stay_so(tmp_path):
+    large = Image.fromarray(np.full((240, 320, 3), 90, dtype=np.uint8))
+    large.save(tmp_path / "x.jpg")
+    files = Files(str(tmp_path), ["x.jpg"])
+    scaled = files.scaled(50)
+    same = [scaled, scaled.take([0]), scaled.with_channels(3), pickle.loads(pickle.dumps(scaled))]
+    assert [each.read(0).shape for each in same] == 4 * [(3, 60, 80)]
+    assert files.read(0).shape == (3, 240, 320)
+    assert scaled.identity(0) == files.identity(0)
+
+
 def test_names_are_kept_packed(tmp_path):
     names = [f"some_class/{number:07}.jpg" for number in range(50_000)]
     packed = Files("root", names)

@@ -6,9 +6,10 @@ import io
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from nearkin.data import BadImage, jpeg, read_image
+from nearkin.data import BadImage, decode, jpeg, read_image
 
 
 def picture(mode: str = "RGB", width: int = 61, height: int = 43) -> Image.Image:
@@ -80,6 +81,43 @@ def test_damage_is_judged_as_pillow_judges_it(tmp_path, monkeypatch, seed, part)
     monkeypatch.setattr(jpeg, "decodes", lambda image, channels: False)
     pillows = outcome(tmp_path / "x.jpg")
     assert ours == pillows
+
+
+@pytest.mark.parametrize(
+    ("least", "side"), [(1, 30), (30, 30), (31, 60), (60, 60), (61, 90), (120, 120)]
+)
+def test_large_files_are_scaled_as_far_as_is_allowed(least, side):
+    """240 x 320 by n/8; where Pillow knows the fraction as well, a power of two, the bits are Pillow's."""
+    content = encoded(picture("RGB", 320, 240), subsampling=0)
+    ours = jpeg.scaled(content, 3, least)
+    assert ours.shape == (side, side * 4 // 3, 3)
+    if side != 90:
+        with Image.open(io.BytesIO(content)) as image:
+            image.draft("RGB", (side * 4 // 3, side))
+            assert np.array_equal(ours, np.asarray(image))
+
+
+@pytest.mark.parametrize("least", [121, 240, 500])
+def test_small_files_are_decoded_in_full(least):
+    """Above a half it would save little or nothing."""
+    content = encoded(picture("RGB", 320, 240))
+    assert np.array_equal(jpeg.scaled(content, 3, least), by_pillow(content))
+
+
+@pytest.mark.parametrize("least", [0, 40])
+def test_scaled_files_are_turned_and_damage_is_told(tmp_path, least):
+    (tmp_path / "x.jpg").write_bytes(content := encoded(picture("RGB", 320, 240), exif=turned()))
+    image = decode.decoded(tmp_path / "x.jpg", 3, least=least)
+    assert image.shape == ((3, 80, 60) if least else (3, 320, 240))
+    upright = by_pillow(encoded(picture("RGB", 320, 240)))[::-1].transpose(2, 1, 0)
+    step = 4 if least else 1
+    assert (image.float() - torch.tensor(upright[:, ::step, ::step].copy())).abs().mean() < 12
+    (tmp_path / "x.jpg").write_bytes(content[: len(content) // 2])
+    with pytest.raises(BadImage, match="truncated"):
+        decode.decoded(tmp_path / "x.jpg", 3, least=least)
+    (tmp_path / "x.jpg").write_bytes(content)
+    with pytest.raises(BadImage, match="more than 76799 pixels"):
+        decode.decoded(tmp_path / "x.jpg", 3, 76_799, least=least)
 
 
 def segment(marker: int, content: bytes) -> bytes:

@@ -16,7 +16,7 @@ from nearkin.teacher import TeacherPolicy, momentum_at
 from nearkin.training.loop import legs
 from nearkin.training.meters import Meters
 from nearkin.training.schedule import lr_factor
-from nearkin.training.settings import check, resolve_data, resolve_training
+from nearkin.training.settings import check, resolve_data, resolve_training, side_of_scaled
 from nearkin.types import Loss
 
 
@@ -84,6 +84,24 @@ def resolved(images, side, **options):
         device="cpu",
         ranks=1,
     )
+
+
+@pytest.mark.parametrize(
+    ("crop", "side"), [("padded", 224), ("centre", 224), (1.0, 224), (0.35, 379), (0.08, 792)]
+)
+def test_scaled_jpegs_leave_random_regions_enough_pixels(crop, side):
+    config = resolved(1000, 500, data="photos", crop_scale=crop, decode="scaled")
+    assert side_of_scaled(config) == side
+    assert side_of_scaled(config) * (1.0 if isinstance(crop, str) else crop) ** 0.5 >= 224
+
+
+def test_scaled_jpegs_are_not_cached():
+    room = {"images": 500, "side": 32, "channels": 3, "room": 2**30}
+    assert resolve_data(RunConfig(data="x"), **room).cache == "ram"
+    assert resolve_data(RunConfig(data="x", decode="scaled"), **room).cache == "off"
+    both = resolve_data(RunConfig(data="x", decode="scaled", cache="disk"), **room)
+    with pytest.raises(ConfigError, match="--decode scaled .* --cache disk .* use one of them"):
+        check(both, images=500, world_size=1)
 
 
 @pytest.mark.parametrize(

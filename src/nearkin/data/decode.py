@@ -92,18 +92,19 @@ def decoded(
     channels: int,
     max_pixels: int = MAX_PIXELS,
     max_bytes: int = MAX_BYTES,
+    least: int = 0,
 ) -> Tensor:
     """As `read_image`, but in memory a pixel's colours lie side by side, as decoders leave them: resizing is
-    fastest so."""
+    fastest so. least: unless 0, large JPEG files are decoded at a fraction of their size (`jpeg.scaled`)."""
     check_channels(channels)
     name = os.fspath(path)
     try:
         content = _content(name, max_bytes)
-        pixels = jpeg.plain(content, channels, min(max_pixels, MAX_PIXELS))
+        pixels = None if least else jpeg.plain(content, channels, min(max_pixels, MAX_PIXELS))
         if pixels is not None:
             return torch.from_numpy(pixels).permute(2, 0, 1)
         with _pillow_warnings:
-            return _upright(content, channels, max_pixels)
+            return _upright(content, channels, max_pixels, least)
     except MemoryError:
         raise
     except Exception as error:  # a decoder may raise anything when bytes are damaged
@@ -128,7 +129,7 @@ def _content(path: str, max_bytes: int) -> bytes:
         os.close(descriptor)
 
 
-def _upright(content: bytes, channels: int, max_pixels: int) -> Tensor:
+def _upright(content: bytes, channels: int, max_pixels: int, least: int) -> Tensor:
     """The first frame, turned as its EXIF block says."""
     from PIL import Image
 
@@ -138,7 +139,11 @@ def _upright(content: bytes, channels: int, max_pixels: int) -> Tensor:
             raise _Refused(f"{width} x {height} are more than {max_pixels} pixels")
         if image.format == "PNG":
             _check_sums(content)
-        pixels = jpeg.decode(content, channels) if jpeg.decodes(image, channels) else None
+        pixels = None
+        if jpeg.decodes(image, channels):
+            pixels = (
+                jpeg.scaled(content, channels, least) if least else jpeg.decode(content, channels)
+            )
         if pixels is None:
             image.load()
             flat = _eight_bit(image).convert("L" if channels == 1 else "RGB")

@@ -51,9 +51,13 @@ class ImageSource(Protocol):
 
 class Files:
     """Image files under a folder. `paths` are kept packed: a Python string each would triple the memory
-    and, touched by every worker, make each copy it."""
+    and, touched by every worker, make each copy it.
+
+    least: see `jpeg.scaled`; 0 decodes in full.
+    """
 
     from_files = True
+    least: int = 0
 
     def __init__(self, root: str, paths: Iterable[str], channels: int = 3) -> None:
         check_channels(channels)
@@ -74,7 +78,7 @@ class Files:
         return os.path.join(self.root, self.name(row))  # noqa: PTH118 - a Path would normalise it
 
     def read(self, row: int) -> Tensor:
-        return decoded(self.path(row), self.channels)
+        return decoded(self.path(row), self.channels, least=self.least)
 
     def stack(self, rows: Rows) -> None:
         """Files are decoded one by one."""
@@ -88,7 +92,15 @@ class Files:
         return os.fsencode(self.name(row)) + b"\0%d" % size
 
     def take(self, rows: Rows) -> Self:
-        return type(self)(self.root, [self.name(int(row)) for row in rows], self.channels)
+        taken = type(self)(self.root, [self.name(int(row)) for row in rows], self.channels)
+        taken.least = self.least
+        return taken
+
+    def scaled(self, least: int) -> Self:
+        """The source with large JPEG files decoded at a fraction of their size, `least` pixels or more a side."""
+        same = copy(self)
+        same.least = least
+        return same
 
     def with_channels(self, channels: int) -> Self:
         check_channels(channels)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from nearkin.config import FREE_ON_RESUME, RunConfig
 from nearkin.data import Dataset, Draw, Split, drawing, load_dataset
 from nearkin.data.cache import Contents, Where, make_pack, packed, room_in_memory
+from nearkin.data.images import Files
 from nearkin.errors import ModelError, NearkinError, printable
 from nearkin.evaluation.bundle import (
     DESCRIPTION,
@@ -39,6 +40,7 @@ from nearkin.training.settings import (
     resolve_data,
     resolve_training,
     side_in_cache,
+    side_of_scaled,
 )
 from nearkin.types import Facts
 
@@ -95,7 +97,7 @@ def prepare(
     room = runtime.share(room_in_memory()) if train.images.from_files else 0
     config = resolve_data(config, images=count, side=side, channels=dataset.channels, room=room)
     check(config, images=count, world_size=runtime.world_size)
-    dataset = _cached(config, runtime, dataset, quiet)
+    dataset = _decoding(config, runtime, dataset, quiet)
     built = _build(config, dataset, pretrained=config.pretrained and fresh)
     check_built(config, built)
     if config.freeze_backbone and not config.pretrained and config.weights is None:
@@ -201,9 +203,15 @@ def _load(config: RunConfig, runtime: Runtime, classes: tuple[str, ...] | None) 
     return load() if dataset is None else dataset
 
 
-def _cached(config: RunConfig, runtime: Runtime, dataset: Dataset, quiet: bool) -> Dataset:
-    """The data set as `--cache` wants it; arrays are in memory already."""
-    if config.cache not in ("ram", "disk") or not dataset.splits["train"].images.from_files:
+def _decoding(config: RunConfig, runtime: Runtime, dataset: Dataset, quiet: bool) -> Dataset:
+    """The data set as `--cache` and `--decode` want it; arrays are in memory already."""
+    train = dataset.splits["train"]
+    if not isinstance(train.images, Files):
+        return dataset
+    if config.decode == "scaled":
+        scaled = train._replace(images=train.images.scaled(side_of_scaled(config)))
+        return dataset._replace(splits=dataset.splits | {"train": scaled})
+    if config.cache not in ("ram", "disk"):
         return dataset
     where: Where = config.cache
     contents = Contents(dataset, side_in_cache(config))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from typing import Any, Literal
@@ -46,7 +47,8 @@ def resolve_data(
     parts = TrainSpec.of(augment, image_size=size, channels=channels)
     filled = _fill(config, parts.model_dump() | values)
     fits = 4 * images * channels * size**2 <= room  # oblong images and other splits included
-    return _fill(filled, {"cache": "ram" if fits and shrinks_exactly(filled) else "off"})
+    exact = shrinks_exactly(filled) and filled.decode == "full"
+    return _fill(filled, {"cache": "ram" if fits and exact else "off"})
 
 
 def shrinks_exactly(config: RunConfig) -> bool:
@@ -66,6 +68,13 @@ def side_in_cache(config: RunConfig) -> int:
     random regions would be enlarged from fewer pixels than the network reads. Source: our choice."""
     size, regions = int(config.image_size), not isinstance(config.crop_scale, str)
     return max(eval_spec(config).resize, round(size / 0.875) if regions else size)
+
+
+def side_of_scaled(config: RunConfig) -> int:
+    """The short side that scaled JPEGs keep: random regions have no fewer pixels than the network reads, as far as the
+    original has them. Source: our choice."""
+    share = 1.0 if isinstance(config.crop_scale, str) else config.crop_scale
+    return math.ceil(int(config.image_size) / math.sqrt(share))
 
 
 def eval_spec(config: RunConfig) -> EvalSpec:
@@ -134,6 +143,11 @@ def check(config: RunConfig, *, images: int, world_size: int) -> None:
         raise ConfigError(
             f"Mixing needs a multiple of 8 images per process and part, not {batch // parts}; use "
             f"--batch-size {max(1, batch // parts // 8) * 8 * parts} or --mixup 0 --cutmix 0."
+        )
+    if config.decode == "scaled" and config.cache != "off":
+        raise ConfigError(
+            f"--decode scaled is for images that are decoded anew in every epoch, --cache {config.cache} decodes them "
+            "once; use one of them."
         )
     _check_sampler(config, batch)
 
