@@ -81,7 +81,7 @@ def alternate(calls: dict[str, Call], runs: int = RUNS, most: int = 1) -> dict[s
     seldom meet a quiet moment, and a least that only one of two calls has met compares moments, not calls."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(most * runs + 1):
-        if number > runs and all(map(_settled, seconds.values())):
+        if number > runs and all(map(settled, seconds.values())):
             break
         for name, call in calls.items():
             start = time.perf_counter()
@@ -91,7 +91,8 @@ def alternate(calls: dict[str, Call], runs: int = RUNS, most: int = 1) -> dict[s
     return seconds
 
 
-def _settled(seconds: list[float]) -> bool:
+def settled(seconds: list[float]) -> bool:
+    """Whether three runs came within 3 % of the least."""
     least = sorted(seconds)
     return len(least) >= 3 and least[2] <= 1.03 * least[0]
 

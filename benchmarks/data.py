@@ -28,6 +28,7 @@ from nearkin.data import (
 )
 from nearkin.data.cache import Contents, make_pack, packed
 from nearkin.data.images import Arrays, Files
+from nearkin.data.steps import Transform
 from nearkin.evaluation.tta import tta_views
 from nearkin.network import Network
 from nearkin.runtime import Runtime
@@ -79,9 +80,13 @@ def normalising() -> Network:
     return network
 
 
-def training(split: Split) -> Call:
+def augmentation() -> Transform:
     spec = TrainSpec.of("light", image_size=SIDE, channels=3, flip=True)
-    transform = train_transform(spec.model_copy(update={"crop_scale": SCALE}))
+    return train_transform(spec.model_copy(update={"crop_scale": SCALE}))
+
+
+def training(split: Split) -> Call:
+    transform = augmentation()
     normalise = normalising()
     order = TrainOrder(IMAGES, seed=0, batch_size=BATCH, first=0, last=IMAGES // BATCH)
 
@@ -159,21 +164,23 @@ def loaders() -> list[Row]:
 
 
 def scaled() -> Row:
-    """Reading large JPEGs with `--decode scaled` and without."""
+    """Large JPEGs to training crops with `--decode scaled` and without."""
     config = RunConfig(data="", image_size=SIDE, crop_scale=SCALE)
+    transform = augmentation()
     with tempfile.TemporaryDirectory() as folder:
         dataset = load_dataset(str(photographs(Path(folder))), val_split=0, scan=False)
         files = cast("Files", dataset.splits["train"].images)
         least = side_of_scaled(config)
         sources = {"full": files, "scaled": files.scaled(least)}
-        seconds = alternate({name: partial(_read, each) for name, each in sources.items()})
-    what = f"reading 4000 x 3000 JPEG, --decode scaled (sides from {least}) against full"
+        calls = {name: partial(_crops, each, transform) for name, each in sources.items()}
+        seconds = alternate(calls)
+    what = f"train, 4000 x 3000 JPEG: --decode scaled ({least} px or more) against full"
     return ratio(seconds, "scaled", "full", what, higher=True)
 
 
-def _read(files: Files) -> None:
+def _crops(files: Files, transform: Transform) -> None:
     for row in range(len(files)):
-        files.read(row)
+        transform(files.read(row))
 
 
 def share(runtime: Runtime, model: str, side: int, target: float) -> Row:
