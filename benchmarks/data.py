@@ -172,7 +172,9 @@ def scaled() -> Row:
         files = cast("Files", dataset.splits["train"].images)
         least = side_of_scaled(config)
         sources = {"full": files, "scaled": files.scaled(least)}
-        calls = {name: partial(_crops, each, transform) for name, each in sources.items()}
+        calls: dict[str, Call] = {
+            name: partial(_crops, each, transform) for name, each in sources.items()
+        }
         seconds = alternate(calls)
     what = f"train, 4000 x 3000 JPEG: --decode scaled ({least} px or more) against full"
     return ratio(seconds, "scaled", "full", what, higher=True)
