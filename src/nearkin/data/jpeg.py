@@ -62,7 +62,7 @@ def decode(content: bytes, channels: int) -> NDArray[np.uint8] | None:
 
 def scaled(content: bytes, channels: int, least: int) -> NDArray[np.uint8] | None:
     """As `decode`, but at the smallest n/8 of its size, up to a half, that leaves both sides `least` pixels or more, if
-    there is one: from the low frequencies of each block alone, which saves a third of the time and changes pixels.
+    there is one: from the low frequencies of each block alone, which saves some of the time and changes pixels.
     """
     return _decoded(content, channels, min_height=least, min_width=least, min_factor=2)
 
