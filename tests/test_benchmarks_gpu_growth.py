@@ -60,6 +60,14 @@ def test_every_study_is_shown_and_saved(small, monkeypatch, capsys, tmp_path):
             assert growth.LEAST <= point["n"] <= growth.MOST
 
 
+@pytest.mark.parametrize(("after", "extra"), [(5120, 4.0), (1016, 0.0)])
+def test_extra_memory_is_what_the_peak_rose_by(monkeypatch, after, extra):
+    """And nothing where the kernel, which counts in batches of pages, reads less than before."""
+    peaks = iter([1024, after])
+    monkeypatch.setattr(growth, "_peak", lambda: next(peaks))
+    assert growth.measure("listing", 100, torch.get_num_threads()).extra == extra
+
+
 def test_a_point_is_measured_in_a_fresh_process():
     """Whose peak is not that of the process that asks."""
     kept = bytearray(1 << 20)
