@@ -27,6 +27,7 @@ from benchmarks.training_steps import Case, prepared
 from nearkin.runtime import Precision, Runtime
 
 Record = dict[str, Any]
+LAYOUT = "channels_last"  # of the plain loop as well
 OBJECTIVES = ("timm", "ce", "supcon", "schane", "cone")
 LOSSES = ("SupCon (out)", "SCHaNe, hardness 1", "SINCERE")
 
@@ -120,7 +121,7 @@ def steps(runtime: Runtime, sizes: Sizes, model: str, side: int) -> list[Record]
     """Every objective with and without compiling, and the plain loop beside them."""
     records = []
     for objective in OBJECTIVES:
-        case = Case(model, side, sizes.batch, sizes.classes, objective, sizes.bank, None)
+        case = Case(model, side, sizes.batch, sizes.classes, objective, sizes.bank, None, LAYOUT)
         pair = []
         for compiled in (False, True):
             chosen = replace(case, backend=sizes.backend if compiled else None)

@@ -73,7 +73,7 @@ def test_epochs_are_shared_among_stages(shares, epochs, expected):
         assert before.last == after.first
 
 
-def resolved(images, side, **options):
+def resolved(images, side, device="cpu", **options):
     config = resolve_data(RunConfig(**options), images=images, side=side, channels=3)
     return resolve_training(
         config,
@@ -81,9 +81,25 @@ def resolved(images, side, **options):
         files=True,
         weights=11_000_000,
         layered=True,
-        device="cpu",
+        device=device,
         ranks=1,
     )
+
+
+@pytest.mark.parametrize(
+    ("device", "side", "options", "expected"),
+    [
+        ("cpu", 17, {}, "channels_last"),
+        ("cpu", 16, {}, "contiguous"),
+        ("cpu", 224, {"model": "vit_tiny_patch16_224"}, "contiguous"),
+        ("cpu", 224, {"memory_format": "contiguous"}, "contiguous"),
+        ("cuda", 16, {"model": "vit_tiny_patch16_224"}, "channels_last"),
+        ("mps", 224, {}, "contiguous"),
+    ],
+)
+def test_convolutions_compute_in_channels_last(device, side, options, expected):
+    found = resolved(1000, side, device, data="photos", **options)
+    assert found.memory_format == expected
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nearkin.errors import ModelError, printable
+from nearkin.network.few_tokens import choose_attention
 from nearkin.network.heads import Head
 from nearkin.network.randomness import RandomKey, key_randomness
 from nearkin.network.strides import fill_strides
@@ -52,6 +53,7 @@ class Network(nn.Module):
         self._slots = {name: (head.reads, head.writes) for name, head in heads.items()}
         key_randomness(self, self.key)
         fill_strides(self)
+        choose_attention(self)
         # What its author fixed stays fixed in every stage.
         self._fixed = frozenset(n for n, p in self.named_parameters() if not p.requires_grad)
         self.activate(tuple(heads), freeze_backbone=False)
