@@ -20,7 +20,7 @@ from nearkin.training.process import settle
 BATCH, CLASSES, BANK = 64, 100, 8192
 # Everything is built anew for each round: where its weights happen to lie in memory is worth some per cent, for as
 # long as it lives.
-ROUNDS, MOST = 12, 2  # at least; times as many at most, while not every least is settled
+ROUNDS, MOST = 8, 2  # at least; times as many at most, while not every least is settled
 # Of every run. Those of a round take turns step by step, because the machine's speed drifts from one second to the
 # next; and they are long, because the least of short ones is one of its rare quick moments.
 SECONDS = 3.0

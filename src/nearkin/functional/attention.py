@@ -136,19 +136,21 @@ def _attended(
 ) -> tuple[Tensor, _Weights]:
     """keys . query, -inf where barred and in rows up to a multiple of GROUP; the weights by keys . key, 0 where barred.
 
-    An entry's numbers side by side, because few anchors make the best right factor.
+    An entry's numbers side by side, because few anchors make the best right factor; both products at once.
     """
-    count, dtype = len(memory.keys), _multiplied(query, memory.keys)
-    left, right = (each.to(dtype).T.contiguous() for each in (query, key / key_temperature))
-    scores = left.new_empty(-(-count // GROUP) * GROUP, len(ids))
+    count, few, dtype = len(memory.keys), len(ids), _multiplied(query, memory.keys)
+    rows = torch.cat([query, key / key_temperature]).to(dtype).T.contiguous()
+    scores, weights = rows.new_empty(-(-count // GROUP) * GROUP, few), rows.new_empty(count, few)
     scores[count:] = -torch.inf
-    weights, total = left.new_empty(count, len(ids)), query.new_zeros(len(ids))
+    total = query.new_zeros(few)
     gentle = 1 / key_temperature <= STEEP
-    for piece, keys, bar in _pieces(ids, memory, dtype):
-        torch.mm(keys, left, out=scores[piece]).add_(bar)
-        part = torch.mm(keys, right, out=weights[piece]).add_(bar)
+    for piece, keys, bars in _pieces(ids, memory, dtype):
+        near, far = bars.addmm_(keys, rows).chunk(2, dim=1)
+        scores[piece] = near
         if gentle:  # at once, while they are in the cache
-            total += part.exp_().sum(0, dtype=total.dtype)
+            total += torch.exp(far, out=weights[piece]).sum(0, dtype=total.dtype)
+        else:
+            weights[piece] = far
     if not gentle:
         weights -= weights.amax(0).nan_to_num(neginf=0)
         total = weights.exp_().sum(0, dtype=total.dtype)
@@ -158,11 +160,13 @@ def _attended(
 def _pieces(
     ids: Tensor, memory: Memory, dtype: torch.dtype
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Parts of the bank: which, their keys, and -inf where an entry is empty or shares an anchor's image, else 0."""
-    at, bars = _barred(ids, memory, dtype)
+    """Parts of the bank: which, their keys, and, twice side by side for the two products, what bars an entry to an
+    anchor: -inf where it is empty or shares the anchor's image, else 0."""
+    at, table = _barred(ids, memory, dtype)
+    table = table.repeat(1, 2)
     widened = _Widened(dtype)
     for piece in _steps(memory.keys, len(memory.keys), KEYS * 8 // dtype.itemsize):
-        yield piece, widened.of(memory.keys[piece]), embedding_bag(at[piece], bars, mode="sum")
+        yield piece, widened.of(memory.keys[piece]), embedding_bag(at[piece], table, mode="sum")
 
 
 def _barred(ids: Tensor, memory: Memory, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
