@@ -5,9 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-# Colours that stay apart for colour-blind eyes (Okabe and Ito); markers for prints without colour.
 LEAST = 0.01  # what is drawn for nothing at all, which has no logarithm
+# Colours that stay apart for colour-blind eyes (Okabe and Ito); markers for prints without colour.
 STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"))
+LEGEND = {
+    "frameon": False,
+    "fontsize": 7,
+    "columnspacing": 0.8,
+    "handlelength": 1.5,
+    "borderpad": 0,
+}
 
 
 def draw(studies: list[dict[str, Any]], path: Path) -> None:
@@ -24,13 +31,16 @@ def draw(studies: list[dict[str, Any]], path: Path) -> None:
             of_axis = [study for study in studies if study["axis"] == axis]
             _panel(time, of_axis, "minimum", 1000.0)
             time.set(xlabel=axis, ylabel="ms")
-            time.legend(framealpha=0.8, edgecolor="none", fontsize=8)
+            # Above the panel: within it there are lines everywhere.
+            time.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, **LEGEND)
             _panel(memory, of_axis, "extra_mib", 1.0)
             memory.set(xlabel=axis, ylabel="MiB beyond the inputs")
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
 
 
 def _panel(panel: Any, studies: list[dict[str, Any]], measure: str, unit: float) -> None:
+    from matplotlib.ticker import LogFormatter, StrMethodFormatter
+
     for study, (colour, marker) in zip(studies, STYLES, strict=False):
         panel.plot(
             [point["size"] for point in study["points"]],
@@ -41,4 +51,9 @@ def _panel(panel: Any, studies: list[dict[str, Any]], measure: str, unit: float)
             label=f"{study['name']}: size^{study['exponent']:.2f}",
         )
     panel.set(xscale="log", yscale="log")
+    if max(panel.get_ylim()) < 100 * min(
+        panel.get_ylim()
+    ):  # few powers of ten: plain numbers between them
+        panel.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+    panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     panel.grid(visible=True, which="major", linewidth=0.4, alpha=0.6)
