@@ -41,6 +41,10 @@ CASES = {
         **{"objective": "supcon", "objective.views": 1, "objective.hidden": 24},
         **{"objective.projection": 12, "sampler": "balanced", "per_class": 4},
     },
+    "cone-channels-last": {
+        **{"objective": "cone", "objective.bank": 50, "objective.topk": 9, **HEAD},
+        **{"memory_format": "channels_last", "image_size": 20},
+    },
     "mean-teacher": {"objective": "attract-repulse", "stage": 1},
 }
 # Every other objective with its defaults: a new file gets this by existing.
