@@ -14,7 +14,7 @@ from benchmarks.bench import Call, Row, Table, alternate, extra_memory, ratio
 from nearkin import functional as F
 from nearkin.bank import NeighbourBank
 from nearkin.functional.attention import bank_attention, multiplies_bf16
-from nearkin.training.process import settle
+from nearkin.process import keep_freed_memory
 
 ENTRIES, CLASSES, DIM, BATCH, TOPK = 65_536, 1000, 256, 64, 512
 # In one run of the unit, which so takes as long as the loss beside it: a shorter run meets a quiet moment of a busy
@@ -114,7 +114,7 @@ PEAK: dict[str, Callable[[], Call]] = {
 
 
 def table() -> Table:
-    settle(torch.get_num_threads())  # as every run does, and good for the peers as well
+    keep_freed_memory()  # as every run does, and good for the peers as well
     x, half, exact, theirs = given(), filled(torch.bfloat16), filled(torch.float32), published()
     keys = exact.keys.clone()
     calls: dict[str, Call] = {

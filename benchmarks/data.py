@@ -16,24 +16,17 @@ from torch import nn
 from benchmarks.bench import MOST, Call, Row, Table, alternate, ratio
 from benchmarks.training_steps import Case, prepared
 from nearkin.config import RunConfig
-from nearkin.data import (
-    EvalSpec,
-    Split,
-    TrainOrder,
-    TrainSpec,
-    eval_loader,
-    load_dataset,
-    train_loader,
-    train_transform,
-)
 from nearkin.data.cache import Contents, make_pack, packed
+from nearkin.data.dataset import Split, load_dataset
 from nearkin.data.images import Arrays, Files
-from nearkin.data.steps import Transform
+from nearkin.data.loader import eval_loader, train_loader
+from nearkin.data.sampling import TrainOrder
+from nearkin.data.transforms import EvalSpec, TrainSpec, Transform, train_transform
+from nearkin.distributed import Runtime
 from nearkin.evaluation.tta import tta_views
 from nearkin.network import Network
-from nearkin.runtime import Runtime
-from nearkin.training.process import settle
-from nearkin.training.settings import side_of_scaled
+from nearkin.process import keep_freed_memory
+from nearkin.training.defaults import side_of_scaled
 
 IMAGES, BATCH, SIDE, CACHED_SIDE = 128, 64, 224, 256
 SCALE = 0.35  # least share of the area in a crop, of both loaders
@@ -204,7 +197,8 @@ def share(runtime: Runtime, model: str, side: int, target: float) -> Row:
 
 def table() -> Table:
     threads = torch.get_num_threads()
-    settle(1)
+    torch.set_num_threads(1)
+    keep_freed_memory()
     runtime = Runtime(device="cpu", precision="fp32")
     rows = [*loaders(), scaled()] + [share(runtime, *each) for each in SMALL]
     runtime.close()

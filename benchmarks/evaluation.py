@@ -17,12 +17,12 @@ from PIL import Image
 
 from benchmarks.bench import Call, Row, Table, alternate, fastest, ratio
 from nearkin import evaluate, train
-from nearkin.evaluation.cache import FOLDER
-from nearkin.evaluation.judge import Judge
-from nearkin.training import run as beginning
-from nearkin.training import session
-from nearkin.training.journal import METRICS, read_metrics
-from nearkin.training.keeper import Keeper
+from nearkin.evaluation.ensemble import FOLDER
+from nearkin.evaluation.evaluator import Evaluator
+from nearkin.training import api as beginning
+from nearkin.training import trainer
+from nearkin.training.checkpoint.saver import Saver
+from nearkin.training.metrics_log import METRICS, read_metrics
 
 RUNS = 7  # a TenCrop takes ten times as long as what it is compared with
 MODEL, SIDE, PIXELS = "resnet18", 64, (160, 120)
@@ -99,10 +99,10 @@ def shares(run: Path) -> list[Row]:
     spent: dict[str, float] = {}
     with (
         watched(beginning, "prepare", spent),
-        watched(Keeper, "save", spent),
-        watched(Judge, "predictions", spent),
-        watched(session, "write_predictions", spent),
-        watched(session, "save_bundle", spent),
+        watched(Saver, "save", spent),
+        watched(Evaluator, "predictions", spent),
+        watched(trainer, "write_predictions", spent),
+        watched(trainer, "save_bundle", spent),
     ):
         start = time.perf_counter()
         train(out=run, **RUN)

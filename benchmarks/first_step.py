@@ -17,15 +17,15 @@ MODEL, CHANNELS, CLASSES, BATCH, LR = "resnet10t", 1, 10, 32, 0.025
 def nearkin(folder: str) -> None:
     """The command line with its default options, into a run folder that does not exist yet."""
     from nearkin.cli import run
-    from nearkin.training.learner import Learner
+    from nearkin.training.step import Stepper
 
-    step = Learner.step
+    step = Stepper.step
 
     def only_step(*arguments: Any) -> Any:
         step(*arguments)
         os._exit(0)
 
-    Learner.step = only_step  # type: ignore[method-assign, assignment]
+    Stepper.step = only_step  # type: ignore[method-assign, assignment]
     sys.exit(run(["train", "--quiet", "--out", folder]) or 1)  # it should not have come back
 
 

@@ -24,7 +24,7 @@ import torch
 from benchmarks import bank, pairwise
 from benchmarks.bench import Call, Row, Table, alternate, machine, output
 from benchmarks.training_steps import Case, prepared
-from nearkin.runtime import Precision, Runtime
+from nearkin.distributed import Precision, Runtime
 
 Record = dict[str, Any]
 LAYOUT = "channels_last"  # of the plain loop as well

@@ -26,7 +26,10 @@ from torch.nn.functional import normalize
 from benchmarks import bank, pairwise
 from benchmarks.bench import Call, machine, output
 from nearkin import functional as F
-from nearkin.data import Files, Split, TrainOrder, dataset
+from nearkin.data import dataset
+from nearkin.data.dataset import Split
+from nearkin.data.images import Files
+from nearkin.data.sampling import TrainOrder
 
 SIZES: dict[str, tuple[int, ...]] = {
     "anchors": (256, 512, 1024, 2048, 4096, 8192, 16_384, 32_768),

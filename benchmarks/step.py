@@ -13,9 +13,9 @@ import torch
 from benchmarks.bench import Row, Table, ratio, settled
 from benchmarks.training_steps import Case, prepared, settings
 from nearkin.config import RunConfig
-from nearkin.runtime import Precision, Runtime
+from nearkin.distributed import Precision, Runtime
+from nearkin.process import keep_freed_memory
 from nearkin.training.autotune import NAMES, tuned
-from nearkin.training.process import settle
 
 BATCH, CLASSES, BANK = 64, 100, 8192
 # Everything is built anew for each round: where its weights happen to lie in memory is worth some per cent, for as
@@ -57,7 +57,7 @@ def measured(setups: dict[str, Setup]) -> dict[str, list[float]]:
             break
         for name, seconds in one_round(setups).items():
             found[name].append(seconds)
-        gc.collect()  # a learner holds itself
+        gc.collect()  # a stepper holds itself
     torch.set_num_threads(threads)
     return found
 
@@ -124,7 +124,7 @@ def tuning(runtime: Runtime, model: str, side: int) -> Row:
 
 
 def table() -> Table:
-    settle(torch.get_num_threads())  # as every run does, and good for the plain loop as well
+    keep_freed_memory()  # as every run does, and good for the plain loop as well
     rows = []
     with closing(Runtime(device="cpu", precision="fp32")) as runtime:
         for model, side in LARGE:

@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.bench import output
 from nearkin.config import read_yaml
-from nearkin.training.journal import METRICS, read_metrics
+from nearkin.training.metrics_log import METRICS, read_metrics
 
 STYLES = {"ce": ("#0072B2", "o"), "supcon": ("#D55E00", "s"), "cone": ("#009E73", "^")}
 OTHER = ("#CC79A7", "D")

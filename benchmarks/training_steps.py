@@ -11,13 +11,13 @@ from torch.nn.functional import normalize
 
 from nearkin.bank import NeighbourBank
 from nearkin.config import RunConfig, validate
-from nearkin.evaluation.bundle import Built, ModelSpec, build
+from nearkin.distributed import Runtime
+from nearkin.evaluation.model import Built, ModelSpec, build
 from nearkin.network import Network
 from nearkin.network.backbone import _create, _statistics
-from nearkin.runtime import Runtime
-from nearkin.training.learner import Learner
+from nearkin.training.defaults import resolve_data, resolve_training
 from nearkin.training.optim import build_optimizer, names_layers
-from nearkin.training.settings import resolve_data, resolve_training
+from nearkin.training.step import Stepper
 from nearkin.types import Batch, Facts, Progress
 
 Step = Callable[[], object]
@@ -43,20 +43,20 @@ def prepared(case: Case, runtime: Runtime) -> tuple[Step, int]:
     config = _config(case, runtime)
     if case.objective == "timm":
         return _plain(case, config, runtime), 1
-    learner = _learner(case, config, runtime)
+    stepper = _learner(case, config, runtime)
     if case.backend is not None:
-        compile_backbones(learner, case.backend)
-    batch = _batch(case, runtime.device, learner.stage.views)
-    half = learner.steps_per_epoch // 2  # past CoNe's warm-up, far from the end of an epoch
+        compile_backbones(stepper, case.backend)
+    batch = _batch(case, runtime.device, stepper.stage.views)
+    half = stepper.steps_per_epoch // 2  # past CoNe's warm-up, far from the end of an epoch
     epochs = int(config.epochs)
-    total = epochs * learner.steps_per_epoch
-    progress = Progress(learner.stage.name, total // 2, total, epochs // 2, epochs)
-    return lambda: learner.step(batch, progress, half), learner.stage.views
+    total = epochs * stepper.steps_per_epoch
+    progress = Progress(stepper.stage.name, total // 2, total, epochs // 2, epochs)
+    return lambda: stepper.step(batch, progress, half), stepper.stage.views
 
 
-def compile_backbones(learner: Learner, backend: str) -> None:
+def compile_backbones(stepper: Stepper, backend: str) -> None:
     """In place, so that the names in a state dict stay; the teacher's too, once the stage has made it."""
-    networks = [learner.network] + ([learner.teacher.network] if learner.teacher else [])
+    networks = [stepper.network] + ([stepper.teacher.network] if stepper.teacher else [])
     for network in networks:
         network.backbone.compile(backend=backend)
 
@@ -97,7 +97,7 @@ def _built(case: Case, config: RunConfig) -> Built:
     return build(spec, facts=Facts(IMAGES, case.classes, case.batch, case.side, 0))
 
 
-def _learner(case: Case, config: RunConfig, runtime: Runtime) -> Learner:
+def _learner(case: Case, config: RunConfig, runtime: Runtime) -> Stepper:
     """As a training session builds one, without data."""
     built = _built(case, config)
     config = _trained(config, built.network.backbone, runtime)
@@ -106,12 +106,12 @@ def _learner(case: Case, config: RunConfig, runtime: Runtime) -> Learner:
     if config.memory_format != "auto":
         built.network.lay_out(config.memory_format)
     steps = IMAGES // case.batch
-    learner = Learner(config, runtime, built.network, built.objective, steps, case.classes)
-    learner.begin(built.objective.stages()[0])
+    stepper = Stepper(config, runtime, built.network, built.objective, steps, case.classes)
+    stepper.begin(built.objective.stages()[0])
     for module in built.objective.modules():
         if isinstance(module, NeighbourBank):
             _fill(module, case.classes)
-    return learner
+    return stepper
 
 
 def _trained(config: RunConfig, backbone: nn.Module, runtime: Runtime) -> RunConfig:

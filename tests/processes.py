@@ -11,7 +11,7 @@ from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["nearkin.training.run", "timm", "torchvision.transforms.v2", "sklearn.datasets"]
+    ["nearkin.training.api", "timm", "torchvision.transforms.v2", "sklearn.datasets"]
 )
 LIMIT = 180  # seconds after which a process counts as hung
 

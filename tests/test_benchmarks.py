@@ -10,7 +10,9 @@ import torch
 from benchmarks import __main__ as command
 from benchmarks import bank, bench, data, evaluation, pairwise, startup, step
 
-from nearkin.data import EvalSpec, eval_loader, load_dataset
+from nearkin.data.dataset import load_dataset
+from nearkin.data.loader import eval_loader
+from nearkin.data.transforms import EvalSpec
 from nearkin.evaluation.tta import tta_views
 
 

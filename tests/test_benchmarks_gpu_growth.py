@@ -9,7 +9,7 @@ import pytest
 import torch
 from benchmarks import bank, gpu, growth, training_steps
 
-from nearkin.runtime import Runtime
+from nearkin.distributed import Runtime
 
 
 def planted(power, sizes):
@@ -165,11 +165,11 @@ def test_compiling_is_in_place_and_reaches_the_teacher(monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **_: compiled.append(module))
     runtime = Runtime(device="cpu", precision="fp32")
     case = gpu.Case("test_vit", 32, 4, 10, "cone", 64, "eager")
-    learner = training_steps._learner(case, training_steps._config(case, runtime), runtime)
-    names = set(learner.network.state_dict())
-    training_steps.compile_backbones(learner, "eager")
-    assert compiled == [learner.network.backbone, learner.teacher.network.backbone]
-    assert set(learner.network.state_dict()) == names
+    stepper = training_steps._learner(case, training_steps._config(case, runtime), runtime)
+    names = set(stepper.network.state_dict())
+    training_steps.compile_backbones(stepper, "eager")
+    assert compiled == [stepper.network.backbone, stepper.teacher.network.backbone]
+    assert set(stepper.network.state_dict()) == names
     runtime.close()
 
 

@@ -8,9 +8,9 @@ import pytest
 import timm
 from benchmarks import bench, evaluation, first_step, startup
 
-from nearkin.evaluation.bundle import read_description
-from nearkin.training.folder import stored_config
-from nearkin.training.learner import Learner
+from nearkin.evaluation.model import read_description
+from nearkin.training.run_folder import stored_config
+from nearkin.training.step import Stepper
 
 
 class Left(BaseException):
@@ -23,18 +23,18 @@ def leaving(monkeypatch):
         raise Left(code)
 
     monkeypatch.setattr(first_step.os, "_exit", leave)
-    monkeypatch.setattr(Learner, "step", Learner.step)  # put back afterwards
+    monkeypatch.setattr(Stepper, "step", Stepper.step)  # put back afterwards
 
 
 def test_both_ways_take_one_step_of_the_same_model(leaving, monkeypatch, tmp_path):
     learners = []
-    step = Learner.step
+    step = Stepper.step
     monkeypatch.setattr(
-        Learner, "step", lambda self, *x: (learners.append(self), step(self, *x))[1]
+        Stepper, "step", lambda self, *x: (learners.append(self), step(self, *x))[1]
     )
     with pytest.raises(Left, match="^0$"):
         first_step.nearkin(str(tmp_path / "run"))
-    assert [learner.steps_done for learner in learners] == [1]
+    assert [stepper.steps_done for stepper in learners] == [1]
     config = stored_config(tmp_path / "run")
     chosen = config.model, config.channels, config.batch_size, config.lr
     assert chosen == (

@@ -17,17 +17,18 @@ if TYPE_CHECKING:
         NearkinError,
         Stopped,
     )
+    from nearkin.evaluation.evaluate import evaluate
     from nearkin.evaluation.fewshot import fewshot
-    from nearkin.evaluation.verbs import evaluate, predict
-    from nearkin.training.run import Result, train
+    from nearkin.evaluation.predict import predict
+    from nearkin.training.api import Result, train
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "train": "nearkin.training.run",
-    "Result": "nearkin.training.run",
-    "evaluate": "nearkin.evaluation.verbs",
-    "predict": "nearkin.evaluation.verbs",
+    "train": "nearkin.training.api",
+    "Result": "nearkin.training.api",
+    "evaluate": "nearkin.evaluation.evaluate",
+    "predict": "nearkin.evaluation.predict",
     "fewshot": "nearkin.evaluation.fewshot",
     "NearkinError": "nearkin.errors",
     "ConfigError": "nearkin.errors",

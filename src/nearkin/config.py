@@ -5,15 +5,113 @@ Options travel flat, `{"epochs": 30, "objective": "cone", "objective.topk": 512}
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from nearkin.errors import ConfigError, nearest, printable
-from nearkin.model_options import ModelOptions
+
+NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
+LARGEST = 1 << 14  # above every width and depth in use; what a number can cost stays bounded
+LONGEST = 16  # numbers in a list
+MOST = 32  # options
+# What timm's builders read themselves: files, weights, the form of the result; or what has an option of its own.
+RESERVED = frozenset(
+    {
+        "cache_dir",
+        "checkpoint_path",
+        "device",
+        "drop_path_rate",
+        "drop_rate",
+        "dtype",
+        "exportable",
+        "feature_cfg",
+        "feature_cls",
+        "features_only",
+        "global_pool",
+        "img_size",
+        "in_chans",
+        "kwargs",
+        "kwargs_filter",
+        "model_cfg",
+        "model_cls",
+        "model_name",
+        "no_jit",
+        "num_classes",
+        "out_indices",
+        "pruned",
+        "scriptable",
+        "variant",
+    }
+)
+INSTEAD = {
+    "checkpoint_path": "--weights",
+    "drop_path_rate": "--drop-path",
+    "drop_rate": "--drop-rate",
+    "img_size": "--image-size",
+    "in_chans": "--channels",
+    "pretrained": "--pretrained",
+}
+
+
+def checked_model_options(options: dict[str, Any]) -> dict[str, Any]:
+    """The options with command-line words turned into values.
+
+    Allowed are finite numbers, true, false, and lists of up to 16 of them: values that can name no file, class or
+    address. The names that timm's builders keep for themselves are refused. Whether a model takes an option shows when
+    it is built. Source: our choice.
+
+    Raises ConfigError that names the option.
+    """
+    if len(options) > MOST:
+        raise ConfigError(f"More than {MOST} options --model.NAME; give fewer.")
+    return {_name(name): _value(name, value) for name, value in options.items()}
+
+
+ModelOptions = Annotated[dict[str, Any], AfterValidator(checked_model_options)]
+
+
+def _name(name: str) -> str:
+    if name in RESERVED or name.startswith("pretrained"):
+        instead = f"; use {INSTEAD[name]}" if name in INSTEAD else "; leave it out"
+        raise ConfigError(f"--model.{name} cannot be set{instead}.")
+    if not NAME.fullmatch(name):
+        raise ConfigError(f"--model.{printable(name)[:80]} is no name of an option of a model.")
+    return name
+
+
+def _value(name: str, value: Any) -> Any:
+    value = _parsed(value) if isinstance(value, str) else value
+    if isinstance(value, list | tuple):
+        if 0 < len(value) <= LONGEST and all(_is_number(v) for v in value):
+            return list(value)
+    elif _is_number(value):
+        return value
+    shown = printable(str(value)[:80])
+    raise ConfigError(
+        f"--model.{name} {shown!r} is not valid: give a number up to {LARGEST}, true, false, "
+        f"or a list of up to {LONGEST} of them."
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) <= LARGEST  # false for nan
+
+
+def _parsed(word: str) -> Any:
+    """A word of the command line as YAML reads it; also numbers like 1e-3, which YAML takes for words."""
+    if len(word) > 200:
+        return word
+    try:
+        value = yaml.safe_load(word)
+        return float(value) if isinstance(value, str) else value
+    except (yaml.YAMLError, RecursionError, ValueError):
+        return word
+
 
 Auto = Literal["auto"]
 Count = Annotated[int, Field(ge=1)]
@@ -157,6 +255,32 @@ class RunConfig(BaseModel):
         values = self.model_dump(mode="json", exclude=set(FREE.values()))
         free = {f"{room}.{k}": v for room, f in FREE.items() for k, v in getattr(self, f).items()}
         return values | free
+
+
+class EpisodeOptions(BaseModel):
+    """What an episode is, how many there are, and where they are computed. Source of the defaults: SCHaNe's code."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    ways: Annotated[int, Field(ge=2)] = _option(5, "classes in an episode")
+    shots: Annotated[int, Field(ge=1)] = _option(1, "labelled images of each class")
+    queries: Annotated[int, Field(ge=1)] = _option(15, "images of each class to classify")
+    episodes: Annotated[int, Field(ge=2)] = _option(3000, "episodes to average")
+    copies: Annotated[int, Field(ge=0)] = _option(
+        5, "augmented copies of a labelled image; 0 = the image itself, once"
+    )
+    split: str | None = _option(None, "train, val or test; default test, else val, else all")
+    seed: Annotated[int, Field(ge=0, lt=1 << 62)] = _option(0, "seed of episodes and copies")
+    bad_images: Literal["error", "skip"] = _option(
+        "error", "unreadable images stop or go (RUN's own data: as in its training)"
+    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = _option("auto", "where to compute features")
+    workers: Annotated[int, Field(ge=0)] = _option(0, "processes that load images")
+
+    @property
+    def needed(self) -> int:
+        """Images that a class must have: those of its support and its queries."""
+        return self.shots + self.queries
 
 
 def validate(model: type[BaseModel], values: Mapping[str, Any], prefix: str = "") -> Any:

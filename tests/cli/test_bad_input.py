@@ -356,12 +356,12 @@ def test_data_that_changed_since_the_run(finished, capsys, tmp_path):
 
 
 def test_memory_that_runs_out(here, capsys, monkeypatch):
-    from nearkin.training.learner import Learner
+    from nearkin.training.step import Stepper
 
     def hungry(*_):
         torch.empty(1 << 50)
 
-    monkeypatch.setattr(Learner, "step", hungry)
+    monkeypatch.setattr(Stepper, "step", hungry)
     write_classes(here / "photos")
     argv = ["train", "photos", "--out", "run", "--batch-size", "8", *FAST]
     refused(capsys, 6, "memory ran out", "--batch-size", argv=argv)
@@ -370,7 +370,7 @@ def test_memory_that_runs_out(here, capsys, monkeypatch):
 
 def test_a_loss_that_is_not_finite(here, capsys, monkeypatch):
     from nearkin.objectives import CoNe
-    from nearkin.training.store import Store
+    from nearkin.training.checkpoint.store import Store
 
     plain = CoNe.forward
 
@@ -392,7 +392,7 @@ def test_a_loss_that_is_not_finite(here, capsys, monkeypatch):
 
 
 def test_a_bug_is_called_a_bug(here, capsys, monkeypatch):
-    import nearkin.cli.listing as verb
+    import nearkin.cli.list_ as verb
 
     def broken(_):
         raise KeyError("\x1b[31mred")

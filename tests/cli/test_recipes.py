@@ -13,9 +13,9 @@ from tests.pictures import write_classes
 
 from nearkin.cli import run
 from nearkin.config import RunConfig, read_yaml, validate
-from nearkin.data.builtin import BUILTIN
+from nearkin.data.sources.builtin import BUILTIN
 from nearkin.objectives import get
-from nearkin.training.run import start_run
+from nearkin.training.api import start_run
 
 FOLDER = Path(str(files("nearkin") / "recipes"))
 RECIPES = sorted(path.stem for path in FOLDER.iterdir() if path.suffix == ".yaml")

@@ -16,7 +16,7 @@ import pytest
 from image_files import encoded, noise, raw_png, write
 from PIL import EpsImagePlugin, Image
 
-from nearkin.data import BadImage, read_image
+from nearkin.data.decode import BadImage, read_image
 from nearkin.errors import DataError
 
 GOOD = {

@@ -15,19 +15,18 @@ import pytest
 import torch
 from image_files import encoded, noise, write
 
-from nearkin.data import (
-    EvalSpec,
-    TrainOrder,
-    TrainSpec,
-    eval_loader,
-    eval_transform,
-    load_dataset,
-    train_loader,
-    train_transform,
-)
 from nearkin.data import cache as cache_room
 from nearkin.data.cache import Contents, Made, home, make_pack, packed
-from nearkin.data.steps import ResizeShortSide
+from nearkin.data.dataset import load_dataset
+from nearkin.data.loader import eval_loader, train_loader
+from nearkin.data.sampling import TrainOrder
+from nearkin.data.transforms import (
+    EvalSpec,
+    ResizeShortSide,
+    TrainSpec,
+    eval_transform,
+    train_transform,
+)
 from nearkin.errors import ConfigError, DataError
 
 
@@ -179,7 +178,8 @@ def test_memory_is_given_back_with_the_last_reference(dataset):
 HOLDS_A_CACHE = """
 import sys, time
 from pathlib import Path
-from nearkin.data import cache, load_dataset
+from nearkin.data import cache
+from nearkin.data.dataset import load_dataset
 cache.home = lambda where: Path({memory!r})
 contents = cache.Contents(load_dataset({data!r}, val_split=0), 20)
 held = cache.make_pack(contents, "ram", 1)

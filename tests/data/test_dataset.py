@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from image_files import encoded, folder, noise, write
 
-from nearkin.data import BadImage, BadImages, load_dataset, write_bad_files
-from nearkin.data.splitting import limited, stratified
+from nearkin.data.dataset import limited, load_dataset, stratified
+from nearkin.data.decode import BadImage
+from nearkin.data.look import BadImages, write_bad_files
 from nearkin.errors import ConfigError, DataError
 
 

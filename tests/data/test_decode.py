@@ -11,7 +11,7 @@ import torch
 from image_files import encoded, noise, raw_png, write
 from PIL import Image
 
-from nearkin.data import read_image
+from nearkin.data.decode import read_image
 from nearkin.errors import ConfigError
 
 EDGE = 16  # of the uniform test images: a whole JPEG block

@@ -7,7 +7,8 @@ import os
 import pytest
 from image_files import folder, write
 
-from nearkin.data import BadImages, load_dataset, load_for_evaluation
+from nearkin.data.dataset import load_dataset, load_for_evaluation
+from nearkin.data.look import BadImages
 from nearkin.errors import DataError
 
 SEED, SHARE = 5, 0.3

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from image_files import encoded, folder, noise, write
 
-from nearkin.data import load_dataset, resolve
+from nearkin.data.dataset import load_dataset
+from nearkin.data.sources.resolve import resolve
 from nearkin.errors import DataError
 
 PNG = encoded(noise(0), "PNG")

@@ -11,7 +11,8 @@ import torch
 from image_files import encoded, noise, write
 from PIL import Image
 
-from nearkin.data import Arrays, BadImage, Files
+from nearkin.data.decode import BadImage
+from nearkin.data.images import Arrays, Files
 
 
 @pytest.fixture

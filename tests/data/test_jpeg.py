@@ -9,7 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from nearkin.data import BadImage, decode, jpeg, read_image
+from nearkin.data import decode
+from nearkin.data import decode as jpeg
+from nearkin.data.decode import BadImage, read_image
 
 
 def picture(mode: str = "RGB", width: int = 61, height: int = 43) -> Image.Image:

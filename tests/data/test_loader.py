@@ -18,21 +18,12 @@ import pytest
 import torch
 from image_files import encoded, folder, noise
 
-from nearkin.data import (
-    EvalSpec,
-    Split,
-    TrainOrder,
-    TrainSpec,
-    WorkersDied,
-    eval_loader,
-    eval_transform,
-    load_dataset,
-    loader,
-    sample_seed,
-    train_loader,
-    train_transform,
-)
+from nearkin.data import loader
+from nearkin.data.dataset import Split, load_dataset
 from nearkin.data.images import Arrays
+from nearkin.data.loader import WorkersDied, eval_loader, train_loader
+from nearkin.data.sampling import TrainOrder, sample_seed
+from nearkin.data.transforms import EvalSpec, TrainSpec, eval_transform, train_transform
 from nearkin.errors import DataError
 
 pytestmark = pytest.mark.timeout(120)
@@ -220,7 +211,9 @@ def test_workers_outlive_signals_and_take_one_thread(split):
 
 HOLDS_AN_UNFINISHED_LOADER = """
 import numpy as np, sys
-from nearkin.data import Split, TrainOrder, train_loader
+from nearkin.data.dataset import Split
+from nearkin.data.sampling import TrainOrder
+from nearkin.data.loader import train_loader
 from nearkin.data.images import Arrays
 sys.path.insert(0, {tests!r})
 import test_loader

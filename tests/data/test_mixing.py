@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from nearkin.data import mix
+from nearkin.data.mixing import mix
 from nearkin.errors import ConfigError
 
 V, B, C, H, W, K = 2, 32, 3, 10, 12, 5

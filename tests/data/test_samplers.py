@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nearkin.bank import NeighbourBank
-from nearkin.data import TrainOrder, drawing
-from nearkin.data.samplers import balanced, repeated, weighted
+from nearkin.data.sampling import TrainOrder, balanced, drawing, repeated, weighted
 
 SIZES = {
     "equal": [20] * 5,

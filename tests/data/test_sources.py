@@ -10,7 +10,8 @@ import pytest
 import torch
 from image_files import encoded, folder, noise, write
 
-from nearkin.data import load_dataset, resolve
+from nearkin.data.dataset import load_dataset
+from nearkin.data.sources.resolve import resolve
 from nearkin.errors import DataError
 
 

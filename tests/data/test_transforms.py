@@ -9,8 +9,13 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from nearkin.data import EvalSpec, TrainSpec, eval_transform, train_transform
-from nearkin.data.steps import RandomRegion
+from nearkin.data.transforms import (
+    EvalSpec,
+    RandomRegion,
+    TrainSpec,
+    eval_transform,
+    train_transform,
+)
 
 SIZES = [(8, 8), (1, 1), (1, 9), (40, 3), (64, 64), (90, 131), (300, 200), (2, 3000)]
 

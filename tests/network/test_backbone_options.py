@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from nearkin.errors import ConfigError, ModelError
-from nearkin.network import Network, build_backbone, check_eval_size, fitting
+from nearkin.network import Network, build_backbone, check_eval_size
 from nearkin.network import backbone as backbone_module
-from nearkin.network.fitting import MOST_WEIGHTS
+from nearkin.network import backbone as fitting
+from nearkin.network.backbone import MOST_WEIGHTS
 
 BEIT3 = "beit3_base_patch16_224.pt"
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from nearkin.collectives import gather_rows, sum_over_ranks
+from nearkin.distributed import gather_rows, sum_over_ranks
 from nearkin.network import (
     Network,
     SyncBatchNorm,

@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel, Field
 
 from nearkin.cli import run
-from nearkin.cli.listing import recipe_or_file
+from nearkin.cli.list_ import recipe_or_file
 from nearkin.cli.train import _parser
 from nearkin.config import RunConfig, merge, read_yaml, validate
 from nearkin.errors import ConfigError

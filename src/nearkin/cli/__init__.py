@@ -37,7 +37,7 @@ VERBS = {
     "predict": "predict",
     "fewshot": "fewshot",
     "import-cone": "import_cone",
-    "list": "listing",
+    "list": "list_",
 }
 
 

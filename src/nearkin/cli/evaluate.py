@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
         show_help(parser)
         return 0
     runs, data = _runs_and_data(given.get("runs") or [])
-    from nearkin.evaluation.verbs import evaluate
+    from nearkin.evaluation.evaluate import evaluate
 
     result = evaluate(
         runs,

@@ -8,8 +8,8 @@ from typing import Any
 
 from nearkin.cli import is_first
 from nearkin.cli.arguments import Parser, show_help
+from nearkin.config import EpisodeOptions
 from nearkin.errors import ConfigError, printable
-from nearkin.evaluation.protocol import Protocol
 
 USAGE = "nearkin fewshot RUN DATA [--ways 5] [--shots 1] [--json]"
 ABOUT = "How well the model's features tell classes apart that it has not seen, from a few images of each."
@@ -19,7 +19,7 @@ def main(argv: list[str]) -> int:
     parser = Parser(USAGE, ABOUT)
     parser.add_argument("run", nargs="?", metavar="RUN", help="the folder that train printed")
     parser.add_argument("data", nargs="?", metavar="DATA", help="images outside RUN's training")
-    parser.options(Protocol)
+    parser.options(EpisodeOptions)
     parser.flag("json", "one JSON object on stdout")
     parser.flag("help", "this help")
     given = parser.read(argv)

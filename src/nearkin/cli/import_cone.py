@@ -12,7 +12,7 @@ from nearkin.cli.arguments import Parser, show_help
 from nearkin.errors import ConfigError, printable
 
 if TYPE_CHECKING:
-    from nearkin.evaluation.cone_import import Imported
+    from nearkin.contrib.cone_import import Imported
 
 USAGE = "nearkin import-cone FILE [--out RUN] [--classes NAMES] [--json]"
 ABOUT = "The CoNe authors' checkpoint as a run folder for evaluate, predict and train --weights."
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
     out = Path(given["out"]) if "out" in given else None
     if out is not None and out.exists():  # before gigabytes are read
         raise ConfigError(f"The run folder {printable(str(out))} exists; choose another --out.")
-    from nearkin.evaluation.cone_import import read_class_names, read_cone_checkpoint
+    from nearkin.contrib.cone_import import read_class_names, read_cone_checkpoint
 
     names = read_class_names(Path(given["classes"])) if "classes" in given else None
     imported = read_cone_checkpoint(Path(given["file"]), names)
@@ -51,9 +51,9 @@ def main(argv: list[str]) -> int:
 
 def _write(imported: Imported, out: Path | None, name: str) -> Path:
     """The run folder, whole or not at all."""
-    from nearkin.evaluation.bundle import save_bundle
-    from nearkin.training import folder as run_folder
-    from nearkin.training.journal import Journal
+    from nearkin.evaluation.model import save_bundle
+    from nearkin.training import run_folder
+    from nearkin.training.metrics_log import Journal
 
     description, weights, config = imported
     run = run_folder.create(out, data=name, objective=config.objective)

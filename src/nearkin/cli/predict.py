@@ -13,7 +13,7 @@ from nearkin.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from nearkin.evaluation.verbs import Guess
+    from nearkin.evaluation.predict import Guess
 
 USAGE = "nearkin predict RUN IMAGES... [--tta NAME] [--json]"
 COLUMNS = ("path", "class", "probability", "top5", "error")
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
         return 0
     if not given.get("run") or not given.get("images"):
         raise ConfigError("Predict what? Give a run folder, then image files or folders.")
-    from nearkin.evaluation.verbs import predict
+    from nearkin.evaluation.predict import predict
 
     guesses = predict(
         given["run"],

@@ -9,14 +9,15 @@ from typing import Any
 
 from nearkin.cli import is_first
 from nearkin.cli.arguments import Parser, options_table, show_help
-from nearkin.cli.listing import recipe_or_file
+from nearkin.cli.list_ import recipe_or_file
 from nearkin.config import FREE, RunConfig, merge, read_yaml, to_yaml
-from nearkin.training.signals import handled, interrupt
+from nearkin.process import handled, interrupt, keep_freed_memory
 
 USAGE = "nearkin train [DATA] [--objective NAME] [--objective.OPTION VALUE] [--model.OPTION VALUE] [--OPTION VALUE]"
 
 
 def main(argv: list[str]) -> int:
+    keep_freed_memory()
     with handled(interrupt):
         return _main(argv)
 
@@ -33,8 +34,8 @@ def _main(argv: list[str]) -> int:
     resume = given.pop("resume", None)
     layers = [read_yaml(recipe_or_file(name)) for name in given.pop("config", [])]
     values = merge(*layers, given)
-    from nearkin.training.folder import stored_config
-    from nearkin.training.run import continue_run, resolved, start_run
+    from nearkin.training.api import continue_run, resolved, start_run
+    from nearkin.training.run_folder import stored_config
 
     if show:
         stored = None if resume is None else stored_config(Path(resume))

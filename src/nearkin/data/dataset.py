@@ -1,4 +1,4 @@
-"""DATA -> splits that share one numbering of the classes, checked and ready to load."""
+"""DATA to splits that share one numbering of the classes, checked and ready to load."""
 
 from __future__ import annotations
 
@@ -12,12 +12,54 @@ from numpy.typing import NDArray
 
 from nearkin.data.decode import BadImage, check_channels
 from nearkin.data.images import ImageSource
-from nearkin.data.listing import SPLITS, Listing, Part, by_bytes
-from nearkin.data.scan import BadImages, scan
-from nearkin.data.sources import resolve
-from nearkin.data.splitting import limited, stratified
-from nearkin.data.wording import counted, listed
-from nearkin.errors import DataError, printable
+from nearkin.data.look import BadImages, scan
+from nearkin.data.sampling import keyed_rng
+from nearkin.data.sources.listing import SPLITS, ListedSplit, Listing, by_bytes
+from nearkin.data.sources.resolve import resolve
+from nearkin.errors import DataError, counted, listed, printable
+
+Labels = NDArray[np.int64]
+
+
+def stratified(labels: Labels, fraction: float, seed: int) -> NDArray[np.int64]:
+    """The sorted rows to hold out: floor(fraction N) of N, but at least 1, shared among the classes.
+
+    labels: `[N]`. Class c of n_c images gives floor(fraction n_c); what is left goes to the largest
+    remainders, ties in a random order. At least one image of every class stays, so a class with one image
+    gives none, and the result is empty when every class has only one. Source: our choice.
+    """
+    rng = keyed_rng("held out", seed)
+    _, place, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    quota = _quota(counts, fraction, rng.permutation(len(counts)))
+    return _first_of_each(place, quota, rng.permutation(len(labels)))
+
+
+def limited(labels: Labels, most: int, seed: int) -> NDArray[np.int64]:
+    """The sorted rows to keep so that no class has more than `most`, chosen at random. labels: `[N]`."""
+    _, place, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    rng = keyed_rng("images per class", seed)
+    return _first_of_each(place, np.minimum(counts, most), rng.permutation(len(labels)))
+
+
+def _quota(counts: Labels, fraction: float, order: Labels) -> NDArray[np.int64]:
+    """How many images each class gives. order: of the classes, where remainders tie."""
+    room = counts - 1
+    wanted = fraction * counts
+    quota: NDArray[np.int64] = np.minimum(np.floor(wanted + 1e-9).astype(np.int64), room)
+    total = min(max(1, int(fraction * counts.sum() + 1e-9)), int(room.sum()))
+    while (left := total - int(quota.sum())) > 0:
+        by_remainder = order[np.argsort((quota - wanted)[order], kind="stable")]
+        quota[by_remainder[(quota < room)[by_remainder]][:left]] += 1
+    return quota
+
+
+def _first_of_each(place: Labels, quota: Labels, shuffled: Labels) -> NDArray[np.int64]:
+    """The sorted first `quota[c]` rows of each class c, in the order of `shuffled`."""
+    grouped = shuffled[np.argsort(place[shuffled], kind="stable")]
+    starts = np.concatenate([[0], np.cumsum(np.bincount(place, minlength=len(quota)))])
+    chosen = [grouped[start : start + n] for start, n in zip(starts, quota, strict=False)]
+    return np.sort(np.concatenate(chosen)) if chosen else grouped
+
 
 BadPolicy = Literal["error", "skip"]
 
@@ -127,14 +169,14 @@ def read_all(
     if channels == "auto":
         channels = next(iter(listing.parts.values())).images.channels
     check_channels(channels)
-    parts: dict[str, Part] = {}
+    parts: dict[str, ListedSplit] = {}
     bad: list[BadImage] = []
     for name, part in listing.parts.items():
         images = part.images.with_channels(channels)
         found = {} if workers is None else scan(images, workers=workers)
         bad += found.values()
         good = np.setdiff1d(np.arange(len(images)), list(found))
-        converted = Part(images, part.labels, part.classes)
+        converted = ListedSplit(images, part.labels, part.classes)
         parts[name] = converted.take(good) if found else converted
     if bad and policy == "error":
         raise BadImages.found(bad, sum(len(part.images) for part in listing.parts.values()))
@@ -147,7 +189,7 @@ def read_all(
     return Readable(Listing(listing.name, parts, (*listing.notes, *left_out)), tuple(bad))
 
 
-def to_split(name: str, part: Part, classes: tuple[str, ...]) -> Split:
+def to_split(name: str, part: ListedSplit, classes: tuple[str, ...]) -> Split:
     """The part with labels as places in `classes`. Raises DataError for a class that is not among them."""
     unknown = [known for known in part.present() if known not in set(classes)]
     if unknown:
@@ -230,3 +272,71 @@ def _fingerprint(splits: Mapping[str, Split], classes: tuple[str, ...]) -> str:
             for field in fields:  # with their lengths, so that no two lists of fields look alike
                 digest.update(b"%d:" % len(field) + field)
     return digest.hexdigest()
+
+
+class Evaluation(NamedTuple):
+    """A split to judge a model on. notes: what a person should know. bad: the images left out."""
+
+    split: Split
+    notes: tuple[str, ...]
+    bad: tuple[BadImage, ...]
+
+
+def load_for_evaluation(
+    data: str,
+    *,
+    classes: tuple[str, ...],
+    channels: int,
+    split: str | None = None,
+    own: bool = True,
+    val_split: float = 0.1,
+    seed: int = 0,
+    images_per_class: int | None = None,
+    bad_images: BadPolicy = "error",
+    workers: int = 2,
+) -> Evaluation:
+    """One split of DATA. split: by default test, else val.
+
+    own: DATA is what the model was trained on; then `val_split`, `seed` and `images_per_class` of that run
+    give its very splits again. Other data without splits are one split, test, as a whole.
+    classes: of the model; only those that the chosen split has need to be among them.
+
+    Raises BadImages for unreadable images under the policy `error`; DataError when the split is not there
+    or has a class that the model does not know.
+    """
+    listing = resolve(data)
+    if not own and tuple(listing.parts) == ("train",):
+        listing = listing._replace(parts={"test": listing.parts["train"]})
+    carved = own and "val" not in listing.parts and "train" in listing.parts and val_split > 0
+    there = [name for name in SPLITS if name in listing.parts or (carved and name == "val")]
+    chosen = _choose(split, there, data)
+    source = "train" if carved and chosen == "val" else chosen
+    readable = read_all(_only(listing, source), channels, bad_images, workers)
+    splits = {source: to_split(source, readable.listing.parts[source], classes)}
+    if carved and source == "train":
+        splits = hold_out(splits, val_split, seed)
+    if own and chosen == "train" and images_per_class is not None:
+        splits = limit(splits, images_per_class, seed)
+    found = splits[chosen]
+    notes = (*readable.listing.notes, *missing_classes(found, classes))
+    return Evaluation(found, notes, readable.bad)
+
+
+def _choose(split: str | None, there: list[str], data: str) -> str:
+    if split is None:
+        split = next((name for name in ("test", "val") if name in there), None)
+        if split is None:
+            raise DataError(
+                f"The data {printable(data)} have neither a test nor a val split; "
+                "use --split train, or give other data."
+            )
+    if split not in there:
+        raise DataError(
+            f"The data {printable(data)} have no split {printable(split)}, only {', '.join(there)}."
+        )
+    return split
+
+
+def _only(listing: Listing, split: str) -> Listing:
+    """Just one split, so that nothing else is decoded."""
+    return listing._replace(parts={split: listing.parts[split]})

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from nearkin.data.dataset import Split
 from nearkin.data.decode import BadImage
-from nearkin.data.order import SampleKey, sample_seed
-from nearkin.data.steps import Pipeline, Transform
+from nearkin.data.sampling import SampleKey, sample_seed
+from nearkin.data.transforms import Pipeline, Transform
 from nearkin.errors import DataError, NearkinError
 from nearkin.types import Batch
 

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nearkin.data.keys import keyed_rng
+from nearkin.data.sampling import keyed_rng
 from nearkin.errors import ConfigError
 
 BLOCK = 8  # partners come from as many consecutive positions of the global batch

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 
-from nearkin.data.keys import keyed_rng
+from nearkin.config import EpisodeOptions
+from nearkin.data.sampling import keyed_rng
 from nearkin.errors import DataError
-from nearkin.evaluation.protocol import Protocol
 
 Rows = NDArray[np.int64]
 TOLERANCE = (
@@ -37,7 +37,7 @@ class Estimate(NamedTuple):
     interval: float
 
 
-def eligible(labels: Rows, protocol: Protocol) -> Rows:
+def eligible(labels: Rows, protocol: EpisodeOptions) -> Rows:
     """The classes that have the images for an episode, in rising order. labels: `[N]` class numbers.
 
     Raises DataError when they are fewer than the ways.
@@ -57,7 +57,7 @@ def eligible(labels: Rows, protocol: Protocol) -> Rows:
     raise DataError(f"{problem}; use {advice}, fewer --ways or other data.")
 
 
-def draw(labels: Rows, classes: Rows, protocol: Protocol) -> Iterator[Episode]:
+def draw(labels: Rows, classes: Rows, protocol: EpisodeOptions) -> Iterator[Episode]:
     """The episodes over `classes`, each class with at least `protocol.needed` of the `labels` `[N]`.
 
     Ways, support and queries are drawn without replacement. Pure: the classes of episode e are the first of a
@@ -71,7 +71,7 @@ def draw(labels: Rows, classes: Rows, protocol: Protocol) -> Iterator[Episode]:
         yield Episode(ways, drawn[:, : protocol.shots], drawn[:, protocol.shots :])
 
 
-def _images(rows: Rows, protocol: Protocol, number: int, label: int) -> Rows:
+def _images(rows: Rows, protocol: EpisodeOptions, number: int, label: int) -> Rows:
     rng = keyed_rng("episode images", protocol.seed, number, label)
     return rng.permutation(rows)[: protocol.needed]
 

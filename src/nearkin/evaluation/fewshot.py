@@ -1,8 +1,9 @@
-"""How well a trained backbone serves classes it has not seen, from a few images of each."""
+"""Few-shot accuracy of a trained model's features."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
@@ -12,18 +13,82 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # scikit-learn needs it
+from torch.nn import functional as F
 
-from nearkin.config import CONFIG_FILE, RunConfig, read_yaml, validate
-from nearkin.data import Files, ImageSource, Split, load_dataset, load_for_evaluation, resolve
-from nearkin.data.builtin import BUILTIN
-from nearkin.data.listing import Listing, by_bytes
-from nearkin.data.wording import counted, listed
-from nearkin.errors import DataError, printable
-from nearkin.evaluation.bundle import Bundle, load_bundle
+from nearkin.config import CONFIG_FILE, EpisodeOptions, RunConfig, read_yaml, validate
+from nearkin.data.dataset import Split, load_dataset, load_for_evaluation
+from nearkin.data.images import Files, ImageSource
+from nearkin.data.loader import eval_loader, train_loader
+from nearkin.data.sampling import SampleKey
+from nearkin.data.sources.builtin import BUILTIN
+from nearkin.data.sources.listing import Listing, by_bytes
+from nearkin.data.sources.resolve import resolve
+from nearkin.data.transforms import TrainSpec, train_transform
+from nearkin.distributed import choose_device
+from nearkin.errors import DataError, ModelError, counted, listed, printable
 from nearkin.evaluation.episodes import accuracy, draw, eligible, estimate
-from nearkin.evaluation.features import Features, extract
-from nearkin.evaluation.protocol import Protocol
-from nearkin.runtime import choose_device
+from nearkin.evaluation.model import Bundle, load_bundle
+from nearkin.evaluation.tta import tta_views
+from nearkin.types import Batch
+
+BATCH = 64  # images that pass through the network at once
+
+
+class Features(NamedTuple):
+    """Rows of unit length in float32. plain: `[N, d]`, evaluation transform. copies: `[N, copies, d]`, augmented."""
+
+    plain: NDArray[np.float32]
+    copies: NDArray[np.float32]
+
+
+def extract(
+    bundle: Bundle,
+    split: Split,
+    rows: Sequence[int],
+    *,
+    copies: int,
+    flip: bool,
+    seed: int,
+    workers: int,
+) -> Features:
+    """The pooled features of the backbone, |f| = 1, without any head, for N `rows` of `split`, in their order.
+
+    Copy k of row i is drawn by the augmentation `light` (mirrored only if `flip`) from (seed, i, k), as training
+    draws its views, so that neither the workers, nor the other rows, nor the number of copies change it.
+    copies 0: the plain features stand in as the only copy. Memory: 4 N (copies + 1) d bytes.
+
+    Raises ModelError when a feature is not finite, DataError when an image can no longer be read.
+    """
+    spec = bundle.description.transform
+    plain = eval_loader(split, tta_views("none", spec), rows, batch_size=BATCH, workers=workers)
+    found = _features(bundle, plain)
+    if copies == 0:
+        return Features(found[:, 0], found)
+    light = TrainSpec.of("light", image_size=spec.image_size, channels=spec.channels, flip=flip)
+    at_once = max(1, BATCH // copies)
+    order = [
+        [SampleKey(row, epoch=0, occurrence=0) for row in rows[start : start + at_once]]
+        for start in range(0, len(rows), at_once)
+    ]
+    transform = train_transform(light)
+    loader = train_loader(split, transform, order, views=copies, seed=seed, workers=workers)
+    return Features(found[:, 0], _features(bundle, loader))
+
+
+@torch.inference_mode()
+def _features(bundle: Bundle, batches: Iterable[Batch]) -> NDArray[np.float32]:
+    """`[N, V, d]` of batches of V views."""
+    device = next(bundle.network.parameters()).device
+    parts = []
+    for batch in batches:
+        pooled = bundle.network(batch.images.flatten(0, 1).to(device)).features.float()
+        if not pooled.isfinite().all():
+            raise ModelError("The model gives features that are not finite; train it anew.")
+        views, images = batch.images.shape[:2]
+        unit = F.normalize(pooled, dim=1).view(views, images, -1)
+        parts.append(unit.transpose(0, 1).cpu())
+    found: NDArray[np.float32] = torch.cat(parts).numpy()
+    return found
 
 
 class Unseen(NamedTuple):
@@ -40,12 +105,12 @@ def fewshot(run: str | Path, data: str | Path, **options: Any) -> dict[str, Any]
     In each episode a logistic regression learns `ways` classes from `copies` augmented copies of `shots` images
     each, and classifies `queries` others of each class. mean, std and interval (1.96 std / sqrt(episodes)) are
     fractions. The classes are DATA's own; those that the run was trained on are listed in `shared`.
-    options: the fields of `Protocol`. Of the run's own data, only the test or the val split can be used.
+    options: the fields of `EpisodeOptions`. Of the run's own data, only the test or the val split can be used.
 
     Raises ConfigError for an option that cannot be; ModelError when `run` has no finished model; DataError when
     DATA has too few images, or images that the run was trained on.
     """
-    protocol: Protocol = validate(Protocol, options)
+    protocol: EpisodeOptions = validate(EpisodeOptions, options)
     run, data = Path(run), str(data)
     bundle = load_bundle(run, torch.device(choose_device(protocol.device)))
     config: RunConfig = validate(RunConfig, read_yaml(run / CONFIG_FILE))
@@ -81,7 +146,10 @@ def fewshot(run: str | Path, data: str | Path, **options: Any) -> dict[str, Any]
 
 
 def play(
-    features: Features, labels: NDArray[np.int64], classes: NDArray[np.int64], protocol: Protocol
+    features: Features,
+    labels: NDArray[np.int64],
+    classes: NDArray[np.int64],
+    protocol: EpisodeOptions,
 ) -> NDArray[np.float64]:
     """The accuracy of every episode, `[episodes]`. labels: `[N]`, of the rows of `features`."""
     # Matrices of 125 rows: a second thread costs more than it saves, on busy cores ten times as much. The limit
@@ -91,7 +159,9 @@ def play(
         return np.array([accuracy(e, features.copies, features.plain) for e in episodes])
 
 
-def _unseen(data: str, config: RunConfig, run: Path, bundle: Bundle, protocol: Protocol) -> Unseen:
+def _unseen(
+    data: str, config: RunConfig, run: Path, bundle: Bundle, protocol: EpisodeOptions
+) -> Unseen:
     """The images to draw from. Raises DataError when they are not there, or not all unseen by the run."""
     own, listing = _same(data, config.data), resolve(data)
     if own:

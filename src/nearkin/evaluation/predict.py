@@ -1,88 +1,99 @@
-"""What a model says of a split: every image once, in order, nothing padded and nothing dropped."""
+"""The class of each image file."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
-from nearkin.errors import DataError, DivergedError
-from nearkin.types import Batch, Predictions
+from nearkin.data.decode import IMAGE_SUFFIXES, BadImage, read_image
+from nearkin.distributed import choose_device
+from nearkin.errors import DataError, printable
+from nearkin.evaluation.ensemble import BATCH
+from nearkin.evaluation.evaluator import mean_probabilities
+from nearkin.evaluation.model import Bundle, load_bundle
+from nearkin.evaluation.tta import COUNTS, Tta, tta_views, unknown_tta
 
-CHUNK = 2**24  # similarities held at once: 64 MiB in float32
+
+class Guess(NamedTuple):
+    """What the model says of one file; `error` says why it says nothing."""
+
+    path: str
+    label: str | None
+    probability: float | None
+    top5: tuple[tuple[str, float], ...]
+    error: str = ""
 
 
-@torch.no_grad()
-def collect(batches: Iterable[Batch], forward: Callable[[Tensor], Tensor]) -> Predictions:
-    """The class probabilities of all `batches`, sorted by index.
+def predict(
+    run: str | Path,
+    paths: Iterable[str | Path],
+    *,
+    tta: Tta = "none",
+    device: str = "auto",
+) -> Iterator[Guess]:
+    """The class of each image file, folders searched through; an unreadable file gives a Guess with `error`.
 
-    forward: `batch.images` `[V, B, ...]` -> logits `[V * B, C]`, view after view. The views'
-    probabilities are averaged, p = mean_v softmax(z_v), in float32 (float64 stays float64). The
-    values stay where they are computed until all are, then come to the CPU once.
+    tta: as in `evaluate`.
 
-    Raises DataError when there is no batch or an image comes twice.
+    Raises ModelError when `run` has no finished model, DataError when a path does not exist or holds no images,
+    ConfigError for other views.
     """
-    parts = [
-        Predictions(
-            mean_probabilities(forward(batch.images), len(batch.index)), batch.labels, batch.index
-        )
-        for batch in batches
-    ]
-    if not parts:
-        raise DataError("There are no images to predict; choose another split or folder.")
-    probabilities, labels, index = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
-    index, order = index.sort()
-    if (index.diff() == 0).any():
-        raise DataError("An image was predicted twice; a split must hold every image once.")
-    return Predictions(probabilities[order], labels[order], index)
+    if tta not in COUNTS:
+        raise unknown_tta(tta)
+    chosen = torch.device(choose_device(device))
+    bundle = load_bundle(Path(run), chosen)
+    size = BATCH // COUNTS[tta]
+    files = [file for path in paths for file in _files(Path(path))]
+    parts = (files[start : start + size] for start in range(0, len(files), size))
+    return (guess for part in parts for guess in _guesses(bundle, part, tta, chosen))
 
 
-def mean_probabilities(logits: Tensor, images: int) -> Tensor:
-    """The mean of softmax over the views, `[images, C]`, of `logits` `[V * images, C]`, view after view; in float32
-    (float64 stays)."""
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return wide.softmax(1).view(-1, images, logits.shape[1]).mean(0)
+def _files(path: Path) -> Iterator[Path]:
+    if not path.is_dir():
+        if not os.path.lexists(path):
+            raise DataError(f"{printable(str(path))} does not exist; give image files or folders.")
+        yield path
+        return
+    found = sorted(
+        file
+        for file in path.rglob("*")
+        if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
+    )
+    if not found:
+        raise DataError(f"The folder {printable(str(path))} holds no images.")
+    yield from found
 
 
-@torch.no_grad()
-def knn_accuracy(
-    train_embeddings: Tensor,
-    train_labels: Tensor,
-    embeddings: Tensor,
-    labels: Tensor,
-    k: int = 20,
-) -> float:
-    """Share of `embeddings` whose k nearest training embeddings vote for their class, in [0, 1].
-
-    train_embeddings `[N, d]`, embeddings `[M, d]`: of any length, compared by cosine; labels: `[N]`
-    and `[M]` class numbers. Each of the min(k, N) neighbours has one vote; of classes with equally
-    many votes the one with the larger sum of cosines wins. Memory: 64 MiB of similarities, whatever
-    N and M. Source: our choice.
-
-    Raises DataError when either side is empty, DivergedError when an embedding is not finite.
-    """
-    if len(train_labels) == 0 or len(labels) == 0:
-        raise DataError("The kNN accuracy needs images to compare with and images to judge.")
-    if not (train_embeddings.isfinite().all() and embeddings.isfinite().all()):
-        raise DivergedError("An embedding is not finite; lower the learning rate.")
-    keys = F.normalize(train_embeddings.float(), dim=1)
-    classes = int(train_labels.max()) + 1
-    chunks = torch.split(embeddings, max(1, CHUNK // len(keys)))
-    predicted = [
-        _vote(F.normalize(chunk.float(), dim=1) @ keys.T, train_labels, min(k, len(keys)), classes)
-        for chunk in chunks
-    ]
-    return (torch.cat(predicted) == labels).double().mean().item()
+@torch.inference_mode()
+def _guesses(
+    bundle: Bundle, files: Sequence[Path], tta: Tta, device: torch.device
+) -> Iterator[Guess]:
+    spec = bundle.description.spec
+    views = tta_views(tta, bundle.description.transform)
+    good, images, errors = [], [], {}
+    for file in files:
+        try:
+            images.append(views(read_image(file, channels=spec.channels)))
+            good.append(file)
+        except BadImage as error:
+            errors[file] = error.reason
+    probabilities = {}
+    if images:
+        batch = torch.stack([view for same in zip(*images, strict=True) for view in same])
+        rows = mean_probabilities(bundle.network(batch.to(device)).logits, len(good))
+        probabilities = dict(zip(good, rows.cpu(), strict=True))
+    for file in files:
+        if file in errors:
+            yield Guess(str(file), None, None, (), errors[file])
+        else:
+            yield _guess(file, probabilities[file], bundle.classes)
 
 
-def _vote(similarities: Tensor, train_labels: Tensor, k: int, classes: int) -> Tensor:
-    """The class `[B]` that the k largest of each row of `similarities` `[B, N]` vote for."""
-    nearest = similarities.topk(k, dim=1)
-    voters = train_labels[nearest.indices]
-    empty = similarities.new_zeros(len(similarities), classes)
-    votes = empty.scatter_add(1, voters, torch.ones_like(nearest.values))
-    weight = empty.scatter_add(1, voters, nearest.values)
-    leading = votes == votes.max(1, keepdim=True).values
-    return weight.masked_fill(~leading, -torch.inf).argmax(1)
+def _guess(file: Path, probabilities: torch.Tensor, classes: tuple[str, ...]) -> Guess:
+    values, order = probabilities.topk(min(5, len(classes)))
+    top5 = tuple((classes[c], v) for c, v in zip(order.tolist(), values.tolist(), strict=True))
+    return Guess(str(file), top5[0][0], top5[0][1], top5)

@@ -8,8 +8,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from nearkin.data import EvalSpec, eval_transform
-from nearkin.data.steps import ResizeShortSide, Transform
+from nearkin.data.transforms import EvalSpec, ResizeShortSide, Transform, eval_transform
 from nearkin.errors import ConfigError, nearest, printable
 
 Tta = Literal["none", "flip", "tencrop"]

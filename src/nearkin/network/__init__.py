@@ -3,8 +3,8 @@
 from nearkin.network.backbone import Backbone, build_backbone, check_eval_size
 from nearkin.network.batchnorm import SyncBatchNorm, synchronise_batchnorm
 from nearkin.network.heads import CosineClassifier, Head, Norm, projection_head, projection_sizes
+from nearkin.network.keyed_dropout import KeyedDropout, KeyedDropPath, RandomKey, key_randomness
 from nearkin.network.network import Network
-from nearkin.network.randomness import KeyedDropout, KeyedDropPath, RandomKey, key_randomness
 from nearkin.network.weights import LoadReport, load_weights, read_safetensors, read_tensors
 
 __all__ = [

@@ -3,15 +3,115 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from nearkin.errors import ConfigError, ModelError, nearest, printable
-from nearkin.network.fitting import bounded, first_line, fitting, taking, with_options
-from nearkin.network.pretrained import pretrained_options
+
+MOST_WEIGHTS = 1 << 31  # a file of them could not be read back
+# What a timm model raises when a size, a channel count or an option does not suit it.
+UNFIT = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+def with_options(model: str, options: Mapping[str, Any]) -> str:
+    """The model and its options in words."""
+    shown = ", ".join(f"--model.{name} {value}" for name, value in options.items())
+    return f"{model} with {shown}" if shown else model
+
+
+@contextmanager
+def taking(model: str, options: Mapping[str, Any]) -> Iterator[None]:
+    """Names the option that the model does not take."""
+    try:
+        yield
+    except TypeError as error:
+        name = next(
+            (n for n in options if f"unexpected keyword argument '{n}'" in str(error)), None
+        )
+        if name is None:
+            raise
+        raise ConfigError(f"{model} takes no option {name}; leave out --model.{name}.") from None
+
+
+@contextmanager
+def bounded() -> Iterator[None]:
+    """Ends the building of a model whose weights would fill the memory; options from a stranger's file may ask that."""
+    left = MOST_WEIGHTS
+
+    def count(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal left
+        left -= 0 if parameter is None else parameter.numel()
+        if left < 0:
+            raise ValueError(f"it has more than {MOST_WEIGHTS} weights")
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def fitting(
+    model: str, channels: int, image_size: int, option: str = "--image-size"
+) -> Iterator[None]:
+    """Turns what timm raises inside the block into a ConfigError."""
+    try:
+        yield
+    except UNFIT as error:
+        if isinstance(error, TypeError) and "drop_path" in str(error):
+            raise ConfigError(f"{model} has no stochastic depth; leave out --drop-path.") from None
+        raise ConfigError(
+            f"{model} cannot take images of {image_size} x {image_size} pixels and {channels} channels "
+            f"({first_line(error)}); try another {option} or --model."
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return printable(lines[0][:200])
+
+
+def pretrained_options(model: str) -> dict[str, Any]:
+    """What `timm.create_model` needs to start from pretrained weights. Raises ModelError where timm has none."""
+    import timm
+
+    published = timm.get_pretrained_cfg(model)
+    if published is None or not published.has_weights:
+        raise ModelError(
+            f"timm has no pretrained weights for {model}; leave out --pretrained or give --weights FILE."
+        )
+    cached = None if published.custom_load else _cached(published)
+    if cached is None:
+        return {"pretrained": True}
+    return {"pretrained": True, "pretrained_cfg_overlay": {"file": str(cached)}}
+
+
+def _cached(published: Any) -> Path | None:
+    """The safetensors file of these weights in the hub's cache, if it is there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if not published.hf_hub_id:
+        return None
+    repository, _, revision = published.hf_hub_id.partition("@")
+    name = published.hf_hub_filename or "model.safetensors"
+    found = try_to_load_from_cache(repository, name, revision=revision or None)
+    return Path(found) if isinstance(found, str) and name.endswith(".safetensors") else None
+
 
 SMALL_IMAGE = 64  # pixels; up to here `auto` keeps the resolution in the first layer
 
@@ -44,7 +144,7 @@ def build_backbone(
     stem: `small` keeps the resolution of small images: the first convolution gets stride 1 and, where its kernel
     is 7 or wider, becomes a fresh 3x3; a max-pool after it stays. `auto` is `small` up to 64 pixels, unless the
     weights are pretrained or the first convolution cuts patches (our choice).
-    options: the timm model's own, as `nearkin.model_options` allows them.
+    options: the timm model's own, as `nearkin.config` allows them.
     drop_path: rate of stochastic depth; 0 leaves the model's own. Dropout before the classifier is off, since the
     `Network` has one.
 

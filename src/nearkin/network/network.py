@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from nearkin.errors import ModelError, printable
-from nearkin.network.few_tokens import choose_attention
+from nearkin.network.cpu import choose_attention, fill_strides
 from nearkin.network.heads import Head
-from nearkin.network.randomness import RandomKey, key_randomness
-from nearkin.network.strides import fill_strides
+from nearkin.network.keyed_dropout import RandomKey, key_randomness
 from nearkin.types import Outputs
 
 FEW = 2  # images normalised at a time on a processor

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from nearkin.config import RunConfig
+from nearkin.distributed import Runtime, choose_precision, launched
 from nearkin.network import Network
-from nearkin.runtime import Runtime, choose_precision, launched
 
 NAMES = ("precision", "memory_format", "threads")
 ROUNDS = 3  # timed steps of each choice, in turn; the fastest counts

@@ -9,18 +9,16 @@ from typing import Any, NamedTuple
 import torch
 
 from nearkin.config import RunConfig
+from nearkin.distributed import Flags, Runtime
 from nearkin.errors import DivergedError, Stopped
 from nearkin.objectives import Stage
-from nearkin.runtime import Runtime
-from nearkin.training.collapse import CollapseWatch
-from nearkin.training.flags import Flags
-from nearkin.training.folder import write_json
-from nearkin.training.journal import Journal
-from nearkin.training.keeper import Keeper
-from nearkin.training.learner import Learner
-from nearkin.training.meters import Meters
-from nearkin.training.signals import StopSignals
-from nearkin.training.store import Snapshot
+from nearkin.process import StopSignals
+from nearkin.training.checkpoint.saver import Saver
+from nearkin.training.checkpoint.store import Snapshot
+from nearkin.training.checks import CollapseWatch
+from nearkin.training.metrics_log import Journal, Meters
+from nearkin.training.run_folder import write_json
+from nearkin.training.step import Stepper
 from nearkin.types import Batch, Loss, Progress
 
 REPLAY = "replay.json"
@@ -59,16 +57,16 @@ class Loop:
         self,
         config: RunConfig,
         runtime: Runtime,
-        learner: Learner,
-        keeper: Keeper,
+        stepper: Stepper,
+        saver: Saver,
         journal: Journal | None,
         loader: Callable[[Stage, int, int], Iterator[Batch]],
         validate: Callable[[], dict[str, Any] | None],
         told: Callable[[int, dict[str, Any]], None],
         warn: Callable[[str], None],
     ) -> None:
-        self.config, self.runtime, self.learner = config, runtime, learner
-        self.keeper, self.journal = keeper, journal
+        self.config, self.runtime, self.stepper = config, runtime, stepper
+        self.saver, self.journal = saver, journal
         self.loader, self.validate, self.told, self.warn = loader, validate, told, warn
         self.meters = Meters(runtime.device)
         self.flags = Flags(runtime)
@@ -92,28 +90,28 @@ class Loop:
     def _begin(self, leg: Leg, snapshot: Snapshot | None) -> None:
         if snapshot is None and leg.number > 0:
             self._start_from(leg.stage)
-            self.keeper.forget_best()
-        self.learner.begin(leg.stage)
+            self.saver.forget_best()
+        self.stepper.begin(leg.stage)
         if snapshot is not None:
-            self.keeper.restore(snapshot, self.meters)
+            self.saver.restore(snapshot, self.meters)
 
     def _start_from(self, stage: Stage) -> None:
-        weights = self.keeper.best_weights() if stage.start == "best" else None
+        weights = self.saver.best_weights() if stage.start == "best" else None
         weights = self.runtime.share(weights)
         if weights is not None:
-            self.learner.network.load_state_dict(weights)
+            self.stepper.network.load_state_dict(weights)
 
     def _train(self, leg: Leg, step: int, saved: bool) -> int:
         last_batch: Batch | None = None
         for batch in self.loader(leg.stage, step, leg.last):
             progress = self._progress(leg, step)
-            loss = self.learner.step(batch, progress, step)
+            loss = self.stepper.step(batch, progress, step)
             stop = self._post(loss, last_batch, step)
             last_batch, step, saved = batch, step + 1, False
             self.meters.add(loss)
             if step % self.config.log_every == 0 or step == leg.last:
                 self._record_losses(leg.stage, progress, step)
-            ended = step % self.learner.steps_per_epoch == 0
+            ended = step % self.stepper.steps_per_epoch == 0
             if ended:
                 self._settle(last_batch, step)
                 self._record_epoch(leg.stage, progress, step)
@@ -131,7 +129,7 @@ class Loop:
         return step
 
     def _progress(self, leg: Leg, step: int) -> Progress:
-        per_epoch = self.learner.steps_per_epoch
+        per_epoch = self.stepper.steps_per_epoch
         return Progress(
             stage=leg.stage.name,
             step=step - leg.first,
@@ -161,7 +159,7 @@ class Loop:
     def _due(self, loss: Loss, ended: bool) -> bool:
         """Whether the saving rank should save now. A loss that is not finite is not saved; all ranks learn of it
         with the next step's flags, and stop together."""
-        if not (self.runtime.is_main and self.keeper.due(ended)):
+        if not (self.runtime.is_main and self.saver.due(ended)):
             return False
         return bool(torch.isfinite(loss.total.detach()))
 
@@ -172,7 +170,7 @@ class Loop:
             "index": batch.index.tolist(),
             "labels": batch.labels.tolist(),
             "rank": self.runtime.rank,
-            # What the learner set before this step; everything else is keyed to (seed, step, sample).
+            # What the stepper set before this step; everything else is keyed to (seed, step, sample).
             "rng_state": torch.Generator()
             .manual_seed(self.config.seed + step)
             .get_state()
@@ -193,7 +191,7 @@ class Loop:
             return
         now = time.monotonic()
         seconds, self._clock = now - self._clock, now
-        values = {"lr": self.learner.lr, **losses}
+        values = {"lr": self.stepper.lr, **losses}
         self._tell("train", stage, progress, step, values, seconds)
 
     def _record_epoch(self, stage: Stage, progress: Progress, step: int) -> None:
@@ -201,7 +199,7 @@ class Loop:
         if self.journal is None:
             return
         self._tell("epoch", stage, progress, step, means | counts, 0.0)
-        collapsed = {n: float(value) for n, value in self.learner.at_collapse.terms.items()}
+        collapsed = {n: float(value) for n, value in self.stepper.at_collapse.terms.items()}
         warning = self.collapse.look(stage.name, progress.epoch, means, collapsed)
         if warning:
             self.warn(warning)
@@ -211,7 +209,7 @@ class Loop:
         found = self.validate()
         if found is None:
             return
-        found["best"] = self.keeper.consider(found["value"], step)
+        found["best"] = self.saver.consider(found["value"], step)
         self._tell("validation", stage, progress, step, found, time.monotonic() - started)
 
     def _tell(
@@ -226,7 +224,7 @@ class Loop:
         """One event to the journal and to whoever watches."""
         if self.journal is None:
             return
-        epoch, best = progress.epoch, self.keeper.best
+        epoch, best = progress.epoch, self.saver.best
         self.journal.record(
             kind, stage=stage.name, step=step, epoch=epoch, clock={"seconds": seconds}, **values
         )
@@ -236,6 +234,6 @@ class Loop:
         self.told(step, {"kind": kind, "stage": stage.name, "epoch": epoch, **values})
 
     def _save(self, leg: Leg, step: int) -> None:
-        warning = self.keeper.save(step, leg.number, self.meters)
+        warning = self.saver.save(step, leg.number, self.meters)
         if warning:
             self.warn(warning)

@@ -1,0 +1,233 @@
+"""The CoNe authors' checkpoint as a nearkin model, with the same logits. Nothing of it is run."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nearkin.config import RunConfig
+from nearkin.data.transforms import EvalSpec
+from nearkin.errors import ConfigError, ModelError, printable
+from nearkin.evaluation.model import FORMAT, Description, ModelSpec, build
+from nearkin.network import read_tensors
+from nearkin.objectives.cone import CoNe
+
+STUDENT = "encoder_q."
+BESIDE = ("encoder_k.", "queue")  # the teacher and the bank, which inference does not need
+ROOMS = {"net.": "backbone.", "head.head.": "heads.projection.", "fc.": "heads.classifier."}
+BIAS, MEAN = "heads.projection.0.bias", "heads.projection.1.running_mean"
+COUNTER = ".num_batches_tracked"
+# torchvision's ResNets: blocks of the four stages, whether a block has three convolutions -> name in timm.
+DEPTHS: dict[tuple[tuple[int, ...], bool], str] = {
+    ((2, 2, 2, 2), False): "resnet18",
+    ((3, 4, 6, 3), False): "resnet34",
+    ((3, 4, 6, 3), True): "resnet50",
+    ((3, 4, 23, 3), True): "resnet101",
+    ((3, 8, 36, 3), True): "resnet152",
+}
+LARGEST_LIST = 16 << 20
+
+
+class Imported(NamedTuple):
+    """A model ready to be saved: its description, its weights by our names, and a run's config.yaml for it."""
+
+    description: Description
+    weights: dict[str, Tensor]
+    config: RunConfig
+
+
+def read_cone_checkpoint(file: Path, classes: tuple[str, ...] | None = None) -> Imported:
+    """The student of a checkpoint that the published CoNe code wrote: ResNet, projection head and classifier.
+
+    file: `.pth`, `.pt`, `.bin` or `.safetensors` with entries `[module.]encoder_q.net.*` (torchvision's names),
+    `.head.head.{0,1,3}.*` and `.fc.*`; depth, widths and the number of classes C are read off the tensors.
+    The published first layer W x + b of the head comes before BatchNorm, ours has no bias; running_mean - b in
+    place of running_mean gives the same output in eval mode.
+    classes: C names in the order of the classifier's rows; by default "000", "001", ..., of equal length.
+
+    Raises ModelError when the file is something else, lacks an entry, has one too many, one of another shape or
+    one that is not finite, or when the number of `classes` is not C.
+    Source: published code; methods page of cone.
+    """
+    given = _student(read_tensors(file), file)
+    model = _resnet(given, file)
+    hidden, _ = _matrix(given, "heads.projection.0.weight", file)
+    count, embedding = _matrix(given, "heads.classifier.weight", file)
+    spec = ModelSpec(
+        model=model,
+        channels=3,
+        image_size=224,
+        stem="default",
+        objective=CoNe.name,
+        # Inference needs no bank: one slot costs nothing.
+        options={"hidden": hidden, "embedding": embedding, "bank": 1, "topk": 1, "warmup_steps": 0},
+        classes=_names(classes, count, file),
+    )
+    built = build(spec)
+    own = built.network.state_dict()
+    _check(given, own, f"{printable(str(file))} is no CoNe checkpoint of a {model}")
+    weights = own | {
+        name: tensor.to(own[name].dtype) for name, tensor in given.items() if name != BIAS
+    }
+    weights[MEAN] = (given[MEAN].double() - given[BIAS].double()).to(own[MEAN].dtype)
+    _check_values(weights, file)
+    description = Description(
+        format=FORMAT,
+        nearkin=version("nearkin"),
+        spec=built.spec,
+        transform=EvalSpec(image_size=224, resize=256, channels=3),
+        heads=tuple(built.network.active),
+    )
+    return Imported(description, weights, _config(spec))
+
+
+def read_class_names(file: Path) -> tuple[str, ...]:
+    """Class names in the order of their indices: one a line, or in a `.json` file a list of strings.
+
+    Raises ConfigError when the file cannot be read or is no such list, or a name is empty or comes twice.
+    """
+    shown = printable(str(file))
+    try:
+        if file.stat().st_size > LARGEST_LIST:
+            raise ConfigError(f"{shown} is larger than 16 MiB; --classes takes one name a line.")
+        text = file.read_text(encoding="utf-8-sig")
+        names = json.loads(text) if file.suffix == ".json" else text.removesuffix("\n").split("\n")
+    except OSError as error:
+        raise ConfigError(f"Cannot read the class names {shown}: {error.strerror}.") from None
+    except (ValueError, RecursionError):
+        wanted = "a JSON list" if file.suffix == ".json" else "UTF-8 text"
+        raise ConfigError(f"The class names {shown} are no {wanted.removeprefix('a ')}.") from None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"The class names {shown} are no list of strings; write one, in order.")
+    stripped = tuple(name.strip() for name in names)
+    seen: dict[str, int] = {}
+    for number, name in enumerate(stripped, 1):
+        if not name:
+            raise ConfigError(f"{shown} has no name at place {number}; write one name a line.")
+        if name in seen:
+            raise ConfigError(
+                f"{shown} has the class {printable(name)} at places {seen[name]} and {number}."
+            )
+        seen[name] = number
+    return stripped
+
+
+def _student(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """The student's tensors by our names; all others must be the teacher's or the bank's."""
+    shown = printable(str(file))
+    if not any(name.startswith(STUDENT) for name in tensors):
+        first = printable(next(iter(tensors)))[:80]
+        raise ModelError(
+            f"{shown} is no CoNe checkpoint: it holds {first}, ..., but no entry encoder_q.*; "
+            "other weights go into train --weights."
+        )
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name.startswith(BESIDE):
+            continue
+        inner = name.removeprefix(STUDENT)
+        theirs = next((room for room in ROOMS if inner.startswith(room)), None)
+        if inner == name or theirs is None:
+            raise ModelError(
+                f"{shown} is no CoNe checkpoint: nothing in its structure is called {printable(name)[:80]}."
+            )
+        found[ROOMS[theirs] + inner.removeprefix(theirs)] = tensor
+    return found
+
+
+def _resnet(given: Mapping[str, Tensor], file: Path) -> str:
+    """Which ResNet the names of the backbone's blocks spell out."""
+    numbers = [re.match(r"backbone\.layer([1-4])\.([0-9]{1,3})\.", name) for name in given]
+    blocks = {(int(m[1]), int(m[2])) for m in numbers if m}
+    counts = tuple(sum(layer == stage for layer, _ in blocks) for stage in (1, 2, 3, 4))
+    three = "backbone.layer1.0.conv3.weight" in given
+    model = DEPTHS.get((counts, three))
+    if model is None:
+        raise ModelError(
+            f"{printable(str(file))} holds no ResNet-18, 34, 50, 101 or 152 under encoder_q.net: its stages "
+            f"have {', '.join(map(str, counts))} blocks."
+        )
+    return model
+
+
+def _matrix(given: Mapping[str, Tensor], name: str, file: Path) -> tuple[int, int]:
+    """Outputs and inputs of a linear layer."""
+    shape = given[name].shape if name in given else ()
+    if len(shape) != 2 or min(shape) < 1:
+        what = f"has the shape {_shape(given[name])}" if name in given else "is missing"
+        raise ModelError(f"{printable(str(file))} is no CoNe checkpoint: {_theirs(name)} {what}.")
+    return shape[0], shape[1]
+
+
+def _names(classes: tuple[str, ...] | None, count: int, file: Path) -> tuple[str, ...]:
+    if classes is None:
+        width = len(str(count - 1))
+        return tuple(f"{number:0{width}d}" for number in range(count))
+    if len(classes) != count:
+        raise ModelError(
+            f"--classes gives {len(classes)} names, but {printable(str(file))} tells {count} classes; "
+            "give one name for each, in their order."
+        )
+    return classes
+
+
+def _check(given: Mapping[str, Tensor], own: Mapping[str, Tensor], problem: str) -> None:
+    """Every tensor that the network needs is there, none is too many, each has its shape and kind."""
+    wanted = {name: own[name] for name in own if name.startswith(tuple(ROOMS.values()))}
+    wanted[BIAS] = own[MEAN]
+    missing = [name for name in wanted if name not in given and not name.endswith(COUNTER)]
+    if missing:
+        raise ModelError(f"{problem}: {_theirs(missing[0])} is missing.")
+    for name, tensor in given.items():
+        if name not in wanted:
+            raise ModelError(f"{problem}: {_theirs(name)} is too many.")
+        if tensor.shape != wanted[name].shape:
+            shapes = f"{_shape(tensor)} instead of {_shape(wanted[name])}"
+            raise ModelError(f"{problem}: {_theirs(name)} has the shape {shapes}.")
+        if tensor.is_floating_point() != wanted[name].is_floating_point():
+            raise ModelError(f"{problem}: {_theirs(name)} has the type {tensor.dtype}.")
+
+
+def _check_values(weights: Mapping[str, Tensor], file: Path) -> None:
+    for name, tensor in weights.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ModelError(
+                f"{printable(str(file))} holds values that are not finite, first in {_theirs(name)}."
+            )
+        if name.endswith("running_var") and bool((tensor < 0).any()):
+            raise ModelError(
+                f"{printable(str(file))} holds a negative variance in {_theirs(name)}."
+            )
+
+
+def _config(spec: ModelSpec) -> RunConfig:
+    """What evaluate reads: the data set's name and the model. It was never trained here."""
+    sizes = {name: spec.options[name] for name in ("hidden", "embedding")}
+    return RunConfig(
+        data="imagenet",
+        objective=spec.objective,
+        options=CoNe.Config.model_validate(sizes).model_dump(mode="json"),
+        model=spec.model,
+        image_size=spec.image_size,
+        channels=spec.channels,
+        stem=spec.stem,
+        epochs=0,
+    )
+
+
+def _theirs(name: str) -> str:
+    """An entry under the name that the checkpoint has for it."""
+    ours = next((room for room in ROOMS.values() if name.startswith(room)), "")
+    room = next((theirs for theirs, mine in ROOMS.items() if mine == ours), "")
+    return STUDENT + printable(room + name.removeprefix(ours))[:80]
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(str(side) for side in tensor.shape) or "a scalar"

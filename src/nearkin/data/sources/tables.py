@@ -1,0 +1,180 @@
+"""A table of paths and labels: CSV, TSV or Parquet."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nearkin.data.images import Files
+from nearkin.data.sources.listing import SPLIT_NAMES, SPLITS, ListedSplit, Listing, numbered
+from nearkin.errors import DataError, counted, listed, printable
+
+TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
+COLUMNS = ("path", "label", "split")
+LONGEST_LINE = 2**20
+
+
+class _Row(NamedTuple):
+    where: str  # "line 3": what errors name
+    path: str
+    label: str
+    split: str
+
+
+def list_table(path: str) -> Listing:
+    """The images that a table names, in its order.
+
+    Columns: path (relative to the table's folder), label, and optionally split (train, val, valid, validation
+    or test); other columns are ignored, and noted. CSV and TSV are UTF-8 with a header line; a byte order
+    mark and any line ends are fine; bytes that are not UTF-8 in names are kept.
+
+    Raises DataError, naming the line, for a missing header or value, a wrong number of fields, an unknown
+    split, a file that does not exist, and a file that is named twice.
+    """
+    try:
+        rows, notes = _parquet(path) if path.lower().endswith(".parquet") else _text(path)
+    except OSError as error:
+        reason = printable(" ".join((error.strerror or str(error)).lower().split()))[:100]
+        raise DataError(f"The table {printable(path)} cannot be read: {reason}.") from None
+    root = os.path.dirname(path)  # noqa: PTH120 - a Path would normalise it
+    _check_files(path, root, rows)
+    by_split = {split: [row for row in rows if row.split == split] for split in SPLITS}
+    parts = {
+        split: ListedSplit(
+            Files(root, [row.path for row in found]), *numbered([row.label for row in found])
+        )
+        for split, found in by_split.items()
+        if found
+    }
+    if not parts:
+        raise DataError(f"The table {printable(path)} names no images; give one in each line.")
+    return Listing(Path(path).stem, parts, notes)
+
+
+def _fail(path: str, where: str, what: str) -> DataError:
+    return DataError(f"{printable(path)}, {where}: {what}.")
+
+
+def _text(path: str) -> tuple[list[_Row], tuple[str, ...]]:
+    delimiter = "\t" if path.lower().endswith(".tsv") else ","
+    # Names of files may be any bytes; `surrogateescape` carries them as the file system's functions do.
+    with Path(path).open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        _refuse_utf16(path)
+        reader = csv.reader(_lines(path, file), delimiter=delimiter, strict=True)
+        try:
+            header = [name.strip().lower() for name in next(reader, [])]
+            places = _places(path, "line 1", header)
+            rows = [
+                _row(path, f"line {reader.line_num}", fields, len(header), places)
+                for fields in reader
+                if fields
+            ]
+        except csv.Error as error:
+            raise _fail(path, f"line {reader.line_num}", f"not valid CSV, {error}") from None
+    return rows, _ignored(header)
+
+
+def _refuse_utf16(path: str) -> None:
+    with Path(path).open("rb") as file:
+        start = file.read(4)
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in start:
+        raise DataError(f"The table {printable(path)} is in UTF-16 or UTF-32; save it as UTF-8.")
+
+
+def _lines(path: str, file: Any) -> Iterator[str]:
+    """Lines of bounded length: one endless line must not fill the memory."""
+    number = 0
+    while line := file.readline(LONGEST_LINE):
+        number += 1
+        if len(line) == LONGEST_LINE:
+            raise _fail(path, f"line {number}", "it is longer than a million characters")
+        yield line
+
+
+def _places(path: str, where: str, header: Sequence[str]) -> dict[str, int]:
+    """Column -> its place. Raises DataError when `path` or `label` is missing or a column comes twice."""
+    twice = sorted({name for name in header if header.count(name) > 1 and name in COLUMNS})
+    if twice:
+        raise _fail(path, where, f"the column {twice[0]} is there twice")
+    missing = [name for name in COLUMNS[:2] if name not in header]
+    if missing:
+        raise _fail(path, where, "there must be a header with the columns path,label[,split]")
+    return {name: header.index(name) for name in COLUMNS if name in header}
+
+
+def _row(path: str, where: str, fields: list[str], width: int, places: dict[str, int]) -> _Row:
+    if len(fields) != width:
+        raise _fail(path, where, f"{counted(len(fields), 'field')} instead of {width}")
+    values = {name: fields[place] for name, place in places.items()}
+    for name in COLUMNS[:2]:
+        if not values[name].strip():
+            raise _fail(path, where, f"the {name} is empty")
+    given = values.get("split", "train")
+    split = SPLIT_NAMES.get(given.strip().lower())
+    if split is None:
+        raise _fail(
+            path, where, f"the split '{printable(given)}' is none of {', '.join(SPLIT_NAMES)}"
+        )
+    return _Row(where, values["path"], values["label"], split)
+
+
+def _ignored(header: Sequence[str]) -> tuple[str, ...]:
+    extra = [name for name in header if name not in COLUMNS]
+    return (f"columns ignored in the table: {listed(extra)}",) if extra else ()
+
+
+def _parquet(path: str) -> tuple[list[_Row], tuple[str, ...]]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise DataError(
+            f"Reading {printable(path)} needs pyarrow; run: pip install 'nearkin[parquet]'."
+        ) from None
+    try:
+        header = list(parquet.read_schema(path).names)
+        places = _places(path, "schema", header)
+        table = parquet.read_table(path, columns=list(places)).to_pydict()
+    except pyarrow.ArrowException as error:
+        text = printable(" ".join(str(error).split()))[:100]
+        raise DataError(f"The table {printable(path)} cannot be read: {text}.") from None
+    order = {name: place for place, name in enumerate(places)}
+    rows = [
+        _row(path, f"row {number}", _strings(path, f"row {number}", fields), len(order), order)
+        for number, fields in enumerate(zip(*table.values(), strict=True), start=1)
+    ]
+    return rows, _ignored(header)
+
+
+def _strings(path: str, where: str, fields: Sequence[Any]) -> list[str]:
+    """Text as it is and whole numbers written out, since labels are often numbers. A null is empty."""
+    texts = []
+    for field in fields:
+        if not isinstance(field, str | int | None):
+            raise _fail(
+                path, where, f"a {type(field).__name__} where a text or whole number must be"
+            )
+        texts.append("" if field is None else str(field))
+    return texts
+
+
+def _check_files(path: str, root: str, rows: Sequence[_Row]) -> None:
+    """Raises DataError when a file is missing or named twice."""
+    first: dict[str, _Row] = {}
+    for row in rows:
+        file = os.path.normpath(os.path.join(root, row.path))  # noqa: PTH118
+        earlier = first.setdefault(file, row)
+        if earlier is not row:
+            same = earlier.label == row.label
+            what = (
+                "named twice"
+                if same
+                else f"labelled both {printable(earlier.label)} and {printable(row.label)}"
+            )
+            lines = f"{earlier.where} and {row.where}"
+            raise _fail(path, lines, f"{printable(row.path)} is {what}; keep one of the two")
+        if "\0" in file or not os.path.exists(file):  # noqa: PTH110
+            raise _fail(path, row.where, f"the file {printable(row.path)} does not exist")

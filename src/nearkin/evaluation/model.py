@@ -1,0 +1,153 @@
+"""A model that travels: weights in safetensors, and in JSON what it takes to use them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from nearkin.config import ModelOptions, validate
+from nearkin.data.transforms import EvalSpec
+from nearkin.errors import ConfigError, ModelError, printable
+from nearkin.files import write_atomic
+from nearkin.network import Network, build_backbone, read_safetensors
+from nearkin.objectives import Objective, get
+from nearkin.types import Facts
+
+FORMAT = 1
+WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
+
+
+class ModelSpec(BaseModel):
+    """What a network is built from: backbone, input, the objective's options (they shape the heads), classes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    model_options: ModelOptions = {}
+    channels: int = Field(ge=1)
+    image_size: int = Field(ge=1)
+    stem: Literal["auto", "default", "small"]
+    drop_rate: float = 0.0
+    drop_path: float = 0.0
+    objective: str
+    options: dict[str, Any]
+    classes: tuple[str, ...]
+
+
+class Description(BaseModel):
+    """model.json."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: int
+    nearkin: str
+    spec: ModelSpec
+    transform: EvalSpec
+    heads: tuple[str, ...]
+    metrics: dict[str, Any] = {}
+
+
+class Built(NamedTuple):
+    """A network, the objective that shaped its heads, and the backbone's width."""
+
+    network: Network
+    objective: Objective
+    spec: ModelSpec
+
+
+class Bundle(NamedTuple):
+    """A model ready for use."""
+
+    network: Network
+    description: Description
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.description.spec.classes
+
+
+def build(spec: ModelSpec, *, pretrained: bool = False, facts: Facts | None = None) -> Built:
+    """Backbone, heads and objective. With `facts` the objective's `auto` options are resolved from them.
+
+    Raises ConfigError for an unknown model, objective or option.
+    """
+    kind = get(spec.objective)
+    config = validate(kind.Config, spec.options, prefix="objective.")
+    backbone = build_backbone(
+        spec.model,
+        pretrained=pretrained,
+        channels=spec.channels,
+        image_size=spec.image_size,
+        stem=spec.stem,
+        drop_path=spec.drop_path,
+        options=spec.model_options,
+    )
+    if facts is not None:
+        config = config.resolve(facts._replace(dim=backbone.dim))
+    objective = kind(config)
+    network = Network(
+        backbone.module,
+        objective.heads(backbone.dim, len(spec.classes)),
+        dim=backbone.dim,
+        mean=backbone.mean,
+        std=backbone.std,
+        drop_rate=spec.drop_rate,
+    )
+    options = config.model_dump(mode="json")
+    resolved = {"options": options, "stem": backbone.stem}
+    return Built(network, objective, spec.model_copy(update=resolved))
+
+
+def save_bundle(folder: Path, description: Description, weights: dict[str, Tensor]) -> None:
+    """Write model.safetensors and model.json, each whole or not at all."""
+    from safetensors.torch import save
+
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
+    write_atomic(folder / WEIGHTS, save(plain))
+    text = json.dumps(description.model_dump(mode="json"), indent=1, allow_nan=False)
+    write_atomic(folder / DESCRIPTION, text.encode("utf-8", "surrogateescape"))
+
+
+def load_bundle(run: Path, device: torch.device) -> Bundle:
+    """The model of a run folder, in eval mode. Raises ModelError when it is missing, damaged or from the future."""
+    description = read_description(run)
+    try:
+        built = build(description.spec)
+    except ConfigError as error:
+        raise ModelError(f"The model of {printable(str(run))} cannot be built: {error}") from None
+    tensors = read_safetensors(run / WEIGHTS)
+    try:
+        built.network.load_state_dict(tensors)
+    except RuntimeError:
+        raise ModelError(
+            f"{printable(str(run / WEIGHTS))} does not fit {DESCRIPTION}; were files of two runs mixed?"
+        ) from None
+    built.network.activate(description.heads, freeze_backbone=False)
+    built.network.to(device).eval()
+    return Bundle(built.network, description)
+
+
+def read_description(run: Path) -> Description:
+    """model.json of a run folder."""
+    path = run / DESCRIPTION
+    if not path.is_file():
+        finished = "has no finished model (no model.json); let its training end first"
+        what = finished if run.is_dir() else "does not exist; give the folder that train printed"
+        raise ModelError(f"The run {printable(str(run))} {what}.")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
+        version = raw.get("format") if isinstance(raw, dict) else None
+        if isinstance(version, int) and version > FORMAT:
+            raise ModelError(
+                f"{printable(str(path))} has format {version}, this nearkin reads {FORMAT}; upgrade it."
+            )
+        return Description.model_validate(raw)
+    except ConfigError as error:
+        raise ModelError(f"{printable(str(path))} describes a forbidden model: {error}") from None
+    except (OSError, ValueError, RecursionError):
+        raise ModelError(f"{printable(str(path))} is no description of a nearkin model.") from None

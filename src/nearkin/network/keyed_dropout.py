@@ -1,0 +1,191 @@
+"""Dropout and stochastic depth whose masks belong to the sample, whatever rank or part of the batch holds it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from nearkin.errors import ConfigError
+from nearkin.network.batchnorm import swap_modules
+
+_INCREMENT = 0x9E3779B97F4A7C15 - (1 << 64)
+_FACTORS = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
+
+# Randomness that has no keyed kind, and the attribute that holds its rate. By name, as some are new in timm.
+UNKEYED = {
+    "AlphaDropout": "p",
+    "DropBlock2d": "drop_prob",
+    "FeatureAlphaDropout": "p",
+    "MultiheadAttention": "dropout",
+    "PatchDropout": "prob",
+    "PatchDropoutWithIndices": "prob",
+    "ResidualDrop": "drop",
+}
+
+
+class RandomKey:
+    """What the masks of a forward pass are drawn from; one object for all modules of a network.
+
+    A row is known by (seed, step, view, position in the global batch); row v * b + i of a forward pass over
+    `rows` images is view v of position offset + i, where b = rows / views.
+    """
+
+    def __init__(self) -> None:
+        self._key: tuple[int, int, int, int] | None = None
+        self._rows = 0
+        self._state: Tensor | None = None
+
+    def set(self, seed: int, step: int, offset: int, views: int) -> None:
+        """Before each forward pass in training. offset: position of the first image in the global batch."""
+        self._key, self._state = (seed, step, offset, views), None
+
+    def begin(self, rows: int) -> None:
+        """A forward pass over `rows` images (all views) starts."""
+        self._rows, self._state = rows, None
+
+    def prepare(self, device: torch.device) -> None:
+        """Do now what the first draw would do. Compiled code then reads one tensor, not numbers that differ in each
+        step, for which it would be compiled again."""
+        if self._key is not None:
+            self._state = self._images(device)
+
+    def draw(self, number: int, shape: Sequence[int], device: torch.device) -> Tensor:
+        """Uniform int64 of `shape` for module `number`.
+
+        shape[0] is a multiple of the rows of the pass, and what belongs to one image lies together in it, as in
+        windowed attention. Raises ValueError when it is none, or when no key was set.
+        """
+        if self._rows == 0 or shape[0] % self._rows:
+            raise ValueError(f"A mask of {tuple(shape)} does not divide among {self._rows} images.")
+        elements = torch.arange(math.prod(shape) // self._rows, device=device) + (number << 32)
+        return _absorb(self._images(device)[:, None], elements).view(*shape)
+
+    def _images(self, device: torch.device) -> Tensor:
+        """`[rows]`, one well-mixed word per row; computed once per pass."""
+        if self._state is None:
+            self._state = self._words(device)
+        return self._state
+
+    def _words(self, device: torch.device) -> Tensor:
+        if self._key is None:
+            raise ValueError(
+                "Dropout needs network.key.set(seed, step, offset, views) before training."
+            )
+        seed, step, offset, views = self._key
+        if self._rows % views:
+            raise ValueError(f"{self._rows} images are not {views} views of the same number.")
+        row = torch.arange(self._rows, device=device)
+        size = self._rows // views
+        state = _absorb(torch.zeros_like(row), torch.full_like(row, seed))
+        state = _absorb(state, torch.full_like(row, step))
+        state = _absorb(state, row // size)
+        return _absorb(state, row % size + offset)
+
+
+class KeyedDropout(nn.Module):
+    """x * keep / (1 - p), keep ~ Bernoulli(1 - p) per element, or per channel with `channels`; evaluation: x.
+
+    p: in [0, 1]. number: of this module within the network; no two share one.
+    """
+
+    def __init__(self, p: float, key: RandomKey, number: int, *, channels: bool = False) -> None:
+        super().__init__()
+        self.p, self.key, self.number, self.channels = p, key, number, channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0.0:
+            return x
+        shape = x.shape[:2] if self.channels else x.shape
+        return _dropped(x, shape, self.p, 1.0 - self.p, self.key, self.number)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}, number={self.number}"
+
+
+class KeyedDropPath(nn.Module):
+    """Stochastic depth (Huang et al., 2016): x * keep / (1 - p), keep ~ Bernoulli(1 - p) per row; evaluation: x.
+
+    p: in [0, 1]. number: as in `KeyedDropout`. scale_by_keep: False leaves out the division.
+    """
+
+    def __init__(self, p: float, key: RandomKey, number: int, scale_by_keep: bool = True) -> None:
+        super().__init__()
+        self.drop_prob, self.key, self.number, self.scale_by_keep = p, key, number, scale_by_keep
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.drop_prob == 0.0:
+            return x
+        share = 1.0 - self.drop_prob if self.scale_by_keep else 1.0
+        return _dropped(x, x.shape[:1], self.drop_prob, share, self.key, self.number)
+
+    def extra_repr(self) -> str:
+        return f"drop_prob={self.drop_prob}, number={self.number}"
+
+
+def key_randomness(module: nn.Module, key: RandomKey) -> nn.Module:
+    """`module` with keyed dropout and stochastic depth in place of torch's and timm's, whatever their p.
+
+    They are numbered in the order of `module.modules()`. Attention with dropout takes the unfused path, since the
+    fused one draws for itself. Works in place. Raises ConfigError for active randomness that has no keyed kind.
+    """
+    from timm.layers.drop import DropPath
+
+    replacements: dict[nn.Module, nn.Module] = {}
+    for part in module.modules():
+        _refuse_unkeyed(part)
+        if isinstance(part, nn.modules.dropout._DropoutNd | DropPath):
+            replacements[part] = _keyed(part, key, len(replacements))
+        attention_dropout = getattr(part, "attn_drop", None)
+        if hasattr(part, "fused_attn") and getattr(attention_dropout, "p", 0.0) > 0.0:
+            part.fused_attn = False  # type: ignore[assignment]
+    return swap_modules(module, replacements)
+
+
+def _keyed(part: nn.Module, key: RandomKey, number: int) -> nn.Module:
+    new: nn.Module
+    if isinstance(part, nn.modules.dropout._DropoutNd):
+        channels = isinstance(part, nn.Dropout1d | nn.Dropout2d | nn.Dropout3d)
+        new = KeyedDropout(part.p, key, number, channels=channels)
+    else:
+        new = KeyedDropPath(float(part.drop_prob), key, number, bool(part.scale_by_keep))  # type: ignore[arg-type]
+    return new.train(part.training)
+
+
+def _refuse_unkeyed(part: nn.Module) -> None:
+    kind = type(part).__name__
+    rate = getattr(part, UNKEYED.get(kind, ""), None)
+    if isinstance(rate, float) and rate > 0.0:
+        raise ConfigError(
+            f"{kind} draws numbers that depend on how the batch is split; set its {UNKEYED[kind]} to 0."
+        )
+
+
+def _dropped(
+    x: Tensor, shape: Sequence[int], p: float, share: float, key: RandomKey, number: int
+) -> Tensor:
+    if p >= 1.0:
+        return x * 0.0
+    threshold = min(round(p * 2**64) - 2**63, 2**63 - 1)
+    keep = key.draw(number, shape, x.device) >= threshold
+    scale = keep.to(x.dtype) / share
+    return x * scale.view(*shape, *[1] * (x.dim() - len(shape)))
+
+
+def _absorb(state: Tensor, word: Tensor) -> Tensor:
+    """A new state from a well-mixed one and the next word: the finaliser of splitmix64 on state xor word.
+
+    Integer arithmetic modulo 2^64. The map is a bijection of `word`, so different words never collide. Source:
+    Steele, Lea and Flood, Fast splittable pseudorandom number generators, OOPSLA 2014 (variant 13 of Stafford).
+    """
+    mixed = (state ^ word) + _INCREMENT
+    mixed = (mixed ^ _shift_right(mixed, 30)) * _FACTORS[0]
+    mixed = (mixed ^ _shift_right(mixed, 27)) * _FACTORS[1]
+    return mixed ^ _shift_right(mixed, 31)
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """A logical shift; torch's own repeats the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

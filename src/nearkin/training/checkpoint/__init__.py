@@ -1,0 +1,1 @@
+"""Checkpoints: what they hold, how they are stored, when they are saved."""

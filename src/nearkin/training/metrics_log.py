@@ -1,0 +1,261 @@
+"""The records of a run: running means on the device, metrics.jsonl, status.json and train.log."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nearkin.errors import ModelError, printable
+from nearkin.files import SaveFailed, write_atomic
+from nearkin.types import Loss
+
+WINDOWS = ("interval", "epoch")
+
+
+class _Window:
+    """Sums over a stretch of steps, all of which have the same names."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.device = device
+        self.names: list[str] = []
+        self.sums = torch.zeros(0, dtype=self.dtype, device=device)
+        self.steps = 0
+
+    def add(self, names: list[str], values: Tensor) -> None:
+        if self.steps == 0:
+            self.names, self.sums = names, torch.zeros_like(values)
+        self.sums += values
+        self.steps += 1
+
+    def take(self) -> tuple[dict[str, float], int]:
+        """The sums and the number of steps, and start again. A transfer to the host."""
+        sums, steps = dict(zip(self.names, self.sums.tolist(), strict=True)), self.steps
+        self.names, self.sums, self.steps = [], self.sums[:0], 0
+        return sums, steps
+
+
+class Meters:
+    """The loss, its terms and its counts since the last `take` and since the last `take_epoch`.
+
+    Saved with a checkpoint, so that a resumed stretch reports what an uninterrupted one would.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._windows = {name: _Window(device) for name in WINDOWS}
+        self._counts: tuple[str, ...] = ()
+
+    def add(self, loss: Loss) -> None:
+        """Count one step."""
+        named = {"loss": loss.total.detach(), **loss.terms, **loss.counts}
+        self._counts = tuple(loss.counts)
+        window = self._windows["interval"]
+        values = torch.stack([value.to(window.dtype) for value in named.values()])
+        for window in self._windows.values():
+            window.add(list(named), values)
+
+    def take(self) -> dict[str, float]:
+        """The means of loss and terms over the interval."""
+        means, _ = self._take("interval")
+        return means
+
+    def take_epoch(self) -> tuple[dict[str, float], dict[str, int]]:
+        """The means of loss and terms, and the sums of the counts, over the epoch."""
+        return self._take("epoch")
+
+    def _take(self, window: str) -> tuple[dict[str, float], dict[str, int]]:
+        sums, steps = self._windows[window].take()
+        means = {n: value / steps for n, value in sums.items() if n not in self._counts}
+        return means, {n: round(value) for n, value in sums.items() if n in self._counts}
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, object]]:
+        """Tensors and plain values, to be saved."""
+        plain = {name: {"names": w.names, "steps": w.steps} for name, w in self._windows.items()}
+        return {n: w.sums for n, w in self._windows.items()}, {"counts": self._counts, **plain}
+
+    def load(self, sums: dict[str, Tensor], state: dict[str, object]) -> None:
+        """What `state` gave."""
+        self._counts = tuple(state["counts"])  # type: ignore[arg-type]
+        for name, window in self._windows.items():
+            plain = state[name]
+            window.sums = sums[name].to(window.device)
+            window.names = list(plain["names"])  # type: ignore[index]
+            window.steps = int(plain["steps"])  # type: ignore[index]
+
+
+METRICS = "metrics.jsonl"
+STATUS = "status.json"
+LOG = "train.log"
+
+
+class Journal:
+    """What a run says of itself, in three files of its folder.
+
+    `metrics.jsonl`: one JSON object per line with kind, stage, step, epoch, the values, and under
+    `clock` all that depends on the wall clock, so that everything else is equal between equal runs.
+    `status.json`: where the run stands now, replaced in one step. `train.log`: text with times.
+
+    Training never stops because one of them cannot be written: the first failure is one warning on
+    stderr, the rest are silent; `failures` counts them by file name.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.failures: Counter[str] = Counter()
+
+    def record(
+        self,
+        kind: str,
+        *,
+        stage: str,
+        step: int,
+        epoch: int,
+        clock: Mapping[str, object] | None = None,
+        **values: object,
+    ) -> None:
+        """Append one line to `metrics.jsonl`.
+
+        kind: `train`, `validation`, ... step: optimiser steps done. values: numbers, texts, lists,
+        mappings, or anything with `item()`; NaN and the infinities become the texts `nan`, `inf`
+        and `-inf`. clock: durations and rates; the time of writing is added to them.
+        """
+        line = {"kind": kind, "stage": stage, "step": step, "epoch": epoch, **values}
+        self._append(METRICS, _json({**line, "clock": {"time": _now(), **(clock or {})}}))
+
+    def status(
+        self,
+        state: str,
+        *,
+        step: int,
+        steps: int,
+        epoch: int,
+        best: object = None,
+        message: str = "",
+    ) -> None:
+        """Replace `status.json`; the time and the process id are added.
+
+        state: `running`, `done`, ... step, steps: optimiser steps done and planned. best: the best
+        metric.
+        """
+        fields = {"state": state, "step": step, "steps": steps, "epoch": epoch, "best": best}
+        fields |= {"message": message, "updated": _now(), "pid": os.getpid()}
+        data = _json(fields).encode() + b"\n"
+        self._attempt(STATUS, lambda: write_atomic(self.folder / STATUS, data))
+
+    def log(self, text: str) -> None:
+        """Append `text` to `train.log`, each line with the time and control characters escaped."""
+        now = _now()
+        self._append(LOG, "\n".join(f"{now} {printable(line)}" for line in text.split("\n")))
+
+    def cut_back(self, step: int) -> None:
+        """Forget the lines of `metrics.jsonl` after `step`, and a last line that is half written.
+
+        Resuming from a checkpoint of `step` then writes them again. Raises `ModelError` when
+        another line is no JSON, and `SaveFailed` when the disk refuses.
+        """
+        path = self.folder / METRICS
+        kept = [line for line, fields in _lines(path) if fields["step"] <= step]
+        if path.exists():
+            write_atomic(path, b"".join(line + b"\n" for line in kept))
+
+    def _append(self, name: str, text: str) -> None:
+        self._attempt(name, lambda: _append(self.folder / name, text.encode() + b"\n"))
+
+    def _attempt(self, name: str, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except (OSError, SaveFailed) as error:
+            first = not self.failures
+            self.failures[name] += 1
+            if first:
+                path = printable(str(self.folder / name))
+                reason = error.__cause__ or error  # the plain words inside a SaveFailed
+                _warn(f"{path} cannot be written ({printable(str(reason))}); training goes on.")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`, without a last line that was only half written.
+
+    Raises `ModelError` when it cannot be read or another line is no JSON object with a step.
+    """
+    if not path.exists():
+        raise ModelError(f"There is no {printable(str(path))}; give the folder of a run.")
+    return [fields for _, fields in _lines(path)]
+
+
+def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """Each whole line of `path` with its object; none when the file does not exist."""
+    try:
+        raw = path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise ModelError(f"{printable(str(path))} cannot be read: {error.strerror}.") from error
+    *whole, last = raw.split(b"\n")
+    found = []
+    for number, line in enumerate([*whole, last], start=1):
+        fields = _parse(line)
+        if fields is not None:
+            found.append((line, fields))
+        elif number <= len(whole):
+            raise ModelError(
+                f"{printable(str(path))} line {number} is no JSON object with a step; "
+                "remove that line."
+            )
+    return found
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return fields if isinstance(fields, dict) and isinstance(fields.get("step"), int) else None
+
+
+def _append(path: Path, data: bytes) -> None:
+    """Append `data` whole or not at all: a full disk may take the first half of a line."""
+    with path.open("ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        try:
+            while data:
+                data = data[file.write(data) :]
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+def _json(value: object) -> str:
+    return json.dumps(_plain(value), allow_nan=False, separators=(",", ":"))
+
+
+def _plain(value: object) -> object:
+    """`value` in what JSON can hold."""
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else str(float(value))
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return _plain(value.item()) if hasattr(value, "item") else str(value)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _warn(text: str) -> None:
+    """One line on stderr, if there still is one."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stderr.write(f"warning: {text}\n")

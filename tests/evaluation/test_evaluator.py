@@ -1,0 +1,147 @@
+"""Metrics are exact: odd sizes, more processes than images, nothing padded, nothing dropped."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from tests.pictures import write_image
+from tests.processes import finish, ranks, start
+
+from nearkin.cli import run
+from nearkin.data.dataset import load_dataset
+from nearkin.distributed import Runtime
+from nearkin.errors import ModelError
+from nearkin.evaluation.evaluate import evaluate
+from nearkin.evaluation.evaluator import Evaluator
+from nearkin.evaluation.model import load_bundle
+from nearkin.evaluation.predict import predict
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory):
+    """A model of digits after no step at all: 0 epochs give a run that can be used."""
+    folder = tmp_path_factory.mktemp("untrained") / "run"
+    words = [
+        "train",
+        "digits",
+        "--epochs",
+        "0",
+        "--model",
+        "test_resnet",
+        "--threads",
+        "1",
+        "--quiet",
+    ]
+    assert run([*words, "--out", str(folder), "--objective.bank", "40"]) == 0
+    return folder
+
+
+def measured(folder, data, split, out, tta):
+    """What each process says; the first writes it down. Nothing kept: that would answer for the other processes."""
+    import os
+
+    torch.set_num_threads(1)
+    result = evaluate(folder, data, split=split, tta=tta, cache=False)
+    if os.environ.get("RANK", "0") == "0":
+        out.write_text(json.dumps(result))
+
+
+def on(processes, folder, data, split, tmp_path, tta="none"):
+    out, log = tmp_path / f"{processes}.json", tmp_path / "log"
+    environments = ranks(processes) if processes > 1 else [{}]
+    started = [
+        start(measured, folder, data, split, out, tta, env=env, log=log) for env in environments
+    ]
+    assert set(finish(*started)) == {0}, log.read_text()
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize(("tta", "processes"), [("none", 3), ("tencrop", 2)])
+def test_any_number_of_processes_gives_the_same_metrics(untrained, tmp_path, tta, processes):
+    one = on(1, untrained, None, "val", tmp_path, tta)
+    three = on(processes, untrained, None, "val", tmp_path, tta)
+    assert not one["members"][0]["cached"]
+    assert not three["members"][0]["cached"]
+    assert one["n"] == three["n"] == 143
+    assert one["confusion"] == three["confusion"]
+    assert one["log_loss"] == pytest.approx(three["log_loss"], rel=1e-6)
+
+
+def test_more_processes_than_images(untrained, tmp_path):
+    for name in ("3", "7"):
+        write_image(tmp_path / "few" / name / "a.png", int(name), size=(8, 8), mode="L")
+    result = on(3, untrained, str(tmp_path / "few"), None, tmp_path)
+    assert (result["n"], result["split"]) == (2, "test")
+
+
+def test_predict_agrees_with_evaluate(untrained, tmp_path):
+    files = [
+        write_image(tmp_path / "few" / name / f"{n}.png", int(name), n, size=(11, 9), mode="L")
+        for name in ("1", "2", "5")
+        for n in range(3)
+    ]
+    result = evaluate(untrained, tmp_path / "few")
+    guesses = list(predict(untrained, files))
+    right = sum(guess.label == file.parent.name for guess, file in zip(guesses, files, strict=True))
+    assert result["n"] == 9
+    assert result["top1"] == pytest.approx(right / 9)
+    for tta in ("flip", "tencrop"):
+        viewed = list(predict(untrained, files, tta=tta))
+        right = sum(g.label == f.parent.name for g, f in zip(viewed, files, strict=True))
+        assert evaluate(untrained, tmp_path / "few", tta=tta)["top1"] == pytest.approx(right / 9)
+        assert viewed[0].probability != guesses[0].probability
+    again = next(predict(untrained, [files[4]]))
+    assert again.probability == pytest.approx(guesses[4].probability, rel=1e-5)
+
+
+@pytest.fixture
+def court(untrained):
+    """A network that tells how many images each pass had, a judge, and a split that tells which rows were read."""
+    runtime = Runtime(device="cpu", precision="fp32")
+    bundle = load_bundle(untrained, runtime.device)
+    split = load_dataset("digits").splits["val"].take(np.arange(37))
+    passes, read = [], []
+    bundle.network.register_forward_pre_hook(lambda _, given: passes.append(len(given[0])))
+
+    class Watched:
+        def __getattr__(self, name):
+            return getattr(split.images, name)
+
+        def read(self, row):
+            read.append(row)
+            return split.images.read(row)
+
+    judge = Evaluator(runtime, bundle.description.transform, batch_size=20, workers=0)
+    yield bundle.network, judge, split._replace(images=Watched()), passes, read
+    runtime.close()
+
+
+def test_one_pass_gives_predictions_and_embeddings(court):
+    network, judge, split, passes, read = court
+    predictions, embeddings = judge.look(network, split)
+    assert passes == [20, 17]
+    assert read == list(range(37))
+    with torch.no_grad():
+        outputs = network(torch.stack([split.images.read(row) for row in range(37)]))
+    torch.testing.assert_close(embeddings, outputs.embedding, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        predictions.probabilities, outputs.logits.softmax(1), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(("tta", "views"), [("none", 1), ("flip", 2), ("tencrop", 10)])
+def test_views_read_every_image_once_and_need_no_larger_batch(court, tta, views):
+    network, judge, split, passes, read = court
+    judge.predictions(network, split, tta)
+    assert read == list(range(37))
+    assert sum(passes) == views * 37
+    assert max(passes) == 20
+
+
+def test_a_model_that_is_not_finished(tmp_path):
+    (tmp_path / "run").mkdir()
+    with pytest.raises(ModelError, match="no finished model"):
+        evaluate(tmp_path / "run")

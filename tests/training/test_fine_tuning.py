@@ -1,0 +1,250 @@
+"""Runs that start from weights: what is loaded, what rests, at which rate; and models with options of their own."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nearkin.cli import run as command
+from nearkin.config import RunConfig, read_yaml, validate
+from nearkin.data.transforms import TrainSpec
+from nearkin.distributed import Runtime
+from nearkin.errors import ConfigError, ModelError
+from nearkin.evaluation.model import load_bundle
+from nearkin.training.api import continue_run, start_run
+from nearkin.training.defaults import resolve_data, resolve_training
+from nearkin.training.loop import legs
+from nearkin.training.prepare import prepare
+from nearkin.training.trainer import Trainer
+from nearkin.types import Progress
+
+TINY = {"data": "digits", "images_per_class": 10, "batch_size": 32, "threads": 1, "epochs": 2}
+
+
+def config_of(**values):
+    return validate(RunConfig, TINY | {"model": "test_resnet", "objective": "ce"} | values)
+
+
+def job_of(quiet=True, **values):
+    return prepare(config_of(**values), Runtime(device="cpu", precision="fp32"), quiet=quiet)
+
+
+def run_of(out, **values):
+    return start_run(TINY | {"objective": "ce", "epochs": 1, "out": out} | values, quiet=True)
+
+
+def resolved(layered=True, side=96, **values):
+    config = resolve_data(RunConfig(**values), images=500, side=side, channels=3)
+    return resolve_training(
+        config, images=500, files=True, weights=1000, layered=layered, device="cpu", ranks=1
+    )
+
+
+def test_layer_decay_is_for_what_starts_from_weights_with_adamw(tmp_path):
+    assert resolved(pretrained=True).layer_decay == 0.75
+    assert resolved(weights=tmp_path).layer_decay == 0.75
+    assert resolved().layer_decay == 1.0
+    assert resolved(model="vit_tiny_patch16_224").layer_decay == 1.0
+    assert resolved(pretrained=True, optimizer="sgd").layer_decay == 1.0
+    assert resolved(pretrained=True, layered=False).layer_decay == 1.0
+    assert resolved(optimizer="sgd", layer_decay=0.5).layer_decay == 0.5
+
+
+@pytest.mark.parametrize(
+    ("side", "given", "expected"),
+    [
+        (32, {}, (32, 1.0)),
+        (64, {}, (64, 1.0)),
+        (96, {}, (96, 0.875)),
+        (300, {"image_size": 160, "eval_size": 224, "eval_crop": 0.95}, (224, 0.95)),
+        (300, {"image_size": 32, "eval_size": 96}, (96, 0.875)),
+    ],
+)
+def test_the_size_in_evaluation(side, given, expected):
+    config = resolved(side=side, **given)
+    assert (config.eval_size, config.eval_crop) == expected
+
+
+PARTS = ("crop_scale", "randaugment", "jitter", "jitter_prob", "grey_prob", "erasing", "flip")
+
+
+@pytest.mark.parametrize(
+    ("augment", "side", "expected"),
+    [
+        ("none", 96, ("centre", 0, 0.0, 1.0, 0.0, 0.0, False)),
+        ("light", 64, ("padded", 0, 0.0, 1.0, 0.0, 0.0, True)),
+        ("light", 65, (0.35, 0, 0.0, 1.0, 0.0, 0.0, True)),
+        ("medium", 96, (0.35, 0, 0.4, 1.0, 0.1, 0.0, True)),
+        ("strong", 96, (0.35, 9, 0.4, 1.0, 0.0, 0.25, True)),
+    ],
+)
+def test_strengths_are_resolved_into_their_parts(augment, side, expected):
+    config = resolved(side=side, data="photos", augment=augment)
+    assert tuple(getattr(config, part) for part in PARTS) == expected
+    spec = TrainSpec.model_validate(config, from_attributes=True)
+    assert tuple(getattr(spec, part) for part in PARTS) == expected
+    assert (spec.image_size, spec.channels) == (side, 3)
+
+
+def test_a_part_that_is_set_stays_whatever_the_strength():
+    given = dict(zip(PARTS, (0.08, 7, 0.2, 0.8, 0.3, 0.5, True), strict=True))
+    for augment in ("none", "light", "medium", "strong"):
+        config = resolved(augment=augment, **given)
+        assert {part: getattr(config, part) for part in PARTS} == given
+    assert resolved(augment="strong", erasing=0).jitter == 0.4
+
+
+def test_layers_without_names_are_told_before_training(monkeypatch):
+    monkeypatch.delattr("timm.models.resnet.ResNet.group_matcher")
+    with pytest.raises(ConfigError, match="test_resnet does not name its layers; leave out"):
+        job_of(layer_decay=0.9)
+    assert job_of(layer_decay=1.0).config.layer_decay == 1.0
+
+
+@pytest.mark.parametrize(
+    "values", [{"objective": "ce"}, {"objective": "supcon", "objective.mode": "two-stage"}]
+)
+def test_a_frozen_backbone_rests_in_every_stage(tmp_path, capsys, values):
+    """Neither its weights nor its BatchNorm statistics move; the active heads do."""
+    job = job_of(quiet=False, freeze_backbone=True, **values)
+    assert "note: --freeze-backbone keeps random weights" in capsys.readouterr().err
+    trainer = Trainer(job, Runtime(device="cpu", precision="fp32"), tmp_path, quiet=True)
+    network = trainer.stepper.network
+    for leg in legs(trainer.stages, 2, trainer.steps_per_epoch):
+        trainer.stepper.begin(leg.stage)
+        before = {n: t.clone() for n, t in network.state_dict().items()}
+        for batch in trainer._loader(leg.stage, leg.first, leg.first + 1):
+            trainer.stepper.step(batch, Progress(leg.stage.name, 1, 4, 0, 1), leg.first)
+        after = network.state_dict()
+        changed = {n for n in before if not torch.equal(before[n], after[n])}
+        assert changed
+        assert {n.split(".")[0] for n in changed} == {"heads"}
+        assert {n.split(".")[1] for n in changed} == set(leg.stage.heads)
+
+
+def test_a_run_of_another_objective_and_other_classes_gives_its_backbone(tmp_path, capsys):
+    """As a folder or a file, with the stem it was trained with; what is left as it was is named."""
+    first = tmp_path / "first"
+    run_of(first, model="test_resnet", objective="supcon")
+    weights = load_file(first / "model.safetensors")
+    assert json.loads((first / "model.json").read_text())["spec"]["stem"] == "small"
+    weights["heads.classifier.weight"] = torch.zeros(7, 96)  # another number of classes
+    weights["heads.classifier.bias"] = torch.zeros(7)
+    save_file(weights, first / "model.safetensors")
+    for given in (first, first / "model.safetensors"):
+        job = job_of(quiet=False, weights=given, freeze_backbone=True)
+        said = capsys.readouterr().err
+        assert "keeps random weights" not in said
+        assert "of another shape" in said
+        assert "heads.classifier.weight (7x96 in the file, 10x96 here)" in said
+        assert "not used (heads.projection" in said
+        assert job.built.spec.stem == "small"
+        state = job.built.network.state_dict()
+        backbone = [name for name in weights if name.startswith("backbone.")]
+        assert backbone
+        assert all(torch.equal(state[name], weights[name]) for name in backbone)
+        assert bool(state["heads.classifier.weight"].abs().sum() > 0)
+
+
+def test_the_names_of_beit3s_authors_are_told_from_timms(tmp_path):
+    file = tmp_path / "beit3.pth"
+    theirs = {
+        "beit3.encoder.layers.0.self_attn.k_proj.A.weight": torch.zeros(4, 4),
+        "beit3.vision_embed.cls_token": torch.zeros(1, 1, 4),
+    }
+    torch.save({"model": theirs}, file)
+    with pytest.raises(ModelError) as caught:
+        job_of(model="test_vit", image_size=32, weights=file)
+    text = str(caught.value)
+    assert "\n" not in text
+    assert "beit3.encoder.layers.0" in text
+    assert "backbone.cls_token" in text
+    assert "under timm's names" in text
+
+
+def test_a_transformer_that_takes_one_size_fails_before_training(tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(ConfigError, match="48 x 48 pixels.*another --eval-size"):
+        run_of(out, model="vit_tiny_patch16_224", image_size=32, eval_size=48, **{"model.depth": 1})
+    assert not out.exists()
+
+
+def test_a_run_that_is_tested_at_another_size(tmp_path):
+    out = tmp_path / "run"
+    result = run_of(out, model="test_resnet", image_size=16, eval_size=24, eval_crop=0.5)
+    transform = json.loads((out / "model.json").read_text())["transform"]
+    assert (transform["image_size"], transform["resize"]) == (24, 48)
+    from nearkin import evaluate
+
+    again = evaluate(out, "digits")
+    assert again["top1"] == pytest.approx(result.metrics["top1"])
+    assert again["log_loss"] == pytest.approx(result.metrics["log_loss"], rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def thin(tmp_path_factory):
+    """A finished run of a model with options, started from the command line."""
+    out = tmp_path_factory.mktemp("runs") / "thin"
+    words = ["train", "digits", "--objective", "ce", "--model", "test_vit", "--epochs", "1"]
+    words += ["--model.depth", "2", "--model.embed-dim=32", "--model.num-heads", "2"]
+    words += ["--image-size", "32", "--images-per-class", "10", "--batch-size", "32", "--quiet"]
+    assert command([*words, "--threads", "1", "--layer-decay", "0.65", "--out", str(out)]) == 0
+    return out
+
+
+def test_options_of_the_model_travel_with_the_run(thin):
+    options = {"depth": 2, "embed_dim": 32, "num_heads": 2}
+    stored = read_yaml(thin / "config.yaml")
+    assert {f"model.{k}": v for k, v in options.items()}.items() <= stored.items()
+    spec = json.loads((thin / "model.json").read_text())["spec"]
+    assert spec["model_options"] == options
+    bundle = load_bundle(thin, torch.device("cpu"))
+    assert (len(bundle.network.backbone.blocks), bundle.network.dim) == (2, 32)
+
+
+def test_a_continued_run_keeps_them(thin):
+    assert continue_run(thin, {"model.depth": "2"}, quiet=True).run == thin
+    with pytest.raises(ModelError, match=r"cannot change model\.depth \(2 -> 3\)"):
+        continue_run(thin, {"model.depth": 3}, quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"checkpoint_path": "x.pth"}, "checkpoint_path cannot be set"),
+        ({"pretrained": True}, "pretrained cannot be set"),
+        ({"depth": "os.system"}, "model.depth"),
+        ({"depth": 10**9}, "model.depth"),
+        ({"unknown": 1}, "takes no option unknown"),
+        ({"depth": 3}, "does not fit"),
+    ],
+)
+def test_a_hostile_description_is_refused(thin, tmp_path, options, says):
+    described = json.loads((thin / "model.json").read_text())
+    described["spec"]["model_options"] |= options
+    (tmp_path / "model.json").write_text(json.dumps(described))
+    (tmp_path / "model.safetensors").write_bytes((thin / "model.safetensors").read_bytes())
+    with pytest.raises(ModelError) as caught:
+        load_bundle(tmp_path, torch.device("cpu"))
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_description_of_before_has_no_options(thin, tmp_path):
+    described = json.loads((thin / "model.json").read_text())
+    del described["spec"]["model_options"]
+    (tmp_path / "model.json").write_text(json.dumps(described))
+    (tmp_path / "model.safetensors").write_bytes((thin / "model.safetensors").read_bytes())
+    with pytest.raises(ModelError, match="does not fit"):  # read, and built as it says
+        load_bundle(tmp_path, torch.device("cpu"))
+
+
+def test_an_option_that_the_model_does_not_take_ends_before_the_folder(tmp_path, capsys):
+    out = tmp_path / "run"
+    words = ["train", "digits", "--objective", "ce", "--model", "test_resnet", "--out", str(out)]
+    assert command([*words, "--model.depth", "2"]) == 2
+    assert "test_resnet takes no option depth; leave out --model.depth" in capsys.readouterr().err
+    assert not out.exists()

@@ -1,0 +1,195 @@
+"""What is decided before the first step: schedules, legs, defaults."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+from nearkin.config import RunConfig
+from nearkin.errors import ConfigError
+from nearkin.objectives import Stage
+from nearkin.teacher import TeacherPolicy, momentum_at
+from nearkin.training.defaults import check, resolve_data, resolve_training, side_of_scaled
+from nearkin.training.loop import legs
+from nearkin.training.metrics_log import Meters
+from nearkin.training.optim import lr_factor
+from nearkin.types import Loss
+
+
+def test_learning_rate_rises_to_its_peak_and_falls_to_its_floor():
+    values = [lr_factor(s, steps=100, warmup=10, floor=0.01) for s in range(100)]
+    assert values[0] == pytest.approx(1 / 11)
+    assert values[10] == 1.0
+    assert values[-1] == pytest.approx(0.01)
+    assert values[:11] == sorted(values[:11])
+    assert values[10:] == sorted(values[10:], reverse=True)
+    middle = 10 + (100 - 1 - 10) / 2
+    assert lr_factor(54, steps=100, warmup=10, floor=0) == pytest.approx(
+        (1 + math.cos(math.pi * (54 - 10) / 89)) / 2
+    )
+    assert lr_factor(int(middle), steps=100, warmup=10, floor=0) == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (1, 1), (2, 5), (3, 3)])
+def test_short_schedules_are_finite_and_positive(steps, warmup):
+    for step in range(steps):
+        assert 0 < lr_factor(step, steps=steps, warmup=min(warmup, steps), floor=1e-3) <= 1
+
+
+def test_teacher_momentum():
+    constant = TeacherPolicy(horizon=0.3)
+    assert momentum_at(constant, 5, 1000, steps_per_epoch=100) == 1 - 1 / 30
+    assert momentum_at(constant, 5, 1000, steps_per_epoch=10) == 1 - 1 / 8
+    cosine = TeacherPolicy(schedule="cosine")
+    assert momentum_at(cosine, 0, 1000, 10) == pytest.approx(0.996)
+    assert momentum_at(cosine, 500, 1000, 10) == pytest.approx(0.998)
+    assert momentum_at(cosine, 1000, 1000, 10) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("shares", "epochs", "expected"),
+    [
+        ([1.0], 12, [12]),
+        ([0.8, 0.2], 10, [8, 2]),
+        ([0.8, 0.2], 2, [1, 1]),
+        ([0.99, 0.01], 5, [4, 1]),
+        ([0.8, 0.2], 1, [0, 1]),
+        ([1.0], 0, [0]),
+        ([0.5, 0.5], 0, [0, 0]),
+        ([0.1, 0.1, 0.8], 10, [1, 1, 8]),
+    ],
+)
+def test_epochs_are_shared_among_stages(shares, epochs, expected):
+    stages = tuple(Stage(str(i), share, ()) for i, share in enumerate(shares))
+    route = legs(stages, epochs, steps_per_epoch=7)
+    assert [(leg.last - leg.first) // 7 for leg in route] == expected
+    assert route[0].first == 0
+    assert route[-1].last == epochs * 7
+    for before, after in pairwise(route):
+        assert before.last == after.first
+
+
+def resolved(images, side, device="cpu", **options):
+    config = resolve_data(RunConfig(**options), images=images, side=side, channels=3)
+    return resolve_training(
+        config,
+        images=images,
+        files=True,
+        weights=11_000_000,
+        layered=True,
+        device=device,
+        ranks=1,
+    )
+
+
+@pytest.mark.parametrize(
+    ("device", "side", "options", "expected"),
+    [
+        ("cpu", 17, {}, "channels_last"),
+        ("cpu", 16, {}, "contiguous"),
+        ("cpu", 224, {"model": "vit_tiny_patch16_224"}, "contiguous"),
+        ("cpu", 224, {"memory_format": "contiguous"}, "contiguous"),
+        ("cuda", 16, {"model": "vit_tiny_patch16_224"}, "channels_last"),
+        ("mps", 224, {}, "contiguous"),
+    ],
+)
+def test_convolutions_compute_in_channels_last(device, side, options, expected):
+    found = resolved(1000, side, device, data="photos", **options)
+    assert found.memory_format == expected
+
+
+@pytest.mark.parametrize(
+    ("crop", "side"), [("padded", 224), ("centre", 224), (1.0, 224), (0.35, 379), (0.08, 792)]
+)
+def test_scaled_jpegs_leave_random_regions_enough_pixels(crop, side):
+    config = resolved(1000, 500, data="photos", crop_scale=crop, decode="scaled")
+    assert side_of_scaled(config) == side
+    assert side_of_scaled(config) * (1.0 if isinstance(crop, str) else crop) ** 0.5 >= 224
+
+
+def test_scaled_jpegs_are_not_cached():
+    room = {"images": 500, "side": 32, "channels": 3, "room": 2**30}
+    assert resolve_data(RunConfig(data="x"), **room).cache == "ram"
+    assert resolve_data(RunConfig(data="x", decode="scaled"), **room).cache == "off"
+    both = resolve_data(RunConfig(data="x", decode="scaled", cache="disk"), **room)
+    with pytest.raises(ConfigError, match="--decode scaled .* --cache disk .* use one of them"):
+        check(both, images=500, world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("images", "batch"), [(1294, 32), (3068, 64), (50_000, 128), (100, 16), (10, 8), (1, 1)]
+)
+def test_batch_is_the_power_of_two_nearest_to_a_48th(images, batch):
+    assert resolved(images, 32).batch_size == batch
+
+
+def test_defaults_follow_the_data():
+    config = resolved(1294, 8, data="digits")
+    assert (config.model, config.epochs, config.image_size, config.flip) == (
+        "resnet10t",
+        12,
+        8,
+        False,
+    )
+    assert (config.optimizer, config.lr, config.weight_decay) == ("sgd", 0.2 * 32 / 256, 5e-4)
+    assert config.warmup_epochs == pytest.approx(0.6)
+    config = resolved(200_000, 500, data="photos")
+    assert (config.model, config.epochs, config.image_size, config.flip) == (
+        "resnet18",
+        30,
+        224,
+        True,
+    )
+    assert config.weight_decay == 1e-4
+    config = resolved(5000, 64, model="vit_tiny_patch16_224")
+    assert (config.optimizer, config.weight_decay) == ("adamw", 0.05)
+    assert config.lr == pytest.approx(5e-4 * 128 / 256)
+    assert resolved(5000, 64, pretrained=True).lr == pytest.approx(1e-4 * 128 / 256)
+    assert (resolved(5000, 64, augment="strong").mixup, resolved(5000, 64).mixup) == (0.2, 0.0)
+
+
+def test_what_was_asked_for_stays():
+    config = resolved(1294, 8, batch_size=48, lr=0.3, epochs=3, model="resnet18", threads=2)
+    assert (config.batch_size, config.lr, config.epochs) == (48, 0.3, 3)
+    assert (config.model, config.threads) == ("resnet18", 2)
+    assert "auto" not in {v for k, v in config.flat().items() if k not in ("stem", "precision")}
+
+
+@pytest.mark.parametrize(
+    ("options", "world", "words"),
+    [
+        ({"batch_size": 64}, 1, "larger than the 50 training images"),
+        ({"batch_size": 30}, 4, "use 28, 32"),
+        ({"batch_size": 32, "accumulate": 3}, 1, "use 30, 33"),
+        ({"batch_size": 24, "mixup": 0.2}, 2, "multiple of 8"),
+    ],
+)
+def test_numbers_that_do_not_fit(options, world, words):
+    config = RunConfig(**({"mixup": 0, "cutmix": 0} | options))
+    with pytest.raises(ConfigError, match=words):
+        check(config, images=50, world_size=world)
+
+
+def test_meters_average_an_interval_and_survive_a_checkpoint():
+    first, second = Meters(torch.device("cpu")), Meters(torch.device("cpu"))
+
+    def loss(value, ce, lonely):
+        terms, counts = {"ce": torch.tensor(ce)}, {"without_positive": torch.tensor(lonely)}
+        return Loss(torch.tensor(value), terms, counts)
+
+    for value in (1.0, 2.0):
+        first.add(loss(value, 10 * value, 3))
+    sums, state = first.state()
+    second.load({n: t.clone() for n, t in sums.items()}, json.loads(json.dumps(state)))
+    for meters in (first, second):
+        meters.add(loss(6.0, 0.0, 1))
+        assert meters.take() == {"loss": 3.0, "ce": 10.0}
+        assert meters.take() == {}
+        meters.add(loss(7.0, 2.0, 0))
+        assert meters.take_epoch() == ({"loss": 4.0, "ce": 8.0}, {"without_positive": 7})
+        assert meters.take_epoch() == ({}, {})
+        assert meters.take() == {"loss": 7.0, "ce": 2.0}

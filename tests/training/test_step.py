@@ -1,0 +1,60 @@
+"""What a stage starts with."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nearkin.config import RunConfig
+from nearkin.distributed import Runtime
+from nearkin.training.loop import legs
+from nearkin.training.prepare import prepare
+from nearkin.training.trainer import Trainer
+from nearkin.types import Progress
+
+
+def session_of(tmp_path, config):
+    runtime = Runtime(device="cpu", precision="fp32")
+    small = {"model": "test_resnet", "epochs": 2, "batch_size": 32, "threads": 1}
+    config = config.model_copy(update=small | {"images_per_class": 10})
+    return Trainer(prepare(config, runtime), runtime, tmp_path, quiet=True)
+
+
+def first_step(trainer, leg):
+    """Take the first step of a leg."""
+    for batch in trainer._loader(leg.stage, leg.first, leg.first + 1):
+        progress = Progress(leg.stage.name, 0, leg.last - leg.first, 0, 1)
+        trainer.stepper.step(batch, progress, leg.first)
+
+
+@pytest.mark.parametrize(("limit", "clipped"), [(0.01, True), (1e6, False)])
+def test_the_gradient_is_clipped_to_its_limit(tmp_path, limit, clipped):
+    trainer = session_of(tmp_path, RunConfig(objective="ce", clip_grad=limit))
+    (leg,) = legs(trainer.stages, 2, trainer.steps_per_epoch)
+    trainer.stepper.begin(leg.stage)
+    norms = []
+
+    def measure(*_):
+        gradients = [p.grad.norm() for p in trainer.stepper.network.parameters()]
+        norms.append(torch.stack(gradients).norm().item())
+
+    trainer.stepper._raw_optimizer.register_step_pre_hook(measure)
+    first_step(trainer, leg)
+    assert norms[0] == pytest.approx(limit, rel=1e-3) if clipped else 0.01 < norms[0] < limit
+
+
+def test_a_new_stage_averages_from_its_own_start(tmp_path):
+    """After the first step of every stage the average is the mean of the start and of the weights now."""
+    config = RunConfig(objective="supcon", options={"mode": "two-stage"}, ema=0.999)
+    trainer = session_of(tmp_path, config)
+    stepper = trainer.stepper
+    for leg in legs(trainer.stages, 2, trainer.steps_per_epoch):
+        stepper.begin(leg.stage)
+        start = {n: p.detach().clone() for n, p in stepper.network.named_parameters()}
+        first_step(trainer, leg)
+        mean = dict(stepper.judged().named_parameters())
+        moved = 0
+        for name, now in stepper.network.named_parameters():
+            assert torch.allclose(mean[name], (start[name] + now) / 2, atol=1e-6), name
+            moved += not torch.equal(now, start[name])
+        assert moved > 0

@@ -1,0 +1,292 @@
+"""The store killed, or refused by the disk, at every call of a save that changes the disk."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from store_cases import assert_same, names, saved, snapshot, unexpected
+
+from nearkin.files import SaveFailed, write_atomic
+from nearkin.training.checkpoint import snapshot as snapshots
+from nearkin.training.checkpoint.store import Store
+
+CALLS = ("fsync", "mkdir", "rename", "replace", "rmdir", "unlink")
+
+
+class Torn:
+    """A file of which only the first half of a write reaches the disk when the fault strikes."""
+
+    def __init__(self, file: Any, strike: Callable[[str], None]) -> None:
+        self.file, self.strike = file, strike
+
+    def __enter__(self) -> Torn:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def write(self, data: bytes) -> int:
+        self.file.write(data[: len(data) // 2])
+        self.file.flush()
+        self.strike("write")
+        return self.file.write(data[len(data) // 2 :])
+
+
+class Faults:
+    """Counts the calls that change the disk, and lets `fault` act at the chosen ones."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.calls: list[str] = []
+        self.fault: Callable[[], None] = lambda: None
+        self.chosen: Callable[[int], bool] = lambda number: False
+        for name in CALLS:
+            patch.setattr(os, name, self.watched(name, getattr(os, name)))
+        real = Path.open
+
+        def opened(path: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+            file = real(path, mode, *args, **kwargs)
+            return Torn(file, self.strike) if "w" in mode else file
+
+        patch.setattr(Path, "open", opened)
+
+    def watched(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.strike(name)
+            return real(*args, **kwargs)
+
+        return call
+
+    def strike(self, name: str) -> None:
+        self.calls.append(name)
+        if self.chosen(len(self.calls) - 1):
+            self.fault()
+
+
+def two_steps(folder: Path, keep: int) -> None:
+    store = Store(folder, keep)
+    for step in (1, 2):
+        store.save(snapshot(step), "best")
+        store.save(snapshot(step, step))
+
+
+def third_step(folder: Path, keep: int) -> None:
+    """Publishes a best and a step, and retires an older one of each."""
+    store = Store(folder, keep)
+    store.save(snapshot(3), "best")
+    store.save(snapshot(3, 3))
+
+
+def count_calls(folder: Path, keep: int) -> list[str]:
+    with pytest.MonkeyPatch.context() as patch:
+        faults = Faults(patch)
+        third_step(folder, keep)
+    return faults.calls
+
+
+def digest(folder: Path) -> str:
+    """SHA-256 over the names and bytes of a checkpoint."""
+    total = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        total.update(path.name.encode() + b"\0" + path.read_bytes())
+    return total.hexdigest()
+
+
+def assert_survived(folder: Path, keep: int) -> None:
+    """Old or new, whole, with its best, no warning; and the next save leaves nothing over."""
+    store = Store(folder, keep)
+    newest = store.load_newest(unexpected)
+    assert newest is not None
+    assert newest.step in (2, 3)
+    assert_same(newest, snapshot(newest.step, newest.step))
+    assert_same(store.load(store.path("best", newest.step)), snapshot(newest.step))
+    third_step(folder, keep)
+    kept = [2, 3][-keep:]
+    assert names(folder) == [f"{kind}-{step:010d}" for kind in ("best", "step") for step in kept]
+    assert_same(store.load_newest(unexpected), snapshot(3, 3))
+
+
+def refusing(code: int) -> Callable[[], None]:
+    def refuse() -> None:
+        raise OSError(code, os.strerror(code))
+
+    return refuse
+
+
+def die_in_child(folder: Path, keep: int, number: int) -> int:
+    """The exit status of a process that dies at call `number` of the save, with no cleaning up."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons warn of threads
+        child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            faults = Faults(pytest.MonkeyPatch())
+            faults.chosen = lambda call: call == number
+            faults.fault = lambda: os._exit(9)
+            third_step(folder, keep)
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_kill_at_every_call_leaves_the_old_or_the_new(tmp_path: Path, keep: int) -> None:
+    two_steps(tmp_path / "start", keep)
+    calls = count_calls(Path(shutil.copytree(tmp_path / "start", tmp_path / "count")), keep)
+    assert {"write", "fsync", "mkdir", "rename", "rmdir", "unlink"} == set(calls)
+    seen = set()
+    for number in range(len(calls)):
+        folder = Path(shutil.copytree(tmp_path / "start", tmp_path / f"{number}"))
+        assert die_in_child(folder, keep, number) == 9
+        newest = Store(folder).newest(unexpected)
+        seen.add(newest and newest.name)
+        assert_survived(folder, keep)
+        shutil.rmtree(folder)
+    assert seen == {"step-0000000002", "step-0000000003"}
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EROFS])
+@pytest.mark.parametrize("lasting", [False, True], ids=["once", "lasting"])
+def test_a_refusal_at_every_call_leaves_the_old_untouched(
+    tmp_path: Path, code: int, lasting: bool
+) -> None:
+    two_steps(tmp_path / "start", 2)
+    calls = count_calls(Path(shutil.copytree(tmp_path / "start", tmp_path / "count")), 2)
+    for number in range(len(calls)):
+        folder = Path(shutil.copytree(tmp_path / "start", tmp_path / f"{number}"))
+        old = [folder / f"{kind}-0000000002" for kind in ("best", "step")]
+        before = [digest(path) for path in old]
+        with pytest.MonkeyPatch.context() as patch:
+            faults = Faults(patch)
+            faults.fault = refusing(code)
+            faults.chosen = (lambda c: c >= number) if lasting else (lambda c: c == number)  # noqa: B023
+            with pytest.raises(SaveFailed, match=os.strerror(code)) as error:
+                third_step(folder, 2)
+        assert error.value.code == 75
+        assert [digest(path) for path in old] == before
+        assert lasting or "saved, but" in str(error.value) or not list(folder.glob(".tmp-*"))
+        assert_survived(folder, 2)
+        shutil.rmtree(folder)
+
+
+def test_files_reach_the_disk_before_the_name_and_the_name_before_removals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path, 1, keep=1)
+    events: list[tuple[str, str]] = []
+    real = {"fsync": os.fsync, "rename": os.rename}
+
+    def fsync(descriptor: int) -> None:
+        inode = os.fstat(descriptor).st_ino
+        paths = [tmp_path, *tmp_path.rglob("*")]
+        events.append(("fsync", next(p.name for p in paths if p.stat().st_ino == inode)))
+        real["fsync"](descriptor)
+
+    def rename(old: Any, new: Any) -> None:
+        events.append((Path(old).name, Path(new).name))
+        real["rename"](old, new)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", rename)
+    saved(tmp_path, 2, keep=1)
+    assert events == [
+        ("fsync", "state.json"),
+        ("fsync", "model.safetensors"),
+        ("fsync", "bank.safetensors"),
+        ("fsync", "manifest.json"),
+        ("fsync", ".tmp-step-0000000002"),
+        (".tmp-step-0000000002", "step-0000000002"),
+        ("fsync", tmp_path.name),
+        ("step-0000000001", ".tmp-step-0000000001"),
+    ]
+
+
+def test_what_the_disk_does_not_give_back_is_not_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = saved(tmp_path, 1)
+
+    def rot(path: Path, data: bytes) -> None:
+        path.write_bytes(data[:-1] + b"?" if path.name == "bank.safetensors" else data)
+
+    monkeypatch.setattr(snapshots, "write_synced", rot)
+    with pytest.raises(SaveFailed, match=r"read back, .* bank\.safetensors"):
+        store.save(snapshot(2))
+    assert names(tmp_path) == ["step-0000000001"]
+
+
+FULL_DISK = """
+    import sys
+    from pathlib import Path
+    import torch
+    from nearkin.files import SaveFailed
+    from nearkin.training.checkpoint.store import Snapshot, Store
+
+    def sized(step, numbers):
+        return Snapshot(step, {"model": {"w": torch.full((numbers,), float(step))}}, {})
+
+    def explode(text):
+        raise AssertionError(text)
+
+    folder = Path(sys.argv[1]) / "checkpoints"
+    store = Store(folder)
+    store.save(sized(1, 100_000))
+    for step in (2, 3):
+        try:
+            store.save(sized(step, 1_000_000))
+        except SaveFailed as error:
+            assert "No space left on device" in str(error), error
+        else:
+            raise AssertionError("4 MB fitted into 2 MB")
+        assert [path.name for path in folder.iterdir()] == ["step-0000000001"]
+        assert store.load_newest(explode).tensors["model"]["w"].eq(1).all()
+    store.save(sized(4, 100_000))
+    assert store.load_newest(explode).step == 4
+"""
+
+
+def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
+    mounted = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    mount = 'mount -t tmpfs -o size=2m tmpfs "$0"'
+    if shutil.which("unshare") is None:
+        pytest.skip("needs unshare")
+    if subprocess.run([*mounted, mount, tmp_path], capture_output=True).returncode:
+        pytest.skip("needs a kernel that lets this user mount a tmpfs")
+    script = textwrap.dedent(FULL_DISK)
+    command = [*mounted, f'{mount} && exec "$@"', tmp_path, sys.executable, "-c", script, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_atomic_write_refused_or_not_leaves_no_temporary(tmp_path: Path) -> None:
+    path = tmp_path / "status.json"
+    write_atomic(path, b"old")
+    with pytest.MonkeyPatch.context() as patch:
+        faults = Faults(patch)
+        write_atomic(path, b"new")
+        assert faults.calls == ["write", "fsync", "replace", "fsync"]
+        faults.calls.clear()
+        for number in range(4):
+            faults.calls.clear()
+            faults.chosen = lambda call: call == number  # noqa: B023
+            faults.fault = refusing(errno.ENOSPC)
+            with pytest.raises(SaveFailed, match=r"status\.json could not be written: No space"):
+                write_atomic(path, b"newer")
+            assert path.read_bytes() == (b"newer" if number == 3 else b"new")
+            assert names(tmp_path) == ["status.json"]
