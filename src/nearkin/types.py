@@ -71,7 +71,7 @@ class Progress(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What `auto` is resolved from. images: training images after the splits. dim: width of the pooled features."""
+    """What `auto` values are resolved from: the training images after the splits, and the network's width."""
 
     images: int
     classes: int
