@@ -1,4 +1,4 @@
-"""How everything here is measured: alternating runs in one process, and the peak memory of fresh processes."""
+"""Measurement: calls that alternate in one process, and peak memory of fresh processes."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ import torch
 
 Call = Callable[[], object]
 WIDTHS = "  {:<66} {:>9} {:>9} {:>7} {:<3} {:>7} {:>6} {:>7} {:>3} {}"
-RUNS, MOST = 15, 4  # on a shared machine the least of nine still moves by a tenth
+RUNS, MOST = 15, 4  # on a shared machine the minimum of nine still varies by a tenth
 
 
 @dataclass
 class Row:
-    """One line of a table. ratio: in the table's unit; higher says which side of the target is good. limit: the best
-    that is known to be possible, a bound or what a prototype reached. ours, peer: least seconds of `runs` runs."""
+    """One row of a table. ratio: in `unit`. higher: whether a ratio above the target is good. limit: the best known to
+    be possible, a bound or the result of a prototype. ours, peer: minimum of `runs` runs, in seconds."""
 
     what: str
     ratio: float
@@ -76,9 +76,9 @@ def _seconds(seconds: float | None) -> str:
 
 
 def alternate(calls: dict[str, Call], runs: int = RUNS, most: int = 1) -> dict[str, list[float]]:
-    """Seconds of each call, one call after the other, after one round that does not count: `runs` rounds, and up to
-    `most` times as many until each call came within 3 % of its least three times. Long calls on a busy machine
-    seldom meet a quiet moment, and a least that only one of two calls has met compares moments, not calls."""
+    """Seconds of each call, in alternation, after one warm-up round: `runs` rounds, and up to `most` times as many
+    until each call came within 3 % of its minimum three times. On a busy machine a minimum reached once is an
+    accident of the load."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(most * runs + 1):
         if number > runs and all(map(settled, seconds.values())):
@@ -92,7 +92,7 @@ def alternate(calls: dict[str, Call], runs: int = RUNS, most: int = 1) -> dict[s
 
 
 def settled(seconds: list[float]) -> bool:
-    """Whether three runs came within 3 % of the least."""
+    """Whether three runs came within 3 % of the minimum."""
     least = sorted(seconds)
     return len(least) >= 3 and least[2] <= 1.03 * least[0]
 
@@ -106,7 +106,7 @@ def ratio(
     higher: bool = False,
     limit: float | None = None,
 ) -> Row:
-    """min(name) / min(unit), or the other way round where higher is better."""
+    """min(name) / min(unit), or its inverse where higher is better."""
     over, under = (unit, name) if higher else (name, unit)
     medians = statistics.median(seconds[over]) / statistics.median(seconds[under])
     ours, peer = min(seconds[name]), min(seconds[unit])
@@ -117,7 +117,7 @@ def ratio(
 def fastest(
     seconds: dict[str, list[float]], name: str, what: str, target: float | None = None
 ) -> Row:
-    """min(name) in seconds, for what has no counterpart to be compared with."""
+    """min(name) in seconds, for a call without a peer."""
     found = seconds[name]
     least, median = min(found), statistics.median(found)
     return Row(what, least, median, target, False, "s", ours=least, runs=len(found))
@@ -126,9 +126,9 @@ def fastest(
 def extra_memory(
     module: str, name: str, what: str, target: float | None = None, limit: float | None = None
 ) -> Row:
-    """MiB that `module.PEAK[name]()` adds to the peak of a fresh process that prepares but does not call it.
+    """MiB that calling `module.PEAK[name]()` adds to the peak of a fresh process that only prepares it.
 
-    The median of three processes each: a process's own peak varies by some MiB.
+    Medians of three processes each, since the peak of a process varies by some MiB.
     """
     peaks = [
         statistics.median(_peak(module, name, call) for _ in range(3)) for call in (True, False)
@@ -137,7 +137,7 @@ def extra_memory(
 
 
 def _peak(module: str, name: str, call: bool) -> int:
-    # Not getrusage, whose maximum a child inherits from its parent.
+    # Not getrusage: a child inherits its maximum from the parent.
     program = (
         f"import torch; torch.set_num_threads(2); from benchmarks import {module} as m; "
         f"run = m.PEAK[{name!r}](); {'run()' if call else 'pass'}; "
@@ -150,7 +150,7 @@ def _peak(module: str, name: str, call: bool) -> int:
 
 
 def output(text: str) -> Path:
-    """A file that can be written later, as an argument: minutes of measuring must not end without a place."""
+    """An argument that names a file in a folder that exists, checked before minutes of measuring."""
     path = Path(text)
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"the folder {path.parent} does not exist")
@@ -158,7 +158,7 @@ def output(text: str) -> Path:
 
 
 def machine() -> dict[str, object]:
-    """What numbers were measured on."""
+    """The machine that the numbers are from."""
     return {
         "processor": platform.machine(),
         "vector": torch.backends.cpu.get_cpu_capability(),
@@ -169,6 +169,6 @@ def machine() -> dict[str, object]:
 
 
 def save(tables: list[Table], path: Path) -> None:
-    """Every number as JSON, with what it was measured on."""
+    """Write every number and the machine as JSON."""
     content = {"machine": machine(), "tables": [asdict(table) for table in tables]}
     path.write_text(json.dumps(content, indent=1) + "\n")

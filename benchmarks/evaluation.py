@@ -1,4 +1,4 @@
-"""Judging a model, and what validation, checkpoints and the end of a run take of it."""
+"""Evaluation of a model, and the share of a run that validation, checkpoints and its end take."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from nearkin.training import trainer
 from nearkin.training.checkpoint.saver import Saver
 from nearkin.training.metrics_log import METRICS, read_metrics
 
-RUNS = 7  # a TenCrop takes ten times as long as what it is compared with
+RUNS = 7  # TenCrop takes about ten times as long as its peer
 MODEL, SIDE, PIXELS = "resnet18", 64, (160, 120)
 IMAGES = 192  # whole batches with one view and with ten
-RUN: dict[str, Any] = {}  # options of the run whose shares are told: none, the default run
+RUN: dict[str, Any] = {}  # options of the run whose shares are measured: the default run
 
 
 def pictures(folder: Path) -> Path:
-    """JPEG files in class folders: a few to train on, `IMAGES` to judge."""
+    """JPEG files in class folders: a few to train on, `IMAGES` to evaluate."""
     draw = np.random.default_rng(0)
     for split, count in (("train", 16), ("test", IMAGES)):
         for number in range(count):
@@ -43,7 +43,7 @@ def pictures(folder: Path) -> Path:
 
 
 def trained(data: Path, run: Path, seed: int) -> Path:
-    """A run folder to judge. What its model has learnt does not matter here."""
+    """A run folder to evaluate; its accuracy does not matter."""
     options: dict[str, Any] = {"model": MODEL, "image_size": SIDE, "epochs": 1, "workers": 0}
     threads = torch.get_num_threads()
     train(data, "ce", out=run, seed=seed, val_split=0, batch_size=16, threads=threads, **options)
@@ -63,7 +63,7 @@ def judging(place: Path) -> list[Row]:
         "one": partial(evaluate, runs[0], cache=False),
         "ten": partial(evaluate, runs[0], tta="tencrop", cache=False),
         "first": first,
-        "again": partial(evaluate, runs),  # right after `first`, which left its predictions
+        "again": partial(evaluate, runs),  # right after `first`, whose predictions are kept
     }
     seconds = alternate(calls, RUNS)
     return [
@@ -76,7 +76,7 @@ def judging(place: Path) -> list[Row]:
 
 @contextmanager
 def watched(owner: Any, name: str, spent: dict[str, float]) -> Iterator[None]:
-    """Adds the seconds inside `owner.name` to `spent[name]`."""
+    """Add the seconds inside `owner.name` to `spent[name]`."""
     inner: Callable[..., Any] = getattr(owner, name)
     spent[name] = 0.0
 
@@ -95,7 +95,7 @@ def watched(owner: Any, name: str, spent: dict[str, float]) -> Iterator[None]:
 
 
 def shares(run: Path) -> list[Row]:
-    """Of one run in this process, from the call to its result: what is not training."""
+    """Shares of one run in this process, from the call to its result, that are not training."""
     spent: dict[str, float] = {}
     with (
         watched(beginning, "prepare", spent),
@@ -134,6 +134,6 @@ def table() -> Table:
             torch.set_num_threads(threads)  # a run chooses its own
     setting = (
         f"{IMAGES} JPEG files of {PIXELS[0]} x {PIXELS[1]} in batches of 64 views, {MODEL} at {SIDE} px, "
-        f"{threads} threads; files are checked, decoded and judged; shares of one default run, which takes one thread"
+        f"{threads} threads; files are checked, decoded and evaluated; shares of one default run (one thread)"
     )
     return Table("Evaluation", setting, rows)

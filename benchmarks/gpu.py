@@ -1,6 +1,6 @@
 """Training steps and loss kernels on a GPU: `python -m benchmarks.gpu --json FILE`. Times in milliseconds.
 
-Each step is nearkin's own, on synthetic images that lie on the device; nothing is loaded.
+Steps of nearkin's Stepper on synthetic images on the device, without data loading.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from benchmarks.training_steps import Case, prepared
 from nearkin.distributed import Precision, Runtime
 
 Record = dict[str, Any]
-LAYOUT = "channels_last"  # of the plain loop as well
+LAYOUT = "channels_last"  # also of the plain loop
 OBJECTIVES = ("timm", "ce", "supcon", "schane", "cone")
 LOSSES = ("SupCon (out)", "SCHaNe, hardness 1", "SINCERE")
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """models: name and side of the image. steps: of one run, without waiting between. runs: that count."""
+    """models: name and image side. steps: of one run, without synchronisation between. runs: measured runs."""
 
     models: tuple[tuple[str, int], ...] = (("resnet50", 224), ("vit_base_patch16_224", 224))
     batch: int = 128
@@ -47,18 +47,18 @@ class Sizes:
     backend: str = "inductor"
 
 
-# `eager` follows the code as compiling does, without a compiler; bf16 is slow on most processors.
+# `eager` traces as inductor does but needs no compiler; bf16 is slow on most CPUs.
 TINY = Sizes((("test_resnet", 16), ("test_vit", 32)), 4, 10, 64, 128, 1, 2, "fp32", "eager")
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done what it was told."""
+    """Synchronise with the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def timed(call: Call, device: torch.device, runs: int, steps: int = 1) -> Record:
-    """Seconds of one call, from runs of `steps` calls each, and the device's peak in MiB."""
+    """Seconds of one call, from runs of `steps` calls each, and the device's peak memory in MiB."""
 
     def run() -> None:
         for _ in range(steps):
@@ -75,10 +75,10 @@ def timed(call: Call, device: torch.device, runs: int, steps: int = 1) -> Record
 
 
 def attempt(about: Record, work: Callable[[], Record]) -> Record:
-    """`about` with what `work` measured, or with why it failed; the next case finds the memory free."""
+    """`about` with the result of `work`, or with the reason of its failure; memory is freed afterwards."""
     try:
         return about | work()
-    except Exception as error:  # out of memory, or whatever a compiler raises
+    except Exception as error:  # out of memory, or any compiler error
         first = next(iter(str(error).strip().splitlines()), "")
         return about | {"failed": f"{type(error).__name__}: {first}"[:300]}
     finally:
@@ -88,7 +88,7 @@ def attempt(about: Record, work: Callable[[], Record]) -> Record:
 
 
 def step_times(case: Case, runtime: Runtime, sizes: Sizes) -> Record:
-    """One case. start: seconds of its first two steps beyond those of two later ones, most of it compiling."""
+    """One case. start: seconds of the first two steps minus those of two later ones, mostly compilation."""
     step, views = prepared(case, runtime)
     wait(runtime.device)
     start = time.perf_counter()
@@ -101,7 +101,7 @@ def step_times(case: Case, runtime: Runtime, sizes: Sizes) -> Record:
 
 
 def pays_after(eager: Record, compiled: Record) -> float | None:
-    """Steps after which compiling has saved what it cost; None when it saves nothing or one was not measured."""
+    """Steps after which compilation pays; None when it saves nothing or one of the two was not measured."""
     if "failed" in eager or "failed" in compiled or compiled["minimum"] >= eager["minimum"]:
         return None
     cost = max(0.0, compiled["start"] - eager["start"])
@@ -110,7 +110,7 @@ def pays_after(eager: Record, compiled: Record) -> float | None:
 
 @contextmanager
 def cold() -> Iterator[None]:
-    """Compiling starts from nothing: what an earlier run left on the disk would make it look cheap."""
+    """Disable the compiler's disk caches, so that compilation time is measured in full."""
     caches = torch.compiler.config.patch(force_disable_caches=True)  # type: ignore[attr-defined]
     with caches, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="dynamo_pgo force disabled")
@@ -118,7 +118,7 @@ def cold() -> Iterator[None]:
 
 
 def steps(runtime: Runtime, sizes: Sizes, model: str, side: int) -> list[Record]:
-    """Every objective with and without compiling, and the plain loop beside them."""
+    """Every objective and the plain loop, with and without compilation."""
     records = []
     for objective in OBJECTIVES:
         case = Case(model, side, sizes.batch, sizes.classes, objective, sizes.bank, None, LAYOUT)
@@ -133,8 +133,8 @@ def steps(runtime: Runtime, sizes: Sizes, model: str, side: int) -> list[Record]
 
 
 def loss_calls(device: torch.device, sizes: Sizes) -> dict[str, Callable[[], Call]]:
-    """Name -> what makes the call. Inputs in bf16, but for the peer, which would sum in it as well."""
-    # Sizes of the module, whose own table is not made here.
+    """Name -> function that prepares the call. Inputs in bf16, except for the peer, which would also sum in bf16."""
+    # Sets the module's sizes; its own table is not used here.
     bank.ENTRIES, bank.CLASSES, bank.TOPK = sizes.bank, sizes.classes, min(512, sizes.bank // 4)
     features, labels = (each.to(device) for each in pairwise.batch(sizes.anchors))
     half = features.bfloat16()
@@ -184,7 +184,7 @@ def losses(device: torch.device, sizes: Sizes) -> list[Record]:
 
 @contextmanager
 def tensor_cores() -> Iterator[None]:
-    """Products of float32 may be in TF32, the peers' as well: numbers that were bf16 are exact in it."""
+    """Allow TF32 for float32 products, ours and the peers': bf16 values are exact in it."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     yield
@@ -208,7 +208,7 @@ def _row(record: Record) -> Row:
 
 
 def about(device: torch.device, sizes: Sizes) -> Record:
-    """What was measured, on what."""
+    """Device, machine and settings."""
     cuda = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if cuda else "CPU"
     settings = asdict(sizes) | {
@@ -219,7 +219,7 @@ def about(device: torch.device, sizes: Sizes) -> Record:
 
 
 def measure(runtime: Runtime, sizes: Sizes, path: Path) -> None:
-    """All tables; the file is written after each, so that what is measured stays."""
+    """All tables; the file is written after each, so that finished measurements are kept."""
     content = about(runtime.device, sizes) | {"steps": [], "losses": []}
     for model, side in sizes.models:
         found = steps(runtime, sizes, model, side)

@@ -1,6 +1,6 @@
 """How time and memory grow with batch, bank, classes and images: `python -m benchmarks.growth --json F --plot F.svg`.
 
-A study of its own, because it takes minutes and has no targets. Every point is a fresh process.
+Takes minutes and has no targets. Every point is a fresh process.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ SIZES: dict[str, tuple[int, ...]] = {
     "classes": (10, 40, 160, 640, 2560, 5120, 10_240, 21_000),
     "images": (1000, 4000, 16_000, 64_000, 256_000, 1_000_000),
 }
-LEAST, MOST, ENOUGH = 2, 5, 1.5  # runs of a point, and seconds after which it is not run again
-ANCHORS, ENTRIES, GPACO_ENTRIES, CLASSES = 4096, 16_384, 4096, 100  # where they do not grow
+LEAST, MOST, ENOUGH = 2, 5, 1.5  # fewest and most runs of a point; no further run after 1.5 s
+ANCHORS, ENTRIES, GPACO_ENTRIES, CLASSES = 4096, 16_384, 4096, 100  # where they are constant
 
 
 class Study(NamedTuple):
-    """prepared: a size on the axis -> the call to measure. setting: what does not grow."""
+    """prepared: a size on the axis -> the call to measure. setting: the constants."""
 
     axis: str
     setting: str
@@ -50,7 +50,7 @@ class Study(NamedTuple):
 
 
 class Point(NamedTuple):
-    """At one size: seconds of each run after the first, and MiB of the first's peak beyond what was prepared."""
+    """One size. seconds: of each run after the first. extra: MiB that the first run adds to the peak."""
 
     size: int
     seconds: list[float]
@@ -68,7 +68,7 @@ def _supcon(classes: int) -> Call:
 
 
 def _bank(entries: int, classes: int) -> Call:
-    # Sizes of the module, which this process uses for nothing else.
+    # Sets the module's sizes; this process uses it for nothing else.
     bank.ENTRIES, bank.CLASSES, bank.TOPK = entries, classes, min(512, entries // 4)
     return bank.PEAK["bf16"]()
 
@@ -133,20 +133,18 @@ STUDIES: dict[str, Study] = {
     "GPaCo": Study("classes", f"B = 64, d = 128, {GPACO_ENTRIES} entries", _gpaco),
     "epoch order": Study("images", "shuffled, up to the first batch of 128", _order),
     "listing": Study("images", "names packed in memory", _listing),
-    "fingerprint": Study(
-        "images", "names that no file has, one look on the disk each", _fingerprint
-    ),
+    "fingerprint": Study("images", "names without files, one stat each", _fingerprint),
 }
 
 
 def measure(name: str, size: int, threads: int) -> Point:
-    """One point, in a process that has done nothing else."""
+    """One point, to be called in a fresh process."""
     torch.set_num_threads(threads)
     call = STUDIES[name].prepared(size)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is held now
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current memory
     before = _peak()
     call()
-    extra = max(0, _peak() - before) / 1024  # the kernel's two readings may be some pages apart
+    extra = max(0, _peak() - before) / 1024  # two readings may differ by some pages
     seconds: list[float] = []
     while len(seconds) < LEAST or (len(seconds) < MOST and sum(seconds) < ENOUGH):
         start = time.perf_counter()
@@ -161,7 +159,7 @@ def _peak() -> int:
 
 
 def fresh(name: str, size: int, threads: int) -> Point:
-    """`measure` in a process of its own, from a server that has imported everything and computed nothing."""
+    """`measure` in a fresh process, forked from a server that has imported everything."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.bank", "benchmarks.pairwise", "nearkin.data"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
@@ -169,7 +167,7 @@ def fresh(name: str, size: int, threads: int) -> Point:
 
 
 def exponent(points: list[Point]) -> float:
-    """The slope of log least time on log size, by least squares, over the upper half of the sizes."""
+    """The slope of log minimum time over log size, by least squares over the upper half of the sizes."""
     upper = points[-max(2, len(points) // 2) :]
     sizes = [math.log(p.size) for p in upper]
     return statistics.linear_regression(sizes, [math.log(min(p.seconds)) for p in upper]).slope

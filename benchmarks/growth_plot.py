@@ -1,12 +1,12 @@
-"""The picture of `benchmarks.growth`: time and memory against size, a row per axis, logarithmic."""
+"""The figure of `benchmarks.growth`: time and memory against size, a row per axis, logarithmic."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-LEAST = 0.01  # what is drawn for nothing at all, which has no logarithm
-# Colours that stay apart for colour-blind eyes (Okabe and Ito); markers for prints without colour.
+LEAST = 0.01  # drawn instead of 0, which has no logarithm
+# Colours for colour-blind readers (Okabe and Ito); markers for prints without colour.
 STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"))
 LEGEND = {
     "frameon": False,
@@ -23,7 +23,7 @@ def draw(studies: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     axes = list(dict.fromkeys(study["axis"] for study in studies))
-    # Text as text is small and can be searched; a fixed salt gives the same numbers the same file.
+    # Text stays text (small, searchable); a fixed salt makes the file reproducible.
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "growth", "font.size": 9}):
         figure = Figure(figsize=(9, 3 * len(axes)), layout="constrained")
         rows = figure.subplots(len(axes), 2, squeeze=False)
@@ -31,7 +31,7 @@ def draw(studies: list[dict[str, Any]], path: Path) -> None:
             of_axis = [study for study in studies if study["axis"] == axis]
             _panel(time, of_axis, "minimum", 1000.0)
             time.set(xlabel=axis, ylabel="ms")
-            # Above the panel: within it there are lines everywhere.
+            # Above the panel, where no line crosses it.
             time.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, **LEGEND)
             _panel(memory, of_axis, "extra_mib", 1.0)
             memory.set(xlabel=axis, ylabel="MiB beyond the inputs")

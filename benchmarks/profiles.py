@@ -1,4 +1,4 @@
-"""Where the time goes: `python -m benchmarks.profiles`. Before: N x N matrices, the published bank. After: ours."""
+"""Profiles of the losses beside plain implementations: `python -m benchmarks.profiles`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def banks() -> dict[str, Call]:
 
 
 def table(name: str, call: Call) -> str:
-    """The operations with the largest share of the time that they take themselves."""
+    """The operations with the largest self time."""
     call()
     with profile(activities=[ProfilerActivity.CPU]) as run:
         for _ in range(CALLS):

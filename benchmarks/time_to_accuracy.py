@@ -1,6 +1,6 @@
-"""Validation accuracy against the time a run has taken: `python -m benchmarks.time_to_accuracy RUN... --plot FILE`.
+"""Validation accuracy against time: `python -m benchmarks.time_to_accuracy RUN... --plot FILE`.
 
-The runs are made by `nearkin train`; this reads their journals. Time is what `metrics.jsonl` says, validation included.
+Reads `metrics.jsonl` of finished runs; time includes validation.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _time(record: dict[str, Any]) -> float:
 
 
 def reached(curve: dict[str, Any], accuracy: float) -> float | None:
-    """Seconds until the accuracy stood for the first time."""
+    """Seconds until the accuracy is reached, or None."""
     pairs = zip(curve["seconds"], curve["top1"], strict=True)
     return next((seconds for seconds, top1 in pairs if top1 >= accuracy), None)
 

@@ -1,4 +1,4 @@
-"""Writing files so that a crash, a full disk or a power cut leaves the old one or the new one."""
+"""Atomic writes: after a crash, a full disk or a power cut a file has its old or its new content."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CACHE = "NEARKIN_CACHE_DIR"
 
 
 class SaveFailed(NearkinError):
-    """A file could not be written; what lay there before is untouched (exit 75: go on later)."""
+    """A file could not be written; its earlier content is untouched (exit code 75: resumable)."""
 
     code = 75
 
@@ -31,7 +31,7 @@ def reporting(failure: str) -> Iterator[None]:
 
 
 def write_synced(path: Path, data: bytes) -> None:
-    """Write `data` to `path` and return once the disk has it. Raises `OSError`."""
+    """Write `data` to `path` and fsync it. Raises `OSError`."""
     with path.open("wb") as file:
         file.write(data)
         file.flush()
@@ -39,8 +39,8 @@ def write_synced(path: Path, data: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Return once the disk has the names in `folder`, as a rename needs. Raises `OSError`."""
-    if os.name == "nt":  # Windows opens no folders and keeps the order of renames itself
+    """fsync `folder`, which makes renames in it durable. Raises `OSError`."""
+    if os.name == "nt":  # Windows cannot open folders and orders renames itself
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -50,10 +50,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Replace the file at `path` by `data` in one step; readers see the old bytes or the new.
+    """Replace the content of `path` by `data` in one step: readers see the old or the new bytes.
 
-    The temporary lies in the same folder, since a rename is atomic only inside one file system. One
-    writer per file. Raises `SaveFailed`.
+    The temporary file is in the same folder, since a rename is atomic inside one file system only. One writer per
+    file. Raises `SaveFailed`.
     """
     temporary = path.with_name(f".tmp-{path.name}")
     with reporting(f"{printable(str(path))} could not be written"):
@@ -62,7 +62,7 @@ def write_atomic(path: Path, data: bytes) -> None:
             temporary.replace(path)
             sync_folder(path.parent)
         except BaseException:
-            with contextlib.suppress(OSError):  # the first error is the one to report
+            with contextlib.suppress(OSError):  # report the first error
                 temporary.unlink(missing_ok=True)
             raise
 

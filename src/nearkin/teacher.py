@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from nearkin.network import Network
     from nearkin.types import Outputs
 
-# Keeps the teacher's dropout masks apart from the student's without a second seed to configure.
+# Mixed into the teacher's dropout keys, so that its masks differ from the student's.
 TEACHER_SALT = 0x7EAC
 
 
@@ -21,11 +21,11 @@ class TeacherPolicy(NamedTuple):
     """How a stage keeps its teacher.
 
     schedule: `constant` momentum from `horizon`, the same `ramped` up from 0, or CoNe's `cosine` from `momentum` to 1.
-    horizon: memory in epochs of the first two (at least 8 steps).
-    momentum: start of the cosine schedule.
-    batchnorm: `own` runs the teacher in train mode, so that it normalises with, and tracks, its own statistics
+    horizon: memory of `constant` and `ramped` in epochs (at least 8 steps), above 0.
+    momentum: start of the cosine schedule, in [0, 1).
+    batchnorm: `own` runs the teacher in train mode, with batch statistics and running statistics of its own
         (CoNe's published code); `average` averages the student's statistics and runs in eval mode.
-    crop: the teacher reads the `same` views as the student, or one of its `own`.
+    crop: the teacher reads the `same` views as the student, or its `own` view.
     """
 
     schedule: Literal["constant", "ramped", "cosine"] = "constant"
@@ -38,7 +38,7 @@ class TeacherPolicy(NamedTuple):
 def momentum_at(policy: TeacherPolicy, step: int, steps: int, steps_per_epoch: int) -> float:
     """The momentum m of `teacher = m * teacher + (1 - m) * student` before forward pass number `step`.
 
-    constant: m = 1 - 1 / max(8, horizon * steps_per_epoch) (our choice: memory in epochs, not steps).
+    constant: m = 1 - 1 / max(8, horizon * steps_per_epoch), a memory in epochs, not steps.
     ramped: min(1 - 1 / (step + 1), the constant) (Tarvainen and Valpola 2017, published code).
     cosine: m = 1 - (1 - m0)(cos(pi step / steps) + 1) / 2 (CoNe, published code).
     """
@@ -61,13 +61,13 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Outputs:
-        """What the teacher says of `images`, without gradient."""
+        """The teacher's outputs for `images` `[N, channels, H, W]`, without gradient."""
         outputs: Outputs = self.network(images)
         return outputs
 
     @torch.no_grad()
     def update(self, student: Network, momentum: float) -> None:
-        """Move the teacher towards the student; its statistics too, where they are averaged."""
+        """teacher <- momentum * teacher + (1 - momentum) * student; with `average`, BatchNorm statistics as well."""
         _lerp(list(self.network.parameters()), list(student.parameters()), 1.0 - momentum)
         if self.batchnorm == "own":
             return

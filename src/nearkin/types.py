@@ -1,4 +1,4 @@
-"""The values that travel between the rooms. Importing this file imports no torch."""
+"""Values passed between packages. Importing this file imports no torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Batch(NamedTuple):
-    """What a step learns from.
+    """The images and labels of one step.
 
     images: `[V, B, channels, H, W]`, V views of B images; uint8 from the loader, float in [0, 1] after mixing.
     labels: `[B]` class numbers, or `[B, C]` rows that sum to 1 when images are mixed.
@@ -20,15 +20,15 @@ class Batch(NamedTuple):
 
     images: Tensor
     labels: Tensor
-    index: Tensor  # type: ignore[assignment]  # the field shadows tuple.index, which nobody needs here
+    index: Tensor  # type: ignore[assignment]  # the field shadows tuple.index, which is not used
 
 
 class Outputs(NamedTuple):
-    """What the network says of N = V * B images, view after view (row v * B + b is view v of image b).
+    """Outputs of the network for N = V * B images, view after view (row v * B + b is view v of image b).
 
     features:   `[N, d]` pooled features of the backbone.
-    embedding:  `[N, e]` the representation that the classifier reads; the features unless a head writes it.
-    projection: `[N, p]` output of a head that only contrasts, or None.
+    embedding:  `[N, e]` the input of the classifier; the features unless a head writes it.
+    projection: `[N, p]` output of a head for the contrastive loss only, or None.
     logits:     `[N, C]` class logits, or None in a stage without a classifier.
     """
 
@@ -41,7 +41,7 @@ class Outputs(NamedTuple):
 class Loss(NamedTuple):
     """total: the scalar to minimise, with gradient.
 
-    terms, counts: detached scalars for the journal, on the device; terms are averaged over steps, counts summed.
+    terms, counts: detached scalars for the log, on the device; terms are averaged over steps, counts summed.
     """
 
     total: Tensor
@@ -50,18 +50,18 @@ class Loss(NamedTuple):
 
 
 class Predictions(NamedTuple):
-    """What a model says of a split, on the CPU, in the order of the split.
+    """Predictions of a model for a split, on the CPU, in the order of the split.
 
     probabilities: `[N, C]` float32. labels: `[N]` int64. index: `[N]` int64, the row in the split.
     """
 
     probabilities: Tensor
     labels: Tensor
-    index: Tensor  # type: ignore[assignment]  # the field shadows tuple.index, which nobody needs here
+    index: Tensor  # type: ignore[assignment]  # the field shadows tuple.index, which is not used
 
 
 class Progress(NamedTuple):
-    """Where the training stands inside its stage. Steps are optimiser steps; both counters start at 0."""
+    """Position inside the current stage. Steps are optimiser steps; both counters start at 0."""
 
     stage: str
     step: int

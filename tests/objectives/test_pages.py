@@ -25,7 +25,7 @@ SECTIONS = (
     "Heads and stages",
     "Options",
     "When to use it, and when not",
-    "Published, and our choice",
+    "What differs from the paper",
     "Soft labels",
     "Run it",
     "Source",
