@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nearkin.functional import SoftPairs, soft_pairs
-from nearkin.functional.attention import Memory
+from nearkin.functional._bank_attention import Memory
 
 EMPTY = -1
 

@@ -8,11 +8,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from nearkin.functional.checks import check_labels, check_smoothing
-from nearkin.functional.labels import Labels, class_rows
-from nearkin.functional.per_anchor import PerAnchor
-from nearkin.functional.precision import full_precision
-from nearkin.functional.validity import all_valid
+from nearkin.functional._checks import check_labels, check_smoothing
+from nearkin.functional._common import Labels, PerAnchor, all_valid, class_rows, full_precision
 
 LEAST_PROBABILITY = 1e-7  # as published: predictions are clipped to [1e-7, 1]
 LOG_OF_NONE = math.log(

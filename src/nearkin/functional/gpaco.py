@@ -6,26 +6,28 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nearkin.functional.bank_mask import Mask, usable_entries
-from nearkin.functional.checks import (
+from nearkin.functional._checks import (
     check_labels,
     check_positive,
     check_rows,
     check_smoothing,
 )
-from nearkin.functional.labels import (
+from nearkin.functional._common import (
     BankLabels,
     Labels,
+    Mask,
+    PerAnchor,
     SoftPairs,
-    bank_positiveness,
+    all_valid,
     class_rows,
-    positiveness,
+    full_precision,
+    log_sum,
+    not_self,
+    shared_classes,
+    shared_with_bank,
     soft_pairs,
+    usable_entries,
 )
-from nearkin.functional.pairs import log_sum, not_self
-from nearkin.functional.per_anchor import PerAnchor
-from nearkin.functional.precision import full_precision
-from nearkin.functional.validity import all_valid
 
 
 @full_precision
@@ -69,7 +71,9 @@ def gpaco(
     stored = features @ bank.T / temperature
     scores = torch.cat([logits, batch, stored], 1)
     present = torch.cat([torch.ones_like(logits), not_self(batch), usable_entries(mask, stored)], 1)
-    positive = torch.cat([positiveness(labels, batch.dtype), bank_positiveness(labels, pairs)], 1)
+    positive = torch.cat(
+        [shared_classes(labels, labels, batch.dtype), shared_with_bank(labels, pairs)], 1
+    )
     weights = torch.cat([_class_weights(labels, logits, smoothing), alpha * positive], 1) * present
     # log p = scores - LSE taken apart: an absent entry gives 0 * score, never 0 * -inf.
     value = log_sum(scores, present) - (weights * scores).sum(1) / weights.sum(1)

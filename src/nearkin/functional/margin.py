@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from nearkin.functional.checks import check_hard_labels
-from nearkin.functional.labels import Hard, class_rows
-from nearkin.functional.precision import full_precision
+from nearkin.functional._checks import check_hard_labels
+from nearkin.functional._common import Hard, class_rows, full_precision
 
 
 @full_precision

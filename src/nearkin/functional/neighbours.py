@@ -8,19 +8,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nearkin.functional.bank_mask import Mask, usable_entries
-from nearkin.functional.checks import check_labels, check_positive, check_rows, check_same_shape
-from nearkin.functional.labels import (
+from nearkin.functional._checks import check_labels, check_positive, check_rows, check_same_shape
+from nearkin.functional._common import (
     BankLabels,
     Labels,
+    Mask,
+    PerAnchor,
     SoftPairs,
-    bank_positiveness,
+    all_valid,
+    full_precision,
+    log_sum,
+    masked,
+    shared_with_bank,
     soft_pairs,
+    usable_entries,
 )
-from nearkin.functional.pairs import log_sum
-from nearkin.functional.per_anchor import PerAnchor
-from nearkin.functional.precision import full_precision
-from nearkin.functional.validity import all_valid, masked
 
 LEAST_MASS = 1e-8  # as published: an anchor whose class holds no more attention adds nothing
 
@@ -60,7 +62,7 @@ def neighbour_nll(
     check_rows("bank_labels", pairs.labels, len(bank))
     scores, usable = _bank_scores(query, bank, temperature, mask)
     nearest, index = scores.topk(min(topk, len(bank)), dim=1)
-    positive = bank_positiveness(labels, SoftPairs(pairs.labels[index], pairs.weights[index]))
+    positive = shared_with_bank(labels, SoftPairs(pairs.labels[index], pairs.weights[index]))
     # A log-mass of 0, which `log_sum` gives without a positive neighbour, is the value 0 asked for.
     log_mass = log_sum(nearest.log_softmax(1), positive)
     return masked((-log_mass).where(log_mass > math.log(LEAST_MASS), 0), usable)

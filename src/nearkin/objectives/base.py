@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nearkin.bank import NeighbourBank
 from nearkin.functional import PerAnchor, cross_entropy, mean_valid, soft_pairs
-from nearkin.functional.labels import class_rows
+from nearkin.functional._common import class_rows
 from nearkin.network import Head
 from nearkin.teacher import TeacherPolicy
 from nearkin.types import Batch, Facts, Loss, Outputs, Progress

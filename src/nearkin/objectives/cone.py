@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nearkin.bank import NeighbourBank
 from nearkin.config import Auto, Count, Natural
 from nearkin.functional import PerAnchor, consistency_kl
-from nearkin.functional.attention import bank_attention
+from nearkin.functional._bank_attention import bank_attention
 from nearkin.network import Head, projection_head, projection_sizes
 from nearkin.objectives.base import (
     Objective,

@@ -1,4 +1,4 @@
-"""Arguments that cannot be meant, refused without looking at any tensor's values."""
+"""Checks of arguments: shapes and settings always, values of tensors on request."""
 
 from __future__ import annotations
 

@@ -11,13 +11,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from nearkin.functional.checks import check_labels, check_positive, check_rows
-from nearkin.functional.labels import Labels, SoftPairs, bank_positiveness
+from nearkin.functional._checks import check_labels, check_positive, check_rows
+from nearkin.functional._common import (
+    Labels,
+    PerAnchor,
+    SoftPairs,
+    differentiated_once,
+    full_precision,
+    shared_with_bank,
+)
 from nearkin.functional.neighbours import LEAST_MASS
-from nearkin.functional.once import differentiated_once
-from nearkin.functional.per_anchor import PerAnchor
-from nearkin.functional.precision import full_precision
-from nearkin.functional.topk import GROUP, largest
 
 ANCHORS = 64  # at a time: their scores take 8 bytes an entry of the bank
 KEYS = 2048  # keys of 8 bytes a number at a time, more of shorter ones: they stay in the cache
@@ -27,6 +30,7 @@ SHARES = 8192, 256
 # Scores of unit vectors are at most 1 / temperature: up to here their exponentials need no shift.
 STEEP = 60
 MANY = 1024  # entries from which products in bf16 save anything
+GROUP = 4  # rows of a group: more make fewer maxima, and more members to gather
 NEAR = 2**19  # numbers of chosen neighbours gathered at a time
 
 
@@ -232,7 +236,7 @@ def _mass(scores: Tensor, index: Tensor, labels: Tensor, memory: Memory) -> tupl
     at = index.flatten()
     stored = memory.labels.index_select(0, at), memory.weights.index_select(0, at).to(scores.dtype)
     pairs = SoftPairs(*(each.view(*index.shape, -1) for each in stored))
-    positive = bank_positiveness(labels, pairs).to(scores.dtype)
+    positive = shared_with_bank(labels, pairs).to(scores.dtype)
     attention = scores.softmax(1)
     mass = (attention * positive).sum(1, keepdim=True)
     counts = mass > LEAST_MASS
@@ -267,3 +271,26 @@ class _Widened:
         if self._buffer is None or self._buffer.numel() < part.numel():
             self._buffer = part.new_empty(part.numel(), dtype=self.dtype)
         return self._buffer[: part.numel()].view(part.shape).copy_(part)
+
+
+def largest(
+    scores: Float[Tensor, "k n"], count: int
+) -> tuple[Float[Tensor, "n m"], Int[Tensor, "n m"]]:
+    """The `count` largest of each column and where they are, in any order; of fewer rows all.
+
+    scores: `[K, N]`; groups need a K that is a multiple of `GROUP`. Group g is the rows g, g + K / GROUP,
+    g + 2 K / GROUP and so on, so that maxima take whole vectors. The members of the `count` groups with
+    the largest maxima, found in the same way, are enough: a group outside has no member above the smallest
+    of these maxima, which are `count` scores already. Among equal scores any may be chosen, as torch.topk does.
+    Source: our choice.
+    """
+    rows = len(scores)
+    groups = rows // GROUP
+    if rows % GROUP or groups <= 2 * count:
+        values, index = scores.T.topk(min(count, rows), dim=1, sorted=False)
+        return values, index
+    _, best = largest(scores.view(GROUP, groups, -1).amax(0), count)
+    start = torch.arange(0, rows, groups, device=scores.device)
+    members = (best[:, None] + start[:, None]).flatten(1)
+    values, at = scores.T.gather(1, members).topk(count, dim=1, sorted=False)
+    return values, members.gather(1, at)
