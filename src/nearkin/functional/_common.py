@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from nearkin.functional._checks import check_classes, check_rows, check_shares
+
 Hard: TypeAlias = Int[Tensor, " n"]
 Labels: TypeAlias = Int[Tensor, " n"] | Float[Tensor, "n c"]
 Mask: TypeAlias = Bool[Tensor, "n k"] | Bool[Tensor, " k"]
@@ -59,12 +61,31 @@ class SoftPairs(NamedTuple):
 BankLabels: TypeAlias = Int[Tensor, " k"] | SoftPairs
 
 
-def soft_pairs(labels: Labels) -> SoftPairs:
+def bank_pairs(
+    labels: BankLabels, entries: int, classes: int | None, *, validate: bool
+) -> SoftPairs:
+    """The labels of a bank as pairs. Raises ValueError when their count, or on request their values, are wrong."""
+    pairs = labels if isinstance(labels, SoftPairs) else soft_pairs(labels, validate=False)
+    check_rows("bank_labels", pairs.labels, entries)
+    if validate:
+        check_classes("bank_labels", pairs.labels, classes, least=-1)
+        # The weights of an empty slot mean nothing.
+        first = torch.tensor([1.0, 0.0], device=pairs.weights.device)
+        filled = (pairs.labels[:, :1] >= 0) | (pairs.labels[:, 1:] >= 0)
+        check_shares("bank_labels.weights", pairs.weights.where(filled, first))
+    return pairs
+
+
+def soft_pairs(labels: Labels, *, validate: bool = True) -> SoftPairs:
     """Labels as pairs of classes with weights; a single class y becomes (y, y) with weights (1, 0).
 
-    labels: `[N]` integers, or `[N, C]` rows that sum to 1 with at most two non-zero entries (of
-    more, the two largest are taken unchanged).
+    labels: `[N]` integers, -1 for none, or `[N, C]` rows that sum to 1 with at most two non-zero
+    entries (of more, the two largest are taken unchanged). validate: raise ValueError for others.
     """
+    if validate:
+        check_shares("labels", labels) if labels.ndim == 2 else check_classes(
+            "labels", labels, None, -1
+        )
     if labels.ndim == 1:
         first = torch.ones_like(labels, dtype=torch.float32)
         weights = torch.stack([first, torch.zeros_like(first)], 1)
@@ -80,8 +101,6 @@ def class_rows(labels: Labels, classes: int, dtype: torch.dtype) -> Float[Tensor
     if labels.ndim == 1:
         # torch's one_hot reads the largest label from the device, which synchronises.
         return (labels[:, None] == torch.arange(classes, device=labels.device)).to(dtype)
-    if labels.shape[1] != classes:
-        raise ValueError(f"labels have {labels.shape[1]} columns but the logits have {classes}.")
     return labels.detach().to(dtype)
 
 

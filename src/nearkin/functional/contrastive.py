@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from nearkin.functional._checks import check_positive, check_same_shape
+from nearkin.functional._checks import check_labels, check_positive, check_same_shape, check_unit
 from nearkin.functional._common import (
     Labels,
     Mask,
@@ -24,7 +24,9 @@ from nearkin.functional._pairs import Count, LogSum, Total, pair_sums, softplus_
 
 
 @full_precision
-def supcon_out(features: Float[Tensor, "n d"], labels: Labels, *, temperature: float) -> PerAnchor:
+def supcon_out(
+    features: Float[Tensor, "n d"], labels: Labels, *, temperature: float, validate: bool = True
+) -> PerAnchor:
     """Supervised contrast with the mean outside the logarithm (L_out).
 
         L_i = 1/|P_i| sum_{p != i} a_ip ( LSE_{k != i}(s_ik) - s_ip ),   |P_i| = sum_{p != i} a_ip
@@ -38,6 +40,7 @@ def supcon_out(features: Float[Tensor, "n d"], labels: Labels, *, temperature: f
     Raises ValueError when temperature or the shape of labels is wrong.
     Source: Khosla et al. 2020, equation 2; soft labels as in GenSCL (2022); validity is our choice.
     """
+    _check(features, labels, temperature, validate)
     terms = LogSum("others"), Total("positives"), Count("positives")
     all_others, attraction, count = pair_sums(features, labels, temperature, *terms)
     valid = count > 0
@@ -45,20 +48,25 @@ def supcon_out(features: Float[Tensor, "n d"], labels: Labels, *, temperature: f
 
 
 @full_precision
-def supcon_in(features: Float[Tensor, "n d"], labels: Labels, *, temperature: float) -> PerAnchor:
+def supcon_in(
+    features: Float[Tensor, "n d"], labels: Labels, *, temperature: float, validate: bool = True
+) -> PerAnchor:
     """Supervised contrast with the mean inside the logarithm (L_in).
 
         L_i = -log( 1/|P_i| sum_{p != i} a_ip e^(s_ip) / sum_{k != i} e^(s_ik) )
 
     Shapes, symbols, validity and errors as in `supcon_out`. Source: Khosla et al. 2020, equation 3.
     """
+    _check(features, labels, temperature, validate)
     terms = LogSum("others"), LogSum("positives"), Count("positives")
     all_others, positives, count = pair_sums(features, labels, temperature, *terms)
     return masked(all_others - positives + log_count(count), count > 0)
 
 
 @full_precision
-def sincere(features: Float[Tensor, "n d"], labels: Labels, *, temperature: float) -> PerAnchor:
+def sincere(
+    features: Float[Tensor, "n d"], labels: Labels, *, temperature: float, validate: bool = True
+) -> PerAnchor:
     """Supervised InfoNCE: each positive alone against the other classes.
 
         L_i = -1/|P_i| sum_{p != i} a_ip log( e^(s_ip) / (e^(s_ip) + N_i) )
@@ -69,6 +77,7 @@ def sincere(features: Float[Tensor, "n d"], labels: Labels, *, temperature: floa
     negative its value is 0 and it is valid. Source: Feeney and Hughes 2023 (SINCERE); soft labels
     are our choice.
     """
+    _check(features, labels, temperature, validate)
     terms = LogSum("negatives"), Count("positives"), Count("negatives")
     negatives, count, negative_count = pair_sums(features, labels, temperature, *terms)
     valid = count > 0
@@ -84,6 +93,7 @@ def schane(
     temperature: float,
     hardness: float,
     positives: Literal["mean", "sum"] = "mean",
+    validate: bool = True,
 ) -> PerAnchor:
     """Supervised contrast with hard negatives.
 
@@ -106,6 +116,7 @@ def schane(
     """
     if positives not in ("mean", "sum"):
         raise ValueError(f'positives is {positives!r} but must be "mean" or "sum".')
+    _check(features, labels, temperature, validate)
     positive, steeper, weights, positive_count, negative_count = pair_sums(
         features,
         labels,
@@ -123,7 +134,11 @@ def schane(
 
 
 def instance_nce(
-    view1: Float[Tensor, "b d"], view2: Float[Tensor, "b d"], *, temperature: float
+    view1: Float[Tensor, "b d"],
+    view2: Float[Tensor, "b d"],
+    *,
+    temperature: float,
+    validate: bool = True,
 ) -> PerAnchor:
     """Instance discrimination: an image's other view against all other images, own class included.
 
@@ -134,9 +149,11 @@ def instance_nce(
     size or temperature is wrong. Source: Chen et al. 2020 (SimCLR), equation 1.
     """
     check_same_shape("view2", view2, "view1", view1)
+    if validate:
+        check_unit(view1=view1, view2=view2)
     images = torch.arange(len(view1), device=view1.device).repeat(2)
     # Every image a class of its own: its only positive is its other view.
-    return supcon_out(torch.cat([view1, view2]), images, temperature=temperature)
+    return supcon_out(torch.cat([view1, view2]), images, temperature=temperature, validate=False)
 
 
 @full_precision
@@ -147,6 +164,7 @@ def instance_nce_bank(
     *,
     temperature: float,
     mask: Mask | None = None,
+    validate: bool = True,
 ) -> PerAnchor:
     """Instance discrimination against a bank: an image's other view against other images' keys.
 
@@ -160,7 +178,17 @@ def instance_nce_bank(
     """
     check_positive("temperature", temperature)
     check_same_shape("key", key, "query", query)
+    if validate:
+        check_unit(query=query, key=key)
+        check_unit(bank=bank, zeros=True)
     own = (query * key.detach()).sum(1, keepdim=True) / temperature
     others = query @ bank.T / temperature
     others = others.masked_fill(~usable_entries(mask, others), -torch.inf)
     return all_valid(-torch.cat([own, others], 1).log_softmax(1)[:, 0])
+
+
+def _check(features: Tensor, labels: Labels, temperature: float, validate: bool) -> None:
+    check_positive("temperature", temperature)
+    check_labels(labels, len(features), validate=validate)
+    if validate:
+        check_unit(features=features)

@@ -11,21 +11,21 @@ from nearkin.functional._checks import (
     check_positive,
     check_rows,
     check_smoothing,
+    check_unit,
 )
 from nearkin.functional._common import (
     BankLabels,
     Labels,
     Mask,
     PerAnchor,
-    SoftPairs,
     all_valid,
+    bank_pairs,
     class_rows,
     full_precision,
     log_sum,
     not_self,
     shared_classes,
     shared_with_bank,
-    soft_pairs,
     usable_entries,
 )
 
@@ -42,6 +42,7 @@ def gpaco(
     temperature: float,
     smoothing: float,
     mask: Mask | None = None,
+    validate: bool = True,
 ) -> PerAnchor:
     """Parametric contrast: class logits and same-class samples compete in one softmax.
 
@@ -62,10 +63,13 @@ def gpaco(
     """
     check_positive("temperature", temperature)
     check_smoothing(smoothing)
-    check_labels(labels, len(features))
     check_rows("logits", logits, len(features))
-    pairs = bank_labels if isinstance(bank_labels, SoftPairs) else soft_pairs(bank_labels)
-    check_rows("bank_labels", pairs.labels, len(bank))
+    classes = logits.shape[1]
+    check_labels(labels, len(features), classes=classes, validate=validate)
+    pairs = bank_pairs(bank_labels, len(bank), classes, validate=validate)
+    if validate:
+        check_unit(features=features)
+        check_unit(bank=bank, zeros=True)
 
     batch = features @ features.T / temperature
     stored = features @ bank.T / temperature

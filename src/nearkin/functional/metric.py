@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from nearkin.functional._checks import check_hard_labels, check_positive
+from nearkin.functional._checks import check_hard_labels, check_labels, check_positive, check_unit
 from nearkin.functional._common import (
     Hard,
     Labels,
@@ -24,7 +24,9 @@ COUNT_EPSILON = 1e-6  # as published: added to both counts, so that no pairs giv
 
 
 @full_precision
-def triplet_batch_hard(features: Float[Tensor, "n d"], labels: Hard, *, margin: float) -> PerAnchor:
+def triplet_batch_hard(
+    features: Float[Tensor, "n d"], labels: Hard, *, margin: float, validate: bool = True
+) -> PerAnchor:
     """Hinge on the distance to the farthest positive against that to the nearest negative.
 
         L_i = max(0, max_{p in P(i)} |z_i - z_p| - min_{n in N(i)} |z_i - z_n| + margin)
@@ -35,7 +37,9 @@ def triplet_batch_hard(features: Float[Tensor, "n d"], labels: Hard, *, margin: 
     or without a negative. Raises ValueError when labels are not `[N]` integers. Source: Hermans et
     al. 2017, equation 5.
     """
-    check_hard_labels(labels, len(features))
+    check_hard_labels(labels, len(features), validate=validate)
+    if validate:
+        check_unit(features=features)
     same = labels[:, None] == labels
     positive = same & not_self(same)
     with torch.no_grad():
@@ -51,7 +55,7 @@ def triplet_batch_hard(features: Float[Tensor, "n d"], labels: Hard, *, margin: 
 
 @full_precision
 def orthogonal_projection(
-    features: Float[Tensor, "n d"], labels: Labels, *, gamma: float
+    features: Float[Tensor, "n d"], labels: Labels, *, gamma: float, validate: bool = True
 ) -> Float[Tensor, ""]:
     """One scalar for the batch: positive pairs should be parallel, negative pairs orthogonal.
 
@@ -66,6 +70,9 @@ def orthogonal_projection(
     ValueError when the shape of labels is wrong.
     Source: Ranasinghe et al. 2021 and its code; soft labels are our choice.
     """
+    check_labels(labels, len(features), validate=validate)
+    if validate:
+        check_unit(features=features)
     terms = Total("positives"), Count("positives"), Total("negatives"), Count("negatives")
     sums = [each.sum() for each in pair_sums(features, labels, 1.0, *terms)]
     attraction = sums[0] / (sums[1] + COUNT_EPSILON)
@@ -75,7 +82,12 @@ def orthogonal_projection(
 
 @full_precision
 def varcon(
-    features: Float[Tensor, "n d"], labels: Hard, *, temperature: float, epsilon: float
+    features: Float[Tensor, "n d"],
+    labels: Hard,
+    *,
+    temperature: float,
+    epsilon: float,
+    validate: bool = True,
 ) -> PerAnchor:
     """Variational contrast with class centres.
 
@@ -95,7 +107,9 @@ def varcon(
     check_positive("temperature", temperature)
     if not epsilon >= 0:
         raise ValueError(f"epsilon is {epsilon} but must not be below 0.")
-    check_hard_labels(labels, len(features))
+    check_hard_labels(labels, len(features), validate=validate)
+    if validate:
+        check_unit(features=features)
     value = _against_centres(features, _centres(features, labels), labels, temperature, epsilon)
     return all_valid(value)
 

@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nearkin.functional._checks import check_labels, check_positive
 from nearkin.functional._common import Labels
 from nearkin.functional._pairs import plain, tiled
 from nearkin.functional._pairs.terms import Count, LogSum, Term, Total
@@ -31,11 +30,8 @@ def pair_sums(
 ) -> Sums:
     """The `terms` of each sample, `[N]` each, with s = z z' / temperature. Tiles can be differentiated once only.
 
-    features: `[N, d]` rows of unit length. labels: `[N]` integers or `[N, C]` rows.
-    Raises ValueError when temperature or the shape of labels is wrong.
+    features: `[N, d]` rows of unit length. labels: `[N]` integers or `[N, C]` rows. Checks nothing.
     """
-    check_positive("temperature", temperature)
-    check_labels(labels, len(features))
     steepest = max((term.scale for term in terms if isinstance(term, LogSum)), default=0.0)
     dtype = _tile_dtype(features, steepest / temperature)
     if dtype is None:
