@@ -13,7 +13,7 @@ from torch.nn.functional import kl_div, normalize
 from benchmarks.bench import Call, Row, Table, alternate, extra_memory, ratio
 from nearkin import functional as F
 from nearkin.bank import NeighbourBank
-from nearkin.functional.attention import bank_attention, multiplies_bf16
+from nearkin.functional._bank_attention import bank_attention, multiplies_bf16
 from nearkin.process import keep_freed_memory
 
 ENTRIES, CLASSES, DIM, BATCH, TOPK = 65_536, 1000, 256, 64, 512

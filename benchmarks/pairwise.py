@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from benchmarks.bench import MOST, Call, Row, Table, alternate, extra_memory, ratio
 from nearkin import functional as F
-from nearkin.functional import pairs
+from nearkin.functional import _pairs as pairs
 
 SAMPLES, DIM, CLASSES, TEMPERATURE = 4096, 128, 100, 0.1
 Loss = Callable[[Tensor, Tensor], F.PerAnchor]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding_bag
 
 from nearkin.functional import SoftPairs, soft_pairs
-from nearkin.functional.attention import Memory
+from nearkin.functional._bank_attention import Memory, multiplies_bf16, own_copy_mask
 
 EMPTY = -1
 
@@ -81,7 +82,7 @@ class NeighbourBank(nn.Module):
         """
         size = len(self)
         rows = slice(max(0, keys.shape[0] - size), None)
-        pairs = soft_pairs(labels[rows])
+        pairs = soft_pairs(labels[rows], validate=False)
         count = pairs.labels.shape[0]
         at = (self.pointer + torch.arange(count, device=self.keys.device)) % size
         self.keys[at] = keys[rows].detach().to(self.keys.dtype)
@@ -105,11 +106,16 @@ class NeighbourBank(nn.Module):
 
     def usable(self, ids: Tensor) -> Tensor:
         """`[B, K]`: True where an entry is filled and shares no sample id with the anchor (`ids` `[B]` or `[B, 2]`)."""
-        mask = (self.labels[:, 0] != EMPTY).expand(ids.shape[0], -1)
-        for own in _two_ids(ids).unbind(1):
-            for theirs in self.ids.unbind(1):
-                mask = mask & ((own[:, None] != theirs) | (own[:, None] == EMPTY))
-        return mask
+        index, table = own_copy_mask(ids, self.labels, self.ids, torch.float32)
+        return (embedding_bag(index, table, mode="sum") == 0).T
+
+
+def bank_precision(device: torch.device) -> Literal["bf16", "exact"]:
+    """What `--objective.bank-precision auto` means on a device: bf16 where the hardware multiplies it, else exact.
+
+    Elsewhere bf16 is widened for every product: 395 ms a step at 65 536 entries on AVX2, where exact takes 283.
+    """
+    return "bf16" if multiplies_bf16(device) else "exact"
 
 
 def _two_ids(ids: Tensor) -> Tensor:

@@ -71,10 +71,11 @@ class Progress(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What `auto` values are resolved from: the training images after the splits, and the network's width."""
+    """What `auto` values are resolved from: the training images after the splits, the network's width, the device."""
 
     images: int
     classes: int
     batch_size: int
     image_size: int
     dim: int
+    device: str = "cpu"

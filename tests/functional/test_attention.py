@@ -6,8 +6,8 @@ from torch.autograd import gradcheck
 from torch.nn.functional import normalize, one_hot
 
 from nearkin import functional as F
-from nearkin.functional import attention, topk
-from nearkin.functional.attention import Memory, bank_attention
+from nearkin.functional import _bank_attention as attention
+from nearkin.functional._bank_attention import Memory, bank_attention
 
 OPTIONS = {"query_temperature": 0.1, "key_temperature": 0.07, "topk": 6}
 
@@ -255,7 +255,7 @@ def test_the_largest_by_groups_are_those_of_topk(rows, count, kind):
         scores[::3] = -torch.inf
     if kind == "all masked":
         scores[:] = -torch.inf
-    values, index = topk.largest(scores, count)
+    values, index = attention.largest(scores, count)
     assert torch.equal(scores.T.gather(1, index), values)
     assert all(len(set(row.tolist())) == len(row) for row in index)
     expected = scores.T.topk(min(count, rows), dim=1).values

@@ -3,16 +3,17 @@
 Imports torch and jaxtyping only.
 """
 
+from nearkin.functional._common import PerAnchor, SoftPairs, mean_valid, soft_pairs
 from nearkin.functional.classification import binary_cross_entropy, cross_entropy, symmetric_ce
 from nearkin.functional.contrastive import (
     instance_nce,
     instance_nce_bank,
+    schane,
     sincere,
     supcon_in,
     supcon_out,
 )
 from nearkin.functional.gpaco import gpaco
-from nearkin.functional.labels import SoftPairs, soft_pairs
 from nearkin.functional.margin import (
     arcface_logits,
     arcface_margin,
@@ -20,12 +21,8 @@ from nearkin.functional.margin import (
     cosface_margin,
     cosine_logits,
 )
+from nearkin.functional.metric import orthogonal_projection, triplet_batch_hard, varcon
 from nearkin.functional.neighbours import consistency_kl, neighbour_nll, neighbour_target
-from nearkin.functional.orthogonal import orthogonal_projection
-from nearkin.functional.per_anchor import PerAnchor, mean_valid
-from nearkin.functional.schane import schane
-from nearkin.functional.triplet import triplet_batch_hard
-from nearkin.functional.varcon import varcon
 
 __all__ = [
     "PerAnchor",

@@ -8,11 +8,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from nearkin.functional.checks import check_labels, check_smoothing
-from nearkin.functional.labels import Labels, class_rows
-from nearkin.functional.per_anchor import PerAnchor
-from nearkin.functional.precision import full_precision
-from nearkin.functional.validity import all_valid
+from nearkin.functional._checks import check_labels, check_smoothing
+from nearkin.functional._common import Labels, PerAnchor, all_valid, class_rows, full_precision
 
 LEAST_PROBABILITY = 1e-7  # as published: predictions are clipped to [1e-7, 1]
 LOG_OF_NONE = math.log(
@@ -27,6 +24,7 @@ def cross_entropy(
     *,
     smoothing: float = 0.0,
     class_weights: Float[Tensor, " c"] | None = None,
+    validate: bool = True,
 ) -> PerAnchor:
     """Cross-entropy with label smoothing and class weights.
 
@@ -37,7 +35,7 @@ def cross_entropy(
     All anchors are valid. Raises ValueError when smoothing or the shape of labels is wrong.
     Source: Szegedy et al. 2016, section 7.
     """
-    check_labels(labels, len(logits))
+    check_labels(labels, len(logits), classes=logits.shape[1], validate=validate)
     check_smoothing(smoothing)
     target = class_rows(labels, logits.shape[1], logits.dtype)
     value = F.cross_entropy(
@@ -53,6 +51,7 @@ def binary_cross_entropy(
     *,
     smoothing: float = 0.0,
     class_weights: Float[Tensor, " c"] | None = None,
+    validate: bool = True,
 ) -> PerAnchor:
     """Every class a yes-or-no question of its own, with label smoothing and class weights.
 
@@ -64,7 +63,7 @@ def binary_cross_entropy(
     Raises ValueError when smoothing or the shape of labels is wrong.
     Source: Wightman et al. 2021 (arXiv 2110.00476), section 2; the mean over classes as in timm.
     """
-    check_labels(labels, len(logits))
+    check_labels(labels, len(logits), classes=logits.shape[1], validate=validate)
     check_smoothing(smoothing)
     classes = logits.shape[1]
     target = (1 - smoothing) * class_rows(labels, classes, logits.dtype) + smoothing / classes
@@ -76,7 +75,12 @@ def binary_cross_entropy(
 
 @full_precision
 def symmetric_ce(
-    logits: Float[Tensor, "n c"], labels: Labels, *, alpha: float, beta: float
+    logits: Float[Tensor, "n c"],
+    labels: Labels,
+    *,
+    alpha: float,
+    beta: float,
+    validate: bool = True,
 ) -> PerAnchor:
     """Cross-entropy plus the same with prediction and label exchanged: bears wrong labels.
 
@@ -91,7 +95,7 @@ def symmetric_ce(
     Source: Wang et al. 2019 and their code; presets (alpha, beta) (0.1, 1) for about 10 classes,
     (6, 0.1) for 100.
     """
-    check_labels(labels, len(logits))
+    check_labels(labels, len(logits), classes=logits.shape[1], validate=validate)
     target = class_rows(labels, logits.shape[1], logits.dtype)
     log_p = logits.log_softmax(1)
     forward = -(target * log_p).sum(1)

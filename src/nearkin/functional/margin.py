@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from nearkin.functional.checks import check_hard_labels
-from nearkin.functional.labels import Hard, class_rows
-from nearkin.functional.precision import full_precision
+from nearkin.functional._checks import check_cosines, check_hard_labels, check_unit
+from nearkin.functional._common import Hard, class_rows, full_precision
 
 
 @full_precision
@@ -21,6 +20,7 @@ def cosface_logits(
     *,
     margin: float,
     scale: float,
+    validate: bool = True,
 ) -> Float[Tensor, "n c"]:
     """Cosines times scale, the own class's lowered by a margin; cross-entropy after.
 
@@ -30,7 +30,7 @@ def cosface_logits(
     margin is subtracted from the cosine. Raises ValueError when labels are not `[N]` integers.
     Source: Wang et al. 2018 (CosFace), equation 4.
     """
-    return _cosface(_cosines(features, weight, labels), labels, margin, scale)
+    return _cosface(_cosines(features, weight, labels, validate), labels, margin, scale)
 
 
 @full_precision
@@ -41,6 +41,7 @@ def arcface_logits(
     *,
     margin: float,
     scale: float,
+    validate: bool = True,
 ) -> Float[Tensor, "n c"]:
     """Cosines times scale, the angle to the own class widened by a margin; cross-entropy after.
 
@@ -50,7 +51,7 @@ def arcface_logits(
     to pi - margin only, as in the paper's equation.
     Source: Deng et al. 2019 (ArcFace), equation 3.
     """
-    return _arcface(_cosines(features, weight, labels), labels, margin, scale)
+    return _arcface(_cosines(features, weight, labels, validate), labels, margin, scale)
 
 
 @full_precision
@@ -69,25 +70,41 @@ def cosine_logits(
 
 @full_precision
 def cosface_margin(
-    cosine: Float[Tensor, "n c"], labels: Hard, *, margin: float, scale: float
+    cosine: Float[Tensor, "n c"],
+    labels: Hard,
+    *,
+    margin: float,
+    scale: float,
+    validate: bool = True,
 ) -> Float[Tensor, "n c"]:
     """`cosface_logits` from cosines `[N, C]` that are there already. Raises as it does."""
-    check_hard_labels(labels, len(cosine))
+    check_hard_labels(labels, len(cosine), classes=cosine.shape[1], validate=validate)
+    if validate:
+        check_cosines(cosine)
     return _cosface(cosine, labels, margin, scale)
 
 
 @full_precision
 def arcface_margin(
-    cosine: Float[Tensor, "n c"], labels: Hard, *, margin: float, scale: float
+    cosine: Float[Tensor, "n c"],
+    labels: Hard,
+    *,
+    margin: float,
+    scale: float,
+    validate: bool = True,
 ) -> Float[Tensor, "n c"]:
     """`arcface_logits` from cosines `[N, C]` that are there already. Raises as it does."""
-    check_hard_labels(labels, len(cosine))
+    check_hard_labels(labels, len(cosine), classes=cosine.shape[1], validate=validate)
+    if validate:
+        check_cosines(cosine)
     return _arcface(cosine, labels, margin, scale)
 
 
-def _cosines(features: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def _cosines(features: Tensor, weight: Tensor, labels: Tensor, validate: bool) -> Tensor:
     """The cosine of each sample with each class `[N, C]`."""
-    check_hard_labels(labels, len(features))
+    check_hard_labels(labels, len(features), classes=len(weight), validate=validate)
+    if validate:
+        check_unit(features=features)
     return features @ F.normalize(weight, dim=1).T
 
 

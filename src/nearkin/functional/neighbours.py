@@ -8,19 +8,28 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nearkin.functional.bank_mask import Mask, usable_entries
-from nearkin.functional.checks import check_labels, check_positive, check_rows, check_same_shape
-from nearkin.functional.labels import (
+from nearkin.functional._checks import (
+    check_labels,
+    check_positive,
+    check_rows,
+    check_same_shape,
+    check_shares,
+    check_unit,
+)
+from nearkin.functional._common import (
     BankLabels,
     Labels,
+    Mask,
+    PerAnchor,
     SoftPairs,
-    bank_positiveness,
-    soft_pairs,
+    all_valid,
+    bank_pairs,
+    full_precision,
+    log_sum,
+    masked,
+    shared_with_bank,
+    usable_entries,
 )
-from nearkin.functional.pairs import log_sum
-from nearkin.functional.per_anchor import PerAnchor
-from nearkin.functional.precision import full_precision
-from nearkin.functional.validity import all_valid, masked
 
 LEAST_MASS = 1e-8  # as published: an anchor whose class holds no more attention adds nothing
 
@@ -35,6 +44,7 @@ def neighbour_nll(
     temperature: float,
     topk: int,
     mask: Mask | None = None,
+    validate: bool = True,
 ) -> PerAnchor:
     """Negative log of the attention on a sample's own class among its nearest neighbours.
 
@@ -55,12 +65,15 @@ def neighbour_nll(
     Source: CoNe, arXiv 2308.10761, and its code; soft labels and the mask are our choice.
     """
     check_positive("topk", topk)
-    check_labels(labels, len(query))
-    pairs = bank_labels if isinstance(bank_labels, SoftPairs) else soft_pairs(bank_labels)
-    check_rows("bank_labels", pairs.labels, len(bank))
+    check_labels(labels, len(query), validate=validate)
+    classes = labels.shape[1] if labels.ndim == 2 else None
+    pairs = bank_pairs(bank_labels, len(bank), classes, validate=validate)
+    if validate:
+        check_unit(query=query)
+        check_unit(bank=bank, zeros=True)
     scores, usable = _bank_scores(query, bank, temperature, mask)
     nearest, index = scores.topk(min(topk, len(bank)), dim=1)
-    positive = bank_positiveness(labels, SoftPairs(pairs.labels[index], pairs.weights[index]))
+    positive = shared_with_bank(labels, SoftPairs(pairs.labels[index], pairs.weights[index]))
     # A log-mass of 0, which `log_sum` gives without a positive neighbour, is the value 0 asked for.
     log_mass = log_sum(nearest.log_softmax(1), positive)
     return masked((-log_mass).where(log_mass > math.log(LEAST_MASS), 0), usable)
@@ -74,6 +87,7 @@ def neighbour_target(
     *,
     temperature: float,
     mask: Mask | None = None,
+    validate: bool = True,
 ) -> Float[Tensor, "n c"]:
     """The class distribution of a sample's neighbours, by attention over the bank; no gradient.
 
@@ -88,13 +102,19 @@ def neighbour_target(
     Source: CoNe, arXiv 2308.10761, and its code; the mask is our choice.
     """
     check_rows("bank_probs", bank_probs, len(bank))
+    if validate:
+        check_unit(key=key)
+        check_unit(bank=bank, zeros=True)
+        check_shares("bank_probs", bank_probs, zeros=True)
     with torch.no_grad():
         scores, usable = _bank_scores(key, bank, temperature, mask)
         return (scores.softmax(1) @ bank_probs) * usable[:, None]
 
 
 @full_precision
-def consistency_kl(logits: Float[Tensor, "n c"], target: Float[Tensor, "n c"]) -> PerAnchor:
+def consistency_kl(
+    logits: Float[Tensor, "n c"], target: Float[Tensor, "n c"], *, validate: bool = True
+) -> PerAnchor:
     """How far the predicted class distribution is from a target.
 
         L_i = sum_c d_ic ( log d_ic - log softmax_c(logits_i) ),   0 log 0 = 0
@@ -104,6 +124,8 @@ def consistency_kl(logits: Float[Tensor, "n c"], target: Float[Tensor, "n c"]) -
     Raises ValueError when the shapes differ. Source: CoNe, arXiv 2308.10761, and its code.
     """
     check_same_shape("target", target, "logits", logits)
+    if validate:
+        check_shares("target", target, zeros=True)
     target = target.detach()
     value = (torch.xlogy(target, target) - target * logits.log_softmax(1)).sum(1)
     return all_valid(value)

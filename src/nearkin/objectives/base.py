@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nearkin.bank import NeighbourBank
 from nearkin.functional import PerAnchor, cross_entropy, mean_valid, soft_pairs
-from nearkin.functional.labels import class_rows
+from nearkin.functional._common import class_rows
 from nearkin.network import Head
 from nearkin.teacher import TeacherPolicy
 from nearkin.types import Batch, Facts, Loss, Outputs, Progress
@@ -97,7 +97,11 @@ class Objective(nn.Module):
     def classify(self, logits: Tensor, labels: Tensor) -> PerAnchor:
         """The cross-entropy term of every objective: smoothing and class weights applied in one place."""
         return cross_entropy(
-            logits, labels, smoothing=self.config.smoothing, class_weights=self.class_weights
+            logits,
+            labels,
+            smoothing=self.config.smoothing,
+            class_weights=self.class_weights,
+            validate=False,
         )
 
     def weigh(self, losses: PerAnchor, labels: Tensor) -> PerAnchor:
@@ -168,7 +172,7 @@ def per_class(function: Callable[[Tensor], PerAnchor], labels: Tensor) -> PerAnc
     """
     if labels.ndim == 1:
         return function(labels)
-    pairs = soft_pairs(labels)
+    pairs = soft_pairs(labels, validate=False)
     value, valid = None, None
     for classes, weights in zip(pairs.labels.unbind(1), pairs.weights.unbind(1), strict=True):
         part = function(classes)

@@ -8,10 +8,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from nearkin.bank import NeighbourBank
+from nearkin.bank import NeighbourBank, bank_precision
 from nearkin.config import Auto, Count, Natural
 from nearkin.functional import PerAnchor, consistency_kl
-from nearkin.functional.attention import bank_attention
+from nearkin.functional._bank_attention import bank_attention
 from nearkin.network import Head, projection_head, projection_sizes
 from nearkin.objectives.base import (
     Objective,
@@ -46,8 +46,8 @@ class CoNe(Objective, name="cone"):
         neighbour_temperature: float = Field(0.10, gt=0, description="of the k neighbours")
         consistency_temperature: float = Field(0.07, gt=0, description="of the whole bank")
         bank: Count | Auto = Field("auto", description="entries K of the bank")
-        bank_precision: Literal["bf16", "exact"] = Field(
-            "bf16", description="of its keys and probabilities; exact takes twice the memory"
+        bank_precision: Literal["auto", "bf16", "exact"] = Field(
+            "auto", description="of its keys and probabilities; auto: bf16 where it is fast"
         )
         topk: Count | Auto = Field("auto", description="neighbours k per anchor")
         warmup_steps: Natural | Auto = Field(
@@ -82,6 +82,7 @@ class CoNe(Objective, name="cone"):
                 "warmup_steps": -(-fill // max(facts.batch_size, 1)),
                 "hidden": hidden,
                 "embedding": embedding,
+                "bank_precision": bank_precision(torch.device(facts.device)),
             }
             update = {k: v for k, v in values.items() if getattr(self, k) == "auto"}
             return self.model_copy(update=update)
@@ -137,7 +138,7 @@ class CoNe(Objective, name="cone"):
             key_temperature=self.config.consistency_temperature,
             topk=int(self.config.topk),
         )
-        consistency = consistency_kl(logits, target)
+        consistency = consistency_kl(logits, target, validate=False)
         if self.config.guard:
             unsure = logits.detach().float().softmax(1).amin(1) > CERTAIN
             ce, consistency = _only(ce, unsure), _only(consistency, unsure)

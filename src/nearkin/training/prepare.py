@@ -97,7 +97,7 @@ def prepare(
     config = resolve_data(config, images=count, side=side, channels=dataset.channels, room=room)
     check(config, images=count, world_size=runtime.world_size)
     dataset = _decoding(config, runtime, dataset, quiet)
-    built = _build(config, dataset, pretrained=config.pretrained and fresh)
+    built = _build(config, dataset, runtime.device, pretrained=config.pretrained and fresh)
     check_built(config, built)
     if config.freeze_backbone and not config.pretrained and config.weights is None:
         say("note: --freeze-backbone keeps random weights; give --pretrained or --weights.", quiet)
@@ -227,7 +227,7 @@ def _usual_side(split: Split) -> int:
     return int(statistics.median(min(split.images.read(row).shape[-2:]) for row in rows))
 
 
-def _build(config: RunConfig, dataset: Dataset, *, pretrained: bool) -> Built:
+def _build(config: RunConfig, dataset: Dataset, device: torch.device, *, pretrained: bool) -> Built:
     torch.manual_seed(config.seed)
     stem = config.stem
     if stem == "auto" and config.weights is not None:
@@ -250,6 +250,7 @@ def _build(config: RunConfig, dataset: Dataset, *, pretrained: bool) -> Built:
         batch_size=int(config.batch_size),
         image_size=int(config.image_size),
         dim=0,
+        device=device.type,
     )
     return build(spec, pretrained=pretrained, facts=facts)
 
