@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say, at sizes that take no time; a missed target is an exit status."""
+"""The benchmarks measure what their rows claim, at tiny sizes; a missed target gives exit code 1."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def small(monkeypatch):
     for module, values in sizes.items():
         for name, value in values.items():
             monkeypatch.setattr(module, name, value)
-    # What these do is tested in test_benchmarks_startup.py.
+    # Tested in test_benchmarks_startup.py.
     monkeypatch.setattr(startup, "process", lambda *words: None)
     for part in ("judging", "shares"):
         monkeypatch.setattr(evaluation, part, lambda place: [bench.Row(str(place), 1.0)])
@@ -88,7 +88,7 @@ def small(monkeypatch):
         )
 
 
-@pytest.mark.filterwarnings("ignore:unclosed file")  # timm's loader leaves that to the collector
+@pytest.mark.filterwarnings("ignore:unclosed file")  # timm's loader leaves files open
 @pytest.mark.parametrize("missed", [True, False])
 def test_every_table_is_shown_and_saved(small, monkeypatch, capsys, tmp_path, missed):
     monkeypatch.setattr(bench.Row, "missed", property(lambda row: missed))
@@ -124,7 +124,7 @@ def test_what_cannot_end_well_is_not_begun(monkeypatch, capsys, tmp_path, given,
 
 
 def test_the_published_structure_computes_what_we_compute(small):
-    """Else the comparison would be one of different things: both totals, from the same bank and batch."""
+    """Both totals agree for the same bank and batch, so the comparison is fair."""
     x, theirs, ours = bank.given(), bank.published(), bank.filled(torch.float32)
     kept = []
     original = torch.autograd.backward
@@ -139,9 +139,9 @@ def test_the_published_structure_computes_what_we_compute(small):
     assert kept[0] == pytest.approx(kept[1], rel=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:unclosed file")  # timm's loader leaves that to the collector
+@pytest.mark.filterwarnings("ignore:unclosed file")  # timm's loader leaves files open
 def test_both_loaders_give_the_same_pixels_to_the_network(small, tmp_path):
-    """Evaluation draws nothing, so what timm's loader and ours normalise must agree but for resizing's rounding."""
+    """Evaluation is not random: batches of timm's loader and ours agree up to the rounding of resizing."""
     root = data.pictures(tmp_path)
     split = load_dataset(str(root), val_split=0).splits["train"]
     views = tta_views("none", EvalSpec.for_size(data.SIDE, 3, data.SIDE / data.CACHED_SIDE))

@@ -1,4 +1,4 @@
-"""The GPU's tables and the study of growth do what they say, at sizes that take no time."""
+"""The tables for a GPU and the growth study, at tiny sizes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_the_exponent_is_that_of_the_upper_half():
 
 @pytest.fixture
 def sizes_kept(monkeypatch):
-    """Of the bank's module, which both commands set."""
+    """Restore the sizes of the bank's module, which both commands set."""
     for name in ("ENTRIES", "CLASSES", "TOPK"):
         monkeypatch.setattr(bank, name, getattr(bank, name))
 
@@ -36,7 +36,7 @@ def sizes_kept(monkeypatch):
 @pytest.fixture
 def small(sizes_kept, monkeypatch):
     monkeypatch.setattr(growth, "SIZES", dict.fromkeys(growth.SIZES, (128, 256)))
-    monkeypatch.setattr(growth, "fresh", growth.measure)  # without a process for each point
+    monkeypatch.setattr(growth, "fresh", growth.measure)  # in this process
 
 
 def run(monkeypatch, *given):
@@ -62,14 +62,14 @@ def test_every_study_is_shown_and_saved(small, monkeypatch, capsys, tmp_path):
 
 @pytest.mark.parametrize(("after", "extra"), [(5120, 4.0), (1016, 0.0)])
 def test_extra_memory_is_what_the_peak_rose_by(monkeypatch, after, extra):
-    """And nothing where the kernel, which counts in batches of pages, reads less than before."""
+    """A peak below the earlier reading (the kernel counts in batches of pages) counts as 0."""
     peaks = iter([1024, after])
     monkeypatch.setattr(growth, "_peak", lambda: next(peaks))
     assert growth.measure("listing", 100, torch.get_num_threads()).extra == extra
 
 
 def test_a_point_is_measured_in_a_fresh_process():
-    """Whose peak is not that of the process that asks."""
+    """The child process measures its own peak."""
     kept = bytearray(1 << 20)
     point = growth.fresh("listing", 100, 1)
     assert point.size == 100
@@ -83,7 +83,7 @@ STUDIES = [
         "axis": axis,
         "exponent": 1.0,
         "points": [
-            {"size": 10, "minimum": 0.1, "extra_mib": 0.0},  # of which there is no logarithm
+            {"size": 10, "minimum": 0.1, "extra_mib": 0.0},  # 0 has no logarithm
             {"size": 100, "minimum": 1.0, "extra_mib": 3.5},
         ],
     }
@@ -174,7 +174,7 @@ def test_compiling_is_in_place_and_reaches_the_teacher(monkeypatch):
 
 
 def test_the_bank_is_full_and_used():
-    """Else CoNe's step would be timed without its neighbours."""
+    """The timed step of CoNe must include its neighbour terms."""
     runtime = Runtime(device="cpu", precision="fp32")
     case = gpu.Case("test_vit", 32, 4, 10, "cone", 64, None)
     step, views = training_steps.prepared(case, runtime)

@@ -1,4 +1,4 @@
-"""The benchmarks of start-up and evaluation measure what they say."""
+"""The benchmarks of start-up and evaluation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nearkin.training.step import Stepper
 
 
 class Left(BaseException):
-    """Instead of the end of this process."""
+    """Raised instead of ending this process."""
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def leaving(monkeypatch):
         raise Left(code)
 
     monkeypatch.setattr(first_step.os, "_exit", leave)
-    monkeypatch.setattr(Stepper, "step", Stepper.step)  # put back afterwards
+    monkeypatch.setattr(Stepper, "step", Stepper.step)  # restored afterwards
 
 
 def test_both_ways_take_one_step_of_the_same_model(leaving, monkeypatch, tmp_path):

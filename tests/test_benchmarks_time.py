@@ -1,4 +1,4 @@
-"""Time to accuracy is read from the journals of real runs."""
+"""Time to accuracy is read from the logs of real runs."""
 
 from __future__ import annotations
 
