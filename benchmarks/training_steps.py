@@ -18,7 +18,7 @@ from nearkin.network.backbone import _create, _statistics
 from nearkin.training.defaults import resolve_data, resolve_training
 from nearkin.training.optim import build_optimizer, names_layers
 from nearkin.training.step import Stepper
-from nearkin.types import Batch, Facts, Progress
+from nearkin.types import Batch, Progress
 
 Step = Callable[[], object]
 IMAGES = 1_281_167  # of the data set whose settings are taken
@@ -94,7 +94,7 @@ def _built(case: Case, config: RunConfig) -> Built:
         options=config.options,
         classes=tuple(map(str, range(case.classes))),
     )
-    return build(spec, facts=Facts(IMAGES, case.classes, case.batch, case.side, 0))
+    return build(spec, images=IMAGES, batch_size=case.batch)
 
 
 def _learner(case: Case, config: RunConfig, runtime: Runtime) -> Stepper:

@@ -71,10 +71,13 @@ class Progress(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What `auto` values are resolved from: the training images after the splits, and the network's width."""
+    """What an objective's `auto` options are resolved from.
 
-    images: int
-    classes: int
-    batch_size: int
-    image_size: int
+    dim: width of the backbone's features. images: training images after the splits. batch_size: images per step over
+    all processes.
+    """
+
     dim: int
+    classes: int
+    images: int
+    batch_size: int

@@ -41,7 +41,6 @@ from nearkin.training.defaults import (
     side_of_scaled,
 )
 from nearkin.training.optim import names_layers
-from nearkin.types import Facts
 
 LOOKED_AT = 200  # images whose size is read to find the usual one
 
@@ -243,14 +242,8 @@ def _build(config: RunConfig, dataset: Dataset, *, pretrained: bool) -> Built:
         options=config.options,
         classes=dataset.classes,
     )
-    facts = Facts(
-        images=len(dataset.splits["train"].labels),
-        classes=len(dataset.classes),
-        batch_size=int(config.batch_size),
-        image_size=int(config.image_size),
-        dim=0,
-    )
-    return build(spec, pretrained=pretrained, facts=facts)
+    images = len(dataset.splits["train"].labels)
+    return build(spec, pretrained=pretrained, images=images, batch_size=int(config.batch_size))
 
 
 def _stem_of(weights: Path) -> Literal["default", "small"]:
