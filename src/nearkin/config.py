@@ -138,9 +138,11 @@ LARGEST_YAML = 1 << 20
 CONFIG_FILE = "config.yaml"  # in every run folder
 # What a resumed run may change: nothing that touches the weights.
 FREE_ON_RESUME = frozenset({"workers", "log_level", "log_every", "save_minutes"})
+GIVEN_FILE = "given.yaml"  # beside it: the options as they were given
 
 
 def option(default: Any, description: str, **limits: Any) -> Any:
+    """A field of an options model: `--help` and the docs show its description, pydantic checks its limits."""
     return Field(default, description=description, **limits)
 
 
@@ -257,9 +259,12 @@ class RunConfig(BaseModel):
                 nested[FREE[room]] = {**given, name: nested.pop(key)}
         return nested
 
-    def flat(self) -> dict[str, Any]:
-        """The options as YAML stores them: plain values, with `objective.NAME` and `model.NAME`."""
-        values = self.model_dump(mode="json", exclude=set(FREE.values()))
+    def flat(self, *, given: bool = False) -> dict[str, Any]:
+        """The options as YAML stores them: plain values, with `objective.NAME` and `model.NAME`.
+
+        given: only those that are not left to their defaults.
+        """
+        values = self.model_dump(mode="json", exclude=set(FREE.values()), exclude_unset=given)
         free = {f"{room}.{k}": v for room, f in FREE.items() for k, v in getattr(self, f).items()}
         return values | free
 
@@ -391,8 +396,9 @@ def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def to_yaml(config: RunConfig) -> str:
-    """The options as a YAML file that `--config` reads back to the same configuration."""
-    values = {k: v for k, v in config.flat().items() if not k.startswith("objective.")}
+def to_yaml(config: RunConfig, *, given: bool = False) -> str:
+    """The options as a YAML file that `--config` reads back to the same configuration. given: as in `flat`."""
+    flat = config.flat(given=given)
+    values = {k: v for k, v in flat.items() if not k.startswith("objective.")}
     values["objective"] = {"name": config.objective} | config.options
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
