@@ -26,7 +26,7 @@ from nearkin.distributed import Runtime
 from nearkin.evaluation.tta import tta_views
 from nearkin.network import Network
 from nearkin.process import keep_freed_memory
-from nearkin.training.defaults import side_of_scaled
+from nearkin.training.defaults import DataFacts, resolve_data, side_of_scaled
 
 IMAGES, BATCH, SIDE, CACHED_SIDE = 128, 64, 224, 256
 SCALE = 0.35  # least share of the area in a crop, of both loaders
@@ -158,7 +158,8 @@ def loaders() -> list[Row]:
 
 def scaled() -> Row:
     """Large JPEGs to training crops with `--decode scaled` and without."""
-    config = RunConfig(data="", image_size=SIDE, crop_scale=SCALE)
+    given = RunConfig(data="", image_size=SIDE, crop_scale=SCALE)
+    config = resolve_data(given, DataFacts(images=1000, side=SIDE, channels=3))
     transform = augmentation()
     with tempfile.TemporaryDirectory() as folder:
         dataset = load_dataset(str(photographs(Path(folder))), val_split=0, scan=False)

@@ -12,10 +12,9 @@ import torch
 
 from benchmarks.bench import Row, Table, ratio, settled
 from benchmarks.training_steps import Case, prepared, settings
-from nearkin.config import RunConfig
 from nearkin.distributed import Precision, Runtime
 from nearkin.process import keep_freed_memory
-from nearkin.training.autotune import NAMES, tuned
+from nearkin.training.autotune import NAMES, tune
 
 BATCH, CLASSES, BANK = 64, 100, 8192
 # Everything is built anew for each round: where its weights happen to lie in memory is worth some per cent, for as
@@ -114,9 +113,9 @@ def tuning(runtime: Runtime, model: str, side: int) -> Row:
     """What `--autotune` picks against timm's defaults with all threads."""
     plain = setup(runtime, model, side, "timm")
     config, network = settings(setup(runtime, model, side, "ce").case, runtime)
-    choice: RunConfig = tuned(config, frozenset(NAMES), network, 1, runtime).config
+    choice = tune(config, frozenset(NAMES), network, 1, runtime).settings
     precision: Precision = "bf16" if choice.precision == "bf16" else "fp32"
-    layout, threads = choice.memory_format, int(choice.threads)
+    layout, threads = choice.memory_format, choice.threads
     picked = setup(runtime.at(precision), model, side, "ce", layout=layout, threads=threads)
     found = measured({"timm": plain, "tuned": picked})
     what = f"{model}, {side} px: tuned ({precision}, {layout}, {threads} thr.) against timm"

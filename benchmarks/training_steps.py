@@ -15,10 +15,12 @@ from nearkin.distributed import Runtime
 from nearkin.evaluation.model import Built, ModelSpec, build
 from nearkin.network import Network
 from nearkin.network.backbone import _create, _statistics
-from nearkin.training.defaults import resolve_data, resolve_training
-from nearkin.training.optim import build_optimizer, names_layers
+from nearkin.settings import DataSettings, Settings
+from nearkin.training.defaults import DataFacts, resolve, resolve_data
+from nearkin.training.optim import build_optimizer
+from nearkin.training.prepare import network_facts
 from nearkin.training.step import Stepper
-from nearkin.types import Batch, Facts, Progress
+from nearkin.types import Batch, Progress
 
 Step = Callable[[], object]
 IMAGES = 1_281_167  # of the data set whose settings are taken
@@ -43,12 +45,12 @@ def prepared(case: Case, runtime: Runtime) -> tuple[Step, int]:
     config = _config(case, runtime)
     if case.objective == "timm":
         return _plain(case, config, runtime), 1
-    stepper = _learner(case, config, runtime)
+    stepper = _stepper(case, config, runtime)
     if case.backend is not None:
         compile_backbones(stepper, case.backend)
     batch = _batch(case, runtime.device, stepper.stage.views)
     half = stepper.steps_per_epoch // 2  # past CoNe's warm-up, far from the end of an epoch
-    epochs = int(config.epochs)
+    epochs = config.epochs
     total = epochs * stepper.steps_per_epoch
     progress = Progress(stepper.stage.name, total // 2, total, epochs // 2, epochs)
     return lambda: stepper.step(batch, progress, half), stepper.stage.views
@@ -61,7 +63,7 @@ def compile_backbones(stepper: Stepper, backend: str) -> None:
         network.backbone.compile(backend=backend)
 
 
-def _config(case: Case, runtime: Runtime) -> RunConfig:
+def _config(case: Case, runtime: Runtime) -> DataSettings:
     given = {
         "model": case.model,
         "objective": "ce" if case.objective == "timm" else case.objective,
@@ -73,15 +75,14 @@ def _config(case: Case, runtime: Runtime) -> RunConfig:
     }
     if case.objective == "cone":
         given["objective.bank"] = case.bank
-    config: RunConfig = validate(RunConfig, given)
-    return resolve_data(config, images=IMAGES, side=case.side, channels=3)
+    return resolve_data(validate(RunConfig, given), DataFacts(IMAGES, case.side, channels=3))
 
 
-def settings(case: Case, runtime: Runtime) -> tuple[RunConfig, Network]:
-    """The resolved options and the network."""
+def settings(case: Case, runtime: Runtime) -> tuple[Settings, Network]:
+    """The settings and the network."""
     config = _config(case, runtime)
     built = _built(case, config)
-    return _trained(config, built.network.backbone, runtime), built.network
+    return _resolved(config, built, runtime), built.network
 
 
 def _built(case: Case, config: RunConfig) -> Built:
@@ -94,19 +95,18 @@ def _built(case: Case, config: RunConfig) -> Built:
         options=config.options,
         classes=tuple(map(str, range(case.classes))),
     )
-    return build(spec, facts=Facts(IMAGES, case.classes, case.batch, case.side, 0))
+    return build(spec, images=IMAGES, batch_size=case.batch)
 
 
-def _learner(case: Case, config: RunConfig, runtime: Runtime) -> Stepper:
-    """As a training session builds one, without data."""
+def _stepper(case: Case, config: DataSettings, runtime: Runtime) -> Stepper:
+    """As `Trainer` builds one, without data."""
     built = _built(case, config)
-    config = _trained(config, built.network.backbone, runtime)
+    resolved = _resolved(config, built, runtime)
     runtime.place(built.network)
     runtime.place(built.objective)
-    if config.memory_format != "auto":
-        built.network.lay_out(config.memory_format)
+    built.network.lay_out(resolved.memory_format)
     steps = IMAGES // case.batch
-    stepper = Stepper(config, runtime, built.network, built.objective, steps, case.classes)
+    stepper = Stepper(resolved, runtime, built.network, built.objective, steps, case.classes)
     stepper.begin(built.objective.stages()[0])
     for module in built.objective.modules():
         if isinstance(module, NeighbourBank):
@@ -114,17 +114,8 @@ def _learner(case: Case, config: RunConfig, runtime: Runtime) -> Stepper:
     return stepper
 
 
-def _trained(config: RunConfig, backbone: nn.Module, runtime: Runtime) -> RunConfig:
-    return resolve_training(
-        config,
-        images=IMAGES,
-        files=True,
-        backbone=backbone,
-        weights=sum(p.numel() for p in backbone.parameters()),
-        layered=names_layers(backbone),
-        device=runtime.device.type,
-        ranks=1,
-    )
+def _resolved(config: DataSettings, built: Built, runtime: Runtime) -> Settings:
+    return resolve(config, network_facts(config, built, runtime, images=IMAGES, files=True))
 
 
 def _fill(bank: NeighbourBank, classes: int) -> None:
@@ -144,24 +135,24 @@ def _batch(case: Case, device: torch.device, views: int) -> Batch:
     return Batch(images, labels, torch.arange(case.batch, device=device))
 
 
-def _plain(case: Case, config: RunConfig, runtime: Runtime) -> Step:
+def _plain(case: Case, config: DataSettings, runtime: Runtime) -> Step:
     """What a person would write around a timm model, with the same optimiser and precision."""
     device = runtime.device
     model = _create(case.model, {"num_classes": case.classes}, case.side).to(device)
-    config = _trained(config, model, runtime)
+    resolved = _resolved(config, _built(case, config), runtime)
     # Contiguous is what timm's own training script takes unless it is told.
     last = case.memory_format == "channels_last"
     layout = torch.channels_last if last else torch.contiguous_format
     model.to(memory_format=layout).train()
     optimizer = build_optimizer(
         model,
-        config.optimizer,
-        lr=float(config.lr),
-        weight_decay=float(config.weight_decay),
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-        decay_all=config.decay_all,
-        layer_decay=float(config.layer_decay),
+        resolved.optimizer,
+        lr=resolved.lr,
+        weight_decay=resolved.weight_decay,
+        momentum=resolved.momentum,
+        nesterov=resolved.nesterov,
+        decay_all=resolved.decay_all,
+        layer_decay=resolved.layer_decay,
     )
     if case.backend is not None:
         model.compile(backend=case.backend)

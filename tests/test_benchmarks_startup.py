@@ -9,7 +9,7 @@ import timm
 from benchmarks import bench, evaluation, first_step, startup
 
 from nearkin.evaluation.model import read_description
-from nearkin.training.run_folder import stored_config
+from nearkin.training.run_folder import stored_settings
 from nearkin.training.step import Stepper
 
 
@@ -35,7 +35,7 @@ def test_both_ways_take_one_step_of_the_same_model(leaving, monkeypatch, tmp_pat
     with pytest.raises(Left, match="^0$"):
         first_step.nearkin(str(tmp_path / "run"))
     assert [stepper.steps_done for stepper in learners] == [1]
-    config = stored_config(tmp_path / "run")
+    config = stored_settings(tmp_path / "run")
     chosen = config.model, config.channels, config.batch_size, config.lr
     assert chosen == (
         first_step.MODEL,

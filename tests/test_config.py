@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from types import UnionType
+from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
 
 from nearkin.config import RunConfig, merge, read_yaml, to_yaml, validate
 from nearkin.errors import ConfigError
+from nearkin.settings import Settings
+from nearkin.training.options import TrainOptions
 
 
 def refused(values):
@@ -104,3 +109,35 @@ def test_missing_and_binary_configs(tmp_path):
     (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="UTF-8"):
         read_yaml(tmp_path / "b.yaml")
+
+
+def plain(kind):
+    """A type without its limits."""
+    if get_origin(kind) is Annotated:
+        return plain(get_args(kind)[0])
+    if get_origin(kind) in (Union, UnionType):
+        return frozenset().union(*(plain(part) for part in get_args(kind)))
+    if get_origin(kind) is Literal:
+        return frozenset(get_args(kind))
+    return frozenset({get_origin(kind) or kind})
+
+
+def test_the_typed_options_of_train_are_those_of_the_configuration():
+    fields = get_type_hints(RunConfig, include_extras=True)
+    expected = {name: plain(fields[name]) for name in RunConfig.model_fields}
+    given = {name: plain(kind) for name, kind in get_type_hints(TrainOptions).items()}
+    for name in ("weights", "out"):  # a path may be a str
+        expected[name] |= {str}
+    assert given["model_options"] == {Mapping}
+    given["model_options"] = expected["model_options"] = None
+    assert given == {n: k for n, k in expected.items() if n not in ("data", "objective", "options")}
+
+
+def test_settings_have_no_auto_and_are_options_again():
+    fields = get_type_hints(Settings, include_extras=True)
+    assert set(Settings.model_fields) == set(RunConfig.model_fields)
+    assert {name for name in Settings.model_fields if "auto" in plain(fields[name])} == set()
+    assert issubclass(Settings, RunConfig)
+    required = {name for name, field in Settings.model_fields.items() if field.is_required()}
+    automatic = {name for name, field in RunConfig.model_fields.items() if field.default == "auto"}
+    assert required == automatic - {"model"}

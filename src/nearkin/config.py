@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -121,6 +121,15 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Side = Annotated[int, Field(ge=4, le=4096)]
+# `auto` in an objective's options lasts until `Objective.Config.resolve`; type checkers see the type after that.
+if TYPE_CHECKING:
+    AutoCount = int
+    AutoNatural = int
+    AutoAmount = float
+else:
+    AutoCount = Count | Auto
+    AutoNatural = Natural | Auto
+    AutoAmount = Amount | Auto
 FREE = {
     "objective": "options",
     "model": "model_options",
@@ -129,9 +138,11 @@ LARGEST_YAML = 1 << 20
 CONFIG_FILE = "config.yaml"  # in every run folder
 # What a resumed run may change: nothing that touches the weights.
 FREE_ON_RESUME = frozenset({"workers", "log_level", "log_every", "save_minutes"})
+GIVEN_FILE = "given.yaml"  # beside it: the options as they were given
 
 
-def _option(default: Any, description: str, **limits: Any) -> Any:
+def option(default: Any, description: str, **limits: Any) -> Any:
+    """A field of an options model: `--help` and the docs show its description, pydantic checks its limits."""
     return Field(default, description=description, **limits)
 
 
@@ -141,99 +152,97 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     # What is learnt, and from what.
-    data: str = _option("digits", "built-in name, folder of class folders, or CSV/parquet table")
-    objective: str = _option("cone", "what to minimise (nearkin list objectives)")
-    options: dict[str, Any] = _option({}, "options of the objective, as --objective.NAME")
-    seed: Annotated[int, Field(ge=0, lt=1 << 62)] = _option(
+    data: str = option("digits", "built-in name, folder of class folders, or CSV/parquet table")
+    objective: str = option("cone", "what to minimise (nearkin list objectives)")
+    options: dict[str, Any] = option({}, "options of the objective, as --objective.NAME")
+    seed: Annotated[int, Field(ge=0, lt=1 << 62)] = option(
         0, "seed of data order, augmentation, initialisation"
     )
-    epochs: Natural | Auto = _option("auto", "passes over the training images")
-    batch_size: Count | Auto = _option("auto", "images per step, over all processes")
-    accumulate: Count = _option(1, "parts the batch is split into to save memory")
-    batchnorm_by_parts: bool = _option(
+    epochs: Natural | Auto = option("auto", "passes over the training images")
+    batch_size: Count | Auto = option("auto", "images per step, over all processes")
+    accumulate: Count = option(1, "parts the batch is split into to save memory")
+    batchnorm_by_parts: bool = option(
         False, "let BatchNorm see one part at a time, which changes the gradient"
     )
 
     # The network.
-    model: str = _option("auto", "any timm model (nearkin list models)")
-    model_options: ModelOptions = _option({}, "options of the timm model, as --model.NAME")
-    pretrained: bool = _option(False, "start from timm's pretrained weights")
-    weights: Path | None = _option(None, "start from the weights in this file")
-    image_size: Side | Auto = _option("auto", "side of the square input, in pixels")
-    channels: Count | Auto = _option("auto", "colour channels: 1 or 3 for image files")
-    stem: Literal["auto", "default", "small"] = _option("auto", "first layers for small images")
-    drop_rate: Share = _option(0.0, "dropout of the pooled features")
-    drop_path: Share = _option(0.0, "stochastic depth of the backbone")
-    freeze_backbone: bool = _option(False, "train the heads only")
+    model: str = option("auto", "any timm model (nearkin list models)")
+    model_options: ModelOptions = option({}, "options of the timm model, as --model.NAME")
+    pretrained: bool = option(False, "start from timm's pretrained weights")
+    weights: Path | None = option(None, "start from the weights in this file")
+    image_size: Side | Auto = option("auto", "side of the square input, in pixels")
+    channels: Count | Auto = option("auto", "colour channels: 1 or 3 for image files")
+    stem: Literal["auto", "default", "small"] = option("auto", "first layers for small images")
+    drop_rate: Share = option(0.0, "dropout of the pooled features")
+    drop_path: Share = option(0.0, "stochastic depth of the backbone")
+    freeze_backbone: bool = option(False, "train the heads only")
 
     # The data.
-    val_split: Share = _option(0.1, "share of train held out where no split exists")
-    images_per_class: Count | None = _option(None, "at most so many training images a class")
-    bad_images: Literal["error", "skip"] = _option("error", "unreadable images stop the run or go")
-    augment: Literal["auto", "none", "light", "medium", "strong"] = _option("auto", "strength")
-    crop_scale: Annotated[float, Field(gt=0, le=1)] | Literal["auto", "padded", "centre"] = _option(
+    val_split: Share = option(0.1, "share of train held out where no split exists")
+    images_per_class: Count | None = option(None, "at most so many training images a class")
+    bad_images: Literal["error", "skip"] = option("error", "unreadable images stop the run or go")
+    augment: Literal["auto", "none", "light", "medium", "strong"] = option("auto", "strength")
+    crop_scale: Annotated[float, Field(gt=0, le=1)] | Literal["auto", "padded", "centre"] = option(
         "auto", "least share of the area in a random crop"
     )
-    randaugment: Annotated[int, Field(ge=0, le=30)] | Auto = _option(
+    randaugment: Annotated[int, Field(ge=0, le=30)] | Auto = option(
         "auto", "magnitude of RandAugment (2 operations), 0 = off"
     )
-    jitter: Annotated[float, Field(ge=0, le=2)] | Auto = _option(
+    jitter: Annotated[float, Field(ge=0, le=2)] | Auto = option(
         "auto", "brightness, contrast and saturation; hue a quarter of it; 0 = off"
     )
-    jitter_prob: Probability | Auto = _option("auto", "share of images whose colours change")
-    grey_prob: Probability | Auto = _option("auto", "share of images that become grey")
-    erasing: Probability | Auto = _option("auto", "share of images that lose a rectangle")
-    flip: bool | Auto = _option("auto", "mirror training images (never auto on digits)")
-    mixup: Amount | Auto = _option("auto", "Beta parameter of mixup, 0 = off")
-    cutmix: Amount | Auto = _option("auto", "Beta parameter of CutMix, 0 = off")
-    eval_size: Side | Auto = _option("auto", "side of the input in validation and test")
-    eval_crop: Annotated[float, Field(ge=0.1, le=1)] | Auto = _option(
+    jitter_prob: Probability | Auto = option("auto", "share of images whose colours change")
+    grey_prob: Probability | Auto = option("auto", "share of images that become grey")
+    erasing: Probability | Auto = option("auto", "share of images that lose a rectangle")
+    flip: bool | Auto = option("auto", "mirror training images (never auto on digits)")
+    mixup: Amount | Auto = option("auto", "Beta parameter of mixup, 0 = off")
+    cutmix: Amount | Auto = option("auto", "Beta parameter of CutMix, 0 = off")
+    eval_size: Side | Auto = option("auto", "side of the input in validation and test")
+    eval_crop: Annotated[float, Field(ge=0.1, le=1)] | Auto = option(
         "auto", "share of the short side that the centre crop keeps there"
     )
-    sampler: Literal["shuffle", "balanced", "weighted"] = _option(
+    sampler: Literal["shuffle", "balanced", "weighted"] = option(
         "shuffle", "every image once; groups of a class; or classes equally often"
     )
-    per_class: Count = _option(4, "images in a group of the balanced sampler")
-    repeats: Count = _option(1, "crops of an image in one batch, of fewer images per epoch")
-    class_weights: Literal["none", "balanced"] = _option("none", "weigh cross-entropy by class")
-    cache: Literal["auto", "off", "ram", "disk"] = _option(
+    per_class: Count = option(4, "images in a group of the balanced sampler")
+    repeats: Count = option(1, "crops of an image in one batch, of fewer images per epoch")
+    class_weights: Literal["none", "balanced"] = option("none", "weigh cross-entropy by class")
+    cache: Literal["auto", "off", "ram", "disk"] = option(
         "auto", "keep decoded and shrunken images, in memory or in a file that stays"
     )
-    decode: Literal["full", "scaled"] = _option(
+    decode: Literal["full", "scaled"] = option(
         "full", "scaled: large JPEGs for training at a fraction of their size, which changes pixels"
     )
-    workers: Natural | Auto = _option("auto", "processes that load images, per rank")
+    workers: Natural | Auto = option("auto", "processes that load images, per rank")
 
     # The optimiser.
-    optimizer: Literal["auto", "sgd", "adamw", "lamb"] = _option("auto", "through timm's factory")
-    lr: Amount | Auto = _option("auto", "peak learning rate")
-    min_lr_ratio: Amount = _option(1e-3, "final learning rate / peak", le=1)
-    warmup_epochs: Amount | Auto = _option("auto", "linear warm-up, in epochs")
-    weight_decay: Amount | Auto = _option("auto", "decay of weights")
-    decay_all: bool = _option(False, "decay norms and biases as well")
-    momentum: Share = _option(0.9, "momentum of SGD")
-    nesterov: bool = _option(True, "Nesterov's momentum for SGD")
-    layer_decay: Annotated[float, Field(gt=0, le=1)] | Auto = _option(
+    optimizer: Literal["auto", "sgd", "adamw", "lamb"] = option("auto", "through timm's factory")
+    lr: Amount | Auto = option("auto", "peak learning rate")
+    min_lr_ratio: Amount = option(1e-3, "final learning rate / peak", le=1)
+    warmup_epochs: Amount | Auto = option("auto", "linear warm-up, in epochs")
+    weight_decay: Amount | Auto = option("auto", "decay of weights")
+    decay_all: bool = option(False, "decay norms and biases as well")
+    momentum: Share = option(0.9, "momentum of SGD")
+    nesterov: bool = option(True, "Nesterov's momentum for SGD")
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | Auto = option(
         "auto", "learning rate of each layer / that of the layer above"
     )
-    clip_grad: Positive | None = _option(None, "largest norm of the gradient")
-    ema: Share = _option(0.0, "momentum of an averaged copy to evaluate, 0 = off")
+    clip_grad: Positive | None = option(None, "largest norm of the gradient")
+    ema: Share = option(0.0, "momentum of an averaged copy to evaluate, 0 = off")
 
     # The machine.
-    precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = _option("auto", "of the network")
-    memory_format: Literal["auto", "contiguous", "channels_last"] = _option("auto", "of images")
-    device: Literal["auto", "cpu", "cuda", "mps"] = _option("auto", "where to compute")
-    threads: Count | Auto = _option("auto", "CPU threads of each process")
-    autotune: bool = _option(False, "settle precision, memory format and threads by a short trial")
-    compile: bool = _option(False, "compile the backbone (torch.compile)")
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = option("auto", "of the network")
+    memory_format: Literal["auto", "contiguous", "channels_last"] = option("auto", "of images")
+    device: Literal["auto", "cpu", "cuda", "mps"] = option("auto", "where to compute")
+    threads: Count | Auto = option("auto", "CPU threads of each process")
+    autotune: bool = option(False, "settle precision, memory format and threads by a short trial")
+    compile: bool = option(False, "compile the backbone (torch.compile)")
 
     # The record.
-    out: Path | None = _option(
-        None, "run folder (must not exist); default runs/DATA-OBJECTIVE-DATE"
-    )
-    log_every: Count = _option(10, "steps between records in metrics.jsonl")
-    save_minutes: Positive = _option(5.0, "minutes between checkpoints")
-    log_level: Literal["info", "warning", "error"] = _option("info", "least text on stderr")
+    out: Path | None = option(None, "run folder (must not exist); default runs/DATA-OBJECTIVE-DATE")
+    log_every: Count = option(10, "steps between records in metrics.jsonl")
+    save_minutes: Positive = option(5.0, "minutes between checkpoints")
+    log_level: Literal["info", "warning", "error"] = option("info", "least text on stderr")
 
     @model_validator(mode="before")
     @classmethod
@@ -250,9 +259,12 @@ class RunConfig(BaseModel):
                 nested[FREE[room]] = {**given, name: nested.pop(key)}
         return nested
 
-    def flat(self) -> dict[str, Any]:
-        """The options as YAML stores them: plain values, with `objective.NAME` and `model.NAME`."""
-        values = self.model_dump(mode="json", exclude=set(FREE.values()))
+    def flat(self, *, given: bool = False) -> dict[str, Any]:
+        """The options as YAML stores them: plain values, with `objective.NAME` and `model.NAME`.
+
+        given: only those that are not left to their defaults.
+        """
+        values = self.model_dump(mode="json", exclude=set(FREE.values()), exclude_unset=given)
         free = {f"{room}.{k}": v for room, f in FREE.items() for k, v in getattr(self, f).items()}
         return values | free
 
@@ -262,20 +274,20 @@ class EpisodeOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    ways: Annotated[int, Field(ge=2)] = _option(5, "classes in an episode")
-    shots: Annotated[int, Field(ge=1)] = _option(1, "labelled images of each class")
-    queries: Annotated[int, Field(ge=1)] = _option(15, "images of each class to classify")
-    episodes: Annotated[int, Field(ge=2)] = _option(3000, "episodes to average")
-    copies: Annotated[int, Field(ge=0)] = _option(
+    ways: Annotated[int, Field(ge=2)] = option(5, "classes in an episode")
+    shots: Annotated[int, Field(ge=1)] = option(1, "labelled images of each class")
+    queries: Annotated[int, Field(ge=1)] = option(15, "images of each class to classify")
+    episodes: Annotated[int, Field(ge=2)] = option(3000, "episodes to average")
+    copies: Annotated[int, Field(ge=0)] = option(
         5, "augmented copies of a labelled image; 0 = the image itself, once"
     )
-    split: str | None = _option(None, "train, val or test; default test, else val, else all")
-    seed: Annotated[int, Field(ge=0, lt=1 << 62)] = _option(0, "seed of episodes and copies")
-    bad_images: Literal["error", "skip"] = _option(
+    split: str | None = option(None, "train, val or test; default test, else val, else all")
+    seed: Annotated[int, Field(ge=0, lt=1 << 62)] = option(0, "seed of episodes and copies")
+    bad_images: Literal["error", "skip"] = option(
         "error", "unreadable images stop or go (RUN's own data: as in its training)"
     )
-    device: Literal["auto", "cpu", "cuda", "mps"] = _option("auto", "where to compute features")
-    workers: Annotated[int, Field(ge=0)] = _option(0, "processes that load images")
+    device: Literal["auto", "cpu", "cuda", "mps"] = option("auto", "where to compute features")
+    workers: Annotated[int, Field(ge=0)] = option(0, "processes that load images")
 
     @property
     def needed(self) -> int:
@@ -384,8 +396,9 @@ def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def to_yaml(config: RunConfig) -> str:
-    """The options as a YAML file that `--config` reads back to the same configuration."""
-    values = {k: v for k, v in config.flat().items() if not k.startswith("objective.")}
+def to_yaml(config: RunConfig, *, given: bool = False) -> str:
+    """The options as a YAML file that `--config` reads back to the same configuration. given: as in `flat`."""
+    flat = config.flat(given=given)
+    values = {k: v for k, v in flat.items() if not k.startswith("objective.")}
     values["objective"] = {"name": config.objective} | config.options
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,6 +62,28 @@ class Predictions(NamedTuple):
     index: Tensor  # type: ignore[assignment]  # the field shadows tuple.index, which is not used
 
 
+@dataclass(frozen=True)
+class Result:
+    """A finished training run.
+
+    run: its folder. test_top1: accuracy on the test split, in [0, 1]; None without one. metrics: of the test split,
+    else of the validation split (`metrics["split"]` names it); empty without either.
+    """
+
+    run: Path
+    test_top1: float | None
+    metrics: dict[str, Any]
+
+    @classmethod
+    def of(cls, run: Path, metrics: dict[str, Any]) -> Result:
+        """The result with these metrics; `test_top1` is never that of another split."""
+        return cls(run, metrics["top1"] if metrics.get("split") == "test" else None, metrics)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {"run": str(self.run), "test_top1": self.test_top1, "metrics": self.metrics}
+
+
 class Progress(NamedTuple):
     """Position inside the current stage. Steps are optimiser steps; both counters start at 0."""
 
@@ -71,11 +95,14 @@ class Progress(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What `auto` values are resolved from: the training images after the splits, the network's width, the device."""
+    """What an objective's `auto` options are resolved from.
 
-    images: int
-    classes: int
-    batch_size: int
-    image_size: int
+    dim: width of the backbone's features. images: training images after the splits. batch_size: images per step over
+    all processes. device: its type; decides what the bank stores.
+    """
+
     dim: int
+    classes: int
+    images: int
+    batch_size: int
     device: str = "cpu"

@@ -185,9 +185,9 @@ def test_the_cone_recipe_is_the_published_run():
     assert round(values["eval_size"] / values["eval_crop"]) == 256
     off = ("randaugment", "jitter", "grey_prob", "erasing", "mixup", "cutmix", "val_split")
     assert {values[key] for key in off} == {0}
-    network = get("cone")(get("cone").Config(**validate(RunConfig, values).options))
+    options = get("cone").Config(**validate(RunConfig, values).options)
     with torch.device("meta"):
-        heads = network.heads(2048, 1000)
+        heads = get("cone")(options, dim=2048, classes=1000).heads
     shapes = [tuple(p.shape) for p in heads["projection"].module.parameters() if p.ndim == 2]
     assert shapes == [(4096, 2048), (256, 4096)]
     assert heads["classifier"].reads == "embedding"

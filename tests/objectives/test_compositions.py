@@ -16,9 +16,8 @@ from nearkin import functional as F
 from nearkin.bank import NeighbourBank
 from nearkin.objectives import get
 from nearkin.objectives.base import per_class
-from nearkin.types import Batch, Facts, Outputs, Progress
+from nearkin.types import Batch, Outputs, Progress
 
-FACTS = Facts(images=64, classes=4, batch_size=8, image_size=8, dim=6)
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2, 3, 3])
 NOW = Progress("joint", 30, 100, 3, 10)
 
@@ -39,9 +38,7 @@ def batch(labels=LABELS, views=1):
 
 def make(name, **options):
     kind = get(name)
-    objective = kind(kind.Config(**options).resolve(FACTS))
-    objective.heads(6, 4)
-    return objective.double()
+    return kind(kind.Config(**options), dim=6, classes=4, images=64, batch_size=8).double()
 
 
 def unit(tensor):
@@ -117,7 +114,7 @@ def test_triplet_and_orthogonal_projection_read_the_features():
 @pytest.mark.parametrize(("name", "options"), [("cosface", {}), ("arcface", {"margin": 0.4})])
 def test_margins_are_for_training_only(name, options):
     objective = make(name, **options)
-    head = objective.heads(6, 4)["classifier"].module.double()
+    head = objective.heads["classifier"].module.double()
     features = rows(8, 6)
     with torch.no_grad():
         logits = head(features)
@@ -139,7 +136,7 @@ def test_sce_smooths_its_labels_and_follows_the_number_of_classes():
     expected = mean(oracles.symmetric_ce(seen.logits.numpy(), smooth.numpy(), 0.1, 1.0))
     found = make("sce", smoothing=0.2)(batch(), seen, None, NOW)
     assert float(found.total) == pytest.approx(expected, rel=1e-6)
-    many = get("sce").Config().resolve(FACTS._replace(classes=100))
+    many = get("sce")(dim=6, classes=100).config
     assert (many.alpha, many.beta) == pytest.approx((1.0, 0.1 / 6))
 
 

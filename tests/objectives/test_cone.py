@@ -11,14 +11,12 @@ import torch
 from nearkin.objectives import CoNe
 from nearkin.types import Batch, Facts, Outputs, Progress
 
-FACTS = Facts(images=40, classes=3, batch_size=8, image_size=8, dim=6)
+FACTS = Facts(dim=6, classes=3, images=40, batch_size=8)
 
 
 def cone(**options):
     given = {"bank": 20, "topk": 5, "warmup_steps": 0, "embedding": 5, "hidden": 8} | options
-    objective = CoNe(CoNe.Config(**given))
-    objective.heads(6, 3)
-    return objective.double()
+    return CoNe(CoNe.Config(**given), dim=6, classes=3).double()
 
 
 def outputs(count, seed):
@@ -139,7 +137,7 @@ def test_warms_up_on_cross_entropy_until_the_bank_is_full():
     ],
 )
 def test_automatic_sizes(images, classes, size, bank, topk, warmup):
-    facts = Facts(images=images, classes=classes, batch_size=size, image_size=32, dim=512)
+    facts = Facts(dim=512, classes=classes, images=images, batch_size=size)
     config = CoNe.Config().resolve(facts)
     assert (config.bank, config.topk, config.warmup_steps) == (bank, topk, warmup)
     assert (config.hidden, config.embedding) == (1024, 256)
@@ -150,6 +148,14 @@ def test_a_bank_larger_than_the_data_warms_up_for_one_epoch():
     assert config.warmup_steps == 5  # 40 images, 8 a step
 
 
-def test_numbers_are_needed_before_heads():
-    with pytest.raises(ValueError, match="resolve"):
-        CoNe(CoNe.Config()).heads(6, 3)
+def test_constructed_alone_it_has_a_bank_of_4096_and_every_option_is_a_number():
+    objective = CoNe(dim=512, classes=10)
+    assert (len(objective.bank), objective.config.topk, objective.config.warmup_steps) == (
+        4096,
+        512,
+        32,
+    )
+    assert "auto" not in objective.config.model_dump().values()
+    assert objective.heads["classifier"].module.weight.shape == (10, 256)
+    assert len(CoNe(CoNe.Config(bank=64), dim=8, classes=2).bank) == 64
+    assert len(CoNe(dim=8, classes=2, images=1000, batch_size=10).bank) == 500

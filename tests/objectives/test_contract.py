@@ -11,10 +11,10 @@ from torch import nn
 
 from nearkin.network import Network
 from nearkin.objectives import Objective
-from nearkin.types import Batch, Facts, Outputs, Progress
+from nearkin.types import Batch, Outputs, Progress
 
 DIM, CLASSES, SIZE = 12, 4, 16
-FACTS = Facts(images=64, classes=CLASSES, batch_size=SIZE, image_size=8, dim=DIM)
+SIZES = {"dim": DIM, "classes": CLASSES, "images": 64, "batch_size": SIZE}
 # Options that change the mathematics; the defaults of an objective that is not listed are a case by themselves.
 VARIANTS = {
     "attract-repulse": [{}, {"negatives": "bank"}],
@@ -26,13 +26,18 @@ VARIANTS = {
     "sincere": [{}, {"views": 1}],
     "supcon": [{}, {"mode": "two-stage"}, {"variant": "in", "views": 1}],
 }
+
+
+def made(name, options):
+    kind = Objective.registry[name]
+    return kind(kind.Config(**options), **SIZES)
+
+
 CASES = [
     (name, options, stage)
     for name in sorted(Objective.registry)
     for options in VARIANTS.get(name, [{}])
-    for stage in range(
-        len(Objective.registry[name](Objective.registry[name].Config(**options)).stages())
-    )
+    for stage in range(len(made(name, options).stages()))
 ]
 LABELINGS = {
     "usual": torch.arange(SIZE) % CLASSES,
@@ -49,11 +54,10 @@ class Bench:
 
     def __init__(self, name, options, stage, dtype=torch.float32):
         torch.manual_seed(0)
-        kind = Objective.registry[name]
-        self.objective = kind(kind.Config(**options).resolve(FACTS))
-        heads = self.objective.heads(DIM, CLASSES)
+        self.objective = made(name, options)
         backbone = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, DIM))
-        self.network = Network(backbone, heads, dim=DIM, mean=(0.5,) * 3, std=(0.5,) * 3)
+        heads, grey = self.objective.heads, (0.5,) * 3
+        self.network = Network(backbone, heads, dim=DIM, mean=grey, std=grey)
         self.stage = self.objective.stages()[stage]
         self.network.activate(self.stage.heads, self.stage.freeze_backbone)
         self.teacher = copy.deepcopy(self.network) if self.stage.teacher else None
@@ -197,8 +201,7 @@ def test_mixed_labels_lie_between_their_parts_or_are_at_least_finite(bench):
 
 
 def test_saved_and_loaded_gives_the_same_next_loss(bench):
-    other = type(bench.objective)(bench.objective.config)
-    other.heads(DIM, CLASSES)
+    other = type(bench.objective)(bench.objective.config, dim=DIM, classes=CLASSES)
     other.load_state_dict(bench.objective.state_dict())
     batch = bench.batch(LABELINGS["usual"])
     bench.network.eval()

@@ -12,7 +12,7 @@ from nearkin import train
 from nearkin.config import RunConfig
 from nearkin.distributed import Runtime
 from nearkin.training import autotune
-from nearkin.training.autotune import NAMES, Choice, tuned
+from nearkin.training.autotune import NAMES, Choice, tune
 from nearkin.training.prepare import prepare
 
 ALL = frozenset(NAMES)
@@ -42,18 +42,18 @@ def planted(monkeypatch):
     return plant
 
 
-def settled(job, left_open=ALL):
+def tuned_settings(job, automatic=ALL):
     made, runtime = job
-    return tuned(made.config, left_open, made.built.network, 1, runtime)
+    return tune(made.settings, automatic, made.built.network, 1, runtime)
 
 
 def chosen(result) -> Choice:
-    return Choice(*(getattr(result.config, name) for name in NAMES))
+    return Choice(*(getattr(result.settings, name) for name in NAMES))
 
 
 def test_the_fastest_of_each_option_is_built_upon(job, planted):
     tried = planted(bf16_contiguous_1=0.8, bf16_channels_last_1=0.5, bf16_channels_last_4=0.3)
-    result = settled(job)
+    result = tuned_settings(job)
     assert chosen(result) == Choice("bf16", "channels_last", 4)
     assert {choice.threads for choice in tried} == {1, 2, 4}
     assert not any(c.precision == "fp32" and c.memory_format == "channels_last" for c in tried)
@@ -62,12 +62,12 @@ def test_the_fastest_of_each_option_is_built_upon(job, planted):
 
 def test_a_little_faster_is_no_reason(job, planted):
     planted(fp32_channels_last_1=0.97, bf16_contiguous_1=0.96)
-    assert chosen(settled(job)) == Choice("fp32", "contiguous", 1)
+    assert chosen(tuned_settings(job)) == Choice("fp32", "contiguous", 1)
 
 
 def test_the_hopeless_is_tried_once(job, planted):
     tried = planted(bf16_contiguous_1=3.0)
-    settled(job)
+    tuned_settings(job)
     assert tried.count(Choice("bf16", "contiguous", 1)) == 1
     assert tried.count(Choice("fp32", "channels_last", 1)) == 1 + autotune.ROUNDS
 
@@ -75,14 +75,14 @@ def test_the_hopeless_is_tried_once(job, planted):
 @pytest.mark.parametrize("name", NAMES)
 def test_what_was_asked_for_is_not_tried(job, planted, name):
     tried = planted()
-    settled(job, ALL - {name})
+    tuned_settings(job, ALL - {name})
     assert len({getattr(choice, name) for choice in tried}) == 1
 
 
 def test_when_time_is_up_the_rest_stays(job, planted, monkeypatch):
     tried = planted()
     monkeypatch.setattr(autotune, "PATIENCE", -1.0)
-    assert chosen(settled(job)) == Choice("fp32", "contiguous", 1)
+    assert chosen(tuned_settings(job)) == Choice("fp32", "contiguous", 1)
     assert tried == []
 
 
@@ -92,7 +92,7 @@ def test_neither_the_network_nor_the_random_state_is_touched(job, monkeypatch):
     before = {n: v.clone() for n, v in made.built.network.state_dict().items()}
     training = made.built.network.training
     state = torch.get_rng_state()
-    result = settled(job, frozenset({"memory_format"}))
+    result = tuned_settings(job, frozenset({"memory_format"}))
     assert all(seconds > 0 for seconds in result.seconds.values())
     assert torch.equal(torch.get_rng_state(), state)
     assert made.built.network.training == training
@@ -105,7 +105,7 @@ def test_the_first_process_decides(job, planted, monkeypatch):
     _, runtime = job
     theirs = Choice("bf16", "contiguous", 2)
     monkeypatch.setattr(type(runtime), "share", lambda self, value: theirs)
-    assert chosen(settled(job)) == theirs
+    assert chosen(tuned_settings(job)) == theirs
 
 
 def test_a_run_stores_and_keeps_what_was_chosen(tmp_path, planted):

@@ -16,7 +16,7 @@ STUCK = LEARNING | {"supcon": 4.03}
 
 def told(*epochs, stage="joint"):
     watch = CollapseWatch()
-    return [watch.look(stage, n, means, COLLAPSED) for n, means in enumerate(epochs)]
+    return [watch.check(stage, n, means, COLLAPSED) for n, means in enumerate(epochs)]
 
 
 def test_two_epochs_in_a_row_after_the_first_are_told_once():
@@ -37,7 +37,7 @@ def test_a_run_that_learns_is_left_in_peace():
 def test_each_stage_is_watched_anew():
     watch = CollapseWatch()
     for stage in ("contrast", "linear"):
-        texts = [watch.look(stage, n, STUCK, COLLAPSED) for n in range(4)]
+        texts = [watch.check(stage, n, STUCK, COLLAPSED) for n in range(4)]
         assert [text is not None for text in texts] == [False, False, True, False], stage
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-import timm
 import torch
 from safetensors.torch import load_file, save_file
+from tests.training.settings_cases import settings
 
 from nearkin.cli import run as command
 from nearkin.config import RunConfig, read_yaml, validate
@@ -16,7 +16,6 @@ from nearkin.distributed import Runtime
 from nearkin.errors import ConfigError, ModelError
 from nearkin.evaluation.model import load_bundle
 from nearkin.training.api import continue_run, start_run
-from nearkin.training.defaults import resolve_data, resolve_training
 from nearkin.training.loop import legs
 from nearkin.training.prepare import prepare
 from nearkin.training.trainer import Trainer
@@ -37,30 +36,14 @@ def run_of(out, **values):
     return start_run(TINY | {"objective": "ce", "epochs": 1, "out": out} | values, quiet=True)
 
 
-def resolved(layered=True, side=96, **values):
-    config = resolve_data(RunConfig(**values), images=500, side=side, channels=3)
-    with torch.device("meta"):
-        backbone = timm.create_model(config.model, num_classes=0)
-    return resolve_training(
-        config,
-        images=500,
-        files=True,
-        backbone=backbone,
-        weights=1000,
-        layered=layered,
-        device="cpu",
-        ranks=1,
-    )
-
-
 def test_layer_decay_is_for_what_starts_from_weights_with_adamw(tmp_path):
-    assert resolved(pretrained=True).layer_decay == 0.75
-    assert resolved(weights=tmp_path).layer_decay == 0.75
-    assert resolved().layer_decay == 1.0
-    assert resolved(model="vit_tiny_patch16_224").layer_decay == 1.0
-    assert resolved(pretrained=True, optimizer="sgd").layer_decay == 1.0
-    assert resolved(pretrained=True, layered=False).layer_decay == 1.0
-    assert resolved(optimizer="sgd", layer_decay=0.5).layer_decay == 0.5
+    assert settings(pretrained=True).layer_decay == 0.75
+    assert settings(weights=tmp_path).layer_decay == 0.75
+    assert settings().layer_decay == 1.0
+    assert settings(model="vit_tiny_patch16_224").layer_decay == 1.0
+    assert settings(pretrained=True, optimizer="sgd").layer_decay == 1.0
+    assert settings(pretrained=True, layered=False).layer_decay == 1.0
+    assert settings(optimizer="sgd", layer_decay=0.5).layer_decay == 0.5
 
 
 @pytest.mark.parametrize(
@@ -74,7 +57,7 @@ def test_layer_decay_is_for_what_starts_from_weights_with_adamw(tmp_path):
     ],
 )
 def test_the_size_in_evaluation(side, given, expected):
-    config = resolved(side=side, **given)
+    config = settings(side=side, **given)
     assert (config.eval_size, config.eval_crop) == expected
 
 
@@ -92,7 +75,7 @@ PARTS = ("crop_scale", "randaugment", "jitter", "jitter_prob", "grey_prob", "era
     ],
 )
 def test_strengths_are_resolved_into_their_parts(augment, side, expected):
-    config = resolved(side=side, data="photos", augment=augment)
+    config = settings(side=side, data="photos", augment=augment)
     assert tuple(getattr(config, part) for part in PARTS) == expected
     spec = TrainSpec.model_validate(config, from_attributes=True)
     assert tuple(getattr(spec, part) for part in PARTS) == expected
@@ -102,16 +85,16 @@ def test_strengths_are_resolved_into_their_parts(augment, side, expected):
 def test_a_part_that_is_set_stays_whatever_the_strength():
     given = dict(zip(PARTS, (0.08, 7, 0.2, 0.8, 0.3, 0.5, True), strict=True))
     for augment in ("none", "light", "medium", "strong"):
-        config = resolved(augment=augment, **given)
+        config = settings(augment=augment, **given)
         assert {part: getattr(config, part) for part in PARTS} == given
-    assert resolved(augment="strong", erasing=0).jitter == 0.4
+    assert settings(augment="strong", erasing=0).jitter == 0.4
 
 
 def test_layers_without_names_are_told_before_training(monkeypatch):
     monkeypatch.delattr("timm.models.resnet.ResNet.group_matcher")
     with pytest.raises(ConfigError, match="test_resnet does not name its layers; leave out"):
         job_of(layer_decay=0.9)
-    assert job_of(layer_decay=1.0).config.layer_decay == 1.0
+    assert job_of(layer_decay=1.0).settings.layer_decay == 1.0
 
 
 @pytest.mark.parametrize(

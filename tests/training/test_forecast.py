@@ -6,12 +6,12 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+from tests.training.settings_cases import data_settings
 
 import nearkin
-from nearkin.config import RunConfig
 from nearkin.data.sampling import Draws, balanced, shuffled, weighted
 from nearkin.errors import ConfigError
-from nearkin.training.checks import counted_share, expected_share, warning
+from nearkin.training.checks import counted_share, expected_share, missing_positives_warning
 from nearkin.training.defaults import check
 
 
@@ -58,12 +58,14 @@ def test_balanced_batches_have_next_to_none():
 
 
 def test_what_it_says():
-    assert warning(0.05, 32, "shuffle") is None
+    assert missing_positives_warning(0.05, 32, "shuffle") is None
     for sampler in ("shuffle", "weighted"):
-        text = warning(0.506, 32, sampler)
+        text = missing_positives_warning(0.506, 32, sampler)
         assert "About 51 %" in text
         assert "Use --sampler balanced, a larger --batch-size, or --objective.views 2" in text
-    assert "Use another --per-class, a larger --batch-size" in warning(0.506, 32, "balanced")
+    assert "Use another --per-class, a larger --batch-size" in missing_positives_warning(
+        0.506, 32, "balanced"
+    )
 
 
 def train(folder, capfd, **options):
@@ -102,7 +104,7 @@ def test_train_warns_before_it_starts(tmp_path, capfd):
 def test_options_that_do_not_fit_together(options, message):
     with pytest.raises(ConfigError, match=message):
         check(
-            RunConfig(**({"mixup": 0, "cutmix": 0, "batch_size": 32} | options)),
+            data_settings(**({"mixup": 0, "cutmix": 0, "batch_size": 32} | options)),
             images=99,
             world_size=1,
         )
@@ -115,7 +117,7 @@ def test_options_that_fit():
         {"repeats": 3},
         {"per_class": 5},
     ):
-        config = RunConfig(batch_size=32, mixup=0, cutmix=0, **options)
+        config = data_settings(batch_size=32, mixup=0, cutmix=0, **options)
         check(config, images=99, world_size=1)
 
 

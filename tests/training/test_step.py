@@ -52,7 +52,7 @@ def test_a_new_stage_averages_from_its_own_start(tmp_path):
         stepper.begin(leg.stage)
         start = {n: p.detach().clone() for n, p in stepper.network.named_parameters()}
         first_step(trainer, leg)
-        mean = dict(stepper.judged().named_parameters())
+        mean = dict(stepper.eval_network().named_parameters())
         moved = 0
         for name, now in stepper.network.named_parameters():
             assert torch.allclose(mean[name], (start[name] + now) / 2, atol=1e-6), name

@@ -58,7 +58,7 @@ def _write(imported: Imported, out: Path | None, name: str) -> Path:
     description, weights, config = imported
     run = run_folder.create(out, data=name, objective=config.objective)
     try:
-        run_folder.describe(run, config, description.spec.classes, run_folder.command_line())
+        run_folder.describe(run, config, description.spec.classes)
         save_bundle(run, description, weights)
         Journal(run).status(
             "finished", step=0, steps=0, epoch=0, message="imported, not trained here"

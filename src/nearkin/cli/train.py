@@ -10,8 +10,11 @@ from typing import Any
 from nearkin.cli import is_first
 from nearkin.cli.arguments import Parser, options_table, show_help
 from nearkin.cli.list_ import recipe_or_file
-from nearkin.config import FREE, RunConfig, merge, read_yaml, to_yaml
+from nearkin.config import FREE, RunConfig, merge, read_yaml, to_yaml, validate
+from nearkin.errors import ConfigError
 from nearkin.process import handled, interrupt, keep_freed_memory
+from nearkin.training.api import Result, continue_run, resolved, start_run
+from nearkin.training.run_folder import stored_options, stored_settings
 
 USAGE = "nearkin train [DATA] [--objective NAME] [--objective.OPTION VALUE] [--model.OPTION VALUE] [--OPTION VALUE]"
 
@@ -32,14 +35,14 @@ def _main(argv: list[str]) -> int:
     as_json, quiet = given.pop("json", False), given.pop("quiet", False)
     show = given.pop("print_config", False)
     resume = given.pop("resume", None)
+    if "data_option" in given:
+        if "data" in given:
+            raise ConfigError("DATA is given twice, as an argument and with --data; leave one out.")
+        given["data"] = given.pop("data_option")
     layers = [read_yaml(recipe_or_file(name)) for name in given.pop("config", [])]
     values = merge(*layers, given)
-    from nearkin.training.api import continue_run, resolved, start_run
-    from nearkin.training.run_folder import stored_config
-
     if show:
-        stored = None if resume is None else stored_config(Path(resume))
-        sys.stdout.write(to_yaml(stored or resolved(values)))
+        sys.stdout.write(_shown(values, resume))
         return 0
     fresh = resume is None
     _report(
@@ -51,9 +54,20 @@ def _main(argv: list[str]) -> int:
     return 0
 
 
+def _shown(values: dict[str, Any], resume: str | None) -> str:
+    """The settings as YAML, below the options that were given as comments."""
+    if resume is None:
+        settings, given = resolved(values), validate(RunConfig, values)
+    else:
+        settings, given = stored_settings(Path(resume)), stored_options(Path(resume))
+    lines = to_yaml(given, given=True).splitlines()
+    return "".join(f"# {line}\n" for line in ["given:", *lines]) + to_yaml(settings)
+
+
 def _parser() -> Parser:
     parser = Parser(USAGE, "Train an image classifier; without DATA, on the built-in digits.")
     parser.add_argument("data", nargs="?", metavar="DATA", help="what to learn from [digits]")
+    parser.add_argument("--data", dest="data_option", metavar="DATA", help="the same as an option")
     parser.flag("help", "this help; with --objective NAME also its own options")
     parser.add_argument(
         "-c",
@@ -62,7 +76,11 @@ def _parser() -> Parser:
         metavar="FILE",
         help="options in YAML, or a recipe's name",
     )
-    parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
+    parser.add_argument(
+        "--resume",
+        metavar="RUN",
+        help="continue the run in this folder; DATA: where its images are now",
+    )
     parser.flag("print-config", "print the resolved options and stop")
     parser.flag("json", "the result as one JSON object on stdout")
     parser.flag("quiet", "nothing on stderr but errors")
@@ -76,12 +94,11 @@ def _objective_help(name: str) -> str:
     return f"\noptions of the objective {name}:\n" + options_table(get(name).Config, "objective.")
 
 
-def _report(result: Any, as_json: bool) -> None:
+def _report(result: Result, as_json: bool) -> None:
     if not is_first():
         return
     if as_json:
-        record = {"run": str(result.run), "test_top1": result.test_top1, "metrics": result.metrics}
-        sys.stdout.write(json.dumps(record, allow_nan=False) + "\n")
+        sys.stdout.write(json.dumps(result.to_dict(), allow_nan=False) + "\n")
         return
     if result.metrics:
         split, count = result.metrics["split"], result.metrics["n"]

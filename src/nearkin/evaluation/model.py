@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -16,7 +16,6 @@ from nearkin.errors import ConfigError, ModelError, printable
 from nearkin.files import write_atomic
 from nearkin.network import Network, build_backbone, read_safetensors
 from nearkin.objectives import Objective, get
-from nearkin.types import Facts
 
 FORMAT = 1
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
@@ -71,13 +70,25 @@ class Bundle(NamedTuple):
         return self.description.spec.classes
 
 
-def build(spec: ModelSpec, *, pretrained: bool = False, facts: Facts | None = None) -> Built:
-    """Backbone, heads and objective. With `facts` the objective's `auto` options are resolved from them.
+def build(
+    spec: ModelSpec,
+    *,
+    options: Objective.Config | None = None,
+    pretrained: bool = False,
+    images: int = 1,
+    batch_size: int = 1,
+    device: str = "cpu",
+) -> Built:
+    """Backbone, heads and objective.
+
+    options: the objective's, where they are validated already; by default those of `spec`. images, batch_size: of the
+    training, from which `auto` options follow; the options of a trained model have none.
 
     Raises ConfigError for an unknown model, objective or option.
     """
     kind = get(spec.objective)
-    config = validate(kind.Config, spec.options, prefix="objective.")
+    if options is None:
+        options = cast("Objective.Config", validate(kind.Config, spec.options, prefix="objective."))
     backbone = build_backbone(
         spec.model,
         pretrained=pretrained,
@@ -87,19 +98,23 @@ def build(spec: ModelSpec, *, pretrained: bool = False, facts: Facts | None = No
         drop_path=spec.drop_path,
         options=spec.model_options,
     )
-    if facts is not None:
-        config = config.resolve(facts._replace(dim=backbone.dim))
-    objective = kind(config)
+    objective = kind(
+        options,
+        dim=backbone.dim,
+        classes=len(spec.classes),
+        images=images,
+        batch_size=batch_size,
+        device=device,
+    )
     network = Network(
         backbone.module,
-        objective.heads(backbone.dim, len(spec.classes)),
+        objective.heads,
         dim=backbone.dim,
         mean=backbone.mean,
         std=backbone.std,
         drop_rate=spec.drop_rate,
     )
-    options = config.model_dump(mode="json")
-    resolved = {"options": options, "stem": backbone.stem}
+    resolved = {"options": objective.config.model_dump(mode="json"), "stem": backbone.stem}
     return Built(network, objective, spec.model_copy(update=resolved))
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
 from torch import Tensor
 
+from nearkin.config import option
 from nearkin.functional import arcface_margin
 from nearkin.objectives.margin import MarginSoftmax
 
@@ -15,7 +15,7 @@ class ArcFace(MarginSoftmax, name="arcface"):
     class Config(MarginSoftmax.Config):
         """0.2 suits few classes (our choice); the paper's 0.5 with scale 64 learns nothing there."""
 
-        margin: float = Field(0.2, ge=0, lt=3.14, description="radians added to the own angle")
+        margin: float = option(0.2, "radians added to the own angle", ge=0, lt=3.14)
 
     config: Config
 

@@ -5,11 +5,8 @@ from __future__ import annotations
 import math
 from typing import Literal, Self
 
-from pydantic import Field
-from torch import nn
-
 from nearkin.bank import NeighbourBank
-from nearkin.config import Amount, Auto, Count
+from nearkin.config import AutoAmount, AutoCount, Count, option
 from nearkin.functional import (
     PerAnchor,
     consistency_kl,
@@ -22,12 +19,12 @@ from nearkin.objectives.base import (
     Objective,
     Stage,
     combine,
+    default_bank,
     probabilities,
     repeat_views,
     required,
     smoothed,
     unit,
-    usual_bank,
 )
 from nearkin.objectives.sce import preset
 from nearkin.teacher import TeacherPolicy
@@ -48,57 +45,45 @@ class AttractRepulse(Objective, name="attract-repulse"):
     class Config(Objective.Config):
         """Our choice; the pieces' own sources are in docs/methods."""
 
-        alpha: Amount | Auto = Field("auto", description="weight of the cross-entropy")
-        beta: Amount | Auto = Field("auto", description="weight of the reverse cross-entropy")
-        repulse: float = Field(
-            1.0, ge=0, description="weight of the instance contrast at the start"
+        alpha: AutoAmount = option("auto", "weight of the cross-entropy")
+        beta: AutoAmount = option("auto", "weight of the reverse cross-entropy")
+        repulse: float = option(1.0, "weight of the instance contrast at the start", ge=0)
+        repulse_end: float = option(0.1, "the same at the stage's end", ge=0)
+        trade_off: Literal["cosine", "constant"] = option(
+            "cosine", "how the weight goes from start to end; constant stays"
         )
-        repulse_end: float = Field(0.1, ge=0, description="the same at the stage's end")
-        trade_off: Literal["cosine", "constant"] = Field(
-            "cosine", description="how the weight goes from start to end; constant stays"
+        negatives: Literal["batch", "bank"] = option(
+            "batch", "other images of the batch, or a bank of teacher keys"
         )
-        negatives: Literal["batch", "bank"] = Field(
-            "batch", description="other images of the batch, or a bank of teacher keys"
+        temperature: float = option(0.2, "divides the cosine similarities", gt=0)
+        bank: AutoCount = option("auto", "entries K of the bank")
+        projection: Count = option(128, "width of the projection")
+        head_norm: Norm = option("batch", "in the projection: batch, layer or none")
+        contrast_share: float = option(
+            0.7, "share of the epochs before the Mean Teacher", gt=0, lt=1
         )
-        temperature: float = Field(0.2, gt=0, description="divides the cosine similarities")
-        bank: Count | Auto = Field("auto", description="entries K of the bank")
-        projection: Count = Field(128, description="width of the projection")
-        head_norm: Norm = Field("batch", description="in the projection: batch, layer or none")
-        contrast_share: float = Field(
-            0.7, gt=0, lt=1, description="share of the epochs before the Mean Teacher"
+        consistency: float = option(1.0, "weight of the teacher's targets", ge=0)
+        ramp_epochs: float = option(5.0, "over which that weight rises", gt=0)
+        teacher_horizon: float = option(2.0, "memory of the teacher in epochs", gt=0)
+        teacher_schedule: Literal["constant", "ramped"] = option(
+            "constant", "its momentum constant, or ramped up from 0 as in Mean Teacher"
         )
-        consistency: float = Field(1.0, ge=0, description="weight of the teacher's targets")
-        ramp_epochs: float = Field(5.0, gt=0, description="over which that weight rises")
-        teacher_horizon: float = Field(2.0, gt=0, description="memory of the teacher in epochs")
-        teacher_schedule: Literal["constant", "ramped"] = Field(
-            "constant", description="its momentum constant, or ramped up from 0 as in Mean Teacher"
-        )
-        teacher_lr: float = Field(
-            0.1, gt=0, le=1, description="peak of the second stage, as a share of --lr"
-        )
+        teacher_lr: float = option(0.1, "peak of the second stage, as a share of --lr", gt=0, le=1)
 
         def resolve(self, facts: Facts) -> Self:
             # The published weight 0.1 of CE is for long training on noisy labels (docs/decisions/009).
-            beta = preset(facts.classes)[1]
-            values = {"alpha": 1.0, "beta": beta, "bank": usual_bank(facts)}
-            update = {k: v for k, v in values.items() if getattr(self, k) == "auto"}
-            return self.model_copy(update=update)
+            return self.fill(alpha=1.0, beta=preset(facts.classes)[1], bank=default_bank(facts))
 
     config: Config
     bank: NeighbourBank
 
-    def heads(self, dim: int, classes: int) -> dict[str, Head]:
-        if "auto" in (self.config.alpha, self.config.beta, self.config.bank):
-            raise ValueError(
-                "AttractRepulse needs numbers: give alpha, beta and bank, or call Config.resolve(facts)."
-            )
-        if self.config.negatives == "bank":
-            self.bank = NeighbourBank(int(self.config.bank), self.config.projection)
-        projection = projection_head(dim, dim, self.config.projection, norm=self.config.head_norm)
-        return {
-            "projection": Head(projection, reads="features", writes="projection"),
-            "classifier": Head(nn.Linear(dim, classes), reads="features", writes="logits"),
-        }
+    def build(self, dim: int, classes: int) -> dict[str, Head]:
+        sizes = self.config
+        if sizes.negatives == "bank":
+            self.bank = NeighbourBank(sizes.bank, sizes.projection)
+        head = projection_head(dim, dim, sizes.projection, norm=sizes.head_norm)
+        projection = Head(head, reads="features", writes="projection")
+        return {"projection": projection} | super().build(dim, classes)
 
     def stages(self) -> tuple[Stage, ...]:
         share, horizon = self.config.contrast_share, self.config.teacher_horizon
@@ -150,8 +135,8 @@ class AttractRepulse(Objective, name="attract-repulse"):
         losses = symmetric_ce(
             logits,
             smoothed(labels, logits.shape[1], self.config.smoothing),
-            alpha=float(self.config.alpha),
-            beta=float(self.config.beta),
+            alpha=self.config.alpha,
+            beta=self.config.beta,
             validate=False,
         )
         return self.weigh(losses, labels)

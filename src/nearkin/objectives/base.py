@@ -1,4 +1,4 @@
-"""The contract that every objective keeps; adding an objective is adding one file beside this one."""
+"""The interface of every objective. A new objective is one new file in this package."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from contextlib import ExitStack
 from typing import ClassVar, Literal, NamedTuple, Self, overload
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from nearkin.bank import NeighbourBank
+from nearkin.config import option
 from nearkin.functional import PerAnchor, cross_entropy, mean_valid, soft_pairs
 from nearkin.functional._common import class_rows
 from nearkin.network import Head
@@ -54,28 +55,38 @@ class Stage(NamedTuple):
 
 
 class Objective(nn.Module):
-    """One training objective. Stateless apart from its bank; learnable weights live in the network's heads.
+    """One training objective: a loss of the network's outputs, and the heads that it trains.
 
-    A subclass registers itself: `class CoNe(Objective, name="cone")`; without a name it is a base of others, whose
-    `forward` and `Config` they share. The first line of its docstring is what `nearkin list objectives` shows. Its
-    nested frozen `Config` names the options with defaults, ranges and descriptions; the command line, the YAML and
-    the docs come from it.
+    config: the options; every `auto` is resolved here. dim: width of the backbone's features. classes: C.
+    images, batch_size: training images and images per step, from which `auto` sizes follow. Their defaults give a bank
+    of 4096 entries. device: type of the device that trains; CoNe's bank follows from it.
+
+    `heads` belong to the network (`Network(backbone, objective.heads, ...)`), and so do their weights. The objective
+    itself has no state but its bank.
+
+    A subclass registers itself: `class CoNe(Objective, name="cone")`. Without a name it is a base class of others.
+    The first line of its docstring is shown by `nearkin list objectives`. Its nested frozen `Config` declares the
+    options with defaults, ranges and descriptions, from which the command line, YAML and docs are made.
     """
 
     registry: ClassVar[dict[str, type[Objective]]] = {}
     name: ClassVar[str]
+    heads: dict[str, Head]
 
     class Config(BaseModel):
         """Options that every objective has."""
 
         model_config = ConfigDict(frozen=True, extra="forbid")
-        smoothing: float = Field(
-            0.0, ge=0.0, lt=1.0, description="label smoothing of the cross-entropy"
-        )
+        smoothing: float = option(0.0, "label smoothing of the cross-entropy", ge=0.0, lt=1.0)
 
         def resolve(self, facts: Facts) -> Self:  # noqa: ARG002 - most objectives have nothing to resolve
-            """The same options with every `auto` replaced by the value that `facts` give."""
+            """The same options with every `auto` replaced by a number that follows from `facts`."""
             return self
+
+        def fill(self, **values: float | str) -> Self:
+            """The same options with `values` in place of `auto`."""
+            auto = {name: v for name, v in values.items() if getattr(self, name) == "auto"}
+            return self.model_copy(update=auto)
 
     class_weights: Tensor | None
 
@@ -85,10 +96,21 @@ class Objective(nn.Module):
             cls.name = name
             Objective.registry[name] = cls
 
-    def __init__(self, config: Config) -> None:
+    def __init__(
+        self,
+        config: Config | None = None,
+        *,
+        dim: int,
+        classes: int,
+        images: int = 8192,
+        batch_size: int = 128,
+        device: str = "cpu",
+    ) -> None:
         super().__init__()
-        self.config = config
+        facts = Facts(dim, classes, images, batch_size, device)
+        self.config = (config or self.Config()).resolve(facts)
         self.register_buffer("class_weights", None, persistent=False)
+        self.heads = self.build(dim, classes)
 
     def weigh_classes(self, weights: Tensor | None) -> None:
         """Weigh every cross-entropy term by class. weights: `[C]`, or None for equal weights."""
@@ -112,15 +134,15 @@ class Objective(nn.Module):
         own = weights[labels] if labels.ndim == 1 else labels.to(weights.dtype) @ weights
         return PerAnchor(losses.value * own, losses.valid)
 
-    def heads(self, dim: int, classes: int) -> dict[str, Head]:
-        """The heads that this objective trains on features of width `dim`; also sizes the bank, if it has one.
+    def build(self, dim: int, classes: int) -> dict[str, Head]:
+        """The heads, in the order they run; an objective with a bank creates it here as well.
 
-        Called once, before training. The network owns the modules. Unless overridden: one linear classifier.
+        Called once, by the constructor, with `config` resolved. Default: one linear classifier.
         """
         return {"classifier": Head(nn.Linear(dim, classes), reads="features", writes="logits")}
 
     def stages(self) -> tuple[Stage, ...]:
-        """The stretches of training, in order. Unless overridden: one, which classifies one crop of each image."""
+        """The stages of training, in order. Default: one that classifies one crop of each image."""
         return (Stage("classify", 1.0, heads=("classifier",)),)
 
     def forward(
@@ -231,6 +253,6 @@ def probabilities(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(1)
 
 
-def usual_bank(facts: Facts) -> int:
-    """K = min(65 536, N / 2), at least a batch: an image's earlier copy must not be all there is (our choice)."""
+def default_bank(facts: Facts) -> int:
+    """K = min(65 536, N / 2), at least one batch. Above N / 2 most entries of a class are an image's own copies."""
     return max(facts.batch_size, min(65_536, facts.images // 2), 1)

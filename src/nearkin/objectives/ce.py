@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
-
+from nearkin.config import option
 from nearkin.functional import binary_cross_entropy
 from nearkin.objectives.base import Objective, combine, required
 from nearkin.types import Batch, Loss, Outputs, Progress
@@ -20,8 +19,8 @@ class CrossEntropy(Objective, name="ce"):
     class Config(Objective.Config):
         """The softmax is the field's; the binary form is that of timm's A1 to A3 recipes."""
 
-        loss: Literal["softmax", "bce"] = Field(
-            "softmax", description="classes compete, or each is a yes-or-no question"
+        loss: Literal["softmax", "bce"] = option(
+            "softmax", "classes compete, or each is a yes-or-no question"
         )
 
     config: Config

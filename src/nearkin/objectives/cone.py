@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from typing import Literal, Self
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from nearkin.bank import NeighbourBank, bank_precision
-from nearkin.config import Auto, Count, Natural
+from nearkin.config import AutoCount, AutoNatural, option
 from nearkin.functional import PerAnchor, consistency_kl
 from nearkin.functional._bank_attention import bank_attention
 from nearkin.network import Head, projection_head, projection_sizes
@@ -17,10 +17,10 @@ from nearkin.objectives.base import (
     Objective,
     Stage,
     combine,
+    default_bank,
     probabilities,
     required,
     unit,
-    usual_bank,
 )
 from nearkin.teacher import TeacherPolicy
 from nearkin.types import Batch, Facts, Loss, Outputs, Progress
@@ -41,66 +41,56 @@ class CoNe(Objective, name="cone"):
     class Config(Objective.Config):
         """Weights and temperatures as published; sizes, warm-up and teacher memory are our choice."""
 
-        neighbour_weight: float = Field(0.7, ge=0, description="weight of the neighbour term")
-        consistency_weight: float = Field(0.4, ge=0, description="weight of the consistency term")
-        neighbour_temperature: float = Field(0.10, gt=0, description="of the k neighbours")
-        consistency_temperature: float = Field(0.07, gt=0, description="of the whole bank")
-        bank: Count | Auto = Field("auto", description="entries K of the bank")
-        bank_precision: Literal["auto", "bf16", "exact"] = Field(
-            "auto", description="of its keys and probabilities; auto: bf16 where it is fast"
+        neighbour_weight: float = option(0.7, "weight of the neighbour term", ge=0)
+        consistency_weight: float = option(0.4, "weight of the consistency term", ge=0)
+        neighbour_temperature: float = option(0.1, "of the k neighbours", gt=0)
+        consistency_temperature: float = option(0.07, "of the whole bank", gt=0)
+        bank: AutoCount = option("auto", "entries K of the bank")
+        bank_precision: Literal["auto", "bf16", "exact"] = option(
+            "auto", "of its keys and probabilities; auto: bf16 where it is fast"
         )
-        topk: Count | Auto = Field("auto", description="neighbours k per anchor")
-        warmup_steps: Natural | Auto = Field(
-            "auto", description="steps on cross-entropy alone; auto: until the bank is full"
+        topk: AutoCount = option("auto", "neighbours k per anchor")
+        warmup_steps: AutoNatural = option(
+            "auto", "steps on cross-entropy alone; auto: until the bank is full"
         )
-        guard: bool = Field(
-            False, description="published code: no CE, no consistency for certain samples"
+        guard: bool = option(False, "published code: no CE, no consistency for certain samples")
+        hidden: AutoCount = option("auto", "hidden width of the projection")
+        embedding: AutoCount = option("auto", "width of the embedding")
+        teacher_schedule: Literal["constant", "cosine"] = option(
+            "constant", "momentum constant, or the paper's cosine to 1"
         )
-        hidden: Count | Auto = Field("auto", description="hidden width of the projection")
-        embedding: Count | Auto = Field("auto", description="width of the embedding")
-        teacher_schedule: Literal["constant", "cosine"] = Field(
-            "constant", description="momentum constant, or the paper's cosine to 1"
+        teacher_horizon: float = option(0.3, "memory in epochs (constant)", gt=0)
+        teacher_momentum: float = option(0.996, "at the start (cosine)", ge=0, lt=1)
+        teacher_batchnorm: Literal["own", "average"] = option(
+            "own", "the teacher's own statistics, or the student's averaged"
         )
-        teacher_horizon: float = Field(0.3, gt=0, description="memory in epochs (constant)")
-        teacher_momentum: float = Field(0.996, ge=0, lt=1, description="at the start (cosine)")
-        teacher_batchnorm: Literal["own", "average"] = Field(
-            "own", description="the teacher's own statistics, or the student's averaged"
-        )
-        teacher_crop: Literal["same", "own"] = Field(
-            "same", description="the teacher reads the student's crop, or one of its own"
+        teacher_crop: Literal["same", "own"] = option(
+            "same", "the teacher reads the student's crop, or one of its own"
         )
 
-        def resolve(self, facts: Facts) -> CoNe.Config:
+        def resolve(self, facts: Facts) -> Self:
             """K = min(65 536, N / 2), at least a batch; k = min(K / 4, clamp(8 K / C, 32, 512))."""
             hidden, embedding = projection_sizes(facts.dim)
-            bank = usual_bank(facts) if self.bank == "auto" else self.bank
-            topk = max(1, min(bank // 4, min(max(8 * bank // facts.classes, 32), 512)))
-            fill = min(bank, facts.images)
-            values = {
-                "bank": bank,
-                "topk": topk,
-                "warmup_steps": -(-fill // max(facts.batch_size, 1)),
-                "hidden": hidden,
-                "embedding": embedding,
-                "bank_precision": bank_precision(torch.device(facts.device)),
-            }
-            update = {k: v for k, v in values.items() if getattr(self, k) == "auto"}
-            return self.model_copy(update=update)
+            precision = bank_precision(torch.device(facts.device))
+            sized = self.fill(
+                bank=default_bank(facts),
+                hidden=hidden,
+                embedding=embedding,
+                bank_precision=precision,
+            )
+            wanted = min(max(8 * sized.bank // facts.classes, 32), 512)
+            fill_steps = math.ceil(min(sized.bank, facts.images) / facts.batch_size)
+            return sized.fill(topk=max(1, min(sized.bank // 4, wanted)), warmup_steps=fill_steps)
 
     config: Config
     bank: NeighbourBank
 
-    def heads(self, dim: int, classes: int) -> dict[str, Head]:
+    def build(self, dim: int, classes: int) -> dict[str, Head]:
         sizes = self.config
-        if "auto" in (sizes.bank, sizes.topk, sizes.warmup_steps):
-            raise ValueError(
-                "CoNe needs numbers: give bank, topk and warmup_steps, or call Config.resolve(facts)."
-            )
-        sizes = sizes.resolve(Facts(0, classes, 0, 0, dim))
         storage = torch.float32 if sizes.bank_precision == "exact" else torch.bfloat16
-        self.bank = NeighbourBank(int(sizes.bank), int(sizes.embedding), classes, storage)
-        projection = projection_head(dim, int(sizes.hidden), int(sizes.embedding))
-        classifier = nn.Linear(int(sizes.embedding), classes)
+        self.bank = NeighbourBank(sizes.bank, sizes.embedding, classes, storage)
+        projection = projection_head(dim, sizes.hidden, sizes.embedding)
+        classifier = nn.Linear(sizes.embedding, classes)
         return {
             "projection": Head(projection, reads="features", writes="embedding"),
             "classifier": Head(classifier, reads="embedding", writes="logits"),
@@ -124,7 +114,7 @@ class CoNe(Objective, name="cone"):
     ) -> Loss:
         logits = required(student.logits)
         ce = self.classify(logits, batch.labels)
-        if progress.step < int(self.config.warmup_steps) or teacher is None:
+        if progress.step < self.config.warmup_steps or teacher is None:
             loss = combine(ce=(1.0, ce))
             zero = torch.zeros_like(loss.total.detach())
             return loss._replace(terms=loss.terms | {"neighbour": zero, "consistency": zero})
@@ -136,7 +126,7 @@ class CoNe(Objective, name="cone"):
             self.bank.memory,
             query_temperature=self.config.neighbour_temperature,
             key_temperature=self.config.consistency_temperature,
-            topk=int(self.config.topk),
+            topk=self.config.topk,
         )
         consistency = consistency_kl(logits, target, validate=False)
         if self.config.guard:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from nearkin.config import Auto, Count
+from nearkin.config import AutoCount, option
 from nearkin.functional import PerAnchor
 from nearkin.network import Head, Norm, projection_head, projection_sizes
 from nearkin.objectives.base import (
@@ -34,28 +33,22 @@ class Contrastive(Objective):
     class Config(Objective.Config):
         """Options of every contrastive objective; the weight of each is its own."""
 
-        mode: Literal["joint", "two-stage"] = Field(
-            "joint",
-            description="with cross-entropy at once, or contrast first and then a classifier",
+        mode: Literal["joint", "two-stage"] = option(
+            "joint", "with cross-entropy at once, or contrast first and then a classifier"
         )
-        weight: float = Field(0.5, ge=0, description="weight of the contrastive term (joint)")
-        temperature: float = Field(0.1, gt=0, description="divides the cosine similarities")
-        views: int = Field(2, ge=1, le=8, description="crops per image")
-        contrast_share: float = Field(
-            0.8, gt=0, lt=1, description="share of the epochs that contrast (two-stage)"
+        weight: float = option(0.5, "weight of the contrastive term (joint)", ge=0)
+        temperature: float = option(0.1, "divides the cosine similarities", gt=0)
+        views: int = option(2, "crops per image", ge=1, le=8)
+        contrast_share: float = option(
+            0.8, "share of the epochs that contrast (two-stage)", gt=0, lt=1
         )
-        hidden: Count | Auto = Field("auto", description="hidden width of the projection")
-        projection: Count | Auto = Field("auto", description="width of the projection")
-        head_norm: Norm = Field("batch", description="in the projection: batch, layer or none")
+        hidden: AutoCount = option("auto", "hidden width of the projection")
+        projection: AutoCount = option("auto", "width of the projection")
+        head_norm: Norm = option("batch", "in the projection: batch, layer or none")
 
         def resolve(self, facts: Facts) -> Self:
             hidden, out = projection_sizes(facts.dim)
-            return self.model_copy(
-                update={
-                    "hidden": hidden if self.hidden == "auto" else self.hidden,
-                    "projection": out if self.projection == "auto" else self.projection,
-                }
-            )
+            return self.fill(hidden=hidden, projection=out)
 
     config: Config
 
@@ -63,15 +56,11 @@ class Contrastive(Objective):
         """The contrastive losses of unit rows `[N, p]` with labels `[N]` or `[N, C]`."""
         raise NotImplementedError
 
-    def heads(self, dim: int, classes: int) -> dict[str, Head]:
-        sizes = self.config.resolve(Facts(0, classes, 0, 0, dim))
-        projection = projection_head(
-            dim, int(sizes.hidden), int(sizes.projection), norm=self.config.head_norm
-        )
-        return {
-            "projection": Head(projection, reads="features", writes="projection"),
-            "classifier": Head(nn.Linear(dim, classes), reads="features", writes="logits"),
-        }
+    def build(self, dim: int, classes: int) -> dict[str, Head]:
+        sizes = self.config
+        head = projection_head(dim, sizes.hidden, sizes.projection, norm=sizes.head_norm)
+        projection = Head(head, reads="features", writes="projection")
+        return {"projection": projection} | super().build(dim, classes)
 
     def stages(self) -> tuple[Stage, ...]:
         views, share = self.config.views, self.config.contrast_share

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
 from torch import Tensor
 
+from nearkin.config import option
 from nearkin.functional import cosface_margin
 from nearkin.objectives.margin import MarginSoftmax
 
@@ -15,7 +15,7 @@ class CosFace(MarginSoftmax, name="cosface"):
     class Config(MarginSoftmax.Config):
         """0.2 suits few classes (our choice); the paper's 0.35 with scale 30 is in the recipes."""
 
-        margin: float = Field(0.2, ge=0, lt=2, description="subtracted from the own cosine")
+        margin: float = option(0.2, "subtracted from the own cosine", ge=0, lt=2)
 
     config: Config
 

@@ -5,20 +5,18 @@ from __future__ import annotations
 from typing import Literal, Self
 
 import torch
-from pydantic import Field
-from torch import nn
 
 from nearkin.bank import NeighbourBank
-from nearkin.config import Auto, Count
+from nearkin.config import AutoCount, option
 from nearkin.functional import SoftPairs, gpaco, soft_pairs
 from nearkin.network import Head, Norm, projection_head, projection_sizes
 from nearkin.objectives.base import (
     Objective,
     Stage,
     combine,
+    default_bank,
     required,
     unit,
-    usual_bank,
 )
 from nearkin.teacher import TeacherPolicy
 from nearkin.types import Batch, Facts, Loss, Outputs, Progress
@@ -35,38 +33,30 @@ class GPaCo(Objective, name="gpaco"):
     class Config(Objective.Config):
         """Alpha and temperature as published for ImageNet; smoothing, bank and teacher are our choice."""
 
-        alpha: float = Field(0.05, ge=0, description="weight of a sample beside that of the label")
-        temperature: float = Field(0.2, gt=0, description="divides the cosine similarities")
-        bank: Count | Auto = Field("auto", description="entries K of the bank")
-        hidden: Count | Auto = Field("auto", description="hidden width of the projection")
-        projection: Count | Auto = Field("auto", description="width of the projection")
-        head_norm: Norm = Field("batch", description="in the projection: batch, layer or none")
-        teacher_horizon: float = Field(0.3, gt=0, description="memory of the teacher in epochs")
-        teacher_crop: Literal["same", "own"] = Field(
-            "own", description="the teacher reads the student's crop, or one of its own"
+        alpha: float = option(0.05, "weight of a sample beside that of the label", ge=0)
+        temperature: float = option(0.2, "divides the cosine similarities", gt=0)
+        bank: AutoCount = option("auto", "entries K of the bank")
+        hidden: AutoCount = option("auto", "hidden width of the projection")
+        projection: AutoCount = option("auto", "width of the projection")
+        head_norm: Norm = option("batch", "in the projection: batch, layer or none")
+        teacher_horizon: float = option(0.3, "memory of the teacher in epochs", gt=0)
+        teacher_crop: Literal["same", "own"] = option(
+            "own", "the teacher reads the student's crop, or one of its own"
         )
 
         def resolve(self, facts: Facts) -> Self:
             hidden, out = projection_sizes(facts.dim)
-            values = {"bank": usual_bank(facts), "hidden": hidden, "projection": out}
-            update = {k: v for k, v in values.items() if getattr(self, k) == "auto"}
-            return self.model_copy(update=update)
+            return self.fill(bank=default_bank(facts), hidden=hidden, projection=out)
 
     config: Config
     bank: NeighbourBank
 
-    def heads(self, dim: int, classes: int) -> dict[str, Head]:
-        if self.config.bank == "auto":
-            raise ValueError("GPaCo needs numbers: give bank, or call Config.resolve(facts).")
-        sizes = self.config.resolve(Facts(0, classes, 0, 0, dim))
-        self.bank = NeighbourBank(int(sizes.bank), int(sizes.projection))
-        projection = projection_head(
-            dim, int(sizes.hidden), int(sizes.projection), norm=self.config.head_norm
-        )
-        return {
-            "projection": Head(projection, reads="features", writes="projection"),
-            "classifier": Head(nn.Linear(dim, classes), reads="features", writes="logits"),
-        }
+    def build(self, dim: int, classes: int) -> dict[str, Head]:
+        sizes = self.config
+        self.bank = NeighbourBank(sizes.bank, sizes.projection)
+        head = projection_head(dim, sizes.hidden, sizes.projection, norm=sizes.head_norm)
+        projection = Head(head, reads="features", writes="projection")
+        return {"projection": projection} | super().build(dim, classes)
 
     def stages(self) -> tuple[Stage, ...]:
         crop = self.config.teacher_crop

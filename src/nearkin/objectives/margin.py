@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
 from torch import Tensor
 
+from nearkin.config import option
 from nearkin.functional import PerAnchor
 from nearkin.network import CosineClassifier, Head
 from nearkin.objectives.base import Objective, combine, per_class, required
@@ -21,7 +21,7 @@ class MarginSoftmax(Objective):
     class Config(Objective.Config):
         """Scale for few classes: our choice (docs/methods); 30 to 64 suit many."""
 
-        scale: float = Field(16.0, gt=0, description="of the cosines, before the softmax")
+        scale: float = option(16.0, "of the cosines, before the softmax", gt=0)
 
     config: Config
 
@@ -29,7 +29,7 @@ class MarginSoftmax(Objective):
         """Logits `[N, C]` from cosines `[N, C]`, the margin applied at integer labels `[N]`."""
         raise NotImplementedError
 
-    def heads(self, dim: int, classes: int) -> dict[str, Head]:
+    def build(self, dim: int, classes: int) -> dict[str, Head]:
         classifier = CosineClassifier(dim, classes, self.config.scale)
         return {"classifier": Head(classifier, reads="features", writes="logits")}
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field
-
+from nearkin.config import option
 from nearkin.functional import orthogonal_projection
 from nearkin.objectives.base import (
     Objective,
@@ -26,9 +25,9 @@ class OrthogonalProjection(Objective, name="opl"):
     class Config(Objective.Config):
         """Weight and gamma as published."""
 
-        weight: float = Field(1.0, ge=0, description="weight of the orthogonality term")
-        gamma: float = Field(0.5, ge=0, description="weight of the negative pairs inside it")
-        views: int = Field(1, ge=1, le=8, description="crops per image")
+        weight: float = option(1.0, "weight of the orthogonality term", ge=0)
+        gamma: float = option(0.5, "weight of the negative pairs inside it", ge=0)
+        views: int = option(1, "crops per image", ge=1, le=8)
 
     config: Config
 

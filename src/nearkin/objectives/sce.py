@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from typing import Self
 
-from pydantic import Field
-
-from nearkin.config import Amount, Auto
+from nearkin.config import AutoAmount, option
 from nearkin.functional import symmetric_ce
-from nearkin.network import Head
 from nearkin.objectives.base import Objective, combine, required, smoothed
 from nearkin.types import Batch, Facts, Loss, Outputs, Progress
 
@@ -32,23 +29,14 @@ class SymmetricCE(Objective, name="sce"):
     class Config(Objective.Config):
         """`auto` is the published preset for the number of classes, see `preset`."""
 
-        alpha: Amount | Auto = Field("auto", description="weight of the cross-entropy")
-        beta: Amount | Auto = Field("auto", description="weight of the reverse cross-entropy")
+        alpha: AutoAmount = option("auto", "weight of the cross-entropy")
+        beta: AutoAmount = option("auto", "weight of the reverse cross-entropy")
 
         def resolve(self, facts: Facts) -> Self:
             alpha, beta = preset(facts.classes)
-            return self.model_copy(
-                update={
-                    "alpha": alpha if self.alpha == "auto" else self.alpha,
-                    "beta": beta if self.beta == "auto" else self.beta,
-                }
-            )
+            return self.fill(alpha=alpha, beta=beta)
 
     config: Config
-
-    def heads(self, dim: int, classes: int) -> dict[str, Head]:
-        self.config = self.config.resolve(Facts(0, classes, 0, 0, dim))
-        return super().heads(dim, classes)
 
     def forward(
         self,
@@ -59,6 +47,7 @@ class SymmetricCE(Objective, name="sce"):
     ) -> Loss:
         logits = required(student.logits)
         labels = smoothed(batch.labels, logits.shape[1], self.config.smoothing)
-        alpha, beta = float(self.config.alpha), float(self.config.beta)
-        losses = symmetric_ce(logits, labels, alpha=alpha, beta=beta, validate=False)
+        losses = symmetric_ce(
+            logits, labels, alpha=self.config.alpha, beta=self.config.beta, validate=False
+        )
         return combine(sce=(1.0, self.weigh(losses, batch.labels)))

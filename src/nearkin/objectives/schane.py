@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from nearkin.config import Count
+from nearkin.config import Count, option
 from nearkin.functional import PerAnchor, schane
 from nearkin.network import Head, projection_head
 from nearkin.objectives.base import (
@@ -34,26 +33,24 @@ class SCHaNe(Objective, name="schane"):
     class Config(Objective.Config):
         """Defaults of the published code; `within` is our form of its contrast on each device alone."""
 
-        mix: float = Field(0.9, ge=0, le=1, description="share of the contrast in the total")
-        hardness: float = Field(1.0, ge=0, description="how much similar negatives count more")
-        temperature: float = Field(0.5, gt=0, description="divides the cosine similarities")
-        positives: Literal["mean", "sum"] = Field(
-            "mean", description="the positives' exponentials are averaged, or summed (CLCE)"
+        mix: float = option(0.9, "share of the contrast in the total", ge=0, le=1)
+        hardness: float = option(1.0, "how much similar negatives count more", ge=0)
+        temperature: float = option(0.5, "divides the cosine similarities", gt=0)
+        positives: Literal["mean", "sum"] = option(
+            "mean", "the positives' exponentials are averaged, or summed (CLCE)"
         )
-        views: int = Field(2, ge=1, le=8, description="crops per image")
-        within: Count | None = Field(
-            None, description="contrast within blocks of so many images, not the whole batch"
+        views: int = option(2, "crops per image", ge=1, le=8)
+        within: Count | None = option(
+            None, "contrast within blocks of so many images, not the whole batch"
         )
-        projection: Count = Field(128, description="width of the projection")
+        projection: Count = option(128, "width of the projection")
 
     config: Config
 
-    def heads(self, dim: int, classes: int) -> dict[str, Head]:
-        projection = projection_head(dim, dim, self.config.projection, norm="none")
-        return {
-            "projection": Head(projection, reads="features", writes="projection"),
-            "classifier": Head(nn.Linear(dim, classes), reads="features", writes="logits"),
-        }
+    def build(self, dim: int, classes: int) -> dict[str, Head]:
+        head = projection_head(dim, dim, self.config.projection, norm="none")
+        projection = Head(head, reads="features", writes="projection")
+        return {"projection": projection} | super().build(dim, classes)
 
     def stages(self) -> tuple[Stage, ...]:
         views = self.config.views

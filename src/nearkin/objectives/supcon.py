@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
 from torch import Tensor
 
+from nearkin.config import option
 from nearkin.functional import PerAnchor, supcon_in, supcon_out
 from nearkin.objectives.contrast import Contrastive
 
@@ -22,7 +22,7 @@ class SupCon(Contrastive, name="supcon"):
     class Config(Contrastive.Config):
         """Temperature as in the paper; the joint weight and the sizes are our choice."""
 
-        variant: Literal["out", "in"] = Field("out", description="L_out or L_in of the paper")
+        variant: Literal["out", "in"] = option("out", "L_out or L_in of the paper")
 
     config: Config
 

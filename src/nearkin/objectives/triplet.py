@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
 from torch import Tensor
 
+from nearkin.config import option
 from nearkin.functional import PerAnchor, triplet_batch_hard
 from nearkin.objectives.base import (
     Objective,
@@ -29,9 +29,9 @@ class Triplet(Objective, name="triplet"):
     class Config(Objective.Config):
         """The margin for unit rows and the weight are our choice; one crop per image, as published."""
 
-        weight: float = Field(1.0, ge=0, description="weight of the triplet term")
-        margin: float = Field(0.2, ge=0, description="least difference of the two distances")
-        views: int = Field(1, ge=1, le=8, description="crops per image")
+        weight: float = option(1.0, "weight of the triplet term", ge=0)
+        margin: float = option(0.2, "least difference of the two distances", ge=0)
+        views: int = option(1, "crops per image", ge=1, le=8)
 
     config: Config
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
 from torch import Tensor
 
+from nearkin.config import option
 from nearkin.functional import PerAnchor, varcon
 from nearkin.objectives.base import per_class
 from nearkin.objectives.contrast import Contrastive
@@ -22,9 +22,7 @@ class VarCon(Contrastive, name="varcon"):
     class Config(Contrastive.Config):
         """Temperature and epsilon as published; the joint weight and the sizes are our choice."""
 
-        epsilon: float = Field(
-            0.02, ge=0, description="how far the target's temperature follows confidence"
-        )
+        epsilon: float = option(0.02, "how far the target's temperature follows confidence", ge=0)
 
     config: Config
 

@@ -1,99 +1,176 @@
-"""One run, from the options to a finished run folder."""
+"""Start, continue or only resolve a run, from flat options.
+
+torch and all that imports it are loaded late: what is wrong with options, DATA or a run folder is said at once.
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
+from nearkin.catalogue import check_objective
 from nearkin.config import FREE_ON_RESUME, RunConfig, merge, validate
-from nearkin.data.loader import WorkersDied
-from nearkin.data.look import BadImages, write_bad_files
-from nearkin.distributed import Runtime, choose_device, choose_precision
-from nearkin.errors import ConfigError, DivergedError, NearkinError
-from nearkin.evaluation.model import read_description
-from nearkin.objectives import get
+from nearkin.errors import (
+    ConfigError,
+    DataError,
+    DivergedError,
+    ModelError,
+    NearkinError,
+    printable,
+)
+from nearkin.settings import Settings
 from nearkin.training import run_folder
-from nearkin.training.metrics_log import STATUS
-from nearkin.training.prepare import Prepared, Result, prepare, same_options, say, to_result
-from nearkin.training.trainer import Trainer
+from nearkin.training.console import say
+from nearkin.types import Result
+
+if TYPE_CHECKING:
+    from nearkin.data.look import BadImages
+    from nearkin.distributed import Runtime
+    from nearkin.training.options import TrainOptions
+    from nearkin.training.prepare import Prepared
 
 T = TypeVar("T")
 OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory")
 
 
 def train(
-    data: str | Path = "digits",
-    objective: str = "cone",
+    data: str | Path | None = None,
+    objective: str | None = None,
     *,
     objective_options: Mapping[str, Any] | None = None,
     resume: str | Path | None = None,
     quiet: bool = True,
-    **options: Any,
+    **options: Unpack[TrainOptions],
 ) -> Result:
     """Train an image classifier; returns its run folder and test accuracy.
 
-    data: a built-in name, a folder of class folders, or a CSV/parquet table. options: as on the command line, with
-    underscores for hyphens. resume: a run folder to continue with its own options. quiet: nothing on stderr.
+    data: a built-in name, a folder of class folders, or a CSV/parquet table; default `digits`. objective: default
+    `cone`. options: as on the command line, with underscores for hyphens. quiet: nothing on stderr.
+    resume: a run folder to continue with its own settings; then `data` is where the same images are now.
     Raises the errors of `nearkin.errors`, whose `code` is the exit code of the command line.
     """
-    values = {f"objective.{name}": value for name, value in (objective_options or {}).items()}
+    own = {f"objective.{name}": value for name, value in (objective_options or {}).items()}
+    named = {"data": None if data is None else str(data), "objective": objective}
+    values = {name: value for name, value in named.items() if value is not None} | own | options
     if resume is not None:
-        return continue_run(Path(resume), values | options, quiet=quiet)
-    return start_run({"data": str(data), "objective": objective} | values | options, quiet=quiet)
+        return continue_run(Path(resume), values, quiet=quiet)
+    return start_run(values, quiet=quiet)
 
 
 def start_run(values: Mapping[str, Any], *, quiet: bool) -> Result:
-    """A fresh run from flat options."""
-    config: RunConfig = validate(RunConfig, values)
-    validate(get(config.objective).Config, config.options, prefix="objective.")
+    """A new run from flat options. Raises ConfigError, DataError, ModelError, DivergedError or Stopped."""
+    config = checked_options(values)
+    run_folder.check_free(config.out)
 
     def work(runtime: Runtime) -> Result:
+        from nearkin.data.look import BadImages
+        from nearkin.training.prepare import prepare
+        from nearkin.training.trainer import Trainer
+
         try:
-            job = prepare(config, runtime, quiet=quiet)
+            prepared = prepare(config, runtime, quiet=quiet)
         except BadImages as error:
             raise _listed(error, config, runtime) from None
-        folder = _create_folder(job, runtime)
-        return Trainer(job, runtime.at(job.precision), folder, quiet=quiet).run()
+        folder = _create_folder(prepared, config, runtime)
+        return Trainer(prepared, runtime.at(prepared.settings.precision), folder, quiet=quiet).run()
 
     return _with_runtime(config, work)
 
 
 def continue_run(run: Path, values: Mapping[str, Any], *, quiet: bool) -> Result:
-    """Go on where the newest checkpoint of `run` stands. `values` may change workers, log level and intervals."""
-    stored = run_folder.stored_config(run)
-    given: RunConfig = validate(RunConfig, merge(stored.flat(), values))
-    options = validate(get(given.objective).Config, given.options, prefix="objective.")
-    given = given.model_copy(update={"options": options.model_dump(mode="json")})
-    same_options(stored, given)
-    free = {name: getattr(given, name) for name in FREE_ON_RESUME}
-    config = stored.model_copy(update=free)
-    finished = _finished(run)
-    if finished is not None:
+    """Continue at the newest checkpoint of `run`.
+
+    values: the options of the run once more, or new values of those in FREE_ON_RESUME; `data` is where the same images
+    are now. Raises ModelError for other changes and other images.
+    """
+    stored = run_folder.stored_settings(run)
+    finished = run_folder.stored_state(run) == "finished"
+    if not finished:
+        _check_moved(str(values.get("data", stored.data)), stored.data)
+    settings = _with_changes(stored, run, values)
+    if finished:
+        from nearkin.evaluation.model import read_description
+
         say(f"The run {run} is finished; there is nothing left to do.", quiet)
-        return finished
+        return Result.of(run, read_description(run).metrics)
 
     def work(runtime: Runtime) -> Result:
+        from nearkin.training.prepare import prepare
+        from nearkin.training.trainer import Trainer
+
         classes = run_folder.stored_classes(run)
-        job = prepare(config, runtime, classes=classes, quiet=quiet)
-        return Trainer(job, runtime, run, quiet=quiet).run()
+        prepared = prepare(settings, runtime, classes=classes, quiet=quiet)
+        run_folder.check_identity(run, prepared.identity, settings.data)
+        if runtime.is_main and settings.data != stored.data:
+            run_folder.write_settings(run, stored.model_copy(update={"data": settings.data}))
+        return Trainer(prepared, runtime, run, quiet=quiet).run()
+
+    return _with_runtime(settings, work)
+
+
+def resolved(values: Mapping[str, Any]) -> Settings:
+    """The settings that `start_run` would use."""
+    config = checked_options(values)
+
+    def work(runtime: Runtime) -> Settings:
+        from nearkin.training.prepare import prepare
+
+        return prepare(config, runtime).settings
 
     return _with_runtime(config, work)
 
 
-def resolved(values: Mapping[str, Any]) -> RunConfig:
-    """The options with every `auto` replaced, as `start_run` would store them."""
+def checked_options(values: Mapping[str, Any]) -> RunConfig:
+    """The options, once they are valid, their objective exists, and DATA holds images in classes."""
     config: RunConfig = validate(RunConfig, values)
+    check_objective(config.objective, config.options)
+    _list_data(config.data)
+    return config
 
-    def work(runtime: Runtime) -> RunConfig:
-        return prepare(config, runtime).config
 
-    return _with_runtime(config, work)
+def _list_data(data: str) -> None:
+    from nearkin.data.sources.resolve import resolve
+
+    resolve(data)
+
+
+def _check_moved(data: str, stored: str) -> None:
+    """List the data of a run that is continued; `stored` is where they were when it started. Raises DataError."""
+    try:
+        _list_data(data)
+    except DataError as error:
+        if data != stored or Path(stored).is_absolute():
+            raise
+        raise DataError(
+            f"{error} The run stores this path relative to the folder that it was started in, and this is "
+            f"{printable(str(Path.cwd()))}; continue it from there, or give the place of the images with --data."
+        ) from None
+
+
+def _with_changes(stored: Settings, run: Path, values: Mapping[str, Any]) -> Settings:
+    """The stored settings with what a continued run may change. Raises ModelError for another change."""
+    from nearkin.training.prepare import validated_options
+
+    given: RunConfig = validate(RunConfig, merge(stored.flat(), values))
+    check_objective(given.objective, given.options)
+    options = validated_options(given).model_dump(mode="json")
+    new = given.model_copy(update={"options": options}).flat()
+    old, first = stored.flat(), run_folder.stored_options(run).flat()
+    free = FREE_ON_RESUME | {"data"}
+    asked = [n for n in new if n not in free and new[n] not in (old.get(n), first.get(n))]
+    if asked or given.objective != stored.objective:
+        shown = ", ".join(f"{n} ({old.get(n)} -> {new[n]})" for n in sorted(asked))
+        raise ModelError(
+            f"A continued run cannot change {printable(shown)}; leave that out, or start a new run."
+        )
+    return stored.model_copy(update={name: getattr(given, name) for name in free})
 
 
 def _with_runtime(config: RunConfig, work: Callable[[Runtime], T]) -> T:
+    from nearkin.distributed import Runtime, choose_device, choose_precision
+
     device = choose_device(config.device)
     runtime = Runtime(device=device, precision=choose_precision(config.precision, device))
     try:
@@ -105,12 +182,14 @@ def _with_runtime(config: RunConfig, work: Callable[[Runtime], T]) -> T:
 
 @contextmanager
 def _named_failures() -> Iterator[None]:
-    """What torch reports with a plain RuntimeError becomes one sentence that says what to do."""
+    """Turns a RuntimeError of torch into one sentence that says what to do."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         text = str(error).lower()
-        if "dataloader worker (pid" in text:  # torch raises it wherever the main process stands
+        if "dataloader worker (pid" in text:  # torch raises it wherever the main process is
+            from nearkin.data.loader import WorkersDied
+
             raise WorkersDied(
                 "A process that loads images died; resume the run, with fewer --workers if the memory is short."
             ) from error
@@ -126,18 +205,15 @@ def _named_failures() -> Iterator[None]:
         raise
 
 
-def _create_folder(job: Prepared, runtime: Runtime) -> Path:
-    """On the first process; all others learn its name, or its error."""
+def _create_folder(prepared: Prepared, config: RunConfig, runtime: Runtime) -> Path:
+    """Created by the first process; all others learn its name, or its error."""
     made: Path | NearkinError | None = None
     if runtime.is_main:
-        config = job.config
         try:
             made = run_folder.create(config.out, data=config.data, objective=config.objective)
-            run_folder.describe(made, config, job.dataset.classes, run_folder.command_line())
-            bad_files = made / run_folder.BAD_FILES
-            bad_files.unlink(missing_ok=True)  # of an earlier try
-            if job.dataset.bad:
-                write_bad_files(bad_files, job.dataset.bad)
+            run_folder.describe(made, prepared.settings, prepared.dataset.classes)
+            run_folder.write_origin(made, config, prepared.identity)
+            _write_bad_files(made, prepared.dataset.bad)
         except NearkinError as error:
             made = error
     made = runtime.share(made)
@@ -146,24 +222,22 @@ def _create_folder(job: Prepared, runtime: Runtime) -> Path:
     return Path(str(made))
 
 
+def _write_bad_files(folder: Path, bad: Any) -> None:
+    from nearkin.data.look import write_bad_files
+
+    path = folder / run_folder.BAD_FILES
+    path.unlink(missing_ok=True)  # of an earlier try
+    if bad:
+        write_bad_files(path, bad)
+
+
 def _listed(error: BadImages, config: RunConfig, runtime: Runtime) -> NearkinError:
     """The error, after all bad images have been listed in a run folder that holds nothing else."""
     if not runtime.is_main:
         return error
     folder = run_folder.create(config.out, data=config.data, objective=config.objective)
-    path = folder / run_folder.BAD_FILES
-    write_bad_files(path, error.bad)
-    return type(error)(f"{error} All are listed in {path}.", error.bad)
-
-
-def _finished(run: Path) -> Result | None:
-    try:
-        state = json.loads((run / STATUS).read_text(encoding="utf-8"))["state"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
-    if state != "finished":
-        return None
-    return to_result(run, read_description(run).metrics)
+    _write_bad_files(folder, error.bad)
+    return type(error)(f"{error} All are listed in {folder / run_folder.BAD_FILES}.", error.bad)
 
 
 __all__ = ["Result", "continue_run", "resolved", "start_run", "train"]

@@ -1,4 +1,4 @@
-"""`--autotune`: precision, memory format and threads by a short timed trial instead of by rule."""
+"""`--autotune`: choose precision, memory format and threads by a short timed trial instead of by rule."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from nearkin.config import RunConfig
 from nearkin.distributed import Runtime, choose_precision, launched
 from nearkin.network import Network
+from nearkin.settings import Settings
 
 NAMES = ("precision", "memory_format", "threads")
 ROUNDS = 3  # timed steps of each choice, in turn; the fastest counts
-ENOUGH = 0.95  # of the time so far: less is no reason to change
-HOPELESS = 2.0  # times the time so far at the first step: not tried again
-PATIENCE = 90.0  # seconds, after which no further choice is tried
+ENOUGH = 0.95  # a setting changes where the trial takes less than this share of the time
+HOPELESS = 2.0  # a choice that takes so many times the best in its first step is not tried again
+PATIENCE = 90.0  # seconds; after them no further option is tried
 
 
 class Choice(NamedTuple):
-    """What is settled together. Each is one try."""
+    """The settings of one trial."""
 
     precision: str
     memory_format: Literal["contiguous", "channels_last"]
@@ -34,41 +34,45 @@ class Choice(NamedTuple):
 
 
 class Tuned(NamedTuple):
-    """The options with what was chosen, and the seconds of each try, in the order of trying."""
+    """The settings with the fastest choice, and the seconds of each choice in the order of the trials."""
 
-    config: RunConfig
+    settings: Settings
     seconds: dict[Choice, float]
 
     def __str__(self) -> str:
         tried = ", ".join(f"{choice} {1000 * s:.0f} ms" for choice, s in self.seconds.items())
-        chosen = Choice(*(getattr(self.config, name) for name in NAMES))
+        chosen = Choice(*(getattr(self.settings, name) for name in NAMES))
         return f"autotune: {chosen} chosen of {tried}"
 
 
-def tuned(
-    config: RunConfig, left_open: frozenset[str], network: Network, views: int, runtime: Runtime
+def tune(
+    settings: Settings,
+    automatic: frozenset[str],
+    network: Network,
+    views: int,
+    runtime: Runtime,
 ) -> Tuned:
-    """Try the options of NAMES that are in `left_open`, one after the other, on copies of `network`.
+    """Try the settings of NAMES that are in `automatic`, one after the other, on copies of `network`.
 
-    The batch has this process's share of the images, of random pixels; one try is a forward and a backward pass of the
-    whole network. The rule's choice stays unless another takes less than ENOUGH of its time. The choice of the first
-    process holds for all. The global random state is left as it was. Source: our choice.
+    The batch has this process's share of the images, with random pixels. A trial is a forward and a backward pass of
+    the whole network. The rule's choice stays unless another takes less than ENOUGH of its time. All processes use the
+    choice of the first one. The global random state does not change.
     """
-    best = Choice(*(getattr(config, name) for name in NAMES))
+    best = Choice(*(getattr(settings, name) for name in NAMES))
     seconds: dict[Choice, float] = {}
-    images = _images(config, runtime, views)
+    images = _images(settings, runtime, views)
     started = time.monotonic()
     with torch.random.fork_rng(devices=[runtime.device] if runtime.device.type == "cuda" else []):
         for name in NAMES:
-            others = [o for o in _others(name, best, runtime) if name in left_open]
+            others = [o for o in _others(name, best, runtime) if name in automatic]
             if others and time.monotonic() - started < PATIENCE:
                 best = _fastest(best, others, network, images, seconds)
     best = runtime.share(best)
-    return Tuned(config.model_copy(update=best._asdict()), seconds)
+    return Tuned(settings.model_copy(update=best._asdict()), seconds)
 
 
 def _others(name: str, best: Choice, runtime: Runtime) -> Iterator[Choice]:
-    """What else the option could be."""
+    """The other values that the setting could have."""
     device = runtime.device.type
     cores = max(1, (os.cpu_count() or 1) // launched().per_node)
     half = choose_precision("auto", device) if device == "cuda" else "bf16"
@@ -89,7 +93,7 @@ def _fastest(
     images: Tensor,
     seconds: dict[Choice, float],
 ) -> Choice:
-    """The fastest of all, timed in turn, so that a busy moment of the machine meets every one of them."""
+    """The fastest of all, timed in turn, so that a busy moment of the machine slows all of them."""
     trials = {choice: Trial(choice, network, images) for choice in (best, *others)}
     first = {choice: trial.seconds() for choice, trial in trials.items()}
     kept = [c for c in trials if first[c] <= HOPELESS * min(first.values()) or c == best]
@@ -125,8 +129,8 @@ class Trial:
         return time.perf_counter() - start
 
 
-def _images(config: RunConfig, runtime: Runtime, views: int) -> Tensor:
-    rows = int(config.batch_size) // (runtime.world_size * config.accumulate)
-    shape = (max(2, views * rows), int(config.channels), *[int(config.image_size)] * 2)
+def _images(config: Settings, runtime: Runtime, views: int) -> Tensor:
+    rows = config.batch_size // (runtime.world_size * config.accumulate)
+    shape = (max(2, views * rows), config.channels, *[config.image_size] * 2)
     draw = torch.Generator().manual_seed(0)
     return torch.randint(256, shape, dtype=torch.uint8, generator=draw).to(runtime.device)

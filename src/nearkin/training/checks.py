@@ -1,84 +1,82 @@
-"""Checks before and during a run: options that do not fit together, anchors without positives, collapse."""
+"""Checks before and during a run: settings that do not fit together, anchors without positives, collapse."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import gammaln
 
-from nearkin.config import RunConfig
 from nearkin.data.sampling import Draws, Sampler
 from nearkin.errors import ConfigError
 from nearkin.evaluation.model import Built
 from nearkin.network import check_eval_size
+from nearkin.settings import Settings
 from nearkin.training.optim import names_layers
 
 
-def check_built(config: RunConfig, built: Built) -> None:
-    """Raises ConfigError, one sentence, for what cannot be or would not be what was asked for."""
-    _check_accumulation(config, built)
-    _check_batchnorm(config, built)
-    _check_epochs(config, built)
-    _check_evaluation(config, built)
-    _check_layers(config, built)
+def check_built(settings: Settings, built: Built) -> None:
+    """Raises ConfigError for settings that this network or objective cannot honour."""
+    _check_accumulation(settings, built)
+    _check_batchnorm(settings, built)
+    _check_epochs(settings, built)
+    _check_evaluation(settings, built)
+    _check_layers(settings, built)
 
 
-def _check_batchnorm(config: RunConfig, built: Built) -> None:
-    part = int(config.batch_size) // config.accumulate
+def _check_batchnorm(settings: Settings, built: Built) -> None:
+    part = settings.batch_size // settings.accumulate
     norms = any("BatchNorm" in type(module).__name__ for module in built.network.modules())
     if part < 2 and norms:
         raise ConfigError(
-            f"--batch-size {config.batch_size} with --accumulate {config.accumulate} gives BatchNorm one "
+            f"--batch-size {settings.batch_size} with --accumulate {settings.accumulate} gives BatchNorm one "
             "image at a time, which has no variance; use at least two images per part."
         )
 
 
-def _check_accumulation(config: RunConfig, built: Built) -> None:
+def _check_accumulation(settings: Settings, built: Built) -> None:
     """Parts of a coupled batch are exact unless BatchNorm looks at one part at a time."""
-    if config.accumulate == 1 or config.batchnorm_by_parts:
+    if settings.accumulate == 1 or settings.batchnorm_by_parts:
         return
     for stage in built.objective.stages():
-        frozen = stage.freeze_backbone or config.freeze_backbone
+        frozen = stage.freeze_backbone or settings.freeze_backbone
         parts = [built.network.heads[name] for name in stage.heads]
         parts += [] if frozen else [built.network.backbone]
         if stage.coupled and any(
             "BatchNorm" in type(m).__name__ for p in parts for m in p.modules()
         ):
             raise ConfigError(
-                f"--accumulate {config.accumulate} cannot be exact for {config.objective} with BatchNorm, which "
+                f"--accumulate {settings.accumulate} cannot be exact for {settings.objective} with BatchNorm, which "
                 "would see one part at a time. Use a network without it (a transformer, or one with group norm) and "
                 "--objective.head-norm layer, --freeze-backbone, more processes, or --batchnorm-by-parts, which "
                 "accepts other gradients."
             )
 
 
-def _check_epochs(config: RunConfig, built: Built) -> None:
+def _check_epochs(settings: Settings, built: Built) -> None:
     stages = built.objective.stages()
-    if 0 < int(config.epochs) < len(stages):
+    if 0 < settings.epochs < len(stages):
         names = ", ".join(stage.name for stage in stages)
         raise ConfigError(
-            f"--epochs {config.epochs} is too short for the {len(stages)} stages of {config.objective} "
+            f"--epochs {settings.epochs} is too short for the {len(stages)} stages of {settings.objective} "
             f"({names}); use at least {len(stages)}."
         )
 
 
-def _check_evaluation(config: RunConfig, built: Built) -> None:
-    if config.eval_size != config.image_size:
-        network, channels = built.network, int(config.channels)
-        check_eval_size(
-            network.backbone, network.dim, config.model, channels, int(config.eval_size)
-        )
+def _check_evaluation(settings: Settings, built: Built) -> None:
+    if settings.eval_size != settings.image_size:
+        network, channels = built.network, settings.channels
+        check_eval_size(network.backbone, network.dim, settings.model, channels, settings.eval_size)
 
 
-def _check_layers(config: RunConfig, built: Built) -> None:
-    decay = config.layer_decay
-    if decay != "auto" and decay < 1.0 and not names_layers(built.network.backbone):
-        raise ConfigError(f"{config.model} does not name its layers; leave out --layer-decay.")
+def _check_layers(settings: Settings, built: Built) -> None:
+    if settings.layer_decay < 1.0 and not names_layers(built.network.backbone):
+        raise ConfigError(f"{settings.model} does not name its layers; leave out --layer-decay.")
 
 
-TOO_MANY = 0.05
+TOO_MANY = 0.05  # share of anchors without a positive above which the user is warned
 
 
 def expected_share(labels: NDArray[np.int64], batch_size: int) -> float:
@@ -106,8 +104,8 @@ def counted_share(draws: Draws, labels: NDArray[np.int64], batch_size: int) -> f
     return lone / drawn.size
 
 
-def warning(share: float, batch_size: int, sampler: Sampler) -> str | None:
-    """What to say to a person, if anything."""
+def missing_positives_warning(share: float, batch_size: int, sampler: Sampler) -> str | None:
+    """The warning for this share of anchors without a positive, or None."""
     if share <= TOO_MANY:
         return None
     change = "another --per-class" if sampler == "balanced" else "--sampler balanced"
@@ -123,38 +121,47 @@ def _log_choose(n: NDArray[np.float64] | float, k: int) -> NDArray[np.float64]:
     return result
 
 
-NEAR = 0.01  # relative distance that counts as standing there
-SMALL = 1e-3  # a term whose collapsed value is next to nothing says nothing
+NEAR = 0.01  # relative distance from the collapsed value
+SMALL = 1e-3  # terms whose collapsed value is smaller are ignored
 PATIENCE = 2  # epochs in a row
 
 
 class CollapseWatch:
-    """Warns once a stage when a term of the loss has stood at its collapsed value for two epochs in a row.
+    """Warns once per stage when a term of the loss equals the loss of constant embeddings for two epochs in a row.
 
-    The first epoch does not count: an untrained network stands there too. Source: our choice.
+    The first epoch of a stage does not count: an untrained network gives that value as well.
     """
 
     def __init__(self) -> None:
-        self._stage, self._told = "", False
-        self._since: dict[str, int] = {}
+        self._stage, self._warned = "", False
+        self._epochs: dict[str, int] = {}  # by term, how long it has had its collapsed value
 
-    def look(
+    def check(
         self, stage: str, epoch: int, means: Mapping[str, float], collapsed: Mapping[str, float]
     ) -> str | None:
-        """means: of the terms over the epoch (from 0); collapsed: what equal embeddings give. A sentence, or None."""
+        """A warning, or None. means: of the terms over the epoch (from 0). collapsed: their values at collapse."""
         if stage != self._stage:
-            self._stage, self._told, self._since = stage, False, {}
-        if epoch == 0 or self._told:
+            self._stage, self._warned, self._epochs = stage, False, {}
+        if epoch == 0 or self._warned:
             return None
         for term, value in collapsed.items():
-            there = value > SMALL and abs(means[term] - value) <= NEAR * value
-            self._since[term] = self._since.get(term, 0) + 1 if there else 0
-        stuck = [term for term, epochs in self._since.items() if epochs >= PATIENCE]
+            near = value > SMALL and abs(means[term] - value) <= NEAR * value
+            self._epochs[term] = self._epochs.get(term, 0) + 1 if near else 0
+        stuck = [term for term, epochs in self._epochs.items() if epochs >= PATIENCE]
         if not stuck:
             return None
-        self._told = True
+        self._warned = True
         return (
             f"In epoch {epoch + 1} of {stage} the term {stuck[0]} is {means[stuck[0]]:.4f}, and a network whose "
             f"embeddings are all alike gives {collapsed[stuck[0]]:.4f}: it has collapsed, or has not begun to learn. "
             "Try a lower --lr, a longer --warmup-epochs, or a higher temperature."
         )
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint; plain values."""
+        return {"stage": self._stage, "warned": self._warned, "epochs": self._epochs}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Restore what `state` gave."""
+        self._stage, self._warned = state["stage"], state["warned"]
+        self._epochs = dict(state["epochs"])

@@ -9,6 +9,12 @@ from typing import Any, Self
 from nearkin.errors import printable
 
 
+def say(text: str, quiet: bool) -> None:
+    """One line on stderr."""
+    if not quiet:
+        print(printable(text), file=sys.stderr, flush=True)  # noqa: T201
+
+
 class Bar:
     """Shows steps, the loss and the last validation; with `quiet` only warnings, `silent` not even these."""
 

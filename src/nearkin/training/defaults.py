@@ -1,132 +1,154 @@
-"""What `auto` means: the defaults of nearkin, in one place (docs/defaults.md explains them)."""
+"""The value of every `auto`: all rules are here, and docs/defaults.md explains them."""
 
 from __future__ import annotations
 
 import math
-import os
-from typing import Any, Literal
-
-from torch import nn
+from typing import Any, Literal, NamedTuple
 
 from nearkin.config import RunConfig
 from nearkin.data.transforms import EvalSpec, TrainSpec
 from nearkin.errors import ConfigError
-from nearkin.network import default_memory_format, prefers_adamw
+from nearkin.settings import DataSettings, Settings
 
-DIGIT_LIKE = ("digits", "mnist", "svhn")
-SMALL_WORK = 2e9
+DIGIT_LIKE = ("digits", "mnist", "svhn")  # a mirrored digit is another digit, or none
+SMALL_WORK = 2e9  # parameters x pixels; below it one thread is fastest
 TINY_IMAGE, SMALL_IMAGE = 16, 64
+NARROW: dict[str, Any] = {"channels": [32, 64, 128, 256], "stem_width": 16}  # 1.2 M weights
 
 
-def resolve_data(
-    config: RunConfig, *, images: int, side: int, channels: int, room: int = 0
-) -> RunConfig:
-    """Everything that follows from the training images: their number and their median short side in pixels.
+class DataFacts(NamedTuple):
+    """What is known once the data set is listed.
 
-    room: bytes of memory that a cache may take; 0 where there are no files to decode.
+    images: training images after the splits. side: their median short side in pixels; 0 where `image_size` is given.
+    channels: of the images. room: bytes of memory that a cache may take; 0 where there are no files to decode.
     """
+
+    images: int
+    side: int
+    channels: int
+    room: int = 0
+
+
+class NetworkFacts(NamedTuple):
+    """What is known once the network is built and the processes have started.
+
+    images: training images. parameters: of the backbone, their number. layered: whether it names its layers.
+    prefers_adamw, memory_format: see `nearkin.network`. stem, options: of the backbone and the objective, resolved.
+    device, precision: of the runtime. ranks: processes on this machine. cores: of the machine. files: whether each
+    batch is decoded from files.
+    """
+
+    images: int
+    parameters: int
+    layered: bool
+    prefers_adamw: bool
+    memory_format: Literal["contiguous", "channels_last"]
+    stem: Literal["default", "small"]
+    options: dict[str, Any]
+    device: str
+    precision: str
+    ranks: int
+    cores: int
+    files: bool
+
+
+def resolve_data(config: RunConfig, facts: DataFacts) -> DataSettings:
+    """Every option that follows from the training images."""
+    images, side, channels, room = facts
     size = min(side, 224) if config.image_size == "auto" else config.image_size
-    batch = _batch_size(images) if config.batch_size == "auto" else config.batch_size
-    augment = config.augment if config.augment != "auto" else _augment(config.objective)
+    augment = _augment(config.objective) if config.augment == "auto" else config.augment
     strong = augment == "strong"
-    mirrored = augment != "none" and config.data not in DIGIT_LIKE
     eval_size = size if config.eval_size == "auto" else config.eval_size
+    model, model_options = default_model(size)
+    own = config.model != "auto"
     values: dict[str, Any] = {
+        "model": model,
         "image_size": size,
-        "batch_size": batch,
+        "batch_size": _batch_size(images),
         "augment": augment,
         "channels": channels,
-        "model": default_model(size),
         "epochs": 12 if config.data == "digits" else max(30, min(100, 500_000 // max(images, 1))),
-        "flip": mirrored,
+        "flip": augment != "none" and config.data not in DIGIT_LIKE,
         "eval_size": eval_size,
         "eval_crop": 1.0 if eval_size <= SMALL_IMAGE else 0.875,
         "mixup": 0.2 if strong else 0.0,
         "cutmix": 1.0 if strong else 0.0,
+        "cache": "off",
     }
     parts = TrainSpec.of(augment, image_size=size, channels=channels)
-    filled = _fill(config, parts.model_dump() | values)
+    given = config.model_dump() | {
+        "model_options": config.model_options if own else model_options | config.model_options
+    }
+    filled = DataSettings.model_validate(_fill(given, parts.model_dump() | values))
     fits = 4 * images * channels * size**2 <= room  # oblong images and other splits included
     exact = shrinks_exactly(filled) and filled.decode == "full"
-    return _fill(filled, {"cache": "ram" if fits and exact else "off"})
+    in_memory = config.cache == "auto" and fits and exact
+    return filled.model_copy(update={"cache": "ram"}) if in_memory else filled
 
 
-def shrinks_exactly(config: RunConfig) -> bool:
+def resolve(config: DataSettings, facts: NetworkFacts) -> Settings:
+    """Every other option: those that follow from the network, the device and the processes on it."""
+    pretrained = config.pretrained or config.weights is not None
+    adam = pretrained or facts.prefers_adamw
+    optimizer = config.optimizer if config.optimizer != "auto" else ("adamw" if adam else "sgd")
+    sgd = optimizer == "sgd"
+    cores = max(1, facts.cores // facts.ranks)
+    small = facts.parameters * config.image_size**2 < SMALL_WORK
+    values: dict[str, Any] = {
+        "optimizer": optimizer,
+        "lr": _lr(optimizer, pretrained, config.image_size) * config.batch_size / 256,
+        "weight_decay": (5e-4 if facts.images < 100_000 else 1e-4) if sgd else 0.05,
+        "layer_decay": 0.75 if pretrained and facts.layered and optimizer == "adamw" else 1.0,
+        "warmup_epochs": 0.05 * config.epochs,
+        "memory_format": facts.memory_format,
+        "device": facts.device,
+        "precision": facts.precision,
+        "threads": 1 if small or facts.ranks > 1 else cores,
+        "workers": min(8, cores) if facts.files else 0,
+    }
+    given = config.model_dump() | {"options": facts.options, "stem": facts.stem}
+    return Settings.model_validate(_fill(given, values))
+
+
+def shrinks_exactly(config: DataSettings) -> bool:
     """Whether shrinking the images to `image_size` first changes no pixel that the network will see."""
     whole = config.crop_scale in ("padded", "centre")
     same = config.eval_size == config.image_size and config.eval_crop == 1
-    return int(config.image_size) <= SMALL_IMAGE and whole and same
+    return config.image_size <= SMALL_IMAGE and whole and same
 
 
-def read_whole(config: RunConfig) -> bool:
+def read_whole(config: DataSettings) -> bool:
     """Whether batches come from one array in memory, faster than other processes could hand them over."""
-    return config.cache != "off" and int(config.image_size) <= SMALL_IMAGE
+    return config.cache != "off" and config.image_size <= SMALL_IMAGE
 
 
-def side_in_cache(config: RunConfig) -> int:
+def side_in_cache(config: DataSettings) -> int:
     """The short side of cached images: that of evaluation, which so sees the same pixels as without a cache; more where
     random regions would be enlarged from fewer pixels than the network reads. Source: our choice."""
-    size, regions = int(config.image_size), not isinstance(config.crop_scale, str)
+    size, regions = config.image_size, not isinstance(config.crop_scale, str)
     return max(eval_spec(config).resize, round(size / 0.875) if regions else size)
 
 
-def side_of_scaled(config: RunConfig) -> int:
+def side_of_scaled(config: DataSettings) -> int:
     """The short side that scaled JPEGs keep: random regions have no fewer pixels than the network reads, as far as the
     original has them. Source: our choice."""
     share = 1.0 if isinstance(config.crop_scale, str) else config.crop_scale
-    return math.ceil(int(config.image_size) / math.sqrt(share))
+    return math.ceil(config.image_size / math.sqrt(share))
 
 
-def eval_spec(config: RunConfig) -> EvalSpec:
+def eval_spec(config: DataSettings) -> EvalSpec:
     """How images are evaluated."""
-    return EvalSpec.for_size(int(config.eval_size), int(config.channels), float(config.eval_crop))
+    return EvalSpec.for_size(config.eval_size, config.channels, config.eval_crop)
 
 
-def resolve_training(
-    config: RunConfig,
-    *,
-    images: int,
-    files: bool,
-    backbone: nn.Module,
-    weights: int,
-    layered: bool,
-    device: str,
-    ranks: int,
-    precision: str = "fp32",
-) -> RunConfig:
-    """Everything that follows from the network, the device and the processes on it.
-
-    weights: how many the backbone has. layered: whether it names its layers. precision: that the runtime has.
-    """
-    batch = int(config.batch_size)
-    pretrained = config.pretrained or config.weights is not None
-    adam = pretrained or prefers_adamw(backbone)
-    optimizer = config.optimizer if config.optimizer != "auto" else ("adamw" if adam else "sgd")
-    cores = max(1, (os.cpu_count() or 1) // ranks)
-    small = weights * int(config.image_size) ** 2 < SMALL_WORK
-    values: dict[str, Any] = {
-        "optimizer": optimizer,
-        "lr": _lr(optimizer, pretrained, int(config.image_size)) * batch / 256,
-        "weight_decay": 0.05 if optimizer != "sgd" else (5e-4 if images < 100_000 else 1e-4),
-        "layer_decay": 0.75 if pretrained and layered and optimizer == "adamw" else 1.0,
-        "warmup_epochs": 0.05 * int(config.epochs),
-        "memory_format": default_memory_format(backbone, device, int(config.image_size)),
-        "device": device,
-        "precision": precision,
-        "threads": 1 if small or ranks > 1 else cores,
-        "workers": min(8, cores) if files else 0,
-    }
-    return _fill(config, values)
+def default_model(image_size: int) -> tuple[str, dict[str, Any]]:
+    """timm's name and options: a quarter as wide resnet10t up to 16 pixels, resnet18 above."""
+    return ("resnet10t", NARROW) if image_size <= TINY_IMAGE else ("resnet18", {})
 
 
-def default_model(image_size: int) -> str:
-    """resnet10t up to 16 pixels, resnet18 above."""
-    return "resnet10t" if image_size <= TINY_IMAGE else "resnet18"
-
-
-def check(config: RunConfig, *, images: int, world_size: int) -> None:
+def check(config: DataSettings, *, images: int, world_size: int) -> None:
     """Raises ConfigError for numbers that do not fit together."""
-    batch, parts = int(config.batch_size), world_size * config.accumulate
+    batch, parts = config.batch_size, world_size * config.accumulate
     if batch > images:
         raise ConfigError(
             f"--batch-size {batch} is larger than the {images} training images; "
@@ -140,7 +162,7 @@ def check(config: RunConfig, *, images: int, world_size: int) -> None:
             f"--batch-size {batch} cannot be divided among {world_size} processes x "
             f"--accumulate {config.accumulate}; use {near}."
         )
-    if (float(config.mixup) > 0 or float(config.cutmix) > 0) and (batch // parts) % 8:
+    if (config.mixup > 0 or config.cutmix > 0) and (batch // parts) % 8:
         raise ConfigError(
             f"Mixing needs a multiple of 8 images per process and part, not {batch // parts}; use "
             f"--batch-size {max(1, batch // parts // 8) * 8 * parts} or --mixup 0 --cutmix 0."
@@ -153,7 +175,7 @@ def check(config: RunConfig, *, images: int, world_size: int) -> None:
     _check_sampler(config, batch)
 
 
-def _check_sampler(config: RunConfig, batch: int) -> None:
+def _check_sampler(config: DataSettings, batch: int) -> None:
     size = config.per_class
     if config.sampler == "balanced" and batch % size:
         near = ", ".join(str(v) for v in (batch // size * size, (batch // size + 1) * size) if v)
@@ -169,10 +191,9 @@ def _check_sampler(config: RunConfig, batch: int) -> None:
         raise ConfigError(f"--repeats {config.repeats} is more than --batch-size {batch}.")
 
 
-def _fill(config: RunConfig, values: dict[str, Any]) -> RunConfig:
-    return config.model_copy(
-        update={name: value for name, value in values.items() if getattr(config, name) == "auto"}
-    )
+def _fill(given: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """The options as given, with `values` in place of `auto`."""
+    return given | {name: value for name, value in values.items() if given[name] == "auto"}
 
 
 def _batch_size(images: int) -> int:

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nearkin.config import RunConfig
 from nearkin.distributed import Flags, Runtime
 from nearkin.errors import DivergedError, Stopped
 from nearkin.objectives import Stage
 from nearkin.process import StopSignals
+from nearkin.settings import Settings
 from nearkin.training.checkpoint.saver import Saver
 from nearkin.training.checkpoint.store import Snapshot
 from nearkin.training.checks import CollapseWatch
@@ -55,7 +55,7 @@ class Loop:
 
     def __init__(
         self,
-        config: RunConfig,
+        settings: Settings,
         runtime: Runtime,
         stepper: Stepper,
         saver: Saver,
@@ -65,7 +65,7 @@ class Loop:
         told: Callable[[int, dict[str, Any]], None],
         warn: Callable[[str], None],
     ) -> None:
-        self.config, self.runtime, self.stepper = config, runtime, stepper
+        self.settings, self.runtime, self.stepper = settings, runtime, stepper
         self.saver, self.journal = saver, journal
         self.loader, self.validate, self.told, self.warn = loader, validate, told, warn
         self.meters = Meters(runtime.device)
@@ -94,6 +94,8 @@ class Loop:
         self.stepper.begin(leg.stage)
         if snapshot is not None:
             self.saver.restore(snapshot, self.meters)
+            self.collapse.load(snapshot.state["collapse"])
+            self.stepper.steps_done = snapshot.step
 
     def _start_from(self, stage: Stage) -> None:
         weights = self.saver.best_weights() if stage.start == "best" else None
@@ -109,7 +111,7 @@ class Loop:
             stop = self._post(loss, last_batch, step)
             last_batch, step, saved = batch, step + 1, False
             self.meters.add(loss)
-            if step % self.config.log_every == 0 or step == leg.last:
+            if step % self.settings.log_every == 0 or step == leg.last:
                 self._record_losses(leg.stage, progress, step)
             ended = step % self.stepper.steps_per_epoch == 0
             if ended:
@@ -166,13 +168,13 @@ class Loop:
     def _diverged(self, batch: Batch, step: int) -> None:
         replay = {
             "step": step,
-            "seed": self.config.seed,
+            "seed": self.settings.seed,
             "index": batch.index.tolist(),
             "labels": batch.labels.tolist(),
             "rank": self.runtime.rank,
             # What the stepper set before this step; everything else is keyed to (seed, step, sample).
             "rng_state": torch.Generator()
-            .manual_seed(self.config.seed + step)
+            .manual_seed(self.settings.seed + step)
             .get_state()
             .tolist(),
         }
@@ -200,7 +202,7 @@ class Loop:
             return
         self._tell("epoch", stage, progress, step, means | counts, 0.0)
         collapsed = {n: float(value) for n, value in self.stepper.at_collapse.terms.items()}
-        warning = self.collapse.look(stage.name, progress.epoch, means, collapsed)
+        warning = self.collapse.check(stage.name, progress.epoch, means, collapsed)
         if warning:
             self.warn(warning)
 
@@ -234,6 +236,6 @@ class Loop:
         self.told(step, {"kind": kind, "stage": stage.name, "epoch": epoch, **values})
 
     def _save(self, leg: Leg, step: int) -> None:
-        warning = self.saver.save(step, leg.number, self.meters)
+        warning = self.saver.save(step, leg.number, self.meters, self.collapse.state())
         if warning:
             self.warn(warning)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nearkin.errors import ModelError, printable
 from nearkin.files import SaveFailed, write_atomic
+from nearkin.training.run_folder import STATUS
 from nearkin.types import Loss
 
 WINDOWS = ("interval", "epoch")
@@ -95,7 +96,6 @@ class Meters:
 
 
 METRICS = "metrics.jsonl"
-STATUS = "status.json"
 LOG = "train.log"
 
 

@@ -1,4 +1,4 @@
-"""A job: data loaded, every `auto` resolved, network and objective built, everything checked to fit."""
+"""What happens before the first step: load the data, resolve the settings, build the network, check that all fits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import statistics
-import sys
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -14,13 +13,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nearkin.config import FREE_ON_RESUME, RunConfig
+from nearkin.config import FREE_ON_RESUME, RunConfig, validate
 from nearkin.data.cache import Contents, Where, make_pack, packed, room_in_memory
 from nearkin.data.dataset import Dataset, Split, load_dataset
 from nearkin.data.images import Files
 from nearkin.data.sampling import Draw, drawing
-from nearkin.distributed import Precision, Runtime, launched
-from nearkin.errors import ModelError, NearkinError, printable
+from nearkin.distributed import Runtime, launched
+from nearkin.errors import NearkinError
 from nearkin.evaluation.model import (
     DESCRIPTION,
     WEIGHTS,
@@ -29,49 +28,43 @@ from nearkin.evaluation.model import (
     build,
     read_description,
 )
-from nearkin.network import load_weights
-from nearkin.training.autotune import NAMES, tuned
-from nearkin.training.checks import check_built, counted_share, expected_share, warning
+from nearkin.network import default_memory_format, load_weights, prefers_adamw
+from nearkin.objectives import Objective, get
+from nearkin.settings import DataSettings, Settings
+from nearkin.training.autotune import NAMES, tune
+from nearkin.training.checks import (
+    check_built,
+    counted_share,
+    expected_share,
+    missing_positives_warning,
+)
+from nearkin.training.console import say
 from nearkin.training.defaults import (
+    DataFacts,
+    NetworkFacts,
     check,
     read_whole,
+    resolve,
     resolve_data,
-    resolve_training,
     side_in_cache,
     side_of_scaled,
 )
 from nearkin.training.optim import names_layers
-from nearkin.types import Facts
 
 LOOKED_AT = 200  # images whose size is read to find the usual one
 
 
 class Prepared(NamedTuple):
-    """Everything resolved and built, before the first step. identity: what a resumed run must share."""
+    """Everything resolved and built, before the first step.
 
-    config: RunConfig
+    identity: SHA-256 of what a resumed run must have in common with the run it continues: `settings`, `classes` and
+    `data` (names, sizes and classes of the images, wherever they are).
+    """
+
+    settings: Settings
     dataset: Dataset
     built: Built
-    identity: str
-
-    @property
-    def precision(self) -> Precision:
-        """Resolved, as everything is."""
-        return cast("Precision", self.config.precision)
-
-
-class Result(NamedTuple):
-    """run: the run folder. test_top1: a fraction, or None without a test split. metrics: of the test split,
-    else of the validation split, named in `split`; empty without either."""
-
-    run: Path
-    test_top1: float | None
-    metrics: dict[str, Any]
-
-
-def to_result(run: Path, metrics: dict[str, Any]) -> Result:
-    """`test_top1` is that of a test split, never of another."""
-    return Result(run, metrics["top1"] if metrics.get("split") == "test" else None, metrics)
+    identity: dict[str, str]
 
 
 def prepare(
@@ -87,6 +80,7 @@ def prepare(
     """
     quiet = quiet or not runtime.is_main
     fresh = classes is None
+    options = validated_options(config)
     dataset = _load(config, runtime, classes)
     for note in dataset.notes:
         say(f"note: {note}", quiet)
@@ -94,85 +88,87 @@ def prepare(
     count = len(train.labels)
     side = _usual_side(train) if config.image_size == "auto" else 0
     room = runtime.share(room_in_memory()) if train.images.from_files else 0
-    config = resolve_data(config, images=count, side=side, channels=dataset.channels, room=room)
-    check(config, images=count, world_size=runtime.world_size)
-    dataset = _decoding(config, runtime, dataset, quiet)
-    built = _build(config, dataset, runtime.device, pretrained=config.pretrained and fresh)
-    check_built(config, built)
+    data = resolve_data(config, DataFacts(count, side, dataset.channels, room))
+    check(data, images=count, world_size=runtime.world_size)
+    dataset = _decoding(data, runtime, dataset, quiet)
+    pretrained = config.pretrained and fresh
+    built = _build(data, options, dataset, runtime.device.type, pretrained=pretrained)
+    files = train.images.from_files and not read_whole(data)
+    settings = resolve(data, network_facts(data, built, runtime, images=count, files=files))
+    check_built(settings, built)
     if config.freeze_backbone and not config.pretrained and config.weights is None:
         say("note: --freeze-backbone keeps random weights; give --pretrained or --weights.", quiet)
     if config.weights is not None and fresh:
         say(str(load_weights(built.network, config.weights)), quiet)
-    config = _settled(config, runtime, built, train, quiet)
-    torch.set_num_threads(int(config.threads))
-    _warn_of_lone_anchors(config, built, train, quiet)
-    return Prepared(config, dataset, built, _identity(config, dataset))
+    settings = _autotuned(settings, config, built, runtime, quiet)
+    torch.set_num_threads(settings.threads)
+    _warn_of_missing_positives(settings, built, train, quiet)
+    return Prepared(settings, dataset, built, _identity(settings, dataset))
 
 
-def _settled(
-    config: RunConfig, runtime: Runtime, built: Built, train: Split, quiet: bool
-) -> RunConfig:
-    """With every `auto` that depends on the network and the machine, by rule or by trial."""
-    left_open = frozenset(name for name in NAMES if getattr(config, name) == "auto")
-    config = resolve_training(
-        config,
-        images=len(train.labels),
-        files=train.images.from_files and not read_whole(config),
-        backbone=built.network.backbone,
-        weights=sum(p.numel() for p in built.network.backbone.parameters()),
-        layered=names_layers(built.network.backbone),
-        device=runtime.device.type,
-        ranks=launched().per_node,
+def validated_options(config: RunConfig) -> Objective.Config:
+    """The options of the objective, before anything is loaded. Raises ConfigError."""
+    kind = get(config.objective).Config
+    return cast("Objective.Config", validate(kind, config.options, prefix="objective."))
+
+
+def network_facts(
+    config: DataSettings, built: Built, runtime: Runtime, *, images: int, files: bool
+) -> NetworkFacts:
+    """The facts of network, runtime and machine. images, files: as in `NetworkFacts`."""
+    backbone, device = built.network.backbone, runtime.device.type
+    return NetworkFacts(
+        images=images,
+        parameters=sum(p.numel() for p in backbone.parameters()),
+        layered=names_layers(backbone),
+        prefers_adamw=prefers_adamw(backbone),
+        memory_format=default_memory_format(backbone, device, config.image_size),
+        stem="small" if built.spec.stem == "small" else "default",
+        options=built.spec.options,
+        device=device,
         precision=runtime.precision,
-    ).model_copy(update={"options": built.spec.options, "stem": built.spec.stem})
-    if not (config.autotune and left_open):
-        return config
+        ranks=launched().per_node,
+        cores=os.cpu_count() or 1,
+        files=files,
+    )
+
+
+def _autotuned(
+    settings: Settings, config: RunConfig, built: Built, runtime: Runtime, quiet: bool
+) -> Settings:
+    """With `--autotune`: the settings that a timed trial chooses for what `config` leaves to `auto`."""
+    automatic = frozenset(name for name in NAMES if getattr(config, name) == "auto")
+    if not (settings.autotune and automatic):
+        return settings
     views = built.objective.stages()[0].views
-    trial = tuned(config, left_open, built.network, views, runtime)
+    trial = tune(settings, automatic, built.network, views, runtime)
     say(str(trial), quiet)
-    return trial.config
+    return trial.settings
 
 
-def drawn(config: RunConfig, labels: NDArray[np.int64]) -> Draw:
+def draw_of(config: Settings, labels: NDArray[np.int64]) -> Draw:
     """How the run's epochs draw their images."""
     return drawing(
         config.sampler,
         labels,
         seed=config.seed,
-        batch_size=int(config.batch_size),
+        batch_size=config.batch_size,
         per_class=config.per_class,
         repeats=config.repeats,
     )
 
 
-def _warn_of_lone_anchors(config: RunConfig, built: Built, train: Split, quiet: bool) -> None:
+def _warn_of_missing_positives(config: Settings, built: Built, train: Split, quiet: bool) -> None:
     if not any(stage.positives for stage in built.objective.stages()):
         return
-    batch = int(config.batch_size)
+    batch = config.batch_size
     if config.sampler == "shuffle" and config.repeats == 1:
         share = expected_share(train.labels, batch)
     else:
-        share = counted_share(drawn(config, train.labels)(0), train.labels, batch)
-    text = warning(share, batch, config.sampler)
+        share = counted_share(draw_of(config, train.labels)(0), train.labels, batch)
+    text = missing_positives_warning(share, batch, config.sampler)
     if text is not None:
         say(f"warning: {text}", quiet)
-
-
-def say(text: str, quiet: bool) -> None:
-    """One line for a person."""
-    if not quiet:
-        print(printable(text), file=sys.stderr, flush=True)  # noqa: T201
-
-
-def same_options(stored: RunConfig, given: RunConfig) -> None:
-    """Raises ModelError when `given` would change a run that is continued."""
-    old, new = stored.flat(), given.flat()
-    changed = sorted(n for n in old | new if n not in FREE_ON_RESUME and old.get(n) != new.get(n))
-    if changed:
-        shown = ", ".join(f"{n} ({old.get(n)} -> {new.get(n)})" for n in changed)
-        raise ModelError(
-            f"A continued run cannot change {printable(shown)}; leave that out, or start a new run."
-        )
 
 
 def _load(config: RunConfig, runtime: Runtime, classes: tuple[str, ...] | None) -> Dataset:
@@ -203,7 +199,7 @@ def _load(config: RunConfig, runtime: Runtime, classes: tuple[str, ...] | None) 
     return load() if dataset is None else dataset
 
 
-def _decoding(config: RunConfig, runtime: Runtime, dataset: Dataset, quiet: bool) -> Dataset:
+def _decoding(config: DataSettings, runtime: Runtime, dataset: Dataset, quiet: bool) -> Dataset:
     """The data set as `--cache` and `--decode` want it; arrays are in memory already."""
     train = dataset.splits["train"]
     if not isinstance(train.images, Files):
@@ -227,7 +223,14 @@ def _usual_side(split: Split) -> int:
     return int(statistics.median(min(split.images.read(row).shape[-2:]) for row in rows))
 
 
-def _build(config: RunConfig, dataset: Dataset, device: torch.device, *, pretrained: bool) -> Built:
+def _build(
+    config: DataSettings,
+    options: Objective.Config,
+    dataset: Dataset,
+    device: str,
+    *,
+    pretrained: bool,
+) -> Built:
     torch.manual_seed(config.seed)
     stem = config.stem
     if stem == "auto" and config.weights is not None:
@@ -235,8 +238,8 @@ def _build(config: RunConfig, dataset: Dataset, device: torch.device, *, pretrai
     spec = ModelSpec(
         model=config.model,
         model_options=config.model_options,
-        channels=int(config.channels),
-        image_size=int(config.image_size),
+        channels=config.channels,
+        image_size=config.image_size,
         stem=stem,
         drop_rate=config.drop_rate,
         drop_path=config.drop_path,
@@ -244,15 +247,15 @@ def _build(config: RunConfig, dataset: Dataset, device: torch.device, *, pretrai
         options=config.options,
         classes=dataset.classes,
     )
-    facts = Facts(
-        images=len(dataset.splits["train"].labels),
-        classes=len(dataset.classes),
-        batch_size=int(config.batch_size),
-        image_size=int(config.image_size),
-        dim=0,
-        device=device.type,
+    images = len(dataset.splits["train"].labels)
+    return build(
+        spec,
+        options=options,
+        pretrained=pretrained,
+        images=images,
+        batch_size=config.batch_size,
+        device=device,
     )
-    return build(spec, pretrained=pretrained, facts=facts)
 
 
 def _stem_of(weights: Path) -> Literal["default", "small"]:
@@ -263,7 +266,16 @@ def _stem_of(weights: Path) -> Literal["default", "small"]:
     return "default"
 
 
-def _identity(config: RunConfig, dataset: Dataset) -> str:
-    fixed = {k: v for k, v in config.flat().items() if k not in FREE_ON_RESUME | {"out"}}
-    text = json.dumps([fixed, dataset.classes, dataset.fingerprint], sort_keys=True)
+def _identity(settings: Settings, dataset: Dataset) -> dict[str, str]:
+    free = FREE_ON_RESUME | {"data", "out"}
+    fixed = {name: v for name, v in settings.flat().items() if name not in free}
+    return {
+        "settings": _digest(fixed),
+        "classes": _digest(dataset.classes),
+        "data": dataset.fingerprint,
+    }
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True)
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()

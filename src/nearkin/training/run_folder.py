@@ -1,4 +1,4 @@
-"""The run folder: its name, its birth, and what stands in it from the first minute."""
+"""The run folder: its name, its creation, and the files that describe the run. Imports torch only to write them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from nearkin.config import CONFIG_FILE, RunConfig, read_yaml, to_yaml, validate
+from nearkin.config import CONFIG_FILE, GIVEN_FILE, RunConfig, read_yaml, to_yaml, validate
 from nearkin.errors import ConfigError, ModelError, printable
 from nearkin.files import write_atomic
+from nearkin.settings import Settings
 
 BAD_FILES = "bad_files.csv"
 LOCK = ".lock"
+STATUS = "status.json"
+IDENTITY = "identity.json"
 PACKAGES = ("nearkin", "torch", "torchvision", "timm", "lightning-fabric", "numpy", "pillow")
 
 
@@ -36,13 +39,18 @@ def create(out: Path | None, *, data: str, objective: str) -> Path:
         ) from None
 
 
+def check_free(out: Path | None) -> None:
+    """Raises ConfigError when `out` exists and holds more than the list of bad images of an earlier try."""
+    if out is not None and out.exists() and not _only_bad_files(out):
+        raise ConfigError(
+            f"The run folder {printable(str(out))} exists; choose another --out, or continue it "
+            f"with --resume {printable(str(out))}."
+        )
+
+
 def _create(out: Path | None, data: str, objective: str) -> Path:
     if out is not None:
-        if out.exists() and not _only_bad_files(out):
-            raise ConfigError(
-                f"The run folder {printable(str(out))} exists; choose another --out, or continue it "
-                f"with --resume {printable(str(out))}."
-            )
+        check_free(out)
         out.mkdir(parents=True, exist_ok=True)
         return out
     stem = re.sub(r"[^A-Za-z0-9_.]+", "-", Path(data).stem).strip("-.") or "data"
@@ -68,13 +76,13 @@ def _only_bad_files(folder: Path) -> bool:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """One process at a time trains in a run folder. Raises ConfigError when another one does.
+    """Lets one process at a time train in a run folder. Raises ConfigError when another one does.
 
-    The lock is the kernel's: it ends with its process, however that ends, and workers do not inherit it.
+    The kernel releases the lock when its process ends in any way; loader workers do not inherit it.
     """
     try:
         import fcntl
-    except ImportError:  # Windows has none; there two runs in one folder are the user's care
+    except ImportError:  # not on Windows, where nothing keeps two runs out of one folder
         yield
         return
     with (folder / LOCK).open("a+") as file:
@@ -87,11 +95,22 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def describe(folder: Path, config: RunConfig, classes: Sequence[str], command: str) -> None:
+def describe(folder: Path, settings: RunConfig, classes: Sequence[str]) -> None:
     """Write config.yaml, classes.json and environment.json."""
-    write_atomic(folder / CONFIG_FILE, to_yaml(config).encode())
+    write_settings(folder, settings)
     write_json(folder / "classes.json", list(classes))
-    write_json(folder / "environment.json", environment(command))
+    write_json(folder / "environment.json", environment(command_line()))
+
+
+def write_settings(folder: Path, settings: RunConfig) -> None:
+    """Write config.yaml, which `--config` reads too."""
+    write_atomic(folder / CONFIG_FILE, to_yaml(settings).encode())
+
+
+def write_origin(folder: Path, given: RunConfig, identity: dict[str, str]) -> None:
+    """Write what a resumed run is compared with: given.yaml (options as given) and identity.json."""
+    write_atomic(folder / GIVEN_FILE, to_yaml(given, given=True).encode())
+    write_json(folder / IDENTITY, identity)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -100,7 +119,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def environment(command: str) -> dict[str, Any]:
-    """Versions and kind of machine; no names of hosts or people. command: as it was typed."""
+    """Versions and kind of machine, without names of hosts or people. command: as it was typed."""
     import os
 
     import torch
@@ -122,12 +141,12 @@ def environment(command: str) -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """What was typed, without the folder that the program lies in."""
+    """The command as it was typed, without the folder of the program."""
     return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
-def stored_config(run: Path) -> RunConfig:
-    """The resolved configuration of a run. Raises ModelError when `run` is no run folder."""
+def stored_settings(run: Path) -> Settings:
+    """The settings of a run. Raises ModelError when `run` is no run folder."""
     path = run / CONFIG_FILE
     if not path.is_file():
         what = "is no run folder (no config.yaml)" if run.is_dir() else "does not exist"
@@ -135,10 +154,49 @@ def stored_config(run: Path) -> RunConfig:
             f"The run {printable(str(run))} {what}; give the folder that train printed."
         )
     try:
-        config: RunConfig = validate(RunConfig, read_yaml(path))
+        settings: Settings = validate(Settings, read_yaml(path))
     except ConfigError as error:
         raise ModelError(f"{printable(str(path))} is damaged: {error}") from None
-    return config
+    return settings
+
+
+def stored_options(run: Path) -> RunConfig:
+    """The options that a run was started with. Raises ModelError."""
+    path = run / GIVEN_FILE
+    try:
+        given: RunConfig = validate(RunConfig, read_yaml(path))
+    except ConfigError as error:
+        raise ModelError(f"{printable(str(path))} is damaged: {error}") from None
+    return given
+
+
+def stored_state(run: Path) -> str | None:
+    """`state` in status.json, or None where it cannot be read."""
+    try:
+        return str(json.loads((run / STATUS).read_text(encoding="utf-8"))["state"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def check_identity(run: Path, identity: dict[str, str], data: str) -> None:
+    """Raises ModelError unless a run was started with these settings, classes and images."""
+    try:
+        stored = json.loads((run / IDENTITY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise ModelError(f"{printable(str(run / IDENTITY))} cannot be read.") from None
+    if stored == identity:
+        return
+    same = {name: stored.get(name) == identity[name] for name in identity}
+    if same["settings"] and not (same["data"] and same["classes"]):
+        raise ModelError(
+            f"The images in {printable(data)} are not those of the run {printable(str(run))} (names, sizes or classes "
+            "differ); put them back, give their place with --data, or start a new run with "
+            f"--weights {printable(str(run))}."
+        )
+    raise ModelError(
+        f"The settings in {printable(str(run / CONFIG_FILE))} have changed since the run was started; put the file "
+        "back, or start a new run."
+    )
 
 
 def stored_classes(run: Path) -> tuple[str, ...]:

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nearkin.config import RunConfig
 from nearkin.data.mixing import mix
 from nearkin.distributed import Runtime
 from nearkin.network import Network
 from nearkin.objectives import Objective, Stage
+from nearkin.settings import Settings
 from nearkin.teacher import TEACHER_SALT, Teacher, momentum_at
 from nearkin.training.microbatch import (
     MicroBatch,
@@ -32,9 +32,9 @@ from nearkin.types import Batch, Loss, Outputs, Progress
 
 
 class Transfer:
-    """On a GPU the copy travels on a stream of its own, so that it overlaps with the step before, which still runs.
+    """Copies batches to the device; on a GPU on a stream of its own, so that the copy overlaps with the previous step.
 
-    It does not wait for the host when the batch lies in pinned memory, as the loader leaves it.
+    The host does not wait for the copy of a batch in pinned memory, which the loader gives.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -43,66 +43,66 @@ class Transfer:
 
     def __call__(self, batch: Batch) -> Batch:
         if self._stream is None:
-            return self._moved(batch)
+            return self._copy(batch)
         with torch.cuda.stream(self._stream):
-            moved = self._moved(batch)
+            moved = self._copy(batch)
         compute = torch.cuda.current_stream(self._device)
         compute.wait_stream(self._stream)
         for each in moved:
             each.record_stream(
                 compute
-            )  # else its memory could be given away before the step has read it
+            )  # else the memory could be reused before the step has read it
         return moved
 
-    def _moved(self, batch: Batch) -> Batch:
+    def _copy(self, batch: Batch) -> Batch:
         return Batch(*(each.to(self._device, non_blocking=True) for each in batch))
 
 
 class Stepper:
-    """Takes optimiser steps. Knows nothing of folders, journals or loaders.
+    """Runs optimiser steps: forward passes of student and teacher, loss, backward pass, updates.
 
-    The configuration is resolved; `network` and `objective` are placed on the runtime's device.
+    `network` and `objective` are on the runtime's device. classes: C, for mixed labels.
     """
 
     def __init__(
         self,
-        config: RunConfig,
+        settings: Settings,
         runtime: Runtime,
         network: Network,
         objective: Objective,
         steps_per_epoch: int,
         classes: int,
     ) -> None:
-        self.config, self.runtime = config, runtime
+        self.settings, self.runtime = settings, runtime
         self._transfer = Transfer(runtime.device)
         self.network, self.objective = network, objective
         self.steps_per_epoch, self.classes = steps_per_epoch, classes
         self.ema: Teacher | None = None
         self.teacher: Teacher | None = None
         self.optimizer: Optimizer
-        self.at_collapse: Loss  # of the last batch of an epoch, for whoever wonders at its end
+        self.at_collapse: Loss  # of constant embeddings, for the last batch of an epoch
         self.steps_done = 0
 
     def begin(self, stage: Stage) -> None:
-        """Start a stage: freeze what it does not use, fresh optimiser, teacher and average."""
-        config = self.config
+        """Start a stage: freeze what it does not train; new optimiser, teacher and average."""
+        settings = self.settings
         self.stage = stage
-        self.network.activate(stage.heads, stage.freeze_backbone or config.freeze_backbone)
-        self.ema = Teacher(self.network) if config.ema > 0 else None
+        self.network.activate(stage.heads, stage.freeze_backbone or settings.freeze_backbone)
+        self.ema = Teacher(self.network) if settings.ema > 0 else None
         policy = stage.teacher
         self.teacher = Teacher(self.network, batchnorm=policy.batchnorm) if policy else None
-        if config.compile:
+        if settings.compile:
             for network in [self.network] + ([self.teacher.network] if self.teacher else []):
                 network.compile_backbone()
         self._raw_optimizer = build_optimizer(
             self.network,
-            config.optimizer,
-            lr=float(config.lr),
-            weight_decay=float(config.weight_decay),
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            decay_all=config.decay_all,
-            layer_decay=float(config.layer_decay),
+            settings.optimizer,
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            momentum=settings.momentum,
+            nesterov=settings.nesterov,
+            decay_all=settings.decay_all,
+            layer_decay=settings.layer_decay,
         )
         self._wrapped, self.optimizer = self.runtime.wrap(self.network, self._raw_optimizer)
 
@@ -110,47 +110,47 @@ class Stepper:
         """One optimiser step on this rank's block of global batch number `step`."""
         self.network.train()
         self._set_lr(progress)
-        pieces = split(self._place(batch, step), self.config.accumulate)
+        pieces = split(self._prepare(batch, step), self.settings.accumulate)
         coupled = self.stage.coupled and len(pieces) > 1
-        take = self._in_two_passes if coupled else self._part_by_part
-        loss, whole = take(pieces, progress, step)
+        run = self._two_passes if coupled else self._one_pass
+        loss, whole = run(pieces, progress, step)
         if (step + 1) % self.steps_per_epoch == 0:
             self.at_collapse = self.objective.at_collapse(*whole, progress)
         self._apply()
         self.steps_done = step + 1
-        self._follow(whole, progress)
+        self._update_averages(whole, progress)
         return loss
 
-    def _part_by_part(
+    def _one_pass(
         self, pieces: list[Batch], progress: Progress, step: int
     ) -> tuple[Loss, MicroBatch]:
-        """The mean of the parts' losses, each back-propagated at once: exact where no anchor looks at another."""
+        """The mean of the parts' losses, each back-propagated at once: exact where anchors are independent."""
         parts: list[MicroBatch] = []
         losses: list[Loss] = []
         for number, piece in enumerate(pieces):
             with self.runtime.accumulating(self._wrapped, unfinished=number < len(pieces) - 1):
                 part = self._forward(piece, step, number)
-                whole = self._gathered(part)
+                whole = self._gather(part)
                 loss = self.objective(*whole, progress)
                 self.runtime.backward(loss.total / len(pieces))
             parts.append(part)
             losses.append(loss)
-        return mean_loss(losses), whole if len(pieces) == 1 else self._gathered(join(parts))
+        return mean_loss(losses), whole if len(pieces) == 1 else self._gather(join(parts))
 
-    def _in_two_passes(
+    def _two_passes(
         self, pieces: list[Batch], progress: Progress, step: int
     ) -> tuple[Loss, MicroBatch]:
-        """The loss of the whole batch: outputs first, without a graph; their gradients once; then the weights'."""
+        """The loss of the whole batch: outputs without a graph, their gradients, then those of the weights."""
         with torch.no_grad(), statistics_kept(self.network):
             block = join([self._forward(p, step, number) for number, p in enumerate(pieces)])
         block = block._replace(student=leaves(block.student))
-        whole = self._gathered(block)
+        whole = self._gather(block)
         loss = self.objective(*whole, progress)
         loss.total.backward()
         images = len(block.batch.labels)
         for number, piece in enumerate(pieces):
             with self.runtime.accumulating(self._wrapped, unfinished=number < len(pieces) - 1):
-                again = self._student(piece, step, number)
+                again = self._student_outputs(piece, step, number)
                 self.runtime.backward(linearised(again, block.student, images, number))
         return loss, whole
 
@@ -159,8 +159,8 @@ class Stepper:
         """The learning rate of the step just taken."""
         return self._lr
 
-    def judged(self) -> Network:
-        """The network that validation, `best` and the final model look at."""
+    def eval_network(self) -> Network:
+        """The network that is validated, kept as `best` and saved at the end."""
         if self.stage.final == "teacher" and self.teacher is not None:
             return self.teacher.network
         return self.network if self.ema is None else self.ema.network
@@ -179,7 +179,7 @@ class Stepper:
         return tensors
 
     def load(self, tensors: dict[str, dict[str, Tensor]]) -> None:
-        """Put back what `tensors` gave, after `begin` of the same stage."""
+        """Restore what `tensors` gave, after `begin` of the same stage."""
         self.network.load_state_dict(tensors["network"])
         self.objective.load_state_dict(tensors["objective"])
         load_optimizer_tensors(self._raw_optimizer, self.network, tensors["optimizer"])
@@ -189,32 +189,31 @@ class Stepper:
             self.ema.load_state_dict(tensors["ema"])
 
     def _set_lr(self, progress: Progress) -> None:
-        config = self.config
-        warmup = round(float(config.warmup_epochs) * self.steps_per_epoch)
+        settings = self.settings
+        warmup = round(settings.warmup_epochs * self.steps_per_epoch)
         factor = lr_factor(
             progress.step,
             steps=progress.steps,
             warmup=min(warmup, progress.steps),
-            floor=config.min_lr_ratio,
+            floor=settings.min_lr_ratio,
         )
-        self._lr = float(config.lr) * self.stage.lr * factor
+        self._lr = settings.lr * self.stage.lr * factor
         set_lr(self._raw_optimizer, self._lr)
 
-    def _place(self, batch: Batch, step: int) -> Batch:
-        config, batch = self.config, self._transfer(batch)
-        images, labels, index = batch
-        mixup, cutmix = float(config.mixup), float(config.cutmix)
-        if mixup == 0 and cutmix == 0:
+    def _prepare(self, batch: Batch, step: int) -> Batch:
+        settings, batch = self.settings, self._transfer(batch)
+        if settings.mixup == 0 and settings.cutmix == 0:
             return batch
+        images, labels, index = batch
         return Batch(
             *mix(
                 images.to(self.runtime.dtype) / 255,
                 labels,
                 index,
                 classes=self.classes,
-                mixup=mixup,
-                cutmix=cutmix,
-                seed=config.seed,
+                mixup=settings.mixup,
+                cutmix=settings.cutmix,
+                seed=settings.seed,
                 step=step,
                 offset=self.runtime.rank * images.shape[1],
             )
@@ -222,25 +221,27 @@ class Stepper:
 
     def _forward(self, batch: Batch, step: int, number: int) -> MicroBatch:
         return MicroBatch(
-            batch, self._student(batch, step, number), self._taught(batch, step, number)
+            batch,
+            self._student_outputs(batch, step, number),
+            self._teacher_outputs(batch, step, number),
         )
 
-    def _student(self, batch: Batch, step: int, number: int) -> Outputs:
+    def _student_outputs(self, batch: Batch, step: int, number: int) -> Outputs:
         offset = self._offset(batch, number)
-        # For draws that are not keyed to a sample; part 0 of the first rank starts from seed + step.
-        torch.manual_seed((self.config.seed + step + (offset << 40)) % (1 << 63))
+        # For random numbers that are not keyed to a sample; the first part of rank 0 starts from seed + step.
+        torch.manual_seed((self.settings.seed + step + (offset << 40)) % (1 << 63))
         views = self.stage.student_views
-        self.network.key.set(self.config.seed, step, offset, views)
+        self.network.key.set(self.settings.seed, step, offset, views)
         outputs: Outputs = self._wrapped(batch.images[:views].flatten(0, 1))
         return outputs
 
-    def _taught(self, batch: Batch, step: int, number: int) -> Outputs | None:
-        """What the teacher says, if the stage has one."""
+    def _teacher_outputs(self, batch: Batch, step: int, number: int) -> Outputs | None:
+        """The teacher's outputs, or None in a stage without one."""
         if self.teacher is None or self.stage.teacher is None:
             return None
         views, own = self.stage.student_views, self.stage.teacher.crop == "own"
         read = (batch.images[views:] if own else batch.images[:views]).flatten(0, 1)
-        salted, offset = self.config.seed ^ TEACHER_SALT, self._offset(batch, number)
+        salted, offset = self.settings.seed ^ TEACHER_SALT, self._offset(batch, number)
         self.teacher.network.key.set(salted, step, offset, 1 if own else views)
         with self.runtime.autocast():
             outputs: Outputs = self.teacher(read)
@@ -248,30 +249,30 @@ class Stepper:
 
     def _offset(self, batch: Batch, number: int) -> int:
         """The position of a part's first image in the global batch."""
-        return (self.runtime.rank * self.config.accumulate + number) * batch.images.shape[1]
+        return (self.runtime.rank * self.settings.accumulate + number) * batch.images.shape[1]
 
-    def _gathered(self, part: MicroBatch) -> MicroBatch:
-        """The part over all ranks, in the order of the global batch; without the images, which no loss reads."""
+    def _gather(self, part: MicroBatch) -> MicroBatch:
+        """The part over all ranks, in the order of the global batch. Images are not gathered: no loss reads them."""
         gather, batch = self.runtime.gather, part.batch
         whole = Batch(batch.images, gather(batch.labels), gather(batch.index))
         size = batch.labels.shape[0]
-        teacher = None if part.teacher is None else self._rows(part.teacher, size)
-        return MicroBatch(whole, self._rows(part.student, size), teacher)
+        teacher = None if part.teacher is None else self._gather_outputs(part.teacher, size)
+        return MicroBatch(whole, self._gather_outputs(part.student, size), teacher)
 
-    def _rows(self, outputs: Outputs, size: int) -> Outputs:
+    def _gather_outputs(self, outputs: Outputs, size: int) -> Outputs:
         if self.runtime.world_size == 1:
             return outputs
         views = outputs.features.shape[0] // size
         return Outputs(*(None if o is None else self.runtime.gather(o, views) for o in outputs))  # type: ignore[arg-type]
 
     def _apply(self) -> None:
-        if self.config.clip_grad is not None:
-            self.runtime.clip(self._wrapped, self.optimizer, self.config.clip_grad)
+        if self.settings.clip_grad is not None:
+            self.runtime.clip(self._wrapped, self.optimizer, self.settings.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def _follow(self, whole: MicroBatch, progress: Progress) -> None:
-        """After the optimiser: the teacher, the averaged copy and the bank."""
+    def _update_averages(self, whole: MicroBatch, progress: Progress) -> None:
+        """After the optimiser: update the bank, the teacher and the averaged copy."""
         with torch.no_grad():
             self.objective.update(*whole)
         if self.teacher is not None and self.stage.teacher is not None:
@@ -280,5 +281,5 @@ class Stepper:
             )
             self.teacher.update(self.network, momentum)
         if self.ema is not None:
-            # Until the stage is as long as the average's memory, it is the plain mean.
-            self.ema.update(self.network, min(self.config.ema, 1 - 1 / (progress.step + 2)))
+            # In the first steps the plain mean of the weights so far.
+            self.ema.update(self.network, min(self.settings.ema, 1 - 1 / (progress.step + 2)))

@@ -1,4 +1,4 @@
-"""A run at work: parts put together, training, and what is written at its end."""
+"""A training run: puts the parts together, trains, evaluates the test split and writes the model."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ from nearkin.training.console import Bar
 from nearkin.training.defaults import eval_spec
 from nearkin.training.loop import Loop, legs
 from nearkin.training.metrics_log import Journal
-from nearkin.training.prepare import Prepared, Result, drawn, to_result
+from nearkin.training.prepare import Prepared, draw_of
 from nearkin.training.run_folder import locked
 from nearkin.training.step import Stepper
-from nearkin.types import Batch
+from nearkin.types import Batch, Result
 
 
 class Trainer:
-    """Trains one job in one run folder, from its newest checkpoint if there is one."""
+    """Trains in one run folder, from its newest checkpoint if there is one."""
 
-    def __init__(self, job: Prepared, runtime: Runtime, folder: Path, *, quiet: bool) -> None:
-        self.job, self.runtime, self.folder = job, runtime, folder
-        self.config, self.dataset = job.config, job.dataset
-        self.steps_per_epoch = len(self.train_split.labels) // int(self.config.batch_size)
+    def __init__(self, prepared: Prepared, runtime: Runtime, folder: Path, *, quiet: bool) -> None:
+        self.prepared, self.runtime, self.folder = prepared, runtime, folder
+        self.settings, self.dataset = prepared.settings, prepared.dataset
+        self.steps_per_epoch = len(self.train_split.labels) // self.settings.batch_size
         self.journal = Journal(folder) if runtime.is_main else None
         self.quiet = quiet or not runtime.is_main
-        self.spec = eval_spec(self.config)
+        self.spec = eval_spec(self.settings)
         self.evaluator = Evaluator(
             runtime,
             self.spec,
-            batch_size=max(64, int(self.config.batch_size)),
-            workers=int(self.config.workers),
+            batch_size=max(64, self.settings.batch_size),
+            workers=self.settings.workers,
         )
         self._assemble()
 
@@ -57,14 +57,14 @@ class Trainer:
         return self.dataset.splits["train"]
 
     def run(self) -> Result:
-        """Train to the end, then judge the test split once. Raises Stopped or DivergedError on the way."""
+        """Train to the end, then evaluate the test split once. Raises Stopped or DivergedError."""
         with locked(self.folder) if self.runtime.is_main else nullcontext():
             return self._run()
 
     def _run(self) -> Result:
-        route = legs(self.stages, int(self.config.epochs), self.steps_per_epoch)
+        route = legs(self.stages, self.settings.epochs, self.steps_per_epoch)
         self.steps = route[-1].last
-        level = self.config.log_level
+        level = self.settings.log_level
         quiet, silent = self.quiet or level != "info", self.quiet or level == "error"
         signals = StopSignals()
         with Bar(self.steps, quiet=quiet, silent=silent) as bar, handled(signals.ask):
@@ -72,7 +72,7 @@ class Trainer:
             self._say(self._summary())
             snapshot = self._snapshot()
             loop = Loop(
-                self.config,
+                self.settings,
                 self.runtime,
                 self.stepper,
                 self.saver,
@@ -89,22 +89,21 @@ class Trainer:
                 raise
 
     def _assemble(self) -> None:
-        network, objective = self.job.built.network, self.job.built.objective
+        network, objective = self.prepared.built.network, self.prepared.built.objective
         self.runtime.place(network)
         self.runtime.place(objective)
-        if self.config.memory_format != "auto":
-            network.lay_out(self.config.memory_format)
+        network.lay_out(self.settings.memory_format)
         if self.runtime.world_size > 1:
             from nearkin.network import synchronise_batchnorm
 
             synchronise_batchnorm(network)
-        if self.config.class_weights == "balanced":
+        if self.settings.class_weights == "balanced":
             objective.weigh_classes(
-                balanced(self.train_split, self.dataset).to(self.runtime.device)
+                balanced_weights(self.train_split, self.dataset).to(self.runtime.device)
             )
         self.stages = objective.stages()
         self.stepper = Stepper(
-            self.config,
+            self.settings,
             self.runtime,
             network,
             objective,
@@ -114,8 +113,8 @@ class Trainer:
         self.store = Store(self.folder / "checkpoints")
         self.saver = Saver(
             self.store if self.runtime.is_main else None,
-            self.job.identity,
-            self.config.save_minutes,
+            self.prepared.identity,
+            self.settings.save_minutes,
             self.stepper,
         )
 
@@ -123,7 +122,7 @@ class Trainer:
         """The newest checkpoint, on every process; the journal is cut back to it."""
         snapshot = self.store.load_newest(self._warn)
         if snapshot is not None:
-            same_run(snapshot, self.job.identity)
+            same_run(snapshot, self.prepared.identity)
         if self.journal is not None:
             self.journal.cut_back(snapshot.step if snapshot else 0)
             self.store.cut_back(snapshot.step if snapshot else 0)
@@ -132,25 +131,25 @@ class Trainer:
         return snapshot
 
     def _loader(self, stage: Stage, first: int, last: int) -> Iterator[Batch]:
-        config = self.config
-        transform = train_transform(TrainSpec.model_validate(config, from_attributes=True))
+        settings = self.settings
+        transform = train_transform(TrainSpec.model_validate(settings, from_attributes=True))
         order = TrainOrder(
             len(self.train_split.labels),
-            seed=config.seed,
-            batch_size=int(config.batch_size),
+            seed=settings.seed,
+            batch_size=settings.batch_size,
             first=first,
             last=last,
             rank=self.runtime.rank,
             world_size=self.runtime.world_size,
-            draw=drawn(config, self.train_split.labels),
+            draw=draw_of(settings, self.train_split.labels),
         )
         return train_loader(
             self.train_split,
             transform,
             order,
             views=stage.views,
-            seed=config.seed,
-            workers=int(config.workers),
+            seed=settings.seed,
+            workers=settings.workers,
             pin_memory=self.runtime.device.type == "cuda",
         )
 
@@ -158,7 +157,7 @@ class Trainer:
         split = self.dataset.splits.get("val")
         if split is None:
             return None
-        network = self.stepper.judged()
+        network = self.stepper.eval_network()
         if not network.classifies:
             value, embeddings = self.evaluator.knn(network, self.train_split, split)
             found: dict[str, Any] = {"metric": "val kNN", "value": value, "knn": value}
@@ -170,27 +169,27 @@ class Trainer:
         return found | geometry(embeddings, torch.from_numpy(split.labels))
 
     def _finish(self, step: int) -> Result:
-        network = self.stepper.judged()
+        network = self.stepper.eval_network()
         weights = self.runtime.share(self.saver.best_weights())
         if weights is not None:
             network.load_state_dict(weights)
         metrics: dict[str, Any] = {}
-        judged = self.dataset.splits.get("test", self.dataset.splits.get("val"))
-        if judged is not None:
-            predictions = self.evaluator.predictions(network, judged)
-            metrics = {"split": judged.name} | summarise(predictions, self.dataset.classes)
+        split = self.dataset.splits.get("test", self.dataset.splits.get("val"))
+        if split is not None:
+            predictions = self.evaluator.predictions(network, split)
+            metrics = {"split": split.name} | summarise(predictions, self.dataset.classes)
             if self.runtime.is_main:
                 write_predictions(
                     self.folder / "predictions.csv",
                     predictions,
-                    [judged.images.name(row) for row in range(len(judged.labels))],
+                    [split.images.name(row) for row in range(len(split.labels))],
                     self.dataset.classes,
                 )
         if self.journal is not None:
             description = Description(
                 format=FORMAT,
                 nearkin=version("nearkin"),
-                spec=self.job.built.spec,
+                spec=self.prepared.built.spec,
                 transform=self.spec,
                 heads=self.stages[-1].heads,
                 metrics=metrics,
@@ -201,11 +200,11 @@ class Trainer:
                 "finished",
                 step=step,
                 steps=self.steps,
-                epoch=int(self.config.epochs),
+                epoch=self.settings.epochs,
                 best=best and best._asdict(),
             )
             self.journal.log(f"finished at step {step}")
-        return to_result(self.folder, metrics)
+        return Result.of(self.folder, metrics)
 
     def _ended(self, error: Exception) -> None:
         if self.journal is not None:
@@ -235,20 +234,20 @@ class Trainer:
             self.journal.log(f"warning: {text}")
 
     def _summary(self) -> str:
-        """What is about to happen, in one line."""
-        config, ranks = self.config, self.runtime.world_size
+        """The run in one line."""
+        settings, ranks = self.settings, self.runtime.world_size
         images = ", ".join(f"{len(s.labels)} {name}" for name, s in self.dataset.splits.items())
-        weights = sum(p.numel() for p in self.job.built.network.parameters()) / 1e6
-        share = f" ({int(config.batch_size) // ranks} per process)" if ranks > 1 else ""
+        weights = sum(p.numel() for p in self.prepared.built.network.parameters()) / 1e6
+        share = f" ({settings.batch_size // ranks} per process)" if ranks > 1 else ""
         return (
             f"{self.dataset.name}: {images} images of {len(self.dataset.classes)} classes | "
-            f"{config.objective} on {config.model}, {config.image_size} px, {weights:.1f} M weights | "
-            f"{config.epochs} epochs of {self.steps_per_epoch} x {config.batch_size}{share} | "
-            f"{config.precision} on {config.device}, {config.threads} thread(s) | {self.folder}"
+            f"{settings.objective} on {settings.model}, {settings.image_size} px, {weights:.1f} M weights | "
+            f"{settings.epochs} epochs of {self.steps_per_epoch} x {settings.batch_size}{share} | "
+            f"{settings.precision} on {settings.device}, {settings.threads} thread(s) | {self.folder}"
         )
 
 
-def balanced(split: Split, dataset: Dataset) -> torch.Tensor:
+def balanced_weights(split: Split, dataset: Dataset) -> torch.Tensor:
     """Class weights N / (C n_c), so that their mean over the training images is 1; classes without images 0."""
     counts = torch.bincount(torch.as_tensor(split.labels), minlength=len(dataset.classes)).float()
     if not bool(counts.sum()):

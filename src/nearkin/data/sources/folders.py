@@ -206,7 +206,9 @@ class _Walk:
     def _left_out(self) -> Iterator[str]:
         heif = sum(self._others[suffix] for suffix in HEIF_SUFFIXES)
         kinds = [
-            counted(count, f"{suffix} file" if suffix else "file without a suffix", f"{suffix} files")
+            counted(
+                count, f"{suffix} file" if suffix else "file without a suffix", f"{suffix} files"
+            )
             for suffix, count in self._others.most_common()
         ]
         if kinds:

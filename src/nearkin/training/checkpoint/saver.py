@@ -32,7 +32,7 @@ class Saver:
     """
 
     def __init__(
-        self, store: Store | None, identity: str, minutes: float, stepper: Stepper
+        self, store: Store | None, identity: dict[str, str], minutes: float, stepper: Stepper
     ) -> None:
         self.best: Best | None = None
         self._store, self._identity, self._learner = store, identity, stepper
@@ -48,7 +48,7 @@ class Saver:
             return False
         self.best = Best(value, step)
         if self._store is not None:
-            weights = self._learner.judged().state_dict()
+            weights = self._learner.eval_network().state_dict()
             self._waiting = {name: t.detach().cpu().clone() for name, t in weights.items()}
         return True
 
@@ -63,16 +63,17 @@ class Saver:
             return True
         return epoch_ended and self._spent + self._cost <= SHARE * (now - self._began)
 
-    def save(self, step: int, stage: int, meters: Meters) -> str | None:
+    def save(self, step: int, stage: int, meters: Meters, collapse: dict[str, Any]) -> str | None:
         """Publish a checkpoint of this moment. Returns a warning when the disk refused it.
 
+        collapse: state of the `CollapseWatch`.
         Raises SaveFailed after three refusals in a row, DivergedError when a weight is not finite.
         """
         if self._store is None:
             return None
         started = time.monotonic()
         try:
-            self._save(self._store, step, stage, meters)
+            self._save(self._store, step, {"stage": stage, "collapse": collapse}, meters)
         except SaveFailed as error:
             self._failures += 1
             if self._failures >= FAILURES:
@@ -102,14 +103,13 @@ class Saver:
         path = self._store.path("best", self.best.step)
         return self._store.load(path).tensors["network"]
 
-    def _save(self, store: Store, step: int, stage: int, meters: Meters) -> None:
+    def _save(self, store: Store, step: int, place: dict[str, Any], meters: Meters) -> None:
         if self._waiting is not None and self.best is not None:
             store.save(Snapshot(self.best.step, {"network": self._waiting}, {}), kind="best")
             self._waiting = None
         sums, counted = meters.state()
-        state: dict[str, Any] = {
+        state: dict[str, Any] = place | {
             "identity": self._identity,
-            "stage": stage,
             "best": None if self.best is None else self.best._asdict(),
             "meters": counted,
             "scaler": self._learner.runtime.scaler_state(),
@@ -117,7 +117,7 @@ class Saver:
         store.save(Snapshot(step, self._learner.tensors() | {"meters": sums}, state))
 
 
-def same_run(snapshot: Snapshot, identity: str) -> None:
+def same_run(snapshot: Snapshot, identity: dict[str, str]) -> None:
     """Raises ModelError when a checkpoint was written by another run, configuration or class list."""
     if snapshot.state.get("identity") != identity:
         raise ModelError(

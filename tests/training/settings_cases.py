@@ -1,0 +1,36 @@
+"""Settings without data or networks, for tests."""
+
+from __future__ import annotations
+
+import timm
+import torch
+
+from nearkin.config import RunConfig
+from nearkin.network import default_memory_format, prefers_adamw
+from nearkin.training.defaults import DataFacts, NetworkFacts, resolve, resolve_data
+
+
+def data_settings(images=500, side=96, channels=3, room=0, **options):
+    return resolve_data(RunConfig(**options), DataFacts(images, side, channels, room))
+
+
+def settings(images=500, side=96, device="cpu", *, layered=True, parameters=11_000_000, **options):
+    """What a run on `images` images of `side` pixels would use; `parameters` and `layered` are said of its network."""
+    config = data_settings(images, side, **options)
+    with torch.device("meta"):
+        backbone = timm.create_model(config.model, num_classes=0, **config.model_options)
+    facts = NetworkFacts(
+        images=images,
+        parameters=parameters,
+        layered=layered,
+        prefers_adamw=prefers_adamw(backbone),
+        memory_format=default_memory_format(backbone, device, config.image_size),
+        stem="default",
+        options={},
+        device=device,
+        precision="fp32",
+        ranks=1,
+        cores=2,
+        files=True,
+    )
+    return resolve(config, facts)
