@@ -11,14 +11,14 @@ from nearkin.cli import is_first
 from nearkin.cli.arguments import Parser, options_table, show_help
 from nearkin.cli.list_ import recipe_or_file
 from nearkin.config import FREE, RunConfig, merge, read_yaml, to_yaml
-from nearkin.process import handled, interrupt, keep_freed_memory
+from nearkin.process import interrupt, keep_freed_memory, stop_handler
 
 USAGE = "nearkin train [DATA] [--objective NAME] [--objective.OPTION VALUE] [--model.OPTION VALUE] [--OPTION VALUE]"
 
 
 def main(argv: list[str]) -> int:
     keep_freed_memory()
-    with handled(interrupt):
+    with stop_handler(interrupt):
         return _main(argv)
 
 

@@ -9,7 +9,9 @@ from numpy.typing import NDArray
 from scipy.special import gammaln
 
 from nearkin.config import RunConfig
+from nearkin.data.loader import SHARED_MEMORY, fitting_workers
 from nearkin.data.sampling import Draws, Sampler
+from nearkin.distributed import launched
 from nearkin.errors import ConfigError
 from nearkin.evaluation.model import Built
 from nearkin.network import check_eval_size
@@ -76,6 +78,27 @@ def _check_layers(config: RunConfig, built: Built) -> None:
     decay = config.layer_decay
     if decay != "auto" and decay < 1.0 and not names_layers(built.network.backbone):
         raise ConfigError(f"{config.model} does not name its layers; leave out --layer-decay.")
+
+
+def fit_workers(config: RunConfig, views: int, *, given: bool) -> RunConfig:
+    """Lower an automatic `workers` to what has room in shared memory. views: of an image in a training batch.
+
+    Raises ConfigError where `workers` was given: torch's workers wait for ever when /dev/shm is full.
+    """
+    launch, batch, channels = launched(), int(config.batch_size), int(config.channels)
+    train = views * batch // launch.nodes * int(config.image_size) ** 2
+    validation = launch.per_node * max(64, batch) * int(config.eval_size) ** 2
+    size = channels * (
+        train + validation
+    )  # bytes: uint8, and both loaders are open at the end of an epoch
+    fitting = fitting_workers(int(config.workers), size)
+    if given and fitting < int(config.workers):
+        raise ConfigError(
+            f"--workers {config.workers} needs {size * (2 * int(config.workers) + 1) / 2**20:.0f} MiB of shared memory "
+            f"for its batches, more than is free in {SHARED_MEMORY}; use --workers {fitting}, a smaller --batch-size, "
+            "or enlarge it (docker run --shm-size 1g)."
+        )
+    return config.model_copy(update={"workers": fitting})
 
 
 TOO_MANY = 0.05

@@ -31,7 +31,13 @@ from nearkin.evaluation.model import (
 )
 from nearkin.network import load_weights
 from nearkin.training.autotune import NAMES, tuned
-from nearkin.training.checks import check_built, counted_share, expected_share, warning
+from nearkin.training.checks import (
+    check_built,
+    counted_share,
+    expected_share,
+    fit_workers,
+    warning,
+)
 from nearkin.training.defaults import (
     check,
     read_whole,
@@ -113,6 +119,7 @@ def _settled(
     config: RunConfig, runtime: Runtime, built: Built, train: Split, quiet: bool
 ) -> RunConfig:
     """With every `auto` that depends on the network and the machine, by rule or by trial."""
+    workers_given = config.workers != "auto"
     left_open = frozenset(name for name in NAMES if getattr(config, name) == "auto")
     config = resolve_training(
         config,
@@ -124,9 +131,10 @@ def _settled(
         ranks=launched().per_node,
         precision=runtime.precision,
     ).model_copy(update={"options": built.spec.options, "stem": built.spec.stem})
+    views = built.objective.stages()[0].views
+    config = fit_workers(config, views, given=workers_given)
     if not (config.autotune and left_open):
         return config
-    views = built.objective.stages()[0].views
     trial = tuned(config, left_open, built.network, views, runtime)
     say(str(trial), quiet)
     return trial.config
