@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nearkin.errors import ConfigError, NearkinError
+from nearkin.process import exit_if_importing_main
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -121,6 +122,7 @@ class Runtime:
     """The processes, the device and the precision of one run."""
 
     def __init__(self, *, device: str, precision: Precision) -> None:
+        exit_if_importing_main()
         self.precision = precision
         self._fabric = _start_fabric(device, precision)
         if self.world_size > 1:

@@ -1,12 +1,14 @@
-"""Signals, and memory settings of the process. Imports no torch."""
+"""Signals, child processes, and memory settings of the process. Imports no torch."""
 
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -14,44 +16,89 @@ from typing import Any
 
 from nearkin.errors import Stopped
 
-ASKING = ("SIGTERM", "SIGINT", "SIGUSR1")
+# Signals that ask a run to stop. Windows has no SIGUSR1.
+STOP_SIGNALS = frozenset(
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
+)
 
 
 @contextmanager
-def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Within the block the asking signals go to `handler`; afterwards to whoever had them before."""
-    before: dict[int, Any] = {}
+def stop_handler(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Send the stop signals to `handler` within the block, then restore the earlier handlers."""
+    earlier: dict[int, Any] = {}
     # Python allows handlers in the main thread only; elsewhere (a notebook's worker) the caller decides.
     if threading.current_thread() is threading.main_thread():
-        for name in ASKING:
-            number = getattr(signal, name, None)
-            if number is not None:
-                before[number] = signal.signal(number, handler)
+        earlier = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
     try:
         yield
     finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
+        for number, previous in earlier.items():
+            signal.signal(number, previous)
 
 
 def interrupt(_: int, __: FrameType | None) -> None:
-    """For the time before the first step, when there is nothing to save yet."""
+    """Handler for the time before the first step, when there is nothing to save yet."""
     raise KeyboardInterrupt
 
 
-class StopSignals:
-    """Whether SIGTERM, SIGINT or SIGUSR1 asked to stop; a second SIGINT ends the process at once."""
+_received: list[tuple[int, float]] = []  # number and time of each stop signal
 
-    def __init__(self) -> None:
-        self.asked = False
-        self._interrupts = 0
 
-    def ask(self, number: int, _: FrameType | None) -> None:
-        """The handler: it only sets a flag, which the loop reads between two steps."""
-        self.asked = True
-        self._interrupts += number == signal.SIGINT
-        if self._interrupts > 1:
-            os._exit(Stopped.code)
+@contextmanager
+def stop_signals_recorded() -> Iterator[None]:
+    """Within the block a stop signal only sets a flag, which the loop reads between two steps.
+
+    A second SIGINT ends the process at once.
+    """
+    _received.clear()
+    try:
+        with stop_handler(_record):
+            yield
+    finally:
+        _received.clear()
+
+
+def _record(number: int, _: FrameType | None) -> None:
+    _received.append((number, time.monotonic()))
+    if sum(each == signal.SIGINT for each, _ in _received) > 1:
+        os._exit(Stopped.code)
+
+
+def stop_requested(seconds: float = 0.0) -> bool:
+    """Whether a stop signal has been recorded, at least `seconds` ago."""
+    return bool(_received) and time.monotonic() - _received[0][1] >= seconds
+
+
+@contextmanager
+def stop_signals_blocked() -> Iterator[None]:
+    """Processes started within the block inherit a mask that blocks the stop signals from their first instruction.
+
+    A signal to the whole process group (timeout, scancel, systemctl stop) then reaches the main process alone, which
+    decides what to do. Signals to this process are delivered at the end of the block. Does nothing on Windows.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    if multiprocessing.get_start_method() != "fork":
+        # Up to Python 3.12 its start unblocks SIGTERM and SIGINT in this thread.
+        from multiprocessing import resource_tracker
+
+        resource_tracker.ensure_running()
+    earlier = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
+
+
+def exit_if_importing_main() -> None:
+    """End a child process that is still importing the script of its parent.
+
+    With the start methods spawn and forkserver each child imports the script. Without `if __name__ == "__main__":` it
+    would train again; the parent reports the missing guard when its child ends (`nearkin.data.loader`).
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        os._exit(1)
 
 
 # Of glibc's malloc.h; torch asks malloc for every tensor on a CPU.

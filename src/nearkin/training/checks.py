@@ -9,7 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import gammaln
 
+from nearkin.data.loader import SHARED_MEMORY, fitting_workers
 from nearkin.data.sampling import Draws, Sampler
+from nearkin.distributed import launched
 from nearkin.errors import ConfigError
 from nearkin.evaluation.model import Built
 from nearkin.network import check_eval_size
@@ -74,6 +76,27 @@ def _check_evaluation(settings: Settings, built: Built) -> None:
 def _check_layers(settings: Settings, built: Built) -> None:
     if settings.layer_decay < 1.0 and not names_layers(built.network.backbone):
         raise ConfigError(f"{settings.model} does not name its layers; leave out --layer-decay.")
+
+
+def fit_workers(settings: Settings, views: int, *, given: bool) -> Settings:
+    """Lower an automatic `workers` to what has room in shared memory. views: of an image in a training batch.
+
+    Raises ConfigError where `workers` was given: torch's workers wait for ever when /dev/shm is full.
+    """
+    launch, batch, channels = launched(), settings.batch_size, settings.channels
+    train = views * batch // launch.nodes * settings.image_size**2
+    validation = launch.per_node * max(64, batch) * settings.eval_size**2
+    size = channels * (
+        train + validation
+    )  # bytes: uint8, and both loaders are open at the end of an epoch
+    fitting = fitting_workers(settings.workers, size)
+    if given and fitting < settings.workers:
+        raise ConfigError(
+            f"--workers {settings.workers} needs {size * (2 * settings.workers + 1) / 2**20:.0f} MiB of shared memory "
+            f"for its batches, more than is free in {SHARED_MEMORY}; use --workers {fitting}, a smaller --batch-size, "
+            "or enlarge it (docker run --shm-size 1g)."
+        )
+    return settings.model_copy(update={"workers": fitting})
 
 
 TOO_MANY = 0.05  # share of anchors without a positive above which the user is warned

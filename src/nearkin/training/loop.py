@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from nearkin.data.loader import WorkersDied
 from nearkin.distributed import Flags, Runtime
 from nearkin.errors import DivergedError, Stopped
 from nearkin.objectives import Stage
-from nearkin.process import StopSignals
+from nearkin.process import stop_requested
 from nearkin.settings import Settings
 from nearkin.training.checkpoint.saver import Saver
 from nearkin.training.checkpoint.store import Snapshot
@@ -73,9 +74,8 @@ class Loop:
         self.collapse = CollapseWatch()
         self._clock = time.monotonic()
 
-    def run(self, route: list[Leg], snapshot: Snapshot | None, signals: StopSignals) -> int:
+    def run(self, route: list[Leg], snapshot: Snapshot | None) -> int:
         """Train to the end of the route and return the last step. Raises Stopped or DivergedError."""
-        self.signals = signals
         self.steps = route[-1].last
         step = 0
         for leg in route:
@@ -105,7 +105,9 @@ class Loop:
 
     def _train(self, leg: Leg, step: int, saved: bool) -> int:
         last_batch: Batch | None = None
-        for batch in self.loader(leg.stage, step, leg.last):
+        batches = self.loader(leg.stage, step, leg.last)
+        while step < leg.last:
+            batch = self._next(batches, leg, last_batch, step)
             progress = self._progress(leg, step)
             loss = self.stepper.step(batch, progress, step)
             stop = self._post(loss, last_batch, step)
@@ -130,6 +132,18 @@ class Loop:
             self._save(leg, step)
         return step
 
+    def _next(
+        self, batches: Iterator[Batch], leg: Leg, last_batch: Batch | None, step: int
+    ) -> Batch:
+        """The next batch. When none comes, all steps so far are saved first: no step is under way on this rank."""
+        try:
+            return next(batches)
+        except (Stopped, WorkersDied):
+            if last_batch is not None:
+                self._settle(last_batch, step)
+                self._save(leg, step)
+            raise
+
     def _progress(self, leg: Leg, step: int) -> Progress:
         per_epoch = self.stepper.steps_per_epoch
         return Progress(
@@ -143,7 +157,7 @@ class Loop:
     def _post(self, loss: Loss, last_batch: Batch | None, step: int) -> bool:
         """Send this step's flags and act on those of the step before."""
         stop, bad = self.flags.read()
-        self.flags.post(self.signals.asked, ~torch.isfinite(loss.total.detach()))
+        self.flags.post(stop_requested(), ~torch.isfinite(loss.total.detach()))
         if bad and last_batch is not None:
             self._diverged(last_batch, step - 1)
         return stop
@@ -154,7 +168,7 @@ class Loop:
         if bad:
             self._diverged(batch, step - 1)
         self.flags.post(
-            stop or self.signals.asked,
+            stop or stop_requested(),
             torch.zeros((), dtype=torch.bool, device=self.runtime.device),
         )
 

@@ -36,6 +36,7 @@ from nearkin.training.checks import (
     check_built,
     counted_share,
     expected_share,
+    fit_workers,
     missing_positives_warning,
 )
 from nearkin.training.console import say
@@ -96,6 +97,8 @@ def prepare(
     files = train.images.from_files and not read_whole(data)
     settings = resolve(data, network_facts(data, built, runtime, images=count, files=files))
     check_built(settings, built)
+    views = built.objective.stages()[0].views
+    settings = fit_workers(settings, views, given=config.workers != "auto")
     if config.freeze_backbone and not config.pretrained and config.weights is None:
         say("note: --freeze-backbone keeps random weights; give --pretrained or --weights.", quiet)
     if config.weights is not None and fresh:

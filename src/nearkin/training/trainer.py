@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from nearkin.data.dataset import Dataset, Split
-from nearkin.data.loader import train_loader
+from nearkin.data.loader import PATIENCE, train_loader
 from nearkin.data.sampling import TrainOrder
 from nearkin.data.transforms import TrainSpec, train_transform
 from nearkin.distributed import Runtime
@@ -21,7 +21,7 @@ from nearkin.evaluation.geometry import geometry
 from nearkin.evaluation.metrics import summarise, write_predictions
 from nearkin.evaluation.model import FORMAT, Description, save_bundle
 from nearkin.objectives import Stage
-from nearkin.process import StopSignals, handled
+from nearkin.process import stop_signals_recorded
 from nearkin.training.checkpoint.saver import Saver, same_run
 from nearkin.training.checkpoint.store import Snapshot, Store
 from nearkin.training.console import Bar
@@ -66,8 +66,7 @@ class Trainer:
         self.steps = route[-1].last
         level = self.settings.log_level
         quiet, silent = self.quiet or level != "info", self.quiet or level == "error"
-        signals = StopSignals()
-        with Bar(self.steps, quiet=quiet, silent=silent) as bar, handled(signals.ask):
+        with Bar(self.steps, quiet=quiet, silent=silent) as bar, stop_signals_recorded():
             self.bar = bar
             self._say(self._summary())
             snapshot = self._snapshot()
@@ -83,7 +82,7 @@ class Trainer:
                 warn=self._warn,
             )
             try:
-                return self._finish(loop.run(route, snapshot, signals))
+                return self._finish(loop.run(route, snapshot))
             except Exception as error:
                 self._ended(error)
                 raise
@@ -151,6 +150,7 @@ class Trainer:
             seed=settings.seed,
             workers=settings.workers,
             pin_memory=self.runtime.device.type == "cuda",
+            patience=PATIENCE if self.runtime.world_size > 1 else 0.0,
         )
 
     def _validate(self) -> dict[str, Any] | None:
