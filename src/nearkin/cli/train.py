@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from nearkin.catalogue import check_objective, recipe_or_file
 from nearkin.cli import is_first
 from nearkin.cli.arguments import Parser, options_table, show_help
-from nearkin.cli.list_ import recipe_or_file
 from nearkin.config import FREE, RunConfig, merge, read_yaml, to_yaml
+from nearkin.errors import ConfigError, printable
 from nearkin.process import handled, interrupt, keep_freed_memory
 
 USAGE = "nearkin train [DATA] [--objective NAME] [--objective.OPTION VALUE] [--model.OPTION VALUE] [--OPTION VALUE]"
@@ -24,36 +25,30 @@ def main(argv: list[str]) -> int:
 
 def _main(argv: list[str]) -> int:
     parser = _parser()
-    given = parser.read(argv)
+    given = _with_data(parser.read(argv))
     if given.pop("help", False):
         name = given.get("objective")
         show_help(parser, _objective_help(name) if name else "")
         return 0
     as_json, quiet = given.pop("json", False), given.pop("quiet", False)
-    show = given.pop("print_config", False)
-    resume = given.pop("resume", None)
-    layers = [read_yaml(recipe_or_file(name)) for name in given.pop("config", [])]
-    values = merge(*layers, given)
+    show, resume = given.pop("print_config", False), given.pop("resume", None)
+    values = merge(*(read_yaml(recipe_or_file(name)) for name in given.pop("config", [])), given)
     from nearkin.training.api import continue_run, resolved, start_run
     from nearkin.training.run_folder import stored_config
 
     if show:
         stored = None if resume is None else stored_config(Path(resume))
         sys.stdout.write(to_yaml(stored or resolved(values)))
-        return 0
-    fresh = resume is None
-    _report(
-        start_run(values, quiet=quiet)
-        if fresh
-        else continue_run(Path(resume), values, quiet=quiet),
-        as_json,
-    )
+    elif resume is None:
+        _report(start_run(values, quiet=quiet), as_json)
+    else:
+        _report(continue_run(Path(resume), values, quiet=quiet), as_json)
     return 0
 
 
 def _parser() -> Parser:
     parser = Parser(USAGE, "Train an image classifier; without DATA, on the built-in digits.")
-    parser.add_argument("data", nargs="?", metavar="DATA", help="what to learn from [digits]")
+    parser.add_argument("word", nargs="?", metavar="DATA", help="what to learn from [digits]")
     parser.flag("help", "this help; with --objective NAME also its own options")
     parser.add_argument(
         "-c",
@@ -66,11 +61,24 @@ def _parser() -> Parser:
     parser.flag("print-config", "print the resolved options and stop")
     parser.flag("json", "the result as one JSON object on stdout")
     parser.flag("quiet", "nothing on stderr but errors")
-    parser.options(RunConfig, without=frozenset({"data", *FREE.values()}))
+    parser.options(RunConfig, without=frozenset(FREE.values()))
     return parser
 
 
+def _with_data(given: dict[str, Any]) -> dict[str, Any]:
+    """The options, with DATA as `data` whether it was given as a word or as --data."""
+    if "word" not in given:
+        return given
+    word = given.pop("word")
+    if "data" in given:
+        raise ConfigError(
+            f"DATA is given twice, as {printable(word)} and as --data {printable(given['data'])}; give it once."
+        )
+    return given | {"data": word}
+
+
 def _objective_help(name: str) -> str:
+    check_objective(name)
     from nearkin.objectives import get
 
     return f"\noptions of the objective {name}:\n" + options_table(get(name).Config, "objective.")
