@@ -16,7 +16,17 @@ SOURCE = Path(nearkin.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 # Each room may import the rooms before it in this list, and itself.
 FLOORS = [
-    {"errors", "types", "files", "process", "functional", "config", "distributed"},
+    {
+        "errors",
+        "types",
+        "files",
+        "process",
+        "functional",
+        "hints",
+        "catalogue",
+        "config",
+        "distributed",
+    },
     {"bank", "teacher", "network"},
     {"objectives"},
     {"data"},
