@@ -119,6 +119,7 @@ def _trained(config: RunConfig, backbone: nn.Module, runtime: Runtime) -> RunCon
         config,
         images=IMAGES,
         files=True,
+        backbone=backbone,
         weights=sum(p.numel() for p in backbone.parameters()),
         layered=names_layers(backbone),
         device=runtime.device.type,

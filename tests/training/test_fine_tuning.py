@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -38,8 +39,17 @@ def run_of(out, **values):
 
 def resolved(layered=True, side=96, **values):
     config = resolve_data(RunConfig(**values), images=500, side=side, channels=3)
+    with torch.device("meta"):
+        backbone = timm.create_model(config.model, num_classes=0)
     return resolve_training(
-        config, images=500, files=True, weights=1000, layered=layered, device="cpu", ranks=1
+        config,
+        images=500,
+        files=True,
+        backbone=backbone,
+        weights=1000,
+        layered=layered,
+        device="cpu",
+        ranks=1,
     )
 
 

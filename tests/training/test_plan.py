@@ -7,6 +7,7 @@ import math
 from itertools import pairwise
 
 import pytest
+import timm
 import torch
 
 from nearkin.config import RunConfig
@@ -75,8 +76,11 @@ def test_epochs_are_shared_among_stages(shares, epochs, expected):
 
 def resolved(images, side, device="cpu", **options):
     config = resolve_data(RunConfig(**options), images=images, side=side, channels=3)
+    with torch.device("meta"):
+        backbone = timm.create_model(config.model, num_classes=0)
     return resolve_training(
         config,
+        backbone=backbone,
         images=images,
         files=True,
         weights=11_000_000,

@@ -1,6 +1,12 @@
 """The network room: timm backbones, heads, normalisation over ranks, randomness that belongs to the sample."""
 
-from nearkin.network.backbone import Backbone, build_backbone, check_eval_size
+from nearkin.network.backbone import (
+    Backbone,
+    build_backbone,
+    check_eval_size,
+    default_memory_format,
+    prefers_adamw,
+)
 from nearkin.network.batchnorm import SyncBatchNorm, synchronise_batchnorm
 from nearkin.network.heads import CosineClassifier, Head, Norm, projection_head, projection_sizes
 from nearkin.network.keyed_dropout import KeyedDropout, KeyedDropPath, RandomKey, key_randomness
@@ -20,8 +26,10 @@ __all__ = [
     "SyncBatchNorm",
     "build_backbone",
     "check_eval_size",
+    "default_memory_format",
     "key_randomness",
     "load_weights",
+    "prefers_adamw",
     "projection_head",
     "projection_sizes",
     "read_safetensors",

@@ -113,6 +113,9 @@ def _cached(published: Any) -> Path | None:
     return Path(found) if isinstance(found, str) and name.endswith(".safetensors") else None
 
 
+LARGEST_CONTIGUOUS = (
+    16  # pixels; on a CPU channels_last is slower up to here (resnet10t: 0.82 to 0.93)
+)
 SMALL_IMAGE = 64  # pixels; up to here `auto` keeps the resolution in the first layer
 
 
@@ -170,6 +173,50 @@ def build_backbone(
         dim = _probe(module, channels, image_size)
     mean, std = _statistics(module, channels)
     return Backbone(module, dim, mean, std, "small" if small else "default")
+
+
+def prefers_adamw(module: nn.Module) -> bool:
+    """Whether a backbone is usually trained with AdamW rather than SGD.
+
+    True where it contains attention, a normalisation over the channels of each sample (LayerNorm, RMSNorm, GroupNorm
+    with one group), or a first convolution that cuts the image into patches. The published recipes of such models use
+    AdamW; those of convolutional networks with BatchNorm use SGD.
+    """
+    patches = any(_cuts_patches(n, c) for n, c in _first_convolutions(module).items())
+    return patches or any(_is_attention(m) or _is_layer_norm(m) for m in module.modules())
+
+
+def _is_attention(module: nn.Module) -> bool:
+    """Attention between tokens. Channel attention (SE, ECA, CBAM, split attention) has none of these marks in timm."""
+    numbers = (getattr(module, mark, None) for mark in ("num_heads", "fused_attn"))
+    return any(isinstance(n, int) for n in numbers) or type(module).__name__.endswith("Attention")
+
+
+def _is_layer_norm(module: nn.Module) -> bool:
+    from timm.layers.norm import RmsNorm, RmsNorm2d
+
+    if isinstance(module, nn.GroupNorm):
+        return module.num_groups == 1
+    return isinstance(module, nn.LayerNorm | nn.RMSNorm | RmsNorm | RmsNorm2d)
+
+
+def default_memory_format(
+    module: nn.Module, device_type: str, image_size: int
+) -> Literal["contiguous", "channels_last"]:
+    """The memory format in which a backbone computes fastest on a device of this type ("cuda", "cpu", ...).
+
+    CUDA: channels_last. CPU: channels_last where more than half of the weights are in 2D convolutions and images have
+    more than 16 pixels a side (docs/performance.md). Elsewhere contiguous; on MPS channels_last gave wrong results.
+    """
+    if device_type == "cuda":
+        return "channels_last"
+    if device_type != "cpu" or image_size <= LARGEST_CONTIGUOUS:
+        return "contiguous"
+    convolutions = (m for m in module.modules() if isinstance(m, nn.Conv2d))
+    share = sum(m.weight.numel() for m in convolutions) / sum(
+        p.numel() for p in module.parameters()
+    )
+    return "channels_last" if share > 0.5 else "contiguous"
 
 
 def check_eval_size(module: nn.Module, dim: int, model: str, channels: int, size: int) -> None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from typing import Any, Literal
+
+from torch import nn
 
 from nearkin.config import RunConfig
 from nearkin.data.transforms import EvalSpec, TrainSpec
 from nearkin.errors import ConfigError
+from nearkin.network import default_memory_format, prefers_adamw
 
 DIGIT_LIKE = ("digits", "mnist", "svhn")
-# Attention costs far more per weight and wants AdamW; timm names these families so.
-TRANSFORMERS = re.compile(r"vit|deit|swin|beit|eva|cait|xcit|mixer|coat|twins|pvt|maxx?vit|former")
 SMALL_WORK = 2e9
 TINY_IMAGE, SMALL_IMAGE = 16, 64
 
@@ -87,6 +87,7 @@ def resolve_training(
     *,
     images: int,
     files: bool,
+    backbone: nn.Module,
     weights: int,
     layered: bool,
     device: str,
@@ -99,7 +100,7 @@ def resolve_training(
     """
     batch = int(config.batch_size)
     pretrained = config.pretrained or config.weights is not None
-    adam = pretrained or TRANSFORMERS.search(config.model) is not None
+    adam = pretrained or prefers_adamw(backbone)
     optimizer = config.optimizer if config.optimizer != "auto" else ("adamw" if adam else "sgd")
     cores = max(1, (os.cpu_count() or 1) // ranks)
     small = weights * int(config.image_size) ** 2 < SMALL_WORK
@@ -109,7 +110,7 @@ def resolve_training(
         "weight_decay": 0.05 if optimizer != "sgd" else (5e-4 if images < 100_000 else 1e-4),
         "layer_decay": 0.75 if pretrained and layered and optimizer == "adamw" else 1.0,
         "warmup_epochs": 0.05 * int(config.epochs),
-        "memory_format": _memory_format(config, device),
+        "memory_format": default_memory_format(backbone, device, int(config.image_size)),
         "device": device,
         "precision": precision,
         "threads": 1 if small or ranks > 1 else cores,
@@ -172,13 +173,6 @@ def _fill(config: RunConfig, values: dict[str, Any]) -> RunConfig:
     return config.model_copy(
         update={name: value for name, value in values.items() if getattr(config, name) == "auto"}
     )
-
-
-def _memory_format(config: RunConfig, device: str) -> Literal["contiguous", "channels_last"]:
-    """channels_last, in which convolutions are faster; but on a CPU tiny images and transformers gain nothing by it,
-    and on mps it has been seen to compute something else."""
-    gains = int(config.image_size) > TINY_IMAGE and TRANSFORMERS.search(config.model) is None
-    return "channels_last" if device == "cuda" or (device == "cpu" and gains) else "contiguous"
 
 
 def _batch_size(images: int) -> int:

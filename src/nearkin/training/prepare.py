@@ -118,6 +118,7 @@ def _settled(
         config,
         images=len(train.labels),
         files=train.images.from_files and not read_whole(config),
+        backbone=built.network.backbone,
         weights=sum(p.numel() for p in built.network.backbone.parameters()),
         layered=names_layers(built.network.backbone),
         device=runtime.device.type,
