@@ -274,8 +274,8 @@ def _fingerprint(splits: Mapping[str, Split], classes: tuple[str, ...]) -> str:
     return digest.hexdigest()
 
 
-class Evaluation(NamedTuple):
-    """A split to judge a model on. notes: what a person should know. bad: the images left out."""
+class EvaluationSplit(NamedTuple):
+    """A split to evaluate a model on. notes: what a person should know. bad: the images left out."""
 
     split: Split
     notes: tuple[str, ...]
@@ -294,7 +294,7 @@ def load_for_evaluation(
     images_per_class: int | None = None,
     bad_images: BadPolicy = "error",
     workers: int = 2,
-) -> Evaluation:
+) -> EvaluationSplit:
     """One split of DATA. split: by default test, else val.
 
     own: DATA is what the model was trained on; then `val_split`, `seed` and `images_per_class` of that run
@@ -319,7 +319,7 @@ def load_for_evaluation(
         splits = limit(splits, images_per_class, seed)
     found = splits[chosen]
     notes = (*readable.listing.notes, *missing_classes(found, classes))
-    return Evaluation(found, notes, readable.bad)
+    return EvaluationSplit(found, notes, readable.bad)
 
 
 def _choose(split: str | None, there: list[str], data: str) -> str:

@@ -1,4 +1,4 @@
-"""Collecting predictions, and the accuracy of the nearest neighbours against a loop."""
+"""The mean over views, ranking, and the accuracy of the nearest neighbours, against loops."""
 
 from __future__ import annotations
 
@@ -10,56 +10,33 @@ import torch
 from torch import Tensor
 
 from nearkin.errors import DataError, DivergedError
-from nearkin.evaluation import evaluator as predict
-from nearkin.evaluation.evaluator import collect, knn_accuracy
-from nearkin.types import Batch
-
-
-def batches(images: Tensor, order: list[int], size: int) -> list[Batch]:
-    """Views x images x values; the label of image i is i % 3."""
-    index = torch.tensor(order)
-    return [Batch(images[:, part], part % 3, part) for part in index.split(size)]
+from nearkin.evaluation import evaluator
+from nearkin.evaluation.evaluator import knn_accuracy, mean_probabilities
+from nearkin.evaluation.metrics import ranked
 
 
 @pytest.mark.parametrize("views", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_every_image_once_in_the_order_of_the_split(views: int, dtype: torch.dtype) -> None:
-    images = torch.randn(views, 11, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
-    order = [7, 3, 10, 0, 5, 1, 9, 2, 8, 4, 6]
-    given = batches(images, order, size=4)
-    assert [len(batch.index) for batch in given] == [4, 4, 3]
-    found = collect(given, lambda x: x.flatten(0, 1))
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    assert found.probabilities.dtype == wide
-    assert found.index.tolist() == list(range(11))
-    assert found.labels.tolist() == [i % 3 for i in range(11)]
-    for image, row in enumerate(found.probabilities.tolist()):
+def test_the_mean_of_the_views_probabilities(views: int, dtype: torch.dtype) -> None:
+    logits = torch.randn(views, 11, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = mean_probabilities(logits.flatten(0, 1), 11)
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    for image, row in enumerate(found.tolist()):
         for c, value in enumerate(row):
             expected = 0.0
-            for view in images[:, image].double().tolist():
+            for view in logits[:, image].double().tolist():
                 expected += math.exp(view[c]) / sum(map(math.exp, view)) / views
             assert value == pytest.approx(expected, rel=1e-12 if dtype == torch.float64 else 1e-5)
 
 
-def test_the_batches_do_not_change_the_predictions() -> None:
-    images = torch.randn(1, 9, 5, generator=torch.Generator().manual_seed(1))
-    whole, parts = (
-        collect(batches(images, list(range(9)), size), lambda x: x.flatten(0, 1)) for size in (9, 2)
-    )
-    assert torch.equal(whole.probabilities, parts.probabilities)
-
-
-def test_no_gradient_is_kept() -> None:
-    weight = torch.ones(4, 3, requires_grad=True)
-    found = collect(batches(torch.ones(1, 2, 4), [0, 1], 2), lambda x: x.flatten(0, 1) @ weight)
-    assert not found.probabilities.requires_grad
-
-
-def test_nothing_and_twice_are_errors() -> None:
-    with pytest.raises(DataError, match="no images"):
-        collect([], lambda x: x)
-    with pytest.raises(DataError, match="twice"):
-        collect(batches(torch.ones(1, 3, 2), [0, 1, 0], 2), lambda x: x.flatten(0, 1))
+@pytest.mark.parametrize("classes", [1, 2, 5, 6, 40])
+def test_ranking_is_a_stable_sort(classes: int) -> None:
+    generator = torch.Generator().manual_seed(classes)
+    rows = torch.randint(4, (200, classes), generator=generator) / 4  # many ties, zeros among them
+    top, values = ranked(rows)
+    order = [sorted(range(classes), key=lambda c: (-row[c], c))[:5] for row in rows.tolist()]
+    assert top.tolist() == order
+    assert torch.equal(values, rows.gather(1, top))
 
 
 def neighbours(keys: Tensor, key_labels: Tensor, queries: Tensor, labels: Tensor, k: int) -> float:
@@ -83,7 +60,7 @@ def neighbours(keys: Tensor, key_labels: Tensor, queries: Tensor, labels: Tensor
 @pytest.mark.parametrize("k", [1, 2, 5, 20, 1000])
 @pytest.mark.parametrize("chunk", [1, 200, 2**24])
 def test_knn_equals_the_loop(monkeypatch: pytest.MonkeyPatch, k: int, chunk: int) -> None:
-    monkeypatch.setattr(predict, "CHUNK", chunk)
+    monkeypatch.setattr(evaluator, "CHUNK", chunk)
     generator = torch.Generator().manual_seed(k)
     keys, queries = (torch.randn(n, 3, generator=generator) for n in (41, 37))
     keys *= torch.rand(41, 1, generator=generator) * 9 + 0.1  # the length plays no part
