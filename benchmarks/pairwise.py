@@ -63,7 +63,7 @@ def peer(features: Tensor, labels: Tensor) -> Call | None:
 
 
 def slower_ways(features: Tensor, labels: Tensor) -> list[Row]:
-    """Ten times as long as ours, and so in rounds of their own."""
+    """In rounds of their own, because they take ten times as long as ours."""
     loss = LOSSES["SupCon (out)"]
     calls: dict[str, Call] = {
         "ours": partial(step, loss, features, labels),

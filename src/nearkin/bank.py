@@ -1,4 +1,4 @@
-"""NeighbourBank: the memory of teacher keys that CoNe and its kin attend to."""
+"""NeighbourBank: the memory of teacher keys of CoNe, GPaCo and Attract-and-Repulse."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ EMPTY = -1
 class NeighbourBank(nn.Module):
     """First in, first out memory of `size` entries: key, labels, class probabilities and sample ids.
 
-    All state sits in buffers, pointer and fill included, so that a checkpoint restores it exactly. An empty slot
-    has label -1 and is never usable. It is no part of the network: a buffer there would be broadcast on every step.
+    All state is in buffers, pointer and fill included, so that a checkpoint restores it exactly. An empty slot has
+    label -1 and is never usable. The bank is not part of the network, whose buffers DDP broadcasts on every step.
 
-    storage: the type of keys and probabilities. A cast of the module to float64 casts them; any other leaves them
-    as they are, because a run's precision says nothing about its memory's.
+    storage: the type of keys and probabilities. A cast of the module to float64 casts them; other casts do not,
+    because the precision of a run does not determine that of its bank.
 
     keys `[K, d]`; labels, weights, ids `[K, 2]` (a mixed image has two of each; else the second has weight 0 and
     id -1); probabilities `[C, K]`, the layout in which the consistency target reads them.
@@ -113,7 +113,7 @@ class NeighbourBank(nn.Module):
 def bank_precision(device: torch.device) -> Literal["bf16", "exact"]:
     """What `--objective.bank-precision auto` means on a device: bf16 where the hardware multiplies it, else exact.
 
-    Elsewhere bf16 is widened for every product: 395 ms a step at 65 536 entries on AVX2, where exact takes 283.
+    Elsewhere bf16 is cast for every product: 395 ms at 65 536 entries on AVX2, where exact takes 283.
     """
     return "bf16" if multiplies_bf16(device) else "exact"
 

@@ -38,7 +38,7 @@ def supcon_out(
     temperature > 0.
     Invalid: an anchor without a positive (total positiveness over the others is 0).
     Raises ValueError when temperature or the shape of labels is wrong.
-    Source: Khosla et al. 2020, equation 2; soft labels as in GenSCL (2022); validity is our choice.
+    Source: Khosla et al. 2020, equation 2; soft labels as in GenSCL (2022); the paper has no invalid anchors.
     """
     _check(features, labels, temperature, validate)
     terms = LogSum("others"), Total("positives"), Count("positives")
@@ -67,15 +67,15 @@ def supcon_in(
 def sincere(
     features: Float[Tensor, "n d"], labels: Labels, *, temperature: float, validate: bool = True
 ) -> PerAnchor:
-    """Supervised InfoNCE: each positive alone against the other classes.
+    """Supervised InfoNCE: each positive against the other classes, without the other positives.
 
         L_i = -1/|P_i| sum_{p != i} a_ip log( e^(s_ip) / (e^(s_ip) + N_i) )
             = 1/|P_i| sum_{p != i} a_ip softplus( log N_i - s_ip )
         N_i = sum_{n != i} (1 - a_in) e^(s_in)
 
     Shapes, symbols and errors as in `supcon_out`. Invalid: an anchor without a positive. Without a
-    negative its value is 0 and it is valid. Source: Feeney and Hughes 2023 (SINCERE); soft labels
-    are our choice.
+    negative its value is 0 and it is valid. Source: Feeney and Hughes 2023 (SINCERE), without
+    soft labels.
     """
     _check(features, labels, temperature, validate)
     terms = LogSum("negatives"), Count("positives"), Count("negatives")
@@ -111,8 +111,8 @@ def schane(
     "sum" as in the later CLCE.
     Invalid: an anchor without a positive. Without a negative its value is 0 and it is valid.
     Raises ValueError when temperature, positives or the shape of labels is wrong.
-    Source: arXiv 2308.14893 and its code; "sum" arXiv 2402.14551; soft labels and validity are our
-    choice.
+    Source: arXiv 2308.14893 and its code; "sum" arXiv 2402.14551; without soft labels and
+    invalid anchors.
     """
     if positives not in ("mean", "sum"):
         raise ValueError(f'positives is {positives!r} but must be "mean" or "sum".')
@@ -152,7 +152,7 @@ def instance_nce(
     if validate:
         check_unit(view1=view1, view2=view2)
     images = torch.arange(len(view1), device=view1.device).repeat(2)
-    # Every image a class of its own: its only positive is its other view.
+    # Each image is a class: its only positive is its other view.
     return supcon_out(torch.cat([view1, view2]), images, temperature=temperature, validate=False)
 
 
@@ -171,10 +171,10 @@ def instance_nce_bank(
         L_i = log( e^(q_i . k_i / T) + sum_j e^(q_i . b_j / T) ) - q_i . k_i / T,   T the temperature
 
     query, key: `[N, d]` unit rows, row i both from image i; no gradient flows into key. bank:
-    `[K, d]` unit rows. mask: `[N, K]` or `[K]`, True where an entry may be used: not an empty slot,
-    not an image's own earlier copy. temperature > 0. All anchors are valid; without an entry the
+    `[K, d]` unit rows. mask: `[N, K]` or `[K]`, True where an entry may be used: no empty slot
+    and no earlier copy of the image. temperature > 0. All anchors are valid; without an entry the
     value is 0. Raises ValueError when a shape or temperature is wrong.
-    Source: He et al. 2020 (MoCo), equation 1; the mask is our choice.
+    Source: He et al. 2020 (MoCo), equation 1, without a mask.
     """
     check_positive("temperature", temperature)
     check_same_shape("key", key, "query", query)

@@ -1,4 +1,4 @@
-"""GPaCo: one softmax over class logits, the batch and a bank."""
+"""GPaCo: one softmax over class logits, the samples of the batch and a bank."""
 
 from __future__ import annotations
 
@@ -53,13 +53,11 @@ def gpaco(
     with a_ij = sum_c y_ic y_jc, 1 or 0 when labels are hard, T the temperature and s the smoothing,
     as published spread over the other C - 1 classes.
 
-    features: `[N, d]` and bank: `[K, d]` rows of unit length. labels: `[N]` integers or `[N, C]`
-    rows that sum to 1.
-    logits: `[N, C]`. bank_labels: `[K]` integers or `SoftPairs`; -1 is of no class. mask: `[N, K]`
-    or `[K]`, True where a bank entry may be used. temperature > 0, smoothing in [0, 1). All anchors
-    are valid.
+    features: `[N, d]` and bank: `[K, d]` rows of unit length. labels: `[N]` integers or `[N, C]` rows that sum to 1.
+    logits: `[N, C]`. bank_labels: `[K]` integers or `SoftPairs`; -1 equals no class. mask: `[N, K]` or `[K]`, True
+    where a bank entry may be used. temperature > 0, smoothing in [0, 1). All anchors are valid.
     Raises ValueError when temperature, smoothing or a shape is wrong.
-    Source: Cui et al. 2023 (GPaCo) and its code; soft labels and the mask are our choice.
+    Source: Cui et al. 2023 (GPaCo) and its code, without soft labels and mask.
     """
     check_positive("temperature", temperature)
     check_smoothing(smoothing)
@@ -79,7 +77,7 @@ def gpaco(
         [shared_classes(labels, labels, batch.dtype), shared_with_bank(labels, pairs)], 1
     )
     weights = torch.cat([_class_weights(labels, logits, smoothing), alpha * positive], 1) * present
-    # log p = scores - LSE taken apart: an absent entry gives 0 * score, never 0 * -inf.
+    # log p = scores - LSE, in two sums: a masked entry gives 0 * score, never 0 * -inf.
     value = log_sum(scores, present) - (weights * scores).sum(1) / weights.sum(1)
     return all_valid(value)
 

@@ -22,7 +22,7 @@ def cosface_logits(
     scale: float,
     validate: bool = True,
 ) -> Float[Tensor, "n c"]:
-    """Cosines times scale, the own class's lowered by a margin; cross-entropy after.
+    """Cosines times scale, that of the own class minus a margin; for a cross-entropy.
 
         logit_ic = scale ( z_i . w_c/|w_c| - margin [c = y_i] )
 
@@ -43,12 +43,12 @@ def arcface_logits(
     scale: float,
     validate: bool = True,
 ) -> Float[Tensor, "n c"]:
-    """Cosines times scale, the angle to the own class widened by a margin; cross-entropy after.
+    """Cosines times scale, the angle to the own class plus a margin; for a cross-entropy.
 
         logit_ic = scale cos( theta_ic + margin [c = y_i] ),   theta_ic = angle(z_i, w_c)
 
-    Shapes and errors as in `cosface_logits`; margin in radians. The own logit falls with theta up
-    to pi - margin only, as in the paper's equation.
+    Shapes and errors as in `cosface_logits`; margin in radians. The own logit decreases with theta
+    only up to pi - margin, as in the paper.
     Source: Deng et al. 2019 (ArcFace), equation 3.
     """
     return _arcface(_cosines(features, weight, labels, validate), labels, margin, scale)
@@ -58,7 +58,7 @@ def arcface_logits(
 def cosine_logits(
     features: Float[Tensor, "n d"], weight: Float[Tensor, "c d"], *, scale: float
 ) -> Float[Tensor, "n c"]:
-    """Cosines times scale, without a margin: what a margin softmax is judged by.
+    """Cosines times scale, without a margin: the logits of a margin softmax at evaluation.
 
         logit_ic = scale z_i/|z_i| . w_c/|w_c|
 
@@ -77,7 +77,7 @@ def cosface_margin(
     scale: float,
     validate: bool = True,
 ) -> Float[Tensor, "n c"]:
-    """`cosface_logits` from cosines `[N, C]` that are there already. Raises as it does."""
+    """`cosface_logits` from given cosines `[N, C]`, within [-1, 1]. Errors as there."""
     check_hard_labels(labels, len(cosine), classes=cosine.shape[1], validate=validate)
     if validate:
         check_cosines(cosine)
@@ -93,7 +93,7 @@ def arcface_margin(
     scale: float,
     validate: bool = True,
 ) -> Float[Tensor, "n c"]:
-    """`arcface_logits` from cosines `[N, C]` that are there already. Raises as it does."""
+    """`arcface_logits` from given cosines `[N, C]`, within [-1, 1]. Errors as there."""
     check_hard_labels(labels, len(cosine), classes=cosine.shape[1], validate=validate)
     if validate:
         check_cosines(cosine)
@@ -114,10 +114,10 @@ def _cosface(cosine: Tensor, labels: Tensor, margin: float, scale: float) -> Ten
 
 def _arcface(cosine: Tensor, labels: Tensor, margin: float, scale: float) -> Tensor:
     square = (1 - cosine) * (1 + cosine)
-    # The gradient of the root is infinite at 0, where rounding decides the sign: 0 is taken there.
+    # The root has an infinite gradient at 0, and rounding may make the square negative: both give 0.
     sine = square.where(square > 0, 1).sqrt().where(square > 0, 0)
-    widened = cosine * math.cos(margin) - sine * math.sin(margin)
-    return scale * widened.where(_own(cosine, labels) > 0, cosine)
+    shifted = cosine * math.cos(margin) - sine * math.sin(margin)
+    return scale * shifted.where(_own(cosine, labels) > 0, cosine)
 
 
 def _own(cosine: Tensor, labels: Tensor) -> Tensor:

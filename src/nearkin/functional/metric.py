@@ -47,7 +47,7 @@ def triplet_batch_hard(
         distance = features.square().sum(1) - 2 * features @ features.T
         farthest = distance.masked_fill(~positive, -torch.inf).argmax(1)
         nearest = distance.masked_fill(same, torch.inf).argmin(1)
-    # Measured again from differences: the expanded square loses half the digits of near rows.
+    # Computed again from differences: the expanded square loses half the digits of near rows.
     pull = torch.linalg.vector_norm(features - features[farthest], dim=1)
     push = torch.linalg.vector_norm(features - features[nearest], dim=1)
     return masked((pull - push + margin).relu(), positive.any(1) & ~same.all(1))
@@ -62,13 +62,13 @@ def orthogonal_projection(
         L = 1 - mean_a(z_i . z_j) + gamma mean_b(z_i . z_j)
         mean_w(x) = sum_{i != j} w_ij x_ij / (sum_{i != j} w_ij + 1e-6)
 
-    with a_ij = sum_c y_ic y_jc and b_ij = 1 - a_ij; the cosines are signed. It has no cross-entropy
-    inside.
+    with a_ij = sum_c y_ic y_jc and b_ij = 1 - a_ij; the cosines are signed. It contains no
+    cross-entropy.
 
     features: `[N, d]` rows of unit length. labels: `[N]` integers or `[N, C]` rows that sum to 1.
     gamma: weight of the negative pairs. Without pairs of a kind their mean counts 0. Raises
     ValueError when the shape of labels is wrong.
-    Source: Ranasinghe et al. 2021 and its code; soft labels are our choice.
+    Source: Ranasinghe et al. 2021 and its code, without soft labels.
     """
     check_labels(labels, len(features), validate=validate)
     if validate:
@@ -97,12 +97,12 @@ def varcon(
         q_ic proportional to e^(1/t_i) for c = y_i and to 1 otherwise
         L_i  = KL(q_i || p_i) - log p_iy
 
-    over the classes present in the batch. No gradient flows through w; it does through q.
+    over the classes present in the batch. w has no gradient, q has.
 
     features: `[N, d]` rows of unit length. labels: `[N]` integers. temperature > 0. epsilon >= 0.
     All anchors are valid. Raises ValueError when temperature, epsilon or labels are wrong.
-    Source: Wang et al. 2025 (VarCon) and its code; taken in log space, as written it is NaN at
-    temperature 0.01.
+    Source: Wang et al. 2025 (VarCon) and its code; computed in log space: as published it is NaN
+    at temperature 0.01.
     """
     check_positive("temperature", temperature)
     if not epsilon >= 0:
@@ -125,7 +125,7 @@ def _against_centres(
 ) -> Tensor:
     """The value of each sample given the centre of each sample's class."""
     same = labels[:, None] == labels
-    # One column per class, its first sample's: to list the classes would stall the device.
+    # One column per class, that of its first sample: torch.unique would synchronise.
     repeated = same.tril(-1).any(1)
     others = ~same & ~repeated
     scores = (features @ centres.T / temperature).masked_fill(repeated, -torch.inf)

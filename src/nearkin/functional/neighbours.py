@@ -1,4 +1,4 @@
-"""CoNe: what a sample learns from its neighbours in a bank, as attention over its entries."""
+"""CoNe: attention of a sample over its nearest neighbours in a bank."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ from nearkin.functional._common import (
     usable_entries,
 )
 
-LEAST_MASS = 1e-8  # as published: an anchor whose class holds no more attention adds nothing
+LEAST_MASS = (
+    1e-8  # as published: an anchor whose class has no more attention than this adds nothing
+)
 
 
 @full_precision
@@ -56,13 +58,13 @@ def neighbour_nll(
     with a_ij = sum_c y_ic y_jc, 1 or 0 when labels are hard.
 
     query: `[N, d]` and bank: `[K, d]` rows of unit length. labels: `[N]` integers or `[N, C]` rows
-    that sum to 1. bank_labels: `[K]` integers or `SoftPairs`; -1 is an empty slot and of no class.
+    that sum to 1. bank_labels: `[K]` integers or `SoftPairs`; -1 is an empty slot.
     mask: `[N, K]` or `[K]`, True where an entry may be used. temperature > 0. topk >= 1; more than
     there are usable entries means all of them.
     Invalid: an anchor to which the mask leaves no entry. One without a positive neighbour is valid
     with value 0.
     Raises ValueError when temperature, topk or a shape is wrong.
-    Source: CoNe, arXiv 2308.10761, and its code; soft labels and the mask are our choice.
+    Source: CoNe, arXiv 2308.10761, and its code, without soft labels and mask.
     """
     check_positive("topk", topk)
     check_labels(labels, len(query), validate=validate)
@@ -74,7 +76,7 @@ def neighbour_nll(
     scores, usable = _bank_scores(query, bank, temperature, mask)
     nearest, index = scores.topk(min(topk, len(bank)), dim=1)
     positive = shared_with_bank(labels, SoftPairs(pairs.labels[index], pairs.weights[index]))
-    # A log-mass of 0, which `log_sum` gives without a positive neighbour, is the value 0 asked for.
+    # Without a positive neighbour `log_sum` gives 0, which is the value defined for that case.
     log_mass = log_sum(nearest.log_softmax(1), positive)
     return masked((-log_mass).where(log_mass > math.log(LEAST_MASS), 0), usable)
 
@@ -97,9 +99,9 @@ def neighbour_target(
     mask: `[N, K]` or `[K]`, True where an entry may be used. temperature > 0.
     Raises ValueError when temperature or a shape is wrong.
     A sample to which the mask leaves no entry gets a row of
-    zeros, for which `consistency_kl` is 0 with gradient 0 (our choice: no neighbours say nothing; a
-    uniform row would pull towards ignorance).
-    Source: CoNe, arXiv 2308.10761, and its code; the mask is our choice.
+    zeros, for which `consistency_kl` is 0 with gradient 0 (a uniform row would pull
+    towards uniform predictions).
+    Source: CoNe, arXiv 2308.10761, and its code, without a mask.
     """
     check_rows("bank_probs", bank_probs, len(bank))
     if validate:

@@ -44,8 +44,9 @@ def softplus_sum(
     features: Float[Tensor, "n d"], labels: Labels, temperature: float, level: Float[Tensor, " n"]
 ) -> Float[Tensor, " n"]:
     """sum_p a_ip softplus(level_i - s_ip), `[N]`, differentiable in features and level; else as `pair_sums`."""
-    path = plain if _tile_dtype(features, 0.0) is None else tiled  # softplus cannot overflow
-    return path.softplus_sum(features, labels, temperature, level)
+    if _tile_dtype(features, 0.0) is None:  # softplus cannot overflow
+        return plain.softplus_sum(features, labels, temperature, level)
+    return tiled.softplus_sum(features, labels, temperature, level)
 
 
 def _tile_dtype(features: Tensor, steepness: float) -> torch.dtype | None:
