@@ -117,7 +117,7 @@ def resolved(values: Mapping[str, Any]) -> Settings:
     def work(runtime: Runtime) -> Settings:
         from nearkin.training.prepare import prepare
 
-        return prepare(config, runtime).settings
+        return prepare(config, runtime, look=False).settings
 
     return _with_runtime(config, work)
 

@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -67,7 +68,7 @@ def list_folder(root: str) -> Listing:
         split: part for split, folder in splits.items() if (part := walk.part(folder)) is not None
     }
     if splits != {"train": ""}:
-        shown = {folder.split(os.sep)[0] for folder in splits.values()}
+        shown = {Path(folder).parts[0] for folder in splits.values()}
         extra = [name for name in top if name not in shown]
         walk.note(
             extra, "folder beside the splits is ignored", "folders beside the splits are ignored"
@@ -281,10 +282,7 @@ class _Walk:
 
 def _above(folder: str) -> list[str]:
     """`a/b/c` -> "", `a`, `a/b`; nothing for the root itself."""
-    if not folder:
-        return []
-    parts = folder.split(os.sep)
-    return [os.sep.join(parts[:number]) for number in range(len(parts))]
+    return [] if not folder else ["", *map(str, [*Path(folder).parents][-2::-1])]
 
 
 def _unreadable(path: str, error: OSError) -> DataError:

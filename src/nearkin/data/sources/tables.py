@@ -34,9 +34,9 @@ class _Row(NamedTuple):
 def list_table(path: str) -> Listing:
     """The images that a table names, in its order.
 
-    Columns: path (relative to the table's folder), label, and optionally split (a name of
-    `SPLIT_NAMES`, in any case); other columns are ignored, and noted. CSV and TSV are UTF-8 with a header line; a byte order
-    mark and any line ends are fine; bytes that are not UTF-8 in names are kept.
+    Columns: path (relative to the table's folder), label, and optionally split (a name of `SPLIT_NAMES`, in any
+    case); other columns are ignored, and noted. CSV and TSV are UTF-8 with a header line; a byte order mark and any
+    line ends are fine; bytes that are not UTF-8 in names are kept.
 
     Raises DataError, naming the line, for a missing header or value, a wrong number of fields, an unknown
     split, a file that does not exist, and a file that is named twice.
