@@ -4,7 +4,6 @@ from nearkin.network.backbone import Backbone, build_backbone, check_eval_size
 from nearkin.network.batchnorm import SyncBatchNorm, synchronise_batchnorm
 from nearkin.network.heads import CosineClassifier, Head, Norm, projection_head, projection_sizes
 from nearkin.network.keyed_dropout import KeyedDropout, KeyedDropPath, RandomKey, key_randomness
-from nearkin.network.load_timm import load_timm
 from nearkin.network.network import Network
 from nearkin.network.weights import LoadReport, load_weights, read_safetensors, read_tensors
 
@@ -22,7 +21,6 @@ __all__ = [
     "build_backbone",
     "check_eval_size",
     "key_randomness",
-    "load_timm",
     "load_weights",
     "projection_head",
     "projection_sizes",
