@@ -206,7 +206,9 @@ class RunConfig(BaseModel):
     workers: Natural | Auto = _option("auto", "processes that load images, per rank")
 
     # The optimiser.
-    optimizer: Literal["auto", "sgd", "adamw", "lamb"] = _option("auto", "through timm's factory")
+    optimizer: Literal["auto", "sgd", "adamw", "lamb"] = _option(
+        "auto", "torch's SGD or AdamW, or LAMB"
+    )
     lr: Amount | Auto = _option("auto", "peak learning rate")
     min_lr_ratio: Amount = _option(1e-3, "final learning rate / peak", le=1)
     warmup_epochs: Amount | Auto = _option("auto", "linear warm-up, in epochs")
