@@ -220,7 +220,9 @@ class RunConfig(BaseModel):
     workers: Natural | Auto = option("auto", "processes that load images, per rank")
 
     # The optimiser.
-    optimizer: Literal["auto", "sgd", "adamw", "lamb"] = option("auto", "through timm's factory")
+    optimizer: Literal["auto", "sgd", "adamw", "lamb"] = option(
+        "auto", "torch's SGD or AdamW, or LAMB"
+    )
     lr: Amount | Auto = option("auto", "peak learning rate")
     min_lr_ratio: Amount = option(1e-3, "final learning rate / peak", le=1)
     warmup_epochs: Amount | Auto = option("auto", "linear warm-up, in epochs")

@@ -7,6 +7,7 @@ import sys
 from nearkin.catalogue import objectives, recipes
 from nearkin.cli.arguments import Parser, show_help
 from nearkin.errors import ConfigError, nearest
+from nearkin.imports import import_eager
 
 USAGE = "nearkin list models|objectives|recipes [PATTERN]"
 KINDS = ("models", "objectives", "recipes")
@@ -34,9 +35,7 @@ def main(argv: list[str]) -> int:
 
 
 def _models(pattern: str) -> list[str]:
-    from nearkin.network import load_timm
-
-    return list(load_timm().list_models(pattern))
+    return list(import_eager("timm").list_models(pattern))
 
 
 def _described() -> dict[str, list[str]]:

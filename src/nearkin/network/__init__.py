@@ -10,7 +10,6 @@ from nearkin.network.backbone import (
 from nearkin.network.batchnorm import SyncBatchNorm, synchronise_batchnorm
 from nearkin.network.heads import CosineClassifier, Head, Norm, projection_head, projection_sizes
 from nearkin.network.keyed_dropout import KeyedDropout, KeyedDropPath, RandomKey, key_randomness
-from nearkin.network.load_timm import load_timm
 from nearkin.network.network import Network
 from nearkin.network.weights import LoadReport, load_weights, read_safetensors, read_tensors
 
@@ -29,7 +28,6 @@ __all__ = [
     "check_eval_size",
     "default_memory_format",
     "key_randomness",
-    "load_timm",
     "load_weights",
     "prefers_adamw",
     "projection_head",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from nearkin.errors import ConfigError, ModelError, nearest, printable
-from nearkin.network.load_timm import load_timm
+from nearkin.imports import import_eager
 
 MOST_WEIGHTS = 1 << 31  # a file of them could not be read back
 # What a timm model raises when a size, a channel count or an option does not suit it.
@@ -89,7 +89,7 @@ def first_line(error: Exception) -> str:
 
 def pretrained_options(model: str) -> dict[str, Any]:
     """What `timm.create_model` needs to start from pretrained weights. Raises ModelError where timm has none."""
-    published = load_timm().get_pretrained_cfg(model)
+    published = import_eager("timm").get_pretrained_cfg(model)
     if published is None or not published.has_weights:
         raise ModelError(
             f"timm has no pretrained weights for {model}; leave out --pretrained or give --weights FILE."
@@ -233,7 +233,7 @@ def _check_name(model: str) -> None:
             f"--model {printable(model)} is no name of a timm model; give one like resnet50, and a file of "
             "weights with --weights FILE."
         )
-    timm = load_timm()
+    timm = import_eager("timm")
     name, _, tag = model.partition(".")
     if not timm.is_model(name):
         hint = nearest(name, timm.list_models()) or " `nearkin list models` shows all."
@@ -244,7 +244,7 @@ def _check_name(model: str) -> None:
 
 
 def _create(model: str, options: dict[str, Any], image_size: int) -> nn.Module:
-    timm = load_timm()
+    timm = import_eager("timm")
     try:
         module: nn.Module = timm.create_model(model, img_size=image_size, **options)
     except TypeError as error:
