@@ -104,7 +104,7 @@ def _learner(case: Case, config: RunConfig, runtime: Runtime) -> Stepper:
     runtime.place(built.network)
     runtime.place(built.objective)
     if config.memory_format != "auto":
-        built.network.lay_out(config.memory_format)
+        built.network.set_memory_format(config.memory_format)
     steps = IMAGES // case.batch
     stepper = Stepper(config, runtime, built.network, built.objective, steps, case.classes)
     stepper.begin(built.objective.stages()[0])

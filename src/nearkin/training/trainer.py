@@ -93,7 +93,7 @@ class Trainer:
         self.runtime.place(network)
         self.runtime.place(objective)
         if self.config.memory_format != "auto":
-            network.lay_out(self.config.memory_format)
+            network.set_memory_format(self.config.memory_format)
         if self.runtime.world_size > 1:
             from nearkin.network import synchronise_batchnorm
 
