@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from nearkin.cli.arguments import Parser, show_help
@@ -34,23 +33,18 @@ def main(argv: list[str]) -> int:
         return 0
     if not given.get("run") or not given.get("images"):
         raise ConfigError("Predict what? Give a run folder, then image files or folders.")
-    from nearkin.evaluation.options import check_run
-    from nearkin.evaluation.predict import find_files, predict
+    from nearkin.evaluation.predict import check_arguments, find_files, predict
 
-    check_run(Path(given["run"]))  # before a folder of many images is searched
+    run, tta, device = given["run"], given.get("tta", "none"), given.get("device", "auto")
+    check_arguments(run, tta, device)  # before a folder of many images is searched
     found = find_files(given["images"])
     for note in found.notes:
         sys.stderr.write(f"note: {note}\n")
-    predictions = predict(
-        given["run"],
-        found.files,
-        tta=given.get("tta", "none"),
-        device=given.get("device", "auto"),
-    )
+    predictions = predict(run, found.files, tta=tta, device=device)
     # Paths are bytes; those that are not UTF-8 are written as they are.
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]
     write = _write_json if given.get("json") else _write_csv
-    bad, total = write(predictions, sys.stdout, given["run"])
+    bad, total = write(predictions, sys.stdout, run)
     if bad:
         sys.stdout.flush()
         raise DataError(f"{bad} of {total} files could not be read; their rows say why.")

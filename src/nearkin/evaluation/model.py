@@ -16,7 +16,7 @@ from nearkin.errors import ConfigError, ModelError, printable
 from nearkin.evaluation.options import DESCRIPTION as DESCRIPTION
 from nearkin.evaluation.options import check_run
 from nearkin.files import write_atomic
-from nearkin.network import Network, build_backbone, read_safetensors
+from nearkin.network import Network, build_backbone, default_memory_format, read_safetensors
 from nearkin.objectives import Objective, get
 
 FORMAT = 1
@@ -151,6 +151,8 @@ def load_bundle(run: Path, device: torch.device) -> Bundle:
         ) from None
     built.network.activate(description.heads, freeze_backbone=False)
     built.network.to(device).eval()
+    side = description.spec.image_size
+    built.network.lay_out(default_memory_format(built.network.backbone, device.type, side))
     return Bundle(built.network, description)
 
 

@@ -31,9 +31,7 @@ def predict(
     Raises ModelError when `run` has no finished model, DataError when a path does not exist or holds no images,
     ConfigError for an unknown `tta` or `device`: at once, before the first Prediction.
     """
-    check_choice("tta", tta, Tta)
-    check_choice("device", device, Device)
-    check_run(Path(run))
+    check_arguments(run, tta, device)
     files = find_files(paths).files
     import torch
 
@@ -47,6 +45,13 @@ def predict(
     size = BATCH // COUNTS[tta]
     parts = (files[start : start + size] for start in range(0, len(files), size))
     return (one for part in parts for one in _predictions(bundle, part, tta, chosen))
+
+
+def check_arguments(run: str | Path, tta: str, device: str) -> None:
+    """Raises what `predict` raises for these arguments."""
+    check_choice("tta", tta, Tta)
+    check_choice("device", device, Device)
+    check_run(Path(run))
 
 
 class FoundFiles(NamedTuple):
