@@ -156,7 +156,9 @@ def test_what_was_asked_for_stays():
     config = resolved(1294, 8, batch_size=48, lr=0.3, epochs=3, model="resnet18", threads=2)
     assert (config.batch_size, config.lr, config.epochs) == (48, 0.3, 3)
     assert (config.model, config.threads) == ("resnet18", 2)
-    assert "auto" not in {v for k, v in config.flat().items() if k not in ("stem", "precision", "check")}
+    assert "auto" not in {
+        v for k, v in config.flat().items() if k not in ("stem", "precision", "check")
+    }
 
 
 @pytest.mark.parametrize(
