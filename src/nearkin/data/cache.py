@@ -25,16 +25,8 @@ from torch import Tensor
 from nearkin.data.dataset import Dataset
 from nearkin.data.decode import BadImage, quiet_pillow
 from nearkin.data.images import Files, in_channels
-from nearkin.data.look import (
-    BATCH,
-    SAMPLE,
-    Examined,
-    Fact,
-    NumberedFiles,
-    Remembered,
-    examine,
-    in_threads,
-)
+from nearkin.data.look import SAMPLE, Examined, NumberedFiles, examine, in_threads
+from nearkin.data.remembered import BATCH, Fact, Remembered
 from nearkin.data.sources.listing import Rows
 from nearkin.data.transforms import ResizeShortSide
 from nearkin.errors import ConfigError, printable
