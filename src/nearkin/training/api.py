@@ -62,7 +62,6 @@ def train(
 def start_run(values: Mapping[str, Any], *, quiet: bool) -> Result:
     """A new run from flat options. Raises ConfigError, DataError, ModelError, DivergedError or Stopped."""
     config = checked_options(values)
-    run_folder.check_free(config.out)
 
     def work(runtime: Runtime) -> Result:
         from nearkin.data.look import BadImages
@@ -123,8 +122,9 @@ def resolved(values: Mapping[str, Any]) -> Settings:
 
 
 def checked_options(values: Mapping[str, Any]) -> RunConfig:
-    """The options, once they are valid, their objective exists, and DATA holds images in classes."""
+    """The options, after every check that needs no torch: values, run folder, objective, DATA."""
     config: RunConfig = validate(RunConfig, values)
+    run_folder.check_free(config.out)
     check_objective(config.objective, config.options)
     _list_data(config.data)
     return config

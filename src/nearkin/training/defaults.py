@@ -87,7 +87,10 @@ def resolve_data(config: RunConfig, facts: DataFacts) -> DataSettings:
 
 
 def resolve(config: DataSettings, facts: NetworkFacts) -> Settings:
-    """Every other option: those that follow from the network, the device and the processes on it."""
+    """Every other option: those that follow from the network, the device and the processes on it.
+
+    `out` is dropped: the place of a run is no setting, and another run may reuse them.
+    """
     pretrained = config.pretrained or config.weights is not None
     adam = pretrained or facts.prefers_adamw
     optimizer = config.optimizer if config.optimizer != "auto" else ("adamw" if adam else "sgd")
@@ -106,7 +109,7 @@ def resolve(config: DataSettings, facts: NetworkFacts) -> Settings:
         "threads": 1 if small or facts.ranks > 1 else cores,
         "workers": min(8, cores) if facts.files else 0,
     }
-    given = config.model_dump() | {"options": facts.options, "stem": facts.stem}
+    given = config.model_dump() | {"options": facts.options, "stem": facts.stem, "out": None}
     return Settings.model_validate(_fill(given, values))
 
 
