@@ -1,4 +1,4 @@
-"""The teacher: an averaged copy of the student that is the same on every rank."""
+"""The teacher: an exponential moving average of the student, the same on every rank."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from nearkin.network import Network
     from nearkin.types import Outputs
 
-# Keeps the teacher's dropout masks apart from the student's without a second seed to configure.
+# XORed into the seed, so that the teacher's dropout masks differ from the student's.
 TEACHER_SALT = 0x7EAC
 
 
 class TeacherPolicy(NamedTuple):
-    """How a stage keeps its teacher.
+    """How the teacher of a stage is updated and what it reads.
 
     schedule: `constant` momentum from `horizon`, the same `ramped` up from 0, or CoNe's `cosine` from `momentum` to 1.
     horizon: memory in epochs of the first two (at least 8 steps).
@@ -38,7 +38,7 @@ class TeacherPolicy(NamedTuple):
 def momentum_at(policy: TeacherPolicy, step: int, steps: int, steps_per_epoch: int) -> float:
     """The momentum m of `teacher = m * teacher + (1 - m) * student` before forward pass number `step`.
 
-    constant: m = 1 - 1 / max(8, horizon * steps_per_epoch) (our choice: memory in epochs, not steps).
+    constant: m = 1 - 1 / max(8, horizon * steps_per_epoch), a memory in epochs rather than steps.
     ramped: min(1 - 1 / (step + 1), the constant) (Tarvainen and Valpola 2017, published code).
     cosine: m = 1 - (1 - m0)(cos(pi step / steps) + 1) / 2 (CoNe, published code).
     """
@@ -61,22 +61,22 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Outputs:
-        """What the teacher says of `images`, without gradient."""
+        """The outputs for `images`, without gradient."""
         outputs: Outputs = self.network(images)
         return outputs
 
     @torch.no_grad()
     def update(self, student: Network, momentum: float) -> None:
-        """Move the teacher towards the student; its statistics too, where they are averaged."""
+        """Move the weights, and averaged BatchNorm statistics, towards the student's."""
         _lerp(list(self.network.parameters()), list(student.parameters()), 1.0 - momentum)
         if self.batchnorm == "own":
             return
-        mine, theirs = list(self.network.buffers()), list(student.buffers())
-        floating = [i for i, buffer in enumerate(mine) if buffer.is_floating_point()]
-        _lerp([mine[i] for i in floating], [theirs[i] for i in floating], 1.0 - momentum)
-        for to, of in zip(mine, theirs, strict=True):
-            if not to.is_floating_point():
-                to.copy_(of)
+        pairs = list(zip(self.network.buffers(), student.buffers(), strict=True))
+        floating = [(own, other) for own, other in pairs if own.is_floating_point()]
+        _lerp([own for own, _ in floating], [other for _, other in floating], 1.0 - momentum)
+        for own, other in pairs:
+            if not own.is_floating_point():
+                own.copy_(other)
 
 
 def _lerp(targets: list[Tensor], sources: list[Tensor], weight: float) -> None:

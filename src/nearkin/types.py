@@ -1,4 +1,4 @@
-"""The values that travel between the rooms. Importing this file imports no torch."""
+"""The values that the packages exchange. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Batch(NamedTuple):
-    """What a step learns from.
+    """The images of one step.
 
     images: `[V, B, channels, H, W]`, V views of B images; uint8 from the loader, float in [0, 1] after mixing.
     labels: `[B]` class numbers, or `[B, C]` rows that sum to 1 when images are mixed.
@@ -22,11 +22,11 @@ class Batch(NamedTuple):
 
     images: Tensor
     labels: Tensor
-    index: Tensor  # type: ignore[assignment]  # the field shadows tuple.index, which nobody needs here
+    index: Tensor  # type: ignore[assignment]  # the field hides tuple.index
 
 
 class Outputs(NamedTuple):
-    """What the network says of N = V * B images, view after view (row v * B + b is view v of image b).
+    """Outputs of the network for N = V * B images, view after view (row v * B + b is view v of image b).
 
     features:   `[N, d]` pooled features of the backbone.
     embedding:  `[N, e]` the representation that the classifier reads; the features unless a head writes it.
@@ -59,7 +59,7 @@ class Predictions(NamedTuple):
 
     probabilities: Tensor
     labels: Tensor
-    index: Tensor  # type: ignore[assignment]  # the field shadows tuple.index, which nobody needs here
+    index: Tensor  # type: ignore[assignment]  # the field hides tuple.index
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Result:
 
 
 class Progress(NamedTuple):
-    """Where the training stands inside its stage. Steps are optimiser steps; both counters start at 0."""
+    """The position of a step in its stage. Steps are optimiser steps; both counters start at 0."""
 
     stage: str
     step: int

@@ -39,7 +39,7 @@ class CoNe(Objective, name="cone"):
     """
 
     class Config(Objective.Config):
-        """Weights and temperatures as published; sizes, warm-up and teacher memory are our choice."""
+        """Weights and temperatures as published; other defaults: docs/methods/cone.md."""
 
         neighbour_weight: float = option(0.7, "weight of the neighbour term", ge=0)
         consistency_weight: float = option(0.4, "weight of the consistency term", ge=0)
