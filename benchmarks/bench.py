@@ -75,19 +75,24 @@ def _seconds(seconds: float | None) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"
 
 
-def alternate(calls: dict[str, Call], runs: int = RUNS, most: int = 1) -> dict[str, list[float]]:
-    """Seconds of each call, one call after the other, after one round that does not count: `runs` rounds, and up to
-    `most` times as many until each call came within 3 % of its least three times. Long calls on a busy machine
+def alternate(
+    calls: dict[str, Call],
+    runs: int = RUNS,
+    most: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Seconds by `clock` of each call: after one round that does not count, `runs` rounds of all calls in turn, and up
+    to `most` times as many until each call came within 3 % of its least three times. Long calls on a busy machine
     seldom meet a quiet moment, and a least that only one of two calls has met compares moments, not calls."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(most * runs + 1):
         if number > runs and all(map(settled, seconds.values())):
             break
         for name, call in calls.items():
-            start = time.perf_counter()
+            start = clock()
             call()
             if number:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 

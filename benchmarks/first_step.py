@@ -1,7 +1,7 @@
-"""`python -m benchmarks.first_step nearkin FOLDER | plain`: start, take one optimiser step on digits, leave.
+"""`python -m benchmarks.first_step WAY ...`: start, take one optimiser step or predict one image, leave.
 
-Both ways leave at once after the step, so that neither pays for its end. `plain` is what a person would write by hand
-with the same libraries; it imports them late, since the other way must not share the bill.
+All ways leave at once, so that none pays for its end. The plain ways are what a person would write with torch and timm;
+they import late, since the other ways must not pay for them.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-MODEL, CHANNELS, CLASSES, BATCH, LR = "resnet10t", 1, 10, 32, 0.025
+MODEL, CHANNELS, CLASSES, SIDE, BATCH, LR = "resnet10t", 1, 10, 8, 32, 0.025
 
 
-def nearkin(folder: str) -> None:
+def train(folder: str) -> None:
     """The command line with its default options, into a run folder that does not exist yet."""
     from nearkin.cli import run
     from nearkin.training.step import Stepper
@@ -29,27 +30,46 @@ def nearkin(folder: str) -> None:
     sys.exit(run(["train", "--quiet", "--out", folder]) or 1)  # it should not have come back
 
 
-def plain() -> None:
-    """The same model, images, batch size and optimiser from the same libraries."""
-    import lightning_fabric  # noqa: F401 - what it takes to load counts on both sides
-    import numpy as np
-    import pydantic  # noqa: F401
-    import safetensors.torch  # noqa: F401
+def plain_train() -> None:
+    """The same model, batch size and optimiser from the same libraries, on random images."""
     import timm
     import torch
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
 
-    digits = load_digits()
-    images = torch.from_numpy((digits.images / 16).astype(np.float32))[:, None]
-    labels = torch.from_numpy(digits.target.astype(np.int64))
-    rows, _ = train_test_split(range(len(labels)), test_size=0.2, stratify=labels, random_state=0)
     model = small_model(timm)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9, nesterov=True, fused=True)
-    batch = torch.as_tensor(rows[:BATCH])
-    loss = torch.nn.functional.cross_entropy(model(images[batch]), labels[batch])
+    images, labels = torch.rand(BATCH, CHANNELS, SIDE, SIDE), torch.randint(CLASSES, (BATCH,))
+    loss = torch.nn.functional.cross_entropy(model(images), labels)
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
+    os._exit(0)
+
+
+def prepare(folder: str) -> None:
+    """`folder`/run, a finished run on digits, and `folder`/image.png."""
+    import numpy as np
+    from PIL import Image
+
+    from nearkin import train
+
+    place = Path(folder)
+    train(out=place / "run", epochs=1, objective="ce")
+    pixels = np.arange(SIDE * SIDE, dtype=np.uint8).reshape(SIDE, SIDE)
+    Image.fromarray(pixels).save(place / "image.png")
+
+
+def plain_predict(run: str, image: str) -> None:
+    """The class of one image by the weights of a run, with torch and timm."""
+    import numpy as np
+    import timm
+    import torch
+    from PIL import Image
+    from safetensors.torch import load_file
+
+    load_file(str(Path(run) / "model.safetensors"))
+    model = small_model(timm).eval()
+    pixels = torch.from_numpy(np.asarray(Image.open(image).convert("L"), np.float32) / 255)
+    with torch.inference_mode():
+        model(pixels[None, None]).softmax(1).argmax()
     os._exit(0)
 
 
@@ -61,5 +81,7 @@ def small_model(timm: Any) -> Any:
 
 
 if __name__ == "__main__":
-    ways: dict[str, Callable[..., None]] = {"nearkin": nearkin, "plain": plain}
+    ways: dict[str, Callable[..., None]] = {
+        way.__name__: way for way in (train, plain_train, prepare, plain_predict)
+    }
     ways[sys.argv[1]](*sys.argv[2:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -77,7 +78,8 @@ def small(monkeypatch):
         for name, value in values.items():
             monkeypatch.setattr(module, name, value)
     # What these do is tested in test_benchmarks_startup.py.
-    monkeypatch.setattr(startup, "process", lambda *words: None)
+    monkeypatch.setattr(startup, "process", lambda *words, code=0: None)
+    monkeypatch.setattr(startup, "processor_seconds", time.perf_counter)
     for part in ("judging", "shares"):
         monkeypatch.setattr(evaluation, part, lambda place: [bench.Row(str(place), 1.0)])
     for module in (pairwise, bank):

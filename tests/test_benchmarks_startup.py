@@ -8,6 +8,7 @@ import pytest
 import timm
 from benchmarks import bench, evaluation, first_step, startup
 
+import nearkin
 from nearkin.evaluation.model import read_description
 from nearkin.training.run_folder import stored_settings
 from nearkin.training.step import Stepper
@@ -33,7 +34,7 @@ def test_both_ways_take_one_step_of_the_same_model(leaving, monkeypatch, tmp_pat
         Stepper, "step", lambda self, *x: (learners.append(self), step(self, *x))[1]
     )
     with pytest.raises(Left, match="^0$"):
-        first_step.nearkin(str(tmp_path / "run"))
+        first_step.train(str(tmp_path / "run"))
     assert [stepper.steps_done for stepper in learners] == [1]
     config = stored_settings(tmp_path / "run")
     chosen = config.model, config.channels, config.batch_size, config.lr
@@ -54,7 +55,26 @@ def test_both_ways_take_one_step_of_the_same_model(leaving, monkeypatch, tmp_pat
 
 def test_the_plain_way_takes_its_step(leaving):
     with pytest.raises(Left, match="^0$"):
-        first_step.plain()
+        first_step.plain_train()
+
+
+def test_the_plain_prediction_reads_what_nearkin_wrote(leaving, tmp_path):
+    first_step.prepare(str(tmp_path))
+    run, image = tmp_path / "run", tmp_path / "image.png"
+    assert len(list(nearkin.predict(run, [image]))) == 1
+    with pytest.raises(Left, match="^0$"):
+        first_step.plain_predict(str(run), str(image))
+
+
+def test_processor_time_of_children_is_counted():
+    before = startup.processor_seconds()
+    startup.process("benchmarks.bench", code=0)
+    assert startup.processor_seconds() > before
+
+
+def test_a_mistake_must_end_with_its_exit_code():
+    for words, code in startup.MISTAKES.values():
+        startup.process("nearkin", *words, code=code)
 
 
 def test_a_process_that_fails_is_an_error():
@@ -68,7 +88,7 @@ def test_each_first_step_has_a_run_folder_of_its_own(monkeypatch, tmp_path):
     call = startup._first_step(tmp_path)
     call()
     call()
-    assert given[0][:2] == ("benchmarks.first_step", "nearkin")
+    assert given[0][:2] == ("benchmarks.first_step", "train")
     assert given[0][2] != given[1][2]
 
 

@@ -6,9 +6,11 @@ import sys
 
 
 def main() -> None:
-    """Run the command line and leave with its exit code."""
+    """Run the command line and exit with its code."""
     from nearkin.cli import run
+    from nearkin.cli.streams import prepare_streams
 
+    prepare_streams()
     sys.exit(run(sys.argv[1:]))
 
 

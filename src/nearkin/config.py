@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from nearkin.errors import ConfigError, nearest, printable
+from nearkin.errors import ConfigError, printable
+from nearkin.hints import unknown_option, value_hint
 
 NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 LARGEST = 1 << 14  # of a model option; above every width and depth in use
@@ -217,7 +218,9 @@ class RunConfig(BaseModel):
     workers: Natural | Auto = option("auto", "processes that load images, per rank")
 
     # The optimiser.
-    optimizer: Literal["auto", "sgd", "adamw", "lamb"] = option("auto", "through timm's factory")
+    optimizer: Literal["auto", "sgd", "adamw", "lamb"] = option(
+        "auto", "torch's SGD or AdamW, or LAMB"
+    )
     lr: Amount | Auto = option("auto", "peak learning rate")
     min_lr_ratio: Amount = option(1e-3, "final learning rate / peak", le=1)
     warmup_epochs: Amount | Auto = option("auto", "linear warm-up, in epochs")
@@ -313,10 +316,12 @@ def _sentence(
     same = [p for p in problems if p["loc"] and str(p["loc"][0]) == name]
     option = f"--{prefix}{name.replace('_', '-')}"
     if problems[0]["type"] == "extra_forbidden":
-        known = [f"--{prefix}{field.replace('_', '-')}" for field in model.model_fields]
-        return f"Unknown option {printable(option)}.{nearest(option, known)}"
+        return str(unknown_option(option, model.model_fields, prefix=f"--{prefix}"))
     wanted = " or ".join(dict.fromkeys(_wanted(p) for p in same))
-    return f"{printable(option)} {printable(str(values.get(name)))!r} is not valid: {wanted}."
+    value = str(values.get(name))
+    allowed = re.findall("'([^']+)'", " ".join(str(p.get("ctx", {}).get("expected")) for p in same))
+    hint = value_hint(name, value, allowed)
+    return f"{printable(option)} {printable(value)!r} is not valid: {wanted}.{hint}"
 
 
 def _wanted(problem: Any) -> str:

@@ -1,4 +1,4 @@
-"""What nearkin says when something is wrong: one clear sentence and the exit code that fits it."""
+"""The exceptions of nearkin, each with its exit code, and the formatting of names in messages."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from collections.abc import Iterable, Sequence
 
 
 class NearkinError(Exception):
-    """An error a person can act on. Its text is one sentence: what is wrong, where, what to do."""
+    """Base class. The message is one sentence: what is wrong, where, what to do. `code`: the exit code."""
 
     code = 1
 
 
 class ConfigError(NearkinError):
-    """An option, a model name, an objective name or a combination of them that cannot be (exit 2)."""
+    """An option, a name or a combination of options is not valid (exit 2)."""
 
     code = 2
 
 
 class DataError(NearkinError):
-    """Images, labels or splits that cannot be trained on (exit 3)."""
+    """Images, labels or splits are missing or cannot be used (exit 3)."""
 
     code = 3
 
 
 class ModelError(NearkinError):
-    """A checkpoint, a run or weights that do not fit or cannot be had (exit 4)."""
+    """A run, a checkpoint or weights are missing, damaged or do not fit (exit 4)."""
 
     code = 4
 
@@ -37,19 +37,28 @@ class DivergedError(NearkinError):
 
 
 class Stopped(NearkinError):
-    """A signal asked the run to stop; everything is saved and the run can be resumed (exit 75)."""
+    """A signal stopped the run; it is saved and can be resumed (exit 75)."""
 
     code = 75
 
 
+CUTOFF = 0.75  # least similarity by difflib; at 0.6 --learning-rate resembles --drop-rate
+
+
+def most_similar(name: str, known: Iterable[str]) -> str:
+    """The known name that is most similar to `name`, or an empty string when none is similar enough."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=CUTOFF)
+    return close[0] if close else ""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint that names the closest known name, or an empty string when none is close."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f" Did you mean {close[0]}?" if close else ""
+    """` Did you mean X?` for the most similar known name, or an empty string."""
+    similar = most_similar(name, known)
+    return f" Did you mean {similar}?" if similar else ""
 
 
 def printable(text: str) -> str:
-    """`text` on one line, with control characters, bidirectional marks and bytes that are not UTF-8 escaped."""
+    """`text` on one line: control characters, bidirectional marks and undecodable bytes are escaped."""
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii")
         for c in text

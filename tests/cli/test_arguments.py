@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from nearkin.cli import run
-from nearkin.cli.train import _parser
+from nearkin.cli.train import _parser, _with_data
 from nearkin.errors import ConfigError
 
 
 def read(*argv):
-    return _parser().read(argv)
+    return _with_data(_parser().read(argv))
 
 
 def test_both_spellings_and_free_objective_options():
@@ -40,9 +40,12 @@ def test_flags_do_not_swallow_words():
     [
         (["--bach-size", "3"], "Unknown option --bach-size. Did you mean --batch-size?"),
         (["--pretrained=maybe"], "true or false"),
-        (["a", "b"], "the word b"),
+        (["a", "b"], "The word b is one too many"),
         (["--epochs"], "expected one argument"),
-        (["--epoch", "3"], "Did you mean --epochs?"),
+        (["--epoch", "3"], "nearkin calls it --epochs."),
+        (["a", "--data", "b"], "DATA is given twice"),
+        (["--pretraind"], "Did you mean --pretrained?"),
+        (["--foo"], "Unknown option --foo. See nearkin train --help."),
     ],
 )
 def test_wrong_words(argv, words):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -149,3 +153,64 @@ def test_an_own_teacher_normalises_with_the_batch_and_an_average_one_does_not():
         alone = teacher(images[:2]).embedding
         assert torch.allclose(together, alone, atol=1e-5) != alone_changes
         assert not together.requires_grad
+
+
+def fresh_steps(name, classes=2):
+    network = nn.Linear(3, classes)
+    return network, build_optimizer(
+        network,
+        name,
+        lr=0.1,
+        weight_decay=0.1,
+        momentum=0.9,
+        nesterov=True,
+        decay_all=True,
+        layer_decay=1.0,
+    )
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lamb"])
+def test_steps_are_those_of_the_factory_of_timm(name):
+    from timm.optim import create_optimizer_v2
+
+    torch.manual_seed(0)
+    ours, optimizer = fresh_steps(name)
+    theirs = nn.Linear(3, 2)
+    theirs.load_state_dict(ours.state_dict())
+    momentum = {"momentum": 0.9} if name == "sgd" else {}
+    reference = create_optimizer_v2(theirs.parameters(), name, 0.1, weight_decay=0.1, **momentum)
+    for _ in range(3):
+        rows = torch.randn(4, 3)
+        for network, steps in ((ours, optimizer), (theirs, reference)):
+            network(rows).square().sum().backward()
+            steps.step()
+            steps.zero_grad()
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-7)
+        assert mine.grad is None
+
+
+def test_the_hooks_of_torch_see_our_steps():
+    network, optimizer = fresh_steps("sgd")
+    seen = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    network(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    assert seen == ["before"]
+    assert "momentum_buffer" in next(iter(optimizer.state_dict()["state"].values()))
+
+
+def test_no_compiler_is_loaded_for_a_step():
+    program = (
+        "import sys, torch\n"
+        "from tests.training.test_optim import fresh_steps\n"
+        "for name in ('sgd', 'adamw', 'lamb'):\n"
+        "    network, optimizer = fresh_steps(name)\n"
+        "    network(torch.ones(1, 3)).sum().backward()\n"
+        "    optimizer.step()\n"
+        "    optimizer.zero_grad()\n"
+        "    optimizer.load_state_dict(optimizer.state_dict())\n"
+        "    assert 'torch._dynamo' not in sys.modules, name\n"
+    )
+    command = [sys.executable, "-c", program]
+    subprocess.run(command, check=True, timeout=240, cwd=Path(__file__).parents[2])

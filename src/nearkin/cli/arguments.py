@@ -1,4 +1,4 @@
-"""Words of a command line -> flat options. The options come from the pydantic models; argparse reads them."""
+"""Parses a command line with argparse. The options and their help come from the pydantic models."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from nearkin.config import FREE
-from nearkin.errors import ConfigError, nearest, printable
+from nearkin.errors import ConfigError, printable
+from nearkin.hints import unknown_option
 
-FREE_WORDS = tuple(f"--{room}." for room in FREE)  # argparse does not know what comes after
+FREE_WORDS = tuple(f"--{group}." for group in FREE)  # their names are not known to argparse
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are our errors, and which abbreviates nothing."""
+    """An argparse parser that raises ConfigError and accepts no abbreviations."""
 
     def __init__(self, usage: str, description: str) -> None:
         super().__init__(
@@ -29,16 +30,18 @@ class Parser(argparse.ArgumentParser):
             add_help=False,
         )
         self.flags: set[str] = set()
+        self._verb = " ".join(usage.split()[:2])
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message[:1].upper()}{message[1:]}; see nearkin --help.")
+        text = printable(message)
+        raise ConfigError(f"{text[:1].upper()}{text[1:]}; see {self._verb} --help.")
 
     def flag(self, name: str, description: str) -> None:
         """`--name`, `--no-name`, `--name=true|false`; absent unless given."""
         self.flags.add(name)
-        to = name.replace("-", "_")
-        self.add_argument(f"--{name}", dest=to, action="store_true", help=description)
-        self.add_argument(f"--no-{name}", dest=to, action="store_false", help=argparse.SUPPRESS)
+        dest = name.replace("-", "_")
+        self.add_argument(f"--{name}", dest=dest, action="store_true", help=description)
+        self.add_argument(f"--no-{name}", dest=dest, action="store_false", help=argparse.SUPPRESS)
 
     def options(self, model: type[BaseModel], without: frozenset[str] = frozenset()) -> None:
         """One option per field of `model`."""
@@ -52,29 +55,27 @@ class Parser(argparse.ArgumentParser):
                 self.add_argument(f"--{option}", dest=name, help=text, metavar=_kind(field))
 
     def read(self, argv: Sequence[str]) -> dict[str, Any]:
-        """What was given, by option name. Words like `--objective.topk 512` are kept as `objective.topk`.
+        """The given options by name. Options like `--objective.topk 512` are kept as `objective.topk`.
 
-        Raises ConfigError for an unknown option, naming the nearest.
+        Raises ConfigError for an unknown option, with a hint where there is one.
         """
-        words, free = self._free(["--help" if word == "-h" else word for word in argv])
-        found, rest = self.parse_known_intermixed_args(self._plain_flags(words))
+        words, free = self._split_free(["--help" if word == "-h" else word for word in argv])
+        found, rest = self.parse_known_intermixed_args([self._plain_flag(word) for word in words])
         if rest:
             self._unknown(rest[0])
         return vars(found) | free
 
-    def _plain_flags(self, argv: Sequence[str]) -> list[str]:
-        words = []
-        for word in argv:
-            name, equals, value = word.removeprefix("--").partition("=")
-            if word.startswith("--") and equals and name in self.flags:
-                if value.lower() not in ("true", "false"):
-                    raise ConfigError(f"--{name} takes true or false, not {printable(value)}.")
-                word = f"--{name}" if value.lower() == "true" else f"--no-{name}"
-            words.append(word)
-        return words
+    def _plain_flag(self, word: str) -> str:
+        """`--name=false` as `--no-name`."""
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not (word.startswith("--") and equals and name in self.flags):
+            return word
+        if value.lower() not in ("true", "false"):
+            raise ConfigError(f"--{name} takes true or false, not {printable(value)}.")
+        return f"--{name}" if value.lower() == "true" else f"--no-{name}"
 
-    def _free(self, argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-        """Take out the options of the objective and of the model, which are known once torch is loaded."""
+    def _split_free(self, argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+        """Separate the options of the objective and of the model, which are checked when these are known."""
         words: list[str] = []
         free: dict[str, Any] = {}
         left = list(argv)
@@ -91,14 +92,15 @@ class Parser(argparse.ArgumentParser):
 
     def _unknown(self, word: str) -> NoReturn:
         if not word.startswith("-"):
-            raise ConfigError(f"Nothing expects the word {printable(word)}; see nearkin --help.")
-        known = [option for option in self._option_string_actions if option.startswith("--")]
-        name = word.partition("=")[0]
-        raise ConfigError(f"Unknown option {printable(name)}.{nearest(name, known)}")
+            raise ConfigError(
+                f"The word {printable(word)} is one too many; see {self._verb} --help."
+            )
+        known = [option[2:] for option in self._option_string_actions if option.startswith("--")]
+        raise unknown_option(word.partition("=")[0], known, otherwise=f"See {self._verb} --help.")
 
 
 def whole_number(name: str, text: str) -> int:
-    """An option's value as a number from 0. Raises ConfigError."""
+    """The value of an option as an integer >= 0. Raises ConfigError."""
     if not text.isdecimal():
         raise ConfigError(f"--{name} takes a whole number from 0, not {printable(text)}.")
     return int(text)

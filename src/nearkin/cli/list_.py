@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import sys
-from importlib.resources import files
-from pathlib import Path
 
+from nearkin.catalogue import objectives, recipes
 from nearkin.cli.arguments import Parser, show_help
 from nearkin.errors import ConfigError, nearest
+from nearkin.imports import import_eager
 
 USAGE = "nearkin list models|objectives|recipes [PATTERN]"
 KINDS = ("models", "objectives", "recipes")
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(USAGE, "What there is to choose from, a line each.")
+    parser = Parser(USAGE, "The names to choose from, one a line.")
     parser.add_argument("kind", nargs="?", metavar="KIND", help=", ".join(KINDS))
     parser.add_argument(
         "pattern", nargs="?", metavar="PATTERN", help="models only, e.g. '*resnet*'"
@@ -24,39 +24,22 @@ def main(argv: list[str]) -> int:
     if given.get("help"):
         show_help(parser)
         return 0
-    kind = given.get("kind") or ""
+    kind, pattern = given.get("kind", ""), given.get("pattern", "")
     if kind not in KINDS:
         raise ConfigError(f"List what? One of {', '.join(KINDS)}.{nearest(kind, KINDS)}")
-    lines = {"models": _models, "objectives": _objectives, "recipes": _recipes}[kind](
-        given.get("pattern") or ""
-    )
+    if pattern and kind != "models":
+        raise ConfigError(f"nearkin list {kind} takes no pattern; leave it out.")
+    lines = _models(pattern) if kind == "models" else _described()[kind]
     sys.stdout.write("".join(f"{line}\n" for line in lines))
     return 0
 
 
 def _models(pattern: str) -> list[str]:
-    import timm
-
-    return list(timm.list_models(pattern))
+    return list(import_eager("timm").list_models(pattern))
 
 
-def _objectives(_: str) -> list[str]:
-    from nearkin.objectives import Objective
-
-    width = max(len(name) for name in Objective.registry)
-    return [
-        f"{name:<{width}}  {(kind.__doc__ or '').strip().splitlines()[0]}"
-        for name, kind in sorted(Objective.registry.items())
-    ]
-
-
-def recipe_or_file(name: str) -> Path:
-    """The file of that name, or the recipe that comes with nearkin where there is no such file."""
-    packed = Path(str(files("nearkin") / "recipes")) / f"{name.removesuffix('.yaml')}.yaml"
-    given = Path(name)
-    return packed if not given.exists() and "/" not in name and packed.is_file() else given
-
-
-def _recipes(_: str) -> list[str]:
-    folder = files("nearkin") / "recipes"
-    return sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+def _described() -> dict[str, list[str]]:
+    known = objectives()
+    width = max(map(len, known))
+    rows = [f"{name:<{width}}  {entry.summary}" for name, entry in known.items()]
+    return {"objectives": rows, "recipes": recipes()}

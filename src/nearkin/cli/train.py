@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from nearkin.catalogue import check_objective, recipe_or_file
 from nearkin.cli import is_first
 from nearkin.cli.arguments import Parser, options_table, show_help
-from nearkin.cli.list_ import recipe_or_file
 from nearkin.config import FREE, RunConfig, merge, read_yaml, to_yaml, validate
-from nearkin.errors import ConfigError
+from nearkin.errors import ConfigError, printable
 from nearkin.process import handled, interrupt, keep_freed_memory
 from nearkin.training.api import Result, continue_run, resolved, start_run
 from nearkin.training.run_folder import stored_options, stored_settings
@@ -27,30 +27,20 @@ def main(argv: list[str]) -> int:
 
 def _main(argv: list[str]) -> int:
     parser = _parser()
-    given = parser.read(argv)
+    given = _with_data(parser.read(argv))
     if given.pop("help", False):
         name = given.get("objective")
         show_help(parser, _objective_help(name) if name else "")
         return 0
     as_json, quiet = given.pop("json", False), given.pop("quiet", False)
-    show = given.pop("print_config", False)
-    resume = given.pop("resume", None)
-    if "data_option" in given:
-        if "data" in given:
-            raise ConfigError("DATA is given twice, as an argument and with --data; leave one out.")
-        given["data"] = given.pop("data_option")
-    layers = [read_yaml(recipe_or_file(name)) for name in given.pop("config", [])]
-    values = merge(*layers, given)
+    show, resume = given.pop("print_config", False), given.pop("resume", None)
+    values = merge(*(read_yaml(recipe_or_file(name)) for name in given.pop("config", [])), given)
     if show:
         sys.stdout.write(_shown(values, resume))
-        return 0
-    fresh = resume is None
-    _report(
-        start_run(values, quiet=quiet)
-        if fresh
-        else continue_run(Path(resume), values, quiet=quiet),
-        as_json,
-    )
+    elif resume is None:
+        _report(start_run(values, quiet=quiet), as_json)
+    else:
+        _report(continue_run(Path(resume), values, quiet=quiet), as_json)
     return 0
 
 
@@ -66,8 +56,7 @@ def _shown(values: dict[str, Any], resume: str | None) -> str:
 
 def _parser() -> Parser:
     parser = Parser(USAGE, "Train an image classifier; without DATA, on the built-in digits.")
-    parser.add_argument("data", nargs="?", metavar="DATA", help="what to learn from [digits]")
-    parser.add_argument("--data", dest="data_option", metavar="DATA", help="the same as an option")
+    parser.add_argument("word", nargs="?", metavar="DATA", help="what to learn from [digits]")
     parser.flag("help", "this help; with --objective NAME also its own options")
     parser.add_argument(
         "-c",
@@ -84,11 +73,24 @@ def _parser() -> Parser:
     parser.flag("print-config", "print the resolved options and stop")
     parser.flag("json", "the result as one JSON object on stdout")
     parser.flag("quiet", "nothing on stderr but errors")
-    parser.options(RunConfig, without=frozenset({"data", *FREE.values()}))
+    parser.options(RunConfig, without=frozenset(FREE.values()))
     return parser
 
 
+def _with_data(given: dict[str, Any]) -> dict[str, Any]:
+    """The options, with DATA as `data` whether it was given as a word or as --data."""
+    if "word" not in given:
+        return given
+    word = given.pop("word")
+    if "data" in given:
+        raise ConfigError(
+            f"DATA is given twice, as {printable(word)} and as --data {printable(given['data'])}; give it once."
+        )
+    return given | {"data": word}
+
+
 def _objective_help(name: str) -> str:
+    check_objective(name)
     from nearkin.objectives import get
 
     return f"\noptions of the objective {name}:\n" + options_table(get(name).Config, "objective.")

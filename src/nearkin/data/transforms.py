@@ -15,6 +15,8 @@ from numpy.lib.stride_tricks import sliding_window_view
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
+from nearkin.imports import import_eager
+
 Transform = Callable[[Tensor], Tensor]
 Interpolation = Literal["bilinear", "bicubic"]
 
@@ -124,10 +126,8 @@ class ResizeShortSide(Plain):
             image = _centre(image, min(height, LONGEST * short), min(width, LONGEST * short))
         if short == self.side:
             return image
-        from torchvision.transforms import InterpolationMode
-        from torchvision.transforms.v2 import functional
-
-        mode = InterpolationMode(self.interpolation)
+        functional = import_eager("torchvision.transforms.v2.functional")
+        mode = functional.InterpolationMode(self.interpolation)
         resized: Tensor = functional.resize(image, [self.side], mode, antialias=self.antialias)
         return resized
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from nearkin.errors import ConfigError, ModelError, nearest, printable
+from nearkin.imports import import_eager
 
 MOST_WEIGHTS = 1 << 31  # a file of them could not be read back
 # What a timm model raises when a size, a channel count or an option does not suit it.
@@ -88,9 +89,7 @@ def first_line(error: Exception) -> str:
 
 def pretrained_options(model: str) -> dict[str, Any]:
     """What `timm.create_model` needs to start from pretrained weights. Raises ModelError where timm has none."""
-    import timm
-
-    published = timm.get_pretrained_cfg(model)
+    published = import_eager("timm").get_pretrained_cfg(model)
     if published is None or not published.has_weights:
         raise ModelError(
             f"timm has no pretrained weights for {model}; leave out --pretrained or give --weights FILE."
@@ -229,13 +228,12 @@ def check_eval_size(module: nn.Module, dim: int, model: str, channels: int, size
 
 
 def _check_name(model: str) -> None:
-    import timm
-
     if any(character in model for character in ":/\\"):
         raise ConfigError(
             f"--model {printable(model)} is no name of a timm model; give one like resnet50, and a file of "
             "weights with --weights FILE."
         )
+    timm = import_eager("timm")
     name, _, tag = model.partition(".")
     if not timm.is_model(name):
         hint = nearest(name, timm.list_models()) or " `nearkin list models` shows all."
@@ -246,8 +244,7 @@ def _check_name(model: str) -> None:
 
 
 def _create(model: str, options: dict[str, Any], image_size: int) -> nn.Module:
-    import timm
-
+    timm = import_eager("timm")
     try:
         module: nn.Module = timm.create_model(model, img_size=image_size, **options)
     except TypeError as error:

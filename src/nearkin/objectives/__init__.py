@@ -6,11 +6,9 @@ import importlib
 import pkgutil
 from importlib.metadata import entry_points
 
-from nearkin.errors import ConfigError, nearest
+from nearkin.catalogue import ENTRY_POINTS, unknown_objective
 from nearkin.network import Head
 from nearkin.objectives.base import Objective, Stage
-
-ENTRY_POINTS = "nearkin.objectives"
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
@@ -31,15 +29,15 @@ from nearkin.objectives.varcon import VarCon  # noqa: E402
 
 
 def get(name: str) -> type[Objective]:
-    """The objective of that name, built in or from an installed package's `nearkin.objectives` entry point."""
+    """The objective of that name, built in or from an installed package's `nearkin.objectives` entry point.
+
+    Raises ConfigError for an unknown name.
+    """
     if name not in Objective.registry:
         for point in entry_points(group=ENTRY_POINTS):
             point.load()
     if name not in Objective.registry:
-        known = sorted(Objective.registry)
-        raise ConfigError(
-            f"Unknown objective {name}.{nearest(name, known)} There are: {', '.join(known)}."
-        )
+        raise unknown_objective(name, Objective.registry)
     return Objective.registry[name]
 
 

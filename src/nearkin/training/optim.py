@@ -1,7 +1,8 @@
-"""Learning-rate schedule, parameter groups and optimisers (through timm's factory), and their state by name."""
+"""Learning-rate schedule, parameter groups and optimisers, and their state by name."""
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nearkin.errors import ConfigError
+from nearkin.imports import import_eager
 
 if TYPE_CHECKING:
     from torch import nn
@@ -112,19 +114,30 @@ def build_optimizer(
     decay_all: bool,
     layer_decay: float,
 ) -> Optimizer:
-    """`sgd`, `adamw` or `lamb`. momentum and nesterov: of `sgd`."""
-    from timm.optim._optim_factory import create_optimizer_v2
-
+    """torch's `sgd` or `adamw`, or timm's `lamb`. momentum and nesterov: of `sgd`."""
     groups = parameter_groups(
         network, weight_decay=weight_decay, decay_all=decay_all, layer_decay=layer_decay
     )
-    extra: dict[str, Any] = {"momentum": momentum} if name == "sgd" else {}
-    if name == "sgd" and not (nesterov and momentum > 0):
-        name = "momentum"  # timm's name for SGD without Nesterov
-    if name != "lamb":
-        extra["fused"] = True  # one pass over the weights instead of one per operation
-    optimizer: Optimizer = create_optimizer_v2(groups, opt=name, lr=lr, weight_decay=0.0, **extra)
+    if name == "lamb":
+        kind, options = import_eager("timm.optim").Lamb, {}
+    elif name == "sgd":
+        kind = torch.optim.SGD
+        options = {"momentum": momentum, "nesterov": nesterov and momentum > 0, "fused": True}
+    else:
+        kind, options = torch.optim.AdamW, {"fused": True}  # one pass over the weights
+    optimizer: Optimizer = _eager(kind)(groups, lr=lr, weight_decay=0.0, **options)
     return optimizer
+
+
+def _eager(kind: type[Optimizer]) -> type[Optimizer]:
+    """`kind` with methods that do not import `torch._dynamo`, which takes 2.3 s (docs/decisions/013-start-up.md).
+
+    torch wraps them so that a compiled graph leaves the optimiser out; nearkin compiles the backbone only. The wrapper
+    of `step` also switches the gradient off.
+    """
+    methods = ("add_param_group", "load_state_dict", "state_dict", "step", "zero_grad")
+    plain = {name: inspect.unwrap(getattr(kind, name)) for name in methods}
+    return type(kind.__name__, (kind,), plain | {"step": torch.no_grad()(plain["step"])})
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:

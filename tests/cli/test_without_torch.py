@@ -1,0 +1,101 @@
+"""What can be known without torch is said without it: held by what is imported, not by time."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from tests.pictures import write_classes
+
+HEAVY = ("torch", "timm", "torchvision", "lightning_fabric", "sklearn", "scipy")
+# name: (exit code, words of the message, command line)
+CASES = {
+    "unknown verb": (2, "Did you mean train?", "trian"),
+    "unknown option": (2, "--bach-size. Did you mean --batch-size?", "train --bach-size 3"),
+    "option of another tool": (2, "nearkin calls it --lr", "train --learning-rate 1"),
+    "too many words": (2, "The word b is one too many", "train a b"),
+    "value that is no number": (2, "--epochs 'x' is not valid", "train --epochs x"),
+    "unknown value": (2, "Did you mean adamw?", "train --optimizer adam"),
+    "unknown objective": (2, "Did you mean cone?", "train --objective kone"),
+    "help of an unknown objective": (2, "Did you mean cone?", "train --objective kone --help"),
+    "unknown option of an objective": (
+        2,
+        "Did you mean --objective.topk?",
+        "train --objective.topc 1",
+    ),
+    "unknown recipe": (2, "Did you mean digits-cone?", "train --config digits-con"),
+    "missing folder": (3, "nowhere", "train nowhere/"),
+    "missing table": (3, "nowhere.csv", "train nowhere.csv"),
+    "misspelt data set": (3, "Did you mean digits?", "train digts"),
+    "empty folder": (3, "empty", "train empty"),
+    "empty table": (3, "names no images", "train empty.csv"),
+    "not a table": (3, "notes.txt", "train notes.txt"),
+    "address": (3, "https://a.b/c", "train https://a.b/c"),
+    "missing data, as YAML shows it": (3, "nowhere", "train nowhere --print-config"),
+    "run folder that exists": (2, "The run folder photos exists", "train photos --out photos"),
+    "resume of nothing": (4, "The run nowhere does not exist", "train --resume nowhere"),
+    "resume of no run": (4, "photos is no run folder", "train --resume photos"),
+    "evaluate nothing": (2, "Evaluate which run?", "evaluate"),
+    "evaluate a missing run": (4, "The run nowhere does not exist", "evaluate nowhere"),
+    "evaluate no run": (4, "model.json", "evaluate photos"),
+    "evaluate, unknown option": (2, "nearkin calls it --workers", "evaluate x --num-workers 2"),
+    "predict nothing": (2, "Predict what?", "predict run"),
+    "predict with a missing run": (4, "The run nowhere does not exist", "predict nowhere photos"),
+    "predict with no run": (4, "model.json", "predict photos photos"),
+    "fewshot without data": (2, "images to draw from", "fewshot run"),
+    "fewshot with a missing run": (4, "The run nowhere does not exist", "fewshot nowhere photos"),
+    "import nothing": (2, "Import which file?", "import-cone"),
+    "list nothing": (2, "One of models, objectives, recipes", "list"),
+    "list an unknown kind": (2, "Did you mean recipes?", "list recipe"),
+    "list objectives": (0, "", "list objectives"),
+    "list recipes": (0, "", "list recipes"),
+    "version": (0, "", "--version"),
+    **{f"help of {verb}": (0, "", f"{verb} --help") for verb in ("train", "evaluate", "predict")},
+    **{f"help of {verb}": (0, "", f"{verb} --help") for verb in ("fewshot", "import-cone", "list")},
+}
+PROGRAM = """
+import contextlib, io, json, sys
+from nearkin.cli import run
+
+heavy, results = json.loads(sys.argv[1]), {}
+for name, words in json.loads(sys.argv[2]).items():
+    before = set(sys.modules)
+    with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()) as out:
+        code = run(words)
+    loaded = [module for module in heavy if module in sys.modules and module not in before]
+    results[name] = [code, err.getvalue(), out.getvalue(), loaded]
+print(json.dumps(results))
+"""
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """All command lines of CASES in one process: exit code, stderr, stdout, heavy modules that each one loaded."""
+    home = tmp_path_factory.mktemp("home")
+    write_classes(home / "photos")
+    (home / "empty").mkdir()
+    (home / "empty.csv").write_text("path,label\n")
+    (home / "notes.txt").write_text("notes")
+    words = {name: line.split() for name, (_, _, line) in CASES.items()}
+    command = [sys.executable, "-c", PROGRAM, json.dumps(HEAVY), json.dumps(words)]
+    done = subprocess.run(command, cwd=home, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_answer_needs_no_torch(name, results):
+    expected, words, _ = CASES[name]
+    code, err, out, loaded = results[name]
+    assert code == expected, err
+    if code:
+        assert out == ""
+        assert len(err.splitlines()) == 1
+        assert err.startswith("nearkin: error: ")
+        assert words in err
+    else:
+        assert err == ""
+        assert out
+    assert loaded == []
