@@ -16,6 +16,7 @@ import nearkin
 from nearkin.cli import run as command
 from nearkin.config import RunConfig, read_yaml, validate
 from nearkin.errors import ConfigError, DataError, ModelError
+from nearkin.training.checkpoint.saver import Saver
 from nearkin.training.run_folder import stored_settings
 from nearkin.training.step import Stepper
 from nearkin.training.trainer import Trainer
@@ -164,3 +165,11 @@ def test_no_step_is_taken_again(stopped, monkeypatch):
     saved = next((stopped / "checkpoints").glob("step-*/state.json")).read_text()
     assert json.loads(saved)["state"]["collapse"].keys() == {"stage", "warned", "epochs"}
     assert torch.get_num_threads() == stored_settings(stopped).threads
+
+
+def test_the_latest_of_equal_validations_is_kept():
+    saver = Saver(None, {}, 5.0, stepper=None)
+    assert [saver.consider(value, step) for step, value in enumerate([0.5, 0.7, 0.6, 0.7])] == [
+        *[True, True, False, True]
+    ]
+    assert saver.best == (0.7, 3)
