@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from benchmarks.bench import MOST, Call, Row, Table, alternate, extra_memory, ratio
 from nearkin import functional as F
-from nearkin.functional import pairs
+from nearkin.functional import _pairs as pairs
 
 SAMPLES, DIM, CLASSES, TEMPERATURE = 4096, 128, 100, 0.1
 Loss = Callable[[Tensor, Tensor], F.PerAnchor]
@@ -63,7 +63,7 @@ def peer(features: Tensor, labels: Tensor) -> Call | None:
 
 
 def slower_ways(features: Tensor, labels: Tensor) -> list[Row]:
-    """Ten times as long as ours, and so in rounds of their own."""
+    """In rounds of their own, because they take ten times as long as ours."""
     loss = LOSSES["SupCon (out)"]
     calls: dict[str, Call] = {
         "ours": partial(step, loss, features, labels),

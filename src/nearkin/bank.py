@@ -1,16 +1,17 @@
-"""NeighbourBank: the memory of teacher keys that CoNe and its kin attend to."""
+"""NeighbourBank: the memory of teacher keys of CoNe, GPaCo and Attract-and-Repulse."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding_bag
 
 from nearkin.functional import SoftPairs, soft_pairs
-from nearkin.functional.attention import Memory
+from nearkin.functional._bank_attention import Memory, multiplies_bf16, own_copy_mask
 
 EMPTY = -1
 
@@ -18,11 +19,11 @@ EMPTY = -1
 class NeighbourBank(nn.Module):
     """First in, first out memory of `size` entries: key, labels, class probabilities and sample ids.
 
-    All state sits in buffers, pointer and fill included, so that a checkpoint restores it exactly. An empty slot
-    has label -1 and is never usable. It is no part of the network: a buffer there would be broadcast on every step.
+    All state is in buffers, pointer and fill included, so that a checkpoint restores it exactly. An empty slot has
+    label -1 and is never usable. The bank is not part of the network, whose buffers DDP broadcasts on every step.
 
-    storage: the type of keys and probabilities. A cast of the module to float64 casts them; any other leaves them
-    as they are, because a run's precision says nothing about its memory's.
+    storage: the type of keys and probabilities. A cast of the module to float64 casts them; other casts do not,
+    because the precision of a run does not determine that of its bank.
 
     keys `[K, d]`; labels, weights, ids `[K, 2]` (a mixed image has two of each; else the second has weight 0 and
     id -1); probabilities `[C, K]`, the layout in which the consistency target reads them.
@@ -81,7 +82,7 @@ class NeighbourBank(nn.Module):
         """
         size = len(self)
         rows = slice(max(0, keys.shape[0] - size), None)
-        pairs = soft_pairs(labels[rows])
+        pairs = soft_pairs(labels[rows], validate=False)
         count = pairs.labels.shape[0]
         at = (self.pointer + torch.arange(count, device=self.keys.device)) % size
         self.keys[at] = keys[rows].detach().to(self.keys.dtype)
@@ -105,11 +106,16 @@ class NeighbourBank(nn.Module):
 
     def usable(self, ids: Tensor) -> Tensor:
         """`[B, K]`: True where an entry is filled and shares no sample id with the anchor (`ids` `[B]` or `[B, 2]`)."""
-        mask = (self.labels[:, 0] != EMPTY).expand(ids.shape[0], -1)
-        for own in _two_ids(ids).unbind(1):
-            for theirs in self.ids.unbind(1):
-                mask = mask & ((own[:, None] != theirs) | (own[:, None] == EMPTY))
-        return mask
+        index, table = own_copy_mask(ids, self.labels, self.ids, torch.float32)
+        return (embedding_bag(index, table, mode="sum") == 0).T
+
+
+def bank_precision(device: torch.device) -> Literal["bf16", "exact"]:
+    """What `--objective.bank-precision auto` means on a device: bf16 where the hardware multiplies it, else exact.
+
+    Elsewhere bf16 is cast for every product: 395 ms at 65 536 entries on AVX2, where exact takes 283.
+    """
+    return "bf16" if multiplies_bf16(device) else "exact"
 
 
 def _two_ids(ids: Tensor) -> Tensor:

@@ -98,10 +98,11 @@ class Facts(NamedTuple):
     """What an objective's `auto` options are resolved from.
 
     dim: width of the backbone's features. images: training images after the splits. batch_size: images per step over
-    all processes.
+    all processes. device: type of the device that trains.
     """
 
     dim: int
     classes: int
     images: int
     batch_size: int
+    device: str = "cpu"

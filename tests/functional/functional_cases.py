@@ -1,4 +1,4 @@
-"""Every public function on one common sample, so that a property can be asked of all of them."""
+"""Every public function on one common sample, so that a property can be tested on all of them."""
 
 from typing import NamedTuple
 
@@ -57,36 +57,42 @@ def mixed(labels, partners, share):
     return share * rows + (1 - share) * rows[torch.as_tensor(partners)]
 
 
-def _consistency(x, t):
-    target = F.neighbour_target(x.features, x.bank, x.bank_probs, temperature=t, mask=x.mask)
-    return F.consistency_kl(x.logits, target)
+def _consistency(x, t, v=True):
+    options = {"temperature": t, "mask": x.mask, "validate": v}
+    target = F.neighbour_target(x.features, x.bank, x.bank_probs, **options)
+    return F.consistency_kl(x.logits, target, validate=v)
 
 
-def _opl(x, t):
-    value = F.orthogonal_projection(x.features, x.labels, gamma=0.5)
+def _opl(x, t, v=True):
+    value = F.orthogonal_projection(x.features, x.labels, gamma=0.5, validate=v)
     return F.PerAnchor(value[None], torch.ones(1, dtype=torch.bool, device=value.device))
 
 
 def _margin(function):
-    def run(x, t):
-        logits = function(x.features, x.weight, x.labels, margin=0.3, scale=1 / t)
-        return F.cross_entropy(logits, x.labels)
+    def run(x, t, v=True):
+        options = {"margin": 0.3, "scale": 1 / t, "validate": v}
+        logits = function(x.features, x.weight, x.labels, **options)
+        return F.cross_entropy(logits, x.labels, validate=v)
 
     return run
 
 
 SOFT = {
-    "supcon_out": lambda x, t: F.supcon_out(x.features, x.labels, temperature=t),
-    "supcon_in": lambda x, t: F.supcon_in(x.features, x.labels, temperature=t),
-    "sincere": lambda x, t: F.sincere(x.features, x.labels, temperature=t),
-    "schane": lambda x, t: F.schane(x.features, x.labels, temperature=t, hardness=1.0),
-    "schane_sum": lambda x, t: F.schane(
-        x.features, x.labels, temperature=t, hardness=0.5, positives="sum"
+    "supcon_out": lambda x, t, v=True: F.supcon_out(
+        x.features, x.labels, temperature=t, validate=v
     ),
-    "neighbour_nll": lambda x, t: F.neighbour_nll(
-        x.features, x.labels, x.bank, x.bank_labels, temperature=t, topk=6, mask=x.mask
+    "supcon_in": lambda x, t, v=True: F.supcon_in(x.features, x.labels, temperature=t, validate=v),
+    "sincere": lambda x, t, v=True: F.sincere(x.features, x.labels, temperature=t, validate=v),
+    "schane": lambda x, t, v=True: F.schane(
+        x.features, x.labels, temperature=t, hardness=1.0, validate=v
     ),
-    "gpaco": lambda x, t: F.gpaco(
+    "schane_sum": lambda x, t, v=True: F.schane(
+        x.features, x.labels, temperature=t, hardness=0.5, positives="sum", validate=v
+    ),
+    "neighbour_nll": lambda x, t, v=True: F.neighbour_nll(
+        x.features, x.labels, x.bank, x.bank_labels, temperature=t, topk=6, mask=x.mask, validate=v
+    ),
+    "gpaco": lambda x, t, v=True: F.gpaco(
         x.features,
         x.labels,
         x.logits,
@@ -96,20 +102,33 @@ SOFT = {
         temperature=t,
         smoothing=0.1,
         mask=x.mask,
+        validate=v,
     ),
     "orthogonal_projection": _opl,
-    "symmetric_ce": lambda x, t: F.symmetric_ce(x.logits, x.labels, alpha=0.7, beta=1.3),
-    "cross_entropy": lambda x, t: F.cross_entropy(x.logits, x.labels, smoothing=0.1),
-    "binary_cross_entropy": lambda x, t: F.binary_cross_entropy(x.logits, x.labels, smoothing=0.1),
+    "symmetric_ce": lambda x, t, v=True: F.symmetric_ce(
+        x.logits, x.labels, alpha=0.7, beta=1.3, validate=v
+    ),
+    "cross_entropy": lambda x, t, v=True: F.cross_entropy(
+        x.logits, x.labels, smoothing=0.1, validate=v
+    ),
+    "binary_cross_entropy": lambda x, t, v=True: F.binary_cross_entropy(
+        x.logits, x.labels, smoothing=0.1, validate=v
+    ),
 }
 HARD = {
-    "instance_nce": lambda x, t: F.instance_nce(x.features, x.view2, temperature=t),
-    "instance_nce_bank": lambda x, t: F.instance_nce_bank(
-        x.features, x.view2, x.bank, temperature=t, mask=x.mask
+    "instance_nce": lambda x, t, v=True: F.instance_nce(
+        x.features, x.view2, temperature=t, validate=v
+    ),
+    "instance_nce_bank": lambda x, t, v=True: F.instance_nce_bank(
+        x.features, x.view2, x.bank, temperature=t, mask=x.mask, validate=v
     ),
     "consistency_kl": _consistency,
-    "triplet_batch_hard": lambda x, t: F.triplet_batch_hard(x.features, x.labels, margin=0.3),
-    "varcon": lambda x, t: F.varcon(x.features, x.labels, temperature=t, epsilon=0.02),
+    "triplet_batch_hard": lambda x, t, v=True: F.triplet_batch_hard(
+        x.features, x.labels, margin=0.3, validate=v
+    ),
+    "varcon": lambda x, t, v=True: F.varcon(
+        x.features, x.labels, temperature=t, epsilon=0.02, validate=v
+    ),
     "cosface_logits": _margin(F.cosface_logits),
     "arcface_logits": _margin(F.arcface_logits),
 }

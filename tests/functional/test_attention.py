@@ -1,4 +1,4 @@
-"""CoNe's terms by pieces of the bank are those of the plain functions; half precision costs what is said."""
+"""CoNe's terms in pieces of the bank equal the plain functions; the errors of half precision are bounded."""
 
 import pytest
 import torch
@@ -6,8 +6,8 @@ from torch.autograd import gradcheck
 from torch.nn.functional import normalize, one_hot
 
 from nearkin import functional as F
-from nearkin.functional import attention, topk
-from nearkin.functional.attention import Memory, bank_attention
+from nearkin.functional import _bank_attention as attention
+from nearkin.functional._bank_attention import Memory, bank_attention
 
 OPTIONS = {"query_temperature": 0.1, "key_temperature": 0.07, "topk": 6}
 
@@ -88,7 +88,7 @@ CASES = {
 @pytest.mark.parametrize("piece", [1, 7, 2048])
 def test_as_the_plain_functions(name, piece, monkeypatch):
     monkeypatch.setattr(attention, "KEYS", piece)
-    monkeypatch.setattr(attention, "SHARES", (piece, 3))
+    monkeypatch.setattr(attention, "CLASSES", 3)
     monkeypatch.setattr(attention, "NEAR", 40)
     x = case(**CASES[name])
     expected, found = gradient(plain, *x), gradient(ours, *x)
@@ -99,17 +99,17 @@ def test_as_the_plain_functions(name, piece, monkeypatch):
 
 
 @pytest.mark.parametrize("piece", [1, 7, 2048])
-def test_what_is_stored_narrower_is_widened_in_pieces(piece, monkeypatch):
+def test_a_bank_of_a_narrower_type_is_cast_in_pieces(piece, monkeypatch):
     monkeypatch.setattr(attention, "KEYS", piece)
-    monkeypatch.setattr(attention, "SHARES", (piece, 3))
+    monkeypatch.setattr(attention, "CLASSES", 3)
     x = case(entries=149, mixed=True, dtype=torch.float32)
     for a, b in zip(gradient(ours, *x), gradient(plain, *x), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_whose_images_an_entry_shares(seed):
-    """Ids apart, side by side, the same for several anchors, the greatest, and none: of either, one or both."""
+def test_own_copies_are_masked(seed):
+    """Ids with gaps, adjacent, the same for several anchors, the largest, and none, on one or both sides."""
     draw = torch.Generator().manual_seed(seed)
     choices = torch.tensor([-1, 0, 1, 2, 5, 7, 8, 2**31 - 2, 2**31 - 1])
     query, key, labels, _, memory = case(entries=90, filled=80)
@@ -193,7 +193,7 @@ def test_what_half_precision_costs(products, bounds, monkeypatch):
         f"relative error of loss {worst[0]:.1e}, target {worst[1]:.1e}, query gradient {worst[2]:.1e}"
     )
     assert all(error < bound for error, bound in zip(worst, bounds, strict=True))
-    assert not products or worst[1] > 1e-3, "the other way was taken"
+    assert not products or worst[1] > 1e-3, "the products were not in bf16"
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -255,7 +255,7 @@ def test_the_largest_by_groups_are_those_of_topk(rows, count, kind):
         scores[::3] = -torch.inf
     if kind == "all masked":
         scores[:] = -torch.inf
-    values, index = topk.largest(scores, count)
+    values, index = attention.largest(scores, count)
     assert torch.equal(scores.T.gather(1, index), values)
     assert all(len(set(row.tolist())) == len(row) for row in index)
     expected = scores.T.topk(min(count, rows), dim=1).values

@@ -39,7 +39,7 @@ def test_public_names():
 def test_imports_torch_and_jaxtyping_only():
     allowed = {"torch", "jaxtyping", "nearkin"}
     standard = {"__future__", "collections", "functools", "itertools", "inspect", "math", "typing"}
-    for path in Path(F.__file__).parent.glob("*.py"):
+    for path in Path(F.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [node.module] if isinstance(node, ast.ImportFrom) else []
             names += [each.name for each in node.names] if isinstance(node, ast.Import) else []

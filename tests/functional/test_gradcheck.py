@@ -6,7 +6,7 @@ from functional_cases import ALL, CLASSES, SOFT, differentiated, make, mixed
 from torch.autograd import gradcheck
 
 from nearkin import functional as F
-from nearkin.functional.varcon import _against_centres, _centres
+from nearkin.functional.metric import _against_centres, _centres
 
 HARD_LABELS = [0, 0, 1, 1, 2, 2, 2, 3]  # the last is a lone anchor
 SOFT_LABELS = mixed(HARD_LABELS, [2, 1, 2, 4, 5, 6, 7, 0], 0.7)

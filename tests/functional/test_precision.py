@@ -95,7 +95,7 @@ def test_no_value_is_asked_of_the_device(name, device, dtype):
     with FakeTensorMode() as mode:
         for real in real_samples:
             x = type(real)(*(mode.from_tensor(value).to(device) for value in real))
-            result = ALL[name](x, 0.1)
+            result = ALL[name](x, 0.1, device == "cuda")  # on a CPU only the checks look at values
             assert result.value.device.type == device
             assert result.value.dtype == torch.float32
 

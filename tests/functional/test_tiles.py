@@ -1,20 +1,17 @@
-"""Large batches: tiles and strips give what the matrices give, at any size, temperature and labels."""
+"""Large batches: tiles give what the matrices give, at any size, temperature and labels."""
 
-import json
-import subprocess
-import sys
-from functools import partial
-from pathlib import Path
+import math
 
 import pytest
 import torch
 from functional_cases import SOFT, differentiated, make, mixed
-from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck
 from torch.nn.functional import normalize, one_hot
 
 from nearkin import functional as F
-from nearkin.functional import pairs, strips, tiles
+from nearkin.functional import _pairs as pairs
+from nearkin.functional._pairs import tiled, tiles
 
 IN_PAIRS = {
     "supcon_out": lambda z, y, t: F.supcon_out(z, y, temperature=t),
@@ -70,21 +67,19 @@ def values_and_gradient(name, z, labels, temperature):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Tiles of 8 x 4 or strips of 3, from the first sample on; strips as a GPU would take them, but not compiled."""
+    """Tiles of 8 x 4 from the first sample on, in the type of the features; "wide": in float64."""
 
     def use(path):
         monkeypatch.setattr(pairs, "LARGE", 0)
-        monkeypatch.setattr(pairs, "LARGE_ON_GPU", 0)
-        monkeypatch.setattr(pairs, "on_gpu", lambda _: path == "fused strips")
-        monkeypatch.setattr(pairs, "STEEP", 0.0 if path == "strips" else 1000.0)
-        monkeypatch.setattr(tiles, "HEIGHT", 8)
-        monkeypatch.setattr(tiles, "WIDTH", 4)
-        monkeypatch.setattr(strips, "HEIGHT", 3)
+        monkeypatch.setattr(pairs, "STEEPEST", dict.fromkeys(pairs.STEEPEST, 1000.0))
+        if path == "wide":
+            monkeypatch.setitem(pairs.STEEPEST, torch.float32, -1.0)
+        monkeypatch.setattr(tiles, "SHAPE", (8, 4))
 
     return use
 
 
-paths = pytest.mark.parametrize("path", ["tiles", "strips"])
+paths = pytest.mark.parametrize("path", ["tiles", "wide"])
 
 
 def close(found, expected, relative):
@@ -94,42 +89,30 @@ def close(found, expected, relative):
         assert (a - b).norm() <= relative * b.norm() + 1e-14
 
 
-@every
-@pytest.mark.parametrize("kept", [0, 40, 2**22])
-def test_what_is_kept_changes_nothing(name, kept, small, monkeypatch):
-    """No tile, some of them, or all are found again by the backward pass: the same bits."""
-    small("tiles")
-    z, labels = rows_of(22), labels_of("mixed", 22)
-    expected = values_and_gradient(name, z, labels, 0.1)
-    monkeypatch.setattr(tiles, "KEPT", kept)
-    found = values_and_gradient(name, z, labels, 0.1)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+# Two samples with smoothed labels share 1 / 350 of what each shares with itself: 12 digits cannot be left in float64.
+KINDS_AND_COUNTS = [(k, n) for k in KINDS for n in (2, 22, 24) if (k, n) != ("smoothed", 2)]
 
 
 @every
-@pytest.mark.parametrize("path", ["tiles", "strips", "fused strips"])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("count", [2, 22, 24])
-def test_as_from_matrices(name, path, kind, count, small):
+@pytest.mark.parametrize(("kind", "count"), KINDS_AND_COUNTS)
+def test_as_from_matrices(name, kind, count, small):
     z, labels = rows_of(count), labels_of(kind, count)
     expected = values_and_gradient(name, z, labels, 0.1)
-    small(path)
+    small("tiles")
     close(values_and_gradient(name, z, labels, 0.1), expected, 1e-12)
 
 
 @pytest.mark.parametrize("name", [n for n in IN_PAIRS if n != "instance_nce"])
-@paths
-def test_a_single_sample(name, path, small):
+def test_a_single_sample(name, small):
     expected = values_and_gradient(name, rows_of(1), torch.tensor([4]), 0.1)
-    small(path)
+    small("tiles")
     close(values_and_gradient(name, rows_of(1), torch.tensor([4]), 0.1), expected, 0)
 
 
 @every
-@paths
 @pytest.mark.parametrize("kind", ["some", "mixed"])
-def test_the_gradient_is_that_of_finite_differences(name, path, kind, small):
-    small(path)
+def test_the_gradient_is_that_of_finite_differences(name, kind, small):
+    small("tiles")
     labels = labels_of(kind, 8)
     leaf = rows_of(8).requires_grad_()
     assert gradcheck(lambda z: IN_PAIRS[name](z, labels, 0.2).value, [leaf])
@@ -147,6 +130,17 @@ def test_one_hot_rows_are_the_hard_labels_to_the_last_bit(name, path, dtype, kin
     first, second = differentiated(SOFT[name], soft, 0.1), differentiated(SOFT[name], hard, 0.1)
     assert all(torch.equal(a, b) for a, b in zip(first[0], second[0], strict=True))
     assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
+
+
+@pytest.mark.parametrize("name", ["supcon_out", "sincere", "orthogonal_projection"])
+def test_smoothed_labels_without_positives_in_float32(name, monkeypatch):
+    """512 samples of 4 000 classes: each shares 6 times more with itself than with all others together."""
+    z, labels = rows_of(512, dim=16), 0.9 * torch.eye(512, 4000, dtype=torch.float64) + 0.1 / 4000
+    monkeypatch.setattr(pairs, "LARGE", 1000)
+    expected = values_and_gradient(name, z, labels, 0.1)
+    monkeypatch.setattr(pairs, "LARGE", 0)
+    found = values_and_gradient(name, z.float(), labels.float(), 0.1)
+    close(tuple(x.double() if x.is_floating_point() else x for x in found), expected, 1e-5)
 
 
 @pytest.mark.parametrize("temperature", [0.01, 0.015, 0.02, 0.03, 0.05, 0.07, 0.5])
@@ -168,56 +162,34 @@ def test_in_float32_at_any_temperature(name, temperature, monkeypatch):
     close(found, expected, 1e-5 + rounding)
 
 
-def test_which_way_is_taken(monkeypatch):
-    """Matrices for few samples; tiles for many; strips where an unshifted exponential could overflow or vanish."""
-    asked = []
-    monkeypatch.setattr(pairs, "sums_in_tiles", lambda *_: asked.append("tiles") or ())
-    monkeypatch.setattr(pairs, "in_strips", lambda *_: asked.append("strips") or ())
-    few, many = rows_of(pairs.LARGE - 1), rows_of(pairs.LARGE)
-    pairs.pair_sums(few, labels_of("some", len(few)), 0.01, pairs.LogSum("others"))
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
+def test_the_type_of_the_tiles(device):
+    """Matrices for few samples; float64 where an unshifted exponential could overflow or vanish in float32."""
+    large = pairs.LARGE if device == "cpu" else pairs.LARGE_ON_GPU
+    wide = None if device == "mps" else torch.float64  # which has no float64
+    with FakeTensorMode():
+        few, many = (torch.empty(count, 6, device=device) for count in (large - 1, large))
+        assert pairs._tile_dtype(few, 10.0) is None
+        for steepness, expected in (
+            (69.0, torch.float32),
+            (71.0, wide),
+            (689.0, wide),
+            (691.0, None),
+        ):
+            assert pairs._tile_dtype(many, steepness) == expected
+        if device != "mps":
+            assert pairs._tile_dtype(many.double(), 71.0) == torch.float64
+
+
+def test_the_steepest_term_decides_the_type(monkeypatch):
+    found = []
+    monkeypatch.setattr(pairs, "LARGE", 0)
+    monkeypatch.setattr(tiled, "sums", lambda z, *_: found.append(z.dtype) or ())
+    z, labels = rows_of(4, torch.float32), labels_of("distinct", 4)
     for temperature, scale in ((0.1, 6.9), (0.015, 1.0), (0.1, 7.1), (0.014, 1.0)):
-        term = pairs.LogSum("others", scale)
-        pairs.pair_sums(many, labels_of("some", len(many)), temperature, term)
-    assert asked == ["tiles", "tiles", "strips", "strips"]
-
-
-def test_which_way_is_taken_on_a_gpu(monkeypatch):
-    """At any temperature; compiled where there is a compiler for it."""
-    asked = []
-    monkeypatch.setattr(pairs, "on_gpu", lambda _: True)
-    monkeypatch.setattr(pairs, "LARGE_ON_GPU", 100)
-    monkeypatch.setattr(pairs, "fused", lambda sums: asked.append(sums) or sums)
-    for count, wanted in ((99, []), (100, [pairs._sums])):
-        z, labels = rows_of(count), labels_of("some", count)
-        pairs.pair_sums(z, labels, 0.01, pairs.LogSum("others"))
-        assert asked == wanted
-    pairs.softplus_sum(z, labels, 0.01, z[:, 0])
-    assert asked == [pairs._sums, pairs._softplus]
-
-
-@pytest.mark.parametrize("there", [True, False])
-def test_strips_are_compiled_where_there_is_a_compiler(there, monkeypatch):
-    counter = CompileCounter()
-    monkeypatch.setattr(strips, "has_triton", lambda: there)
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
-    strips.fused.cache_clear()
-    assert (strips.fused(pairs._sums) is pairs._sums) != there
-    assert strips.fused(pairs._sums) is strips.fused(pairs._sums)
-    strips.fused.cache_clear()
-
-
-@pytest.mark.slow
-def test_compiled_strips():
-    """By torch's compiler for this processor, in a process without the checks of types, which it cannot follow."""
-    script = Path(__file__).with_name("compiled_strips.py")
-    done = subprocess.run([sys.executable, "-W", "error", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found.keys() == {"supcon_out", "schane", "sincere"}
-    for name, (errors, graphs, breaks) in found.items():
-        assert max(errors) < 1e-12, name
-        assert graphs > 0, name
-        assert breaks == 0, name
+        terms = pairs.LogSum("others"), pairs.LogSum("negatives", scale)
+        pairs.pair_sums(z, labels, temperature, *terms)
+    assert found == [torch.float32] * 2 + [torch.float64] * 2
 
 
 @pytest.mark.parametrize("kind", ["2048 classes", "one class", "distinct", "lone"])
@@ -239,11 +211,11 @@ def test_4096_samples(name, kind):
     shared = labels[few, None] == labels
     shared[torch.arange(len(few)), few] = False
     assert torch.equal(valid[few], shared.any(1))
-    expected = pairs._sums(labels, 0.1, (pairs.LogSum("others"),), z.double(), few)
     if name == "supcon_out" and kind != "distinct":
         similarity = z[few].double() @ z.double().T / 0.1
         mean = (similarity * shared).sum(1) / shared.sum(1).clamp(min=1)
-        wanted = (expected[0] - mean) * valid[few]
+        similarity[torch.arange(len(few)), few] = -torch.inf
+        wanted = (similarity.logsumexp(1) - mean) * valid[few]
         torch.testing.assert_close(value[few].double(), wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -256,7 +228,7 @@ def test_large_batches_are_differentiated_once(small):
 
 
 def test_memory_grows_with_the_samples_and_not_with_their_pairs():
-    """No tensor of more than a tile, what is kept, or the features: counted through every operation, both ways."""
+    """No tensor larger than a tile or the features: counted through every operation, both passes."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):
@@ -274,11 +246,8 @@ def test_memory_grows_with_the_samples_and_not_with_their_pairs():
     for name in IN_PAIRS:
         with Largest() as largest:
             F.mean_valid(IN_PAIRS[name](z, labels, 0.1)).backward()
-        assert largest.size <= max(tiles.HEIGHT * tiles.WIDTH, tiles.KEPT, z.numel()), name
+        assert largest.size <= max(math.prod(tiles.SHAPE), z.numel()), name
     assert len(z) ** 2 > 3 * largest.size
-    with Largest() as largest:
-        F.mean_valid(F.supcon_out(z, labels, temperature=0.01)).backward()
-    assert largest.size <= max(strips.HEIGHT * len(z), z.numel())
 
 
 def test_soft_labels_are_sorted_too(small):

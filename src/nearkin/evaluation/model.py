@@ -77,11 +77,12 @@ def build(
     pretrained: bool = False,
     images: int = 1,
     batch_size: int = 1,
+    device: str = "cpu",
 ) -> Built:
     """Backbone, heads and objective.
 
-    options: the objective's, where they are validated already; by default those of `spec`. images, batch_size: of the
-    training, from which `auto` options follow; the options of a trained model have none.
+    options: the objective's, where they are validated already; by default those of `spec`. images, batch_size, device:
+    of the training, from which `auto` options follow; the options of a trained model have none.
 
     Raises ConfigError for an unknown model, objective or option.
     """
@@ -103,6 +104,7 @@ def build(
         classes=len(spec.classes),
         images=images,
         batch_size=batch_size,
+        device=device,
     )
     network = Network(
         backbone.module,

@@ -1,18 +1,23 @@
-"""The mathematics: pure functions of tensors, one value per anchor out.
+"""The losses: pure functions of tensors that return one value per anchor. Imports torch and jaxtyping only.
 
-Imports torch and jaxtyping only.
+validate: all losses check the values of their arguments unless validate=False, and raise ValueError with the row:
+integer labels must be in [0, C), or not negative where C is unknown; soft labels must be finite, not negative and sum
+to 1; rows of unit length must have it within 1 %; in a bank -1 and rows of zeros are empty slots. On a GPU the check
+is an asynchronous assertion without the row. Shapes and settings are always checked. A training step passes False;
+so must torch.vmap, whose tensors have no single value.
 """
 
+from nearkin.functional._common import PerAnchor, SoftPairs, mean_valid, soft_pairs
 from nearkin.functional.classification import binary_cross_entropy, cross_entropy, symmetric_ce
 from nearkin.functional.contrastive import (
     instance_nce,
     instance_nce_bank,
+    schane,
     sincere,
     supcon_in,
     supcon_out,
 )
 from nearkin.functional.gpaco import gpaco
-from nearkin.functional.labels import SoftPairs, soft_pairs
 from nearkin.functional.margin import (
     arcface_logits,
     arcface_margin,
@@ -20,12 +25,8 @@ from nearkin.functional.margin import (
     cosface_margin,
     cosine_logits,
 )
+from nearkin.functional.metric import orthogonal_projection, triplet_batch_hard, varcon
 from nearkin.functional.neighbours import consistency_kl, neighbour_nll, neighbour_target
-from nearkin.functional.orthogonal import orthogonal_projection
-from nearkin.functional.per_anchor import PerAnchor, mean_valid
-from nearkin.functional.schane import schane
-from nearkin.functional.triplet import triplet_batch_hard
-from nearkin.functional.varcon import varcon
 
 __all__ = [
     "PerAnchor",

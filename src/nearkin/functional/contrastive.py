@@ -1,23 +1,32 @@
-"""Contrast between the samples of a batch: SupCon in its two forms, SimCLR's loss, and SINCERE."""
+"""Contrast between samples: SupCon in its two forms, SINCERE, SCHaNe, and instance discrimination."""
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from nearkin.functional.bank_mask import Mask, usable_entries
-from nearkin.functional.checks import check_positive, check_same_shape
-from nearkin.functional.labels import Labels
-from nearkin.functional.pairs import log_count, pair_sums, softplus_sum
-from nearkin.functional.per_anchor import PerAnchor
-from nearkin.functional.precision import full_precision
-from nearkin.functional.terms import Count, LogSum, Total
-from nearkin.functional.validity import all_valid, masked
+from nearkin.functional._checks import check_labels, check_positive, check_same_shape, check_unit
+from nearkin.functional._common import (
+    Labels,
+    Mask,
+    PerAnchor,
+    all_valid,
+    full_precision,
+    log_count,
+    masked,
+    usable_entries,
+)
+from nearkin.functional._pairs import Count, LogSum, Total, pair_sums, softplus_sum
 
 
 @full_precision
-def supcon_out(features: Float[Tensor, "n d"], labels: Labels, *, temperature: float) -> PerAnchor:
+def supcon_out(
+    features: Float[Tensor, "n d"], labels: Labels, *, temperature: float, validate: bool = True
+) -> PerAnchor:
     """Supervised contrast with the mean outside the logarithm (L_out).
 
         L_i = 1/|P_i| sum_{p != i} a_ip ( LSE_{k != i}(s_ik) - s_ip ),   |P_i| = sum_{p != i} a_ip
@@ -29,8 +38,9 @@ def supcon_out(features: Float[Tensor, "n d"], labels: Labels, *, temperature: f
     temperature > 0.
     Invalid: an anchor without a positive (total positiveness over the others is 0).
     Raises ValueError when temperature or the shape of labels is wrong.
-    Source: Khosla et al. 2020, equation 2; soft labels as in GenSCL (2022); validity is our choice.
+    Source: Khosla et al. 2020, equation 2; soft labels as in GenSCL (2022); the paper has no invalid anchors.
     """
+    _check(features, labels, temperature, validate)
     terms = LogSum("others"), Total("positives"), Count("positives")
     all_others, attraction, count = pair_sums(features, labels, temperature, *terms)
     valid = count > 0
@@ -38,20 +48,97 @@ def supcon_out(features: Float[Tensor, "n d"], labels: Labels, *, temperature: f
 
 
 @full_precision
-def supcon_in(features: Float[Tensor, "n d"], labels: Labels, *, temperature: float) -> PerAnchor:
+def supcon_in(
+    features: Float[Tensor, "n d"], labels: Labels, *, temperature: float, validate: bool = True
+) -> PerAnchor:
     """Supervised contrast with the mean inside the logarithm (L_in).
 
         L_i = -log( 1/|P_i| sum_{p != i} a_ip e^(s_ip) / sum_{k != i} e^(s_ik) )
 
     Shapes, symbols, validity and errors as in `supcon_out`. Source: Khosla et al. 2020, equation 3.
     """
+    _check(features, labels, temperature, validate)
     terms = LogSum("others"), LogSum("positives"), Count("positives")
     all_others, positives, count = pair_sums(features, labels, temperature, *terms)
     return masked(all_others - positives + log_count(count), count > 0)
 
 
+@full_precision
+def sincere(
+    features: Float[Tensor, "n d"], labels: Labels, *, temperature: float, validate: bool = True
+) -> PerAnchor:
+    """Supervised InfoNCE: each positive against the other classes, without the other positives.
+
+        L_i = -1/|P_i| sum_{p != i} a_ip log( e^(s_ip) / (e^(s_ip) + N_i) )
+            = 1/|P_i| sum_{p != i} a_ip softplus( log N_i - s_ip )
+        N_i = sum_{n != i} (1 - a_in) e^(s_in)
+
+    Shapes, symbols and errors as in `supcon_out`. Invalid: an anchor without a positive. Without a
+    negative its value is 0 and it is valid. Source: Feeney and Hughes 2023 (SINCERE), without
+    soft labels.
+    """
+    _check(features, labels, temperature, validate)
+    terms = LogSum("negatives"), Count("positives"), Count("negatives")
+    negatives, count, negative_count = pair_sums(features, labels, temperature, *terms)
+    valid = count > 0
+    mean = softplus_sum(features, labels, temperature, negatives) / count.where(valid, 1)
+    return masked(mean.where(negative_count > 0, 0), valid)
+
+
+@full_precision
+def schane(
+    features: Float[Tensor, "n d"],
+    labels: Labels,
+    *,
+    temperature: float,
+    hardness: float,
+    positives: Literal["mean", "sum"] = "mean",
+    validate: bool = True,
+) -> PerAnchor:
+    """Supervised contrast with hard negatives.
+
+        P_i  = mean (or sum) over P(i) of e^(s_ip)
+        w_in = e^(h s_in) / mean over N(i) of e^(h s_ik)
+        L_i  = -log( P_i / (P_i + sum over N(i) of w_in e^(s_in)) )
+             = softplus( LSE_N((1 + h) s) - LSE_N(h s) + log|N| - log P_i )
+
+    with s = z z' / temperature and h the hardness; the gradient flows through the weights w. With
+    soft labels all sums and counts over P(i) are weighed with a_ij = sum_c y_ic y_jc, those over
+    N(i) with 1 - a_ij.
+
+    features: `[N, d]` rows of unit length. labels: `[N]` integers or `[N, C]` rows that sum to 1.
+    temperature > 0. hardness: 0 weighs all negatives alike, as published 1. positives: "mean", or
+    "sum" as in the later CLCE.
+    Invalid: an anchor without a positive. Without a negative its value is 0 and it is valid.
+    Raises ValueError when temperature, positives or the shape of labels is wrong.
+    Source: arXiv 2308.14893 and its code; "sum" arXiv 2402.14551; without soft labels and
+    invalid anchors.
+    """
+    if positives not in ("mean", "sum"):
+        raise ValueError(f'positives is {positives!r} but must be "mean" or "sum".')
+    _check(features, labels, temperature, validate)
+    positive, steeper, weights, positive_count, negative_count = pair_sums(
+        features,
+        labels,
+        temperature,
+        LogSum("positives"),
+        LogSum("negatives", 1 + hardness),
+        LogSum("negatives", hardness),
+        Count("positives"),
+        Count("negatives"),
+    )
+    attraction = positive - (log_count(positive_count) if positives == "mean" else 0)
+    repulsion = steeper - weights + log_count(negative_count)
+    value = F.softplus(repulsion - attraction).where(negative_count > 0, 0)
+    return masked(value, positive_count > 0)
+
+
 def instance_nce(
-    view1: Float[Tensor, "b d"], view2: Float[Tensor, "b d"], *, temperature: float
+    view1: Float[Tensor, "b d"],
+    view2: Float[Tensor, "b d"],
+    *,
+    temperature: float,
+    validate: bool = True,
 ) -> PerAnchor:
     """Instance discrimination: an image's other view against all other images, own class included.
 
@@ -62,9 +149,11 @@ def instance_nce(
     size or temperature is wrong. Source: Chen et al. 2020 (SimCLR), equation 1.
     """
     check_same_shape("view2", view2, "view1", view1)
+    if validate:
+        check_unit(view1=view1, view2=view2)
     images = torch.arange(len(view1), device=view1.device).repeat(2)
-    # Every image a class of its own: its only positive is its other view.
-    return supcon_out(torch.cat([view1, view2]), images, temperature=temperature)
+    # Each image is a class: its only positive is its other view.
+    return supcon_out(torch.cat([view1, view2]), images, temperature=temperature, validate=False)
 
 
 @full_precision
@@ -75,39 +164,31 @@ def instance_nce_bank(
     *,
     temperature: float,
     mask: Mask | None = None,
+    validate: bool = True,
 ) -> PerAnchor:
     """Instance discrimination against a bank: an image's other view against other images' keys.
 
         L_i = log( e^(q_i . k_i / T) + sum_j e^(q_i . b_j / T) ) - q_i . k_i / T,   T the temperature
 
     query, key: `[N, d]` unit rows, row i both from image i; no gradient flows into key. bank:
-    `[K, d]` unit rows. mask: `[N, K]` or `[K]`, True where an entry may be used: not an empty slot,
-    not an image's own earlier copy. temperature > 0. All anchors are valid; without an entry the
+    `[K, d]` unit rows. mask: `[N, K]` or `[K]`, True where an entry may be used: no empty slot
+    and no earlier copy of the image. temperature > 0. All anchors are valid; without an entry the
     value is 0. Raises ValueError when a shape or temperature is wrong.
-    Source: He et al. 2020 (MoCo), equation 1; the mask is our choice.
+    Source: He et al. 2020 (MoCo), equation 1, without a mask.
     """
     check_positive("temperature", temperature)
     check_same_shape("key", key, "query", query)
+    if validate:
+        check_unit(query=query, key=key)
+        check_unit(bank=bank, zeros=True)
     own = (query * key.detach()).sum(1, keepdim=True) / temperature
     others = query @ bank.T / temperature
     others = others.masked_fill(~usable_entries(mask, others), -torch.inf)
     return all_valid(-torch.cat([own, others], 1).log_softmax(1)[:, 0])
 
 
-@full_precision
-def sincere(features: Float[Tensor, "n d"], labels: Labels, *, temperature: float) -> PerAnchor:
-    """Supervised InfoNCE: each positive alone against the other classes.
-
-        L_i = -1/|P_i| sum_{p != i} a_ip log( e^(s_ip) / (e^(s_ip) + N_i) )
-            = 1/|P_i| sum_{p != i} a_ip softplus( log N_i - s_ip )
-        N_i = sum_{n != i} (1 - a_in) e^(s_in)
-
-    Shapes, symbols and errors as in `supcon_out`. Invalid: an anchor without a positive. Without a
-    negative its value is 0 and it is valid. Source: Feeney and Hughes 2023 (SINCERE); soft labels
-    are our choice.
-    """
-    terms = LogSum("negatives"), Count("positives"), Count("negatives")
-    negatives, count, negative_count = pair_sums(features, labels, temperature, *terms)
-    valid = count > 0
-    mean = softplus_sum(features, labels, temperature, negatives) / count.where(valid, 1)
-    return masked(mean.where(negative_count > 0, 0), valid)
+def _check(features: Tensor, labels: Labels, temperature: float, validate: bool) -> None:
+    check_positive("temperature", temperature)
+    check_labels(labels, len(features), validate=validate)
+    if validate:
+        check_unit(features=features)

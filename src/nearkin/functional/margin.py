@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from nearkin.functional.checks import check_hard_labels
-from nearkin.functional.labels import Hard, class_rows
-from nearkin.functional.precision import full_precision
+from nearkin.functional._checks import check_cosines, check_hard_labels, check_unit
+from nearkin.functional._common import Hard, class_rows, full_precision
 
 
 @full_precision
@@ -21,8 +20,9 @@ def cosface_logits(
     *,
     margin: float,
     scale: float,
+    validate: bool = True,
 ) -> Float[Tensor, "n c"]:
-    """Cosines times scale, the own class's lowered by a margin; cross-entropy after.
+    """Cosines times scale, that of the own class minus a margin; for a cross-entropy.
 
         logit_ic = scale ( z_i . w_c/|w_c| - margin [c = y_i] )
 
@@ -30,7 +30,7 @@ def cosface_logits(
     margin is subtracted from the cosine. Raises ValueError when labels are not `[N]` integers.
     Source: Wang et al. 2018 (CosFace), equation 4.
     """
-    return _cosface(_cosines(features, weight, labels), labels, margin, scale)
+    return _cosface(_cosines(features, weight, labels, validate), labels, margin, scale)
 
 
 @full_precision
@@ -41,23 +41,24 @@ def arcface_logits(
     *,
     margin: float,
     scale: float,
+    validate: bool = True,
 ) -> Float[Tensor, "n c"]:
-    """Cosines times scale, the angle to the own class widened by a margin; cross-entropy after.
+    """Cosines times scale, the angle to the own class plus a margin; for a cross-entropy.
 
         logit_ic = scale cos( theta_ic + margin [c = y_i] ),   theta_ic = angle(z_i, w_c)
 
-    Shapes and errors as in `cosface_logits`; margin in radians. The own logit falls with theta up
-    to pi - margin only, as in the paper's equation.
+    Shapes and errors as in `cosface_logits`; margin in radians. The own logit decreases with theta
+    only up to pi - margin, as in the paper.
     Source: Deng et al. 2019 (ArcFace), equation 3.
     """
-    return _arcface(_cosines(features, weight, labels), labels, margin, scale)
+    return _arcface(_cosines(features, weight, labels, validate), labels, margin, scale)
 
 
 @full_precision
 def cosine_logits(
     features: Float[Tensor, "n d"], weight: Float[Tensor, "c d"], *, scale: float
 ) -> Float[Tensor, "n c"]:
-    """Cosines times scale, without a margin: what a margin softmax is judged by.
+    """Cosines times scale, without a margin: the logits of a margin softmax at evaluation.
 
         logit_ic = scale z_i/|z_i| . w_c/|w_c|
 
@@ -69,25 +70,41 @@ def cosine_logits(
 
 @full_precision
 def cosface_margin(
-    cosine: Float[Tensor, "n c"], labels: Hard, *, margin: float, scale: float
+    cosine: Float[Tensor, "n c"],
+    labels: Hard,
+    *,
+    margin: float,
+    scale: float,
+    validate: bool = True,
 ) -> Float[Tensor, "n c"]:
-    """`cosface_logits` from cosines `[N, C]` that are there already. Raises as it does."""
-    check_hard_labels(labels, len(cosine))
+    """`cosface_logits` from given cosines `[N, C]`, within [-1, 1]. Errors as there."""
+    check_hard_labels(labels, len(cosine), classes=cosine.shape[1], validate=validate)
+    if validate:
+        check_cosines(cosine)
     return _cosface(cosine, labels, margin, scale)
 
 
 @full_precision
 def arcface_margin(
-    cosine: Float[Tensor, "n c"], labels: Hard, *, margin: float, scale: float
+    cosine: Float[Tensor, "n c"],
+    labels: Hard,
+    *,
+    margin: float,
+    scale: float,
+    validate: bool = True,
 ) -> Float[Tensor, "n c"]:
-    """`arcface_logits` from cosines `[N, C]` that are there already. Raises as it does."""
-    check_hard_labels(labels, len(cosine))
+    """`arcface_logits` from given cosines `[N, C]`, within [-1, 1]. Errors as there."""
+    check_hard_labels(labels, len(cosine), classes=cosine.shape[1], validate=validate)
+    if validate:
+        check_cosines(cosine)
     return _arcface(cosine, labels, margin, scale)
 
 
-def _cosines(features: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def _cosines(features: Tensor, weight: Tensor, labels: Tensor, validate: bool) -> Tensor:
     """The cosine of each sample with each class `[N, C]`."""
-    check_hard_labels(labels, len(features))
+    check_hard_labels(labels, len(features), classes=len(weight), validate=validate)
+    if validate:
+        check_unit(features=features)
     return features @ F.normalize(weight, dim=1).T
 
 
@@ -97,10 +114,10 @@ def _cosface(cosine: Tensor, labels: Tensor, margin: float, scale: float) -> Ten
 
 def _arcface(cosine: Tensor, labels: Tensor, margin: float, scale: float) -> Tensor:
     square = (1 - cosine) * (1 + cosine)
-    # The gradient of the root is infinite at 0, where rounding decides the sign: 0 is taken there.
+    # The root has an infinite gradient at 0, and rounding may make the square negative: both give 0.
     sine = square.where(square > 0, 1).sqrt().where(square > 0, 0)
-    widened = cosine * math.cos(margin) - sine * math.sin(margin)
-    return scale * widened.where(_own(cosine, labels) > 0, cosine)
+    shifted = cosine * math.cos(margin) - sine * math.sin(margin)
+    return scale * shifted.where(_own(cosine, labels) > 0, cosine)
 
 
 def _own(cosine: Tensor, labels: Tensor) -> Tensor:

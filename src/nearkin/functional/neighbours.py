@@ -1,4 +1,4 @@
-"""CoNe: what a sample learns from its neighbours in a bank, as attention over its entries."""
+"""CoNe: attention of a sample over its nearest neighbours in a bank."""
 
 from __future__ import annotations
 
@@ -8,21 +8,32 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nearkin.functional.bank_mask import Mask, usable_entries
-from nearkin.functional.checks import check_labels, check_positive, check_rows, check_same_shape
-from nearkin.functional.labels import (
+from nearkin.functional._checks import (
+    check_labels,
+    check_positive,
+    check_rows,
+    check_same_shape,
+    check_shares,
+    check_unit,
+)
+from nearkin.functional._common import (
     BankLabels,
     Labels,
+    Mask,
+    PerAnchor,
     SoftPairs,
-    bank_positiveness,
-    soft_pairs,
+    all_valid,
+    bank_pairs,
+    full_precision,
+    log_sum,
+    masked,
+    shared_with_bank,
+    usable_entries,
 )
-from nearkin.functional.pairs import log_sum
-from nearkin.functional.per_anchor import PerAnchor
-from nearkin.functional.precision import full_precision
-from nearkin.functional.validity import all_valid, masked
 
-LEAST_MASS = 1e-8  # as published: an anchor whose class holds no more attention adds nothing
+LEAST_MASS = (
+    1e-8  # as published: an anchor whose class has no more attention than this adds nothing
+)
 
 
 @full_precision
@@ -35,6 +46,7 @@ def neighbour_nll(
     temperature: float,
     topk: int,
     mask: Mask | None = None,
+    validate: bool = True,
 ) -> PerAnchor:
     """Negative log of the attention on a sample's own class among its nearest neighbours.
 
@@ -46,22 +58,25 @@ def neighbour_nll(
     with a_ij = sum_c y_ic y_jc, 1 or 0 when labels are hard.
 
     query: `[N, d]` and bank: `[K, d]` rows of unit length. labels: `[N]` integers or `[N, C]` rows
-    that sum to 1. bank_labels: `[K]` integers or `SoftPairs`; -1 is an empty slot and of no class.
+    that sum to 1. bank_labels: `[K]` integers or `SoftPairs`; -1 is an empty slot.
     mask: `[N, K]` or `[K]`, True where an entry may be used. temperature > 0. topk >= 1; more than
     there are usable entries means all of them.
     Invalid: an anchor to which the mask leaves no entry. One without a positive neighbour is valid
     with value 0.
     Raises ValueError when temperature, topk or a shape is wrong.
-    Source: CoNe, arXiv 2308.10761, and its code; soft labels and the mask are our choice.
+    Source: CoNe, arXiv 2308.10761, and its code, without soft labels and mask.
     """
     check_positive("topk", topk)
-    check_labels(labels, len(query))
-    pairs = bank_labels if isinstance(bank_labels, SoftPairs) else soft_pairs(bank_labels)
-    check_rows("bank_labels", pairs.labels, len(bank))
+    check_labels(labels, len(query), validate=validate)
+    classes = labels.shape[1] if labels.ndim == 2 else None
+    pairs = bank_pairs(bank_labels, len(bank), classes, validate=validate)
+    if validate:
+        check_unit(query=query)
+        check_unit(bank=bank, zeros=True)
     scores, usable = _bank_scores(query, bank, temperature, mask)
     nearest, index = scores.topk(min(topk, len(bank)), dim=1)
-    positive = bank_positiveness(labels, SoftPairs(pairs.labels[index], pairs.weights[index]))
-    # A log-mass of 0, which `log_sum` gives without a positive neighbour, is the value 0 asked for.
+    positive = shared_with_bank(labels, SoftPairs(pairs.labels[index], pairs.weights[index]))
+    # Without a positive neighbour `log_sum` gives 0, which is the value defined for that case.
     log_mass = log_sum(nearest.log_softmax(1), positive)
     return masked((-log_mass).where(log_mass > math.log(LEAST_MASS), 0), usable)
 
@@ -74,6 +89,7 @@ def neighbour_target(
     *,
     temperature: float,
     mask: Mask | None = None,
+    validate: bool = True,
 ) -> Float[Tensor, "n c"]:
     """The class distribution of a sample's neighbours, by attention over the bank; no gradient.
 
@@ -83,18 +99,24 @@ def neighbour_target(
     mask: `[N, K]` or `[K]`, True where an entry may be used. temperature > 0.
     Raises ValueError when temperature or a shape is wrong.
     A sample to which the mask leaves no entry gets a row of
-    zeros, for which `consistency_kl` is 0 with gradient 0 (our choice: no neighbours say nothing; a
-    uniform row would pull towards ignorance).
-    Source: CoNe, arXiv 2308.10761, and its code; the mask is our choice.
+    zeros, for which `consistency_kl` is 0 with gradient 0 (a uniform row would pull
+    towards uniform predictions).
+    Source: CoNe, arXiv 2308.10761, and its code, without a mask.
     """
     check_rows("bank_probs", bank_probs, len(bank))
+    if validate:
+        check_unit(key=key)
+        check_unit(bank=bank, zeros=True)
+        check_shares("bank_probs", bank_probs, zeros=True)
     with torch.no_grad():
         scores, usable = _bank_scores(key, bank, temperature, mask)
         return (scores.softmax(1) @ bank_probs) * usable[:, None]
 
 
 @full_precision
-def consistency_kl(logits: Float[Tensor, "n c"], target: Float[Tensor, "n c"]) -> PerAnchor:
+def consistency_kl(
+    logits: Float[Tensor, "n c"], target: Float[Tensor, "n c"], *, validate: bool = True
+) -> PerAnchor:
     """How far the predicted class distribution is from a target.
 
         L_i = sum_c d_ic ( log d_ic - log softmax_c(logits_i) ),   0 log 0 = 0
@@ -104,6 +126,8 @@ def consistency_kl(logits: Float[Tensor, "n c"], target: Float[Tensor, "n c"]) -
     Raises ValueError when the shapes differ. Source: CoNe, arXiv 2308.10761, and its code.
     """
     check_same_shape("target", target, "logits", logits)
+    if validate:
+        check_shares("target", target, zeros=True)
     target = target.detach()
     value = (torch.xlogy(target, target) - target * logits.log_softmax(1)).sum(1)
     return all_valid(value)

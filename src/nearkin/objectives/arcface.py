@@ -20,4 +20,6 @@ class ArcFace(MarginSoftmax, name="arcface"):
     config: Config
 
     def with_margin(self, cosine: Tensor, labels: Tensor) -> Tensor:
-        return arcface_margin(cosine, labels, margin=self.config.margin, scale=self.config.scale)
+        return arcface_margin(
+            cosine, labels, margin=self.config.margin, scale=self.config.scale, validate=False
+        )

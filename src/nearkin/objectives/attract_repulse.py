@@ -118,7 +118,7 @@ class AttractRepulse(Objective, name="attract-repulse"):
             contrast = self._repulse(batch, student, teacher)
             return combine(sce=sce, repulse=(self._repulsion(progress), contrast))
         target = probabilities(required(teacher, "logits"))
-        consistency = consistency_kl(required(student.logits), target)
+        consistency = consistency_kl(required(student.logits), target, validate=False)
         return combine(sce=sce, consistency=(self._trust(progress), consistency))
 
     def update(self, batch: Batch, student: Outputs, teacher: Outputs | None) -> None:  # noqa: ARG002
@@ -137,15 +137,18 @@ class AttractRepulse(Objective, name="attract-repulse"):
             smoothed(labels, logits.shape[1], self.config.smoothing),
             alpha=self.config.alpha,
             beta=self.config.beta,
+            validate=False,
         )
         return self.weigh(losses, labels)
 
     def _repulse(self, batch: Batch, student: Outputs, teacher: Outputs | None) -> PerAnchor:
         rows, temperature = unit(required(student.projection)), self.config.temperature
         if self.config.negatives == "batch":
-            return instance_nce(*rows.chunk(2), temperature=temperature)
+            return instance_nce(*rows.chunk(2), temperature=temperature, validate=False)
         keys, mask = unit(required(teacher, "projection")), self.bank.usable(batch.index)
-        return instance_nce_bank(rows, keys, self.bank.keys, temperature=temperature, mask=mask)
+        return instance_nce_bank(
+            rows, keys, self.bank.keys, temperature=temperature, mask=mask, validate=False
+        )
 
     def _repulsion(self, progress: Progress) -> float:
         """w(t) = end + (start - end)(1 + cos(pi t)) / 2, t the share of the stage that is done."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nearkin.bank import NeighbourBank
 from nearkin.config import option
 from nearkin.functional import PerAnchor, cross_entropy, mean_valid, soft_pairs
-from nearkin.functional.labels import class_rows
+from nearkin.functional._common import class_rows
 from nearkin.network import Head
 from nearkin.teacher import TeacherPolicy
 from nearkin.types import Batch, Facts, Loss, Outputs, Progress
@@ -59,7 +59,7 @@ class Objective(nn.Module):
 
     config: the options; every `auto` is resolved here. dim: width of the backbone's features. classes: C.
     images, batch_size: training images and images per step, from which `auto` sizes follow. Their defaults give a bank
-    of 4096 entries.
+    of 4096 entries. device: type of the device that trains, from which the precision of a bank follows.
 
     `heads` belong to the network (`Network(backbone, objective.heads, ...)`), and so do their weights. The objective
     itself has no state but its bank.
@@ -83,7 +83,7 @@ class Objective(nn.Module):
             """The same options with every `auto` replaced by a number that follows from `facts`."""
             return self
 
-        def fill(self, **values: float) -> Self:
+        def fill(self, **values: object) -> Self:
             """The same options with `values` in place of `auto`."""
             auto = {name: v for name, v in values.items() if getattr(self, name) == "auto"}
             return self.model_copy(update=auto)
@@ -104,9 +104,11 @@ class Objective(nn.Module):
         classes: int,
         images: int = 8192,
         batch_size: int = 128,
+        device: str = "cpu",
     ) -> None:
         super().__init__()
-        self.config = (config or self.Config()).resolve(Facts(dim, classes, images, batch_size))
+        facts = Facts(dim, classes, images, batch_size, device)
+        self.config = (config or self.Config()).resolve(facts)
         self.register_buffer("class_weights", None, persistent=False)
         self.heads = self.build(dim, classes)
 
@@ -117,7 +119,11 @@ class Objective(nn.Module):
     def classify(self, logits: Tensor, labels: Tensor) -> PerAnchor:
         """The cross-entropy term, with label smoothing and class weights."""
         return cross_entropy(
-            logits, labels, smoothing=self.config.smoothing, class_weights=self.class_weights
+            logits,
+            labels,
+            smoothing=self.config.smoothing,
+            class_weights=self.class_weights,
+            validate=False,
         )
 
     def weigh(self, losses: PerAnchor, labels: Tensor) -> PerAnchor:
@@ -187,7 +193,7 @@ def per_class(function: Callable[[Tensor], PerAnchor], labels: Tensor) -> PerAnc
     """
     if labels.ndim == 1:
         return function(labels)
-    pairs = soft_pairs(labels)
+    pairs = soft_pairs(labels, validate=False)
     value, valid = None, None
     for classes, weights in zip(pairs.labels.unbind(1), pairs.weights.unbind(1), strict=True):
         part = function(classes)

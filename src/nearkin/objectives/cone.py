@@ -8,10 +8,10 @@ from typing import Literal, Self
 import torch
 from torch import Tensor, nn
 
-from nearkin.bank import NeighbourBank
+from nearkin.bank import NeighbourBank, bank_precision
 from nearkin.config import AutoCount, AutoNatural, option
 from nearkin.functional import PerAnchor, consistency_kl
-from nearkin.functional.attention import bank_attention
+from nearkin.functional._bank_attention import bank_attention
 from nearkin.network import Head, projection_head, projection_sizes
 from nearkin.objectives.base import (
     Objective,
@@ -46,8 +46,8 @@ class CoNe(Objective, name="cone"):
         neighbour_temperature: float = option(0.1, "of the k neighbours", gt=0)
         consistency_temperature: float = option(0.07, "of the whole bank", gt=0)
         bank: AutoCount = option("auto", "entries K of the bank")
-        bank_precision: Literal["bf16", "exact"] = option(
-            "bf16", "of its keys and probabilities; exact takes twice the memory"
+        bank_precision: Literal["auto", "bf16", "exact"] = option(
+            "auto", "of its keys and probabilities; auto: bf16 where it is fast"
         )
         topk: AutoCount = option("auto", "neighbours k per anchor")
         warmup_steps: AutoNatural = option(
@@ -73,8 +73,11 @@ class CoNe(Objective, name="cone"):
             hidden, embedding = projection_sizes(facts.dim)
             sized = self.fill(bank=default_bank(facts), hidden=hidden, embedding=embedding)
             wanted = min(max(8 * sized.bank // facts.classes, 32), 512)
-            fill_steps = math.ceil(min(sized.bank, facts.images) / facts.batch_size)
-            return sized.fill(topk=max(1, min(sized.bank // 4, wanted)), warmup_steps=fill_steps)
+            return sized.fill(
+                topk=max(1, min(sized.bank // 4, wanted)),
+                warmup_steps=math.ceil(min(sized.bank, facts.images) / facts.batch_size),
+                bank_precision=bank_precision(torch.device(facts.device)),
+            )
 
     config: Config
     bank: NeighbourBank
@@ -122,7 +125,7 @@ class CoNe(Objective, name="cone"):
             key_temperature=self.config.consistency_temperature,
             topk=self.config.topk,
         )
-        consistency = consistency_kl(logits, target)
+        consistency = consistency_kl(logits, target, validate=False)
         if self.config.guard:
             unsure = logits.detach().float().softmax(1).amin(1) > CERTAIN
             ce, consistency = _only(ce, unsure), _only(consistency, unsure)

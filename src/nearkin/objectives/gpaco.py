@@ -73,7 +73,7 @@ class GPaCo(Objective, name="gpaco"):
         progress: Progress,  # noqa: ARG002
     ) -> Loss:
         keys = unit(required(teacher, "projection")).detach()
-        now = soft_pairs(batch.labels)
+        now = soft_pairs(batch.labels, validate=False)
         usable = self.bank.usable(batch.index)
         losses = gpaco(
             unit(required(student.projection)),
@@ -85,6 +85,7 @@ class GPaCo(Objective, name="gpaco"):
             temperature=self.config.temperature,
             smoothing=self.config.smoothing,
             mask=torch.cat([torch.ones_like(usable[:, :1]).expand(-1, len(keys)), usable], 1),
+            validate=False,
         )
         return combine(gpaco=(1.0, self.weigh(losses, batch.labels)))
 

@@ -81,6 +81,7 @@ class SCHaNe(Objective, name="schane"):
                 temperature=self.config.temperature,
                 hardness=self.config.hardness,
                 positives=self.config.positives,
+                validate=False,
             )
             for start in range(0, images, size)
         ]

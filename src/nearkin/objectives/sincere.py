@@ -17,4 +17,4 @@ class Sincere(Contrastive, name="sincere"):
     term = "sincere"
 
     def contrast(self, features: Tensor, labels: Tensor) -> PerAnchor:
-        return sincere(features, labels, temperature=self.config.temperature)
+        return sincere(features, labels, temperature=self.config.temperature, validate=False)

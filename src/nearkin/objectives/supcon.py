@@ -28,4 +28,4 @@ class SupCon(Contrastive, name="supcon"):
 
     def contrast(self, features: Tensor, labels: Tensor) -> PerAnchor:
         function = supcon_out if self.config.variant == "out" else supcon_in
-        return function(features, labels, temperature=self.config.temperature)
+        return function(features, labels, temperature=self.config.temperature, validate=False)

@@ -33,6 +33,7 @@ class VarCon(Contrastive, name="varcon"):
                 classes,
                 temperature=self.config.temperature,
                 epsilon=self.config.epsilon,
+                validate=False,
             )
 
         return per_class(centred, labels)

@@ -91,7 +91,8 @@ def prepare(
     data = resolve_data(config, DataFacts(count, side, dataset.channels, room))
     check(data, images=count, world_size=runtime.world_size)
     dataset = _decoding(data, runtime, dataset, quiet)
-    built = _build(data, options, dataset, pretrained=config.pretrained and fresh)
+    pretrained, device = config.pretrained and fresh, runtime.device.type
+    built = _build(data, options, dataset, device, pretrained=pretrained)
     files = train.images.from_files and not read_whole(data)
     settings = resolve(data, network_facts(data, built, runtime, images=count, files=files))
     check_built(settings, built)
@@ -223,7 +224,12 @@ def _usual_side(split: Split) -> int:
 
 
 def _build(
-    config: DataSettings, options: Objective.Config, dataset: Dataset, *, pretrained: bool
+    config: DataSettings,
+    options: Objective.Config,
+    dataset: Dataset,
+    device: str,
+    *,
+    pretrained: bool,
 ) -> Built:
     torch.manual_seed(config.seed)
     stem = config.stem
@@ -241,9 +247,13 @@ def _build(
         options=config.options,
         classes=dataset.classes,
     )
-    images = len(dataset.splits["train"].labels)
     return build(
-        spec, options=options, pretrained=pretrained, images=images, batch_size=config.batch_size
+        spec,
+        options=options,
+        pretrained=pretrained,
+        images=len(dataset.splits["train"].labels),
+        batch_size=config.batch_size,
+        device=device,
     )
 
 

@@ -1,4 +1,4 @@
-"""The sums over a sample's pairs that a contrastive function may ask for."""
+"""The sums over a sample's pairs that a contrastive loss may need."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Total(NamedTuple):
 
 
 class LogSum(NamedTuple):
-    """log sum_j w_ij e^(scale s_ij); 0, with gradient 0, for a sample without any weight."""
+    """log sum_j w_ij e^(scale s_ij); 0, with gradient 0, for a sample whose weights are all 0."""
 
     over: Over
     scale: float = 1.0

@@ -5,9 +5,9 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.functional import normalize, one_hot
 
-from nearkin.functional import pairs, tiles
-from nearkin.functional.terms import Count, LogSum, Total
-from nearkin.functional.tile_sums import sums_in_tiles
+from nearkin.functional._pairs import plain, tiled, tiles
+from nearkin.functional._pairs.linear import linear_sum
+from nearkin.functional._pairs.terms import Count, LogSum, Total
 
 OVERS = ("others", "positives", "negatives")
 HARD = torch.tensor([4, 0, 4, -1, 9, 0, 4, 2, 2, 7, -1])  # 9 and 7 stand alone
@@ -37,18 +37,6 @@ def weights_of(labels, over):
     return weights
 
 
-def linear_sum(z, labels, temperature, term):
-    """By classes, or for soft labels by tiles."""
-    (found,) = sums_in_tiles(z, labels, temperature, (term,))
-    return found
-
-
-@pytest.fixture(autouse=True)
-def small_tiles(monkeypatch):
-    monkeypatch.setattr(tiles, "HEIGHT", 4)
-    monkeypatch.setattr(tiles, "WIDTH", 3)
-
-
 @each
 @LABELS
 def test_counts_and_totals(labels, over):
@@ -63,14 +51,13 @@ def test_counts_and_totals(labels, over):
 @each
 @LABELS
 def test_derivatives(labels, over):
-    """By classes, the second too."""
+    """The second too."""
 
     def total(z):
         return linear_sum(z, labels, 0.2, Total(over))
 
     assert gradcheck(total, [rows().requires_grad_()])
-    if labels is HARD:
-        assert gradgradcheck(total, [rows().requires_grad_()])
+    assert gradgradcheck(total, [rows().requires_grad_()])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -91,28 +78,10 @@ def test_a_sample_without_any_weight_has_exactly_nothing(dtype):
     assert torch.equal(count == 0, torch.arange(len(HARD)) == 0)
 
 
-@pytest.mark.parametrize("kept", [0, 20, 2**22])
 @LABELS
-def test_several_terms(labels, kept, monkeypatch):
-    """What is kept for the backward pass changes nothing."""
-    monkeypatch.setattr(tiles, "KEPT", kept)
-    z = rows().requires_grad_()
-    terms = tuple(Total(over) for over in ("negatives", "positives", "negatives"))
-    found = sums_in_tiles(z, labels, 0.2, terms)
-    expected = [(weights_of(labels, t.over) * (z @ z.T)).sum(1) / 0.2 for t in terms]
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
-    weights = torch.linspace(-1, 2, len(z), dtype=z.dtype)
-    first, second = (
-        torch.autograd.grad(sum((each * weights).sum() for each in given), z)[0]
-        for given in (found, expected)
-    )
-    torch.testing.assert_close(first, second, rtol=1e-13, atol=1e-13)
-
-
-@LABELS
-def test_terms_come_back_in_the_order_asked(labels):
+def test_terms_come_back_in_the_order_asked(labels, monkeypatch):
     """Linear ones between the log sums, and log sums over the positives alone."""
+    monkeypatch.setattr(tiles, "SHAPE", (4, 3))
     z = rows()
     terms = (
         Count("negatives"),
@@ -120,7 +89,7 @@ def test_terms_come_back_in_the_order_asked(labels):
         Total("others"),
         LogSum("positives"),
     )
-    found = sums_in_tiles(z, labels, 0.2, terms)
-    expected = pairs._sums(labels, 0.2, terms, z, torch.arange(len(z)))
+    found = tiled.sums(z, labels, 0.2, terms)
+    expected = plain.sums(z, labels, 0.2, terms)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
