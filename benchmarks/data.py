@@ -69,7 +69,7 @@ def photographs(root: Path) -> Path:
 def normalising() -> Network:
     """What the network does before its backbone, in the layout that decoded images have."""
     network = Network(nn.Identity(), {}, dim=3, mean=MEAN, std=STD)
-    network.lay_out("channels_last")
+    network.set_memory_format("channels_last")
     return network
 
 

@@ -104,7 +104,7 @@ def _stepper(case: Case, config: DataSettings, runtime: Runtime) -> Stepper:
     resolved = _resolved(config, built, runtime)
     runtime.place(built.network)
     runtime.place(built.objective)
-    built.network.lay_out(resolved.memory_format)
+    built.network.set_memory_format(resolved.memory_format)
     steps = IMAGES // case.batch
     stepper = Stepper(resolved, runtime, built.network, built.objective, steps, case.classes)
     stepper.begin(built.objective.stages()[0])

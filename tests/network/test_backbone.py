@@ -89,6 +89,29 @@ def test_stems(model, image_size, stem, kernel, stride):
         assert first(image).shape[-1] == image_size // stride[0] + image_size % stride[0]
 
 
+@pytest.mark.parametrize(
+    ("model", "image_size"),
+    [
+        ("levit_128s", 32),
+        ("levit_128s", 64),
+        ("test_coatnet", 32),
+        ("efficientformerv2_s0", 32),
+        ("visformer_tiny", 64),
+        ("gcvit_xxtiny", 64),
+    ],
+)
+def test_auto_keeps_the_stem_of_a_model_that_cannot_have_a_small_one(model, image_size):
+    torch.manual_seed(0)
+    backbone = build(model, image_size=image_size)
+    assert backbone.stem == "default"
+    torch.manual_seed(0)
+    expected = build(model, image_size=image_size, stem="default").module.state_dict()
+    found = backbone.module.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    with pytest.raises(ConfigError, match="cannot take images"):
+        build(model, image_size=image_size, stem="small")
+
+
 def test_the_small_stem_keeps_the_pool_and_has_a_sane_scale():
     module = build("resnet18").module
     assert isinstance(module.maxpool, nn.MaxPool2d)

@@ -1,16 +1,18 @@
-"""Attention among few tokens: which path is taken where, and that both compute the same."""
+"""Attention on a CPU: which path is taken where, and that both compute the same."""
 
 import contextlib
+from functools import partial
 
 import pytest
 import timm
 import torch
-from timm.layers import Attention
+from timm.layers import Attention, RelPosBias
 from timm.models.swin_transformer import WindowAttention
+from timm.models.vision_transformer_relpos import RelPosAttention
 from torch import nn
 from torch.nn import functional as F
 
-from nearkin.network.cpu import choose_attention
+from nearkin.network.cpu import avoid_slow_attention
 
 
 @pytest.fixture
@@ -27,56 +29,63 @@ def fused(monkeypatch):
     return calls
 
 
-def attention(dtype=torch.float32):
+def attention():
     torch.manual_seed(0)
-    module = Attention(24, num_heads=3, qkv_bias=True).to(dtype)
-    choose_attention(module)
+    module = Attention(24, num_heads=3, qkv_bias=True)
+    avoid_slow_attention(module)
     return module
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tokens", "backward", "expected"),
-    [
-        (torch.float32, 128, True, 0),
-        (torch.float32, 129, True, 1),
-        (torch.float32, 32, False, 0),
-        (torch.float32, 33, False, 1),
-        (torch.bfloat16, 256, True, 0),
-        (torch.bfloat16, 257, True, 1),
-        (torch.bfloat16, 64, False, 0),
-        (torch.bfloat16, 65, False, 1),
-        (torch.float64, 2, True, 1),
-    ],
+    ("tokens", "autocast", "expected"),
+    [(256, True, 0), (257, True, 1), (17, False, 1), (256, False, 1)],
 )
-def test_few_tokens_take_plain_products(fused, dtype, tokens, backward, expected):
-    with torch.set_grad_enabled(backward):
-        attention(dtype)(torch.randn(2, tokens, 24, dtype=dtype))
+@pytest.mark.parametrize("backward", [True, False])
+def test_few_tokens_take_plain_products_under_autocast(fused, tokens, autocast, backward, expected):
+    module = attention()
+    with (
+        torch.set_grad_enabled(backward),
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast),
+    ):
+        module(torch.randn(2, tokens, 24))
     assert len(fused) == expected
 
 
-def test_under_autocast_its_dtype_counts(fused):
+def test_the_same_module_takes_the_other_path_in_another_pass(fused):
     module = attention()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         module(torch.randn(2, 200, 24))
     assert not fused
-    module(torch.randn(2, 200, 24))  # and the same module, in another pass, takes the other path
+    module(torch.randn(2, 200, 24))
     assert len(fused) == 1
 
 
-def test_elsewhere_the_kernel_stays(fused):
-    module = attention().to("meta")
-    module(torch.empty(2, 4, 24, device="meta"))
-    assert len(fused) == 1
+def test_other_devices_and_other_models_keep_the_fused_kernel(fused):
+    attention()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        attention().to("meta")(torch.empty(2, 4, 24, device="meta"))
+        Attention(24, num_heads=3)(torch.randn(2, 4, 24))
+    assert len(fused) == 2
+    assert timm.layers.use_fused_attn()
 
 
-def test_what_draws_its_own_dropout_is_left_as_it_was_set():
+@pytest.mark.parametrize("backward", [True, False])
+def test_a_learned_bias_takes_plain_products_in_every_pass(fused, backward):
+    module = RelPosAttention(24, num_heads=3, rel_pos_cls=partial(RelPosBias, window_size=(4, 4)))
+    avoid_slow_attention(module)
+    with torch.set_grad_enabled(backward):
+        module(torch.randn(2, 16, 24))
+    assert not fused
+
+
+def test_attention_whose_fused_kernel_is_off_is_left_alone():
     module = Attention(24, num_heads=3)
     module.fused_attn = False
-    choose_attention(module)
+    avoid_slow_attention(module)
     assert not module._forward_pre_hooks
 
 
-def test_windows_of_another_shape_are_left_to_the_kernel(fused):
+def test_inputs_of_another_shape_keep_the_fused_kernel(fused):
     class Windows(nn.Module):
         def __init__(self):
             super().__init__()
@@ -86,11 +95,12 @@ def test_windows_of_another_shape_are_left_to_the_kernel(fused):
             return F.scaled_dot_product_attention(x, x, x) if self.fused_attn else x
 
     module = Windows()
-    choose_attention(module)
-    module(torch.randn(1, 2, 4, 8))
-    module(x := torch.randn(1, 4, 8))
-    assert len(fused) == 1
-    module(x=x)  # by name: not seen
+    avoid_slow_attention(module)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        module(torch.randn(1, 2, 4, 8))
+        module(x := torch.randn(1, 4, 8))
+        assert len(fused) == 1
+        module(x=x)  # given by name: the hook does not see it
     assert len(fused) == 2
 
 
@@ -116,12 +126,9 @@ def test_both_paths_are_the_same(build, mask):
     for chosen in (False, True):
         torch.manual_seed(0)
         module = build()
-        module.fused_attn = True  # timm leaves it off for windows
-        if chosen:
-            choose_attention(module)
+        module.fused_attn = not chosen
         tokens = torch.randn(8, 16, 24, requires_grad=True)
         output = module(tokens) if mask is None else module(tokens, mask)
-        assert module.fused_attn is not chosen
         loss = (output * output.detach().cos()).sum()
         found.append([output, *torch.autograd.grad(loss, [tokens, *module.parameters()])])
     for ours, theirs in zip(*found, strict=True):
@@ -135,7 +142,7 @@ def test_in_bfloat16_the_gradient_is_as_good_as_the_kernels():
         torch.manual_seed(0)
         model = timm.create_model("test_vit", num_classes=8, img_size=64).to(dtype)
         if chosen:
-            choose_attention(model)
+            avoid_slow_attention(model)
         images = torch.randn(32, 3, 64, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
         half = dtype == torch.float32
         with torch.autocast("cpu", dtype=torch.bfloat16) if half else contextlib.nullcontext():
@@ -152,7 +159,7 @@ def test_in_bfloat16_the_gradient_is_as_good_as_the_kernels():
 def test_compiled_it_is_the_same():
     torch.manual_seed(0)
     model = timm.create_model("test_vit", num_classes=4, img_size=32)
-    choose_attention(model)
+    avoid_slow_attention(model)
     images = torch.randn(4, 3, 32, 32)
     expected = torch.autograd.grad(model(images).square().sum(), list(model.parameters()))
     model.compile(backend="aot_eager", fullgraph=True)

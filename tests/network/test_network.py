@@ -219,25 +219,39 @@ def test_a_real_backbone_in_channels_last():
     assert torch.allclose(results[0], results[1], atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("train", [True, False])
-def test_a_pass_without_backward_takes_channels_last_on_a_processor(dtype, train):
+@pytest.mark.parametrize("model", ["resnet18", "test_vit", "convnext_atto", "test_coatnet"])
+def test_a_pass_without_gradient_equals_one_with(model, train, autocast, memory_format):
     torch.manual_seed(0)
-    module = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), Means(8))
-    head = Head(nn.Linear(8, 5), "features", "logits")
-    network = Network(
-        module, {"classifier": head}, dim=8, mean=(0.1, 0.2, 0.3), std=(0.5, 0.3, 0.2)
+    backbone = build_backbone(
+        model, pretrained=False, channels=3, image_size=64, stem="default", drop_path=0.0
     )
+    network = Network(backbone.module, {}, dim=backbone.dim, mean=backbone.mean, std=backbone.std)
+    network.set_memory_format(memory_format)
     network.train(train)
-    images = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8)
+    images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        expected = network(images).features
+        assert expected.requires_grad
+        with torch.no_grad():
+            assert torch.equal(network(images).features, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("backward", [True, False])
+def test_images_are_converted_to_the_memory_format(dtype, backward):
+    images = torch.randint(0, 256, (6, 3, 4, 4), dtype=torch.uint8)
     images = images if dtype == torch.uint8 else images / 255
-    seen = []
-    module[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    with torch.no_grad():
-        alone = network(images).logits
-    with_backward = network(images).logits
-    assert seen[0].is_contiguous(memory_format=torch.channels_last)
-    assert not seen[0].is_contiguous()
-    assert seen[1].is_contiguous()
-    assert torch.allclose(seen[0], seen[1], rtol=1e-6, atol=1e-6)
-    assert torch.allclose(alone, with_backward, atol=1e-5)
+    network = make({})
+    given = images.clone()
+    for name, layout in (
+        ("contiguous", torch.contiguous_format),
+        ("channels_last", torch.channels_last),
+    ):
+        network.set_memory_format(name)
+        with torch.set_grad_enabled(backward):
+            network(images)
+        assert network.backbone.seen.is_contiguous(memory_format=layout)
+        assert torch.equal(images, given), "the images of the caller stay as they are"

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, Field
 
-from nearkin.cli import run
 from nearkin.catalogue import recipe_or_file
+from nearkin.cli import run
 from nearkin.cli.train import _parser, _with_data
 from nearkin.config import RunConfig, merge, read_yaml, validate
 from nearkin.errors import ConfigError

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -145,7 +146,7 @@ def build_backbone(
 
     stem: `small` keeps the resolution of small images: the first convolution gets stride 1 and, where its kernel
     is 7 or wider, becomes a fresh 3x3; a max-pool after it stays. `auto` is `small` up to 64 pixels, unless the
-    weights are pretrained or the first convolution cuts patches (our choice).
+    weights are pretrained, the first convolution cuts patches or the model then cannot take the images.
     options: the timm model's own, as `nearkin.config` allows them.
     drop_path: rate of stochastic depth; 0 leaves the model's own. Dropout before the classifier is off, since the
     `Network` has one.
@@ -163,15 +164,16 @@ def build_backbone(
     _check_patches(model, module, image_size)
     if pretrained:
         module = _fetch(model, asked, image_size, with_options(model, given))
-    small = stem == "small" or (
-        stem == "auto" and image_size <= SMALL_IMAGE and not pretrained and _has_open_stem(module)
-    )
-    if small:
-        _keep_resolution(model, module)
+    if stem == "small":
+        _check_open_stem(model, module)
+        _keep_resolution(module)
+    elif stem == "auto" and image_size <= SMALL_IMAGE and not pretrained:
+        small = _with_small_stem(module, channels, image_size)
+        module, stem = (module, "default") if small is None else (small, "small")
     with fitting(with_options(model, given), channels, image_size):
         dim = _probe(module, channels, image_size)
     mean, std = _statistics(module, channels)
-    return Backbone(module, dim, mean, std, "small" if small else "default")
+    return Backbone(module, dim, mean, std, "small" if stem == "small" else "default")
 
 
 def prefers_adamw(module: nn.Module) -> bool:
@@ -325,11 +327,30 @@ def _check_patches(
         )
 
 
-def _keep_resolution(model: str, module: nn.Module) -> None:
+def _check_open_stem(model: str, module: nn.Module) -> None:
     if not _has_open_stem(module):
         raise ConfigError(
             f"--stem small does not fit {model}, whose first layer cuts patches; use --stem default."
         )
+
+
+def _with_small_stem(module: nn.Module, channels: int, image_size: int) -> nn.Module | None:
+    """A copy with the small stem; None where the model cannot have one or computes nothing with it.
+
+    Models with position embeddings (levit, coatnet, gcvit) expect the resolution that their own stem leaves.
+    """
+    if not _has_open_stem(module):
+        return None
+    small = deepcopy(module)
+    _keep_resolution(small)
+    try:
+        _probe(small, channels, image_size)
+    except UNFIT:
+        return None
+    return small
+
+
+def _keep_resolution(module: nn.Module) -> None:
     for convolution in _first_convolutions(module).values():
         convolution.stride = (1, 1)
         if max(convolution.kernel_size) >= 7:

@@ -36,31 +36,32 @@ def _filled(conv: nn.Conv2d, given: tuple[Any, ...]) -> Tensor | None:
     return pad(images, (0, columns, 0, rows)) if rows or columns else None
 
 
-# Up to so many tokens plain products take less time, forward and backward together, and their weights, N x N for each
-# head, little memory. Measured: docs/performance.md.
-FEW = {torch.float32: 128, torch.bfloat16: 256}
+MOST_TOKENS = 256  # plain products keep tokens x tokens weights for each head and image
 
 
-def choose_attention(network: nn.Module) -> None:
-    """Let each of timm's attentions choose its path anew in every pass, where both compute the same.
+def avoid_slow_attention(network: nn.Module) -> None:
+    """Let timm's attention modules use plain matrix products on a CPU where torch's fused kernel is slow or differs.
 
-    On a processor the fused kernel's backward is slow where tokens are few: 17 of them in a ViT at 64 pixels take six
-    times as long in bfloat16. timm has both paths in each module, behind its own switch (`fused_attn`).
+    Slow: the backward pass under autocast. A whole step of `vit_tiny_patch16_224` at 64 pixels takes 1.9 times as long
+    in bfloat16, of `test_vit` 2.2 times; in float32 both paths take the same time. Different: with a learned
+    position bias torch takes another kernel in passes with gradient than in passes without.
+    timm's own switch, `set_fused_attn`, holds for every model of the process; this sets the attribute of each module.
     """
     for module in network.modules():
         if getattr(module, "fused_attn", None) is True:
-            module.register_forward_pre_hook(_chosen)
+            module.register_forward_pre_hook(_choose_attention)
 
 
-def _chosen(attention: nn.Module, given: tuple[Any, ...]) -> None:
-    attention.fused_attn = not (given and _few(given[0]))  # type: ignore[assignment]
+def _choose_attention(attention: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """inputs: the tokens first. Under autocast, tokens of another shape than `[B, N, C]` keep the fused kernel."""
+    plain = False
+    if inputs and inputs[0].device.type == "cpu":
+        few = inputs[0].dim() == 3 and inputs[0].shape[1] <= MOST_TOKENS
+        plain = (few and torch.is_autocast_enabled("cpu")) or _learns_bias(attention)
+    attention.fused_attn = not plain  # type: ignore[assignment]
 
 
-def _few(tokens: Tensor) -> bool:
-    """tokens: `[B, N, C]`; of what has another shape, the number is not known here."""
-    if tokens.device.type != "cpu" or tokens.dim() != 3:
-        return False
-    halved = torch.is_autocast_enabled("cpu")
-    few = FEW.get(torch.get_autocast_dtype("cpu") if halved else tokens.dtype, 0)
-    # Most of the gain is in the backward.
-    return tokens.shape[1] <= (few if torch.is_grad_enabled() else few // 4)
+def _learns_bias(attention: nn.Module) -> bool:
+    """Whether it adds a learned bias to the products: timm keeps that as `rel_pos`, or as a parameter of its own."""
+    own = next(attention.parameters(recurse=False), None)
+    return own is not None or getattr(attention, "rel_pos", None) is not None

@@ -9,12 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from nearkin.errors import ModelError, printable
-from nearkin.network.cpu import choose_attention, fill_strides
+from nearkin.network.cpu import avoid_slow_attention, fill_strides
 from nearkin.network.heads import Head
 from nearkin.network.keyed_dropout import RandomKey, key_randomness
 from nearkin.types import Outputs
-
-FEW = 2  # images normalised at a time on a processor
 
 
 class Network(nn.Module):
@@ -43,7 +41,7 @@ class Network(nn.Module):
     ) -> None:
         super().__init__()
         self.dim, self.key = dim, RandomKey()
-        self._compiled, self._layout = False, torch.contiguous_format
+        self._compiled, self._memory_format = False, torch.contiguous_format
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1))
         self.backbone = backbone
@@ -52,7 +50,7 @@ class Network(nn.Module):
         self._slots = {name: (head.reads, head.writes) for name, head in heads.items()}
         key_randomness(self, self.key)
         fill_strides(self)
-        choose_attention(self)
+        avoid_slow_attention(self)
         # What its author fixed stays fixed in every stage.
         self._fixed = frozenset(n for n, p in self.named_parameters() if not p.requires_grad)
         self.activate(tuple(heads), freeze_backbone=False)
@@ -92,11 +90,11 @@ class Network(nn.Module):
         resting = [head for name, head in self.heads.items() if name not in self.active]
         return [*resting, self.backbone] if self.freeze_backbone else resting
 
-    def lay_out(self, memory_format: Literal["contiguous", "channels_last"]) -> None:
-        """Compute in this memory format: weights now, and images as they come."""
+    def set_memory_format(self, memory_format: Literal["contiguous", "channels_last"]) -> None:
+        """Convert the weights to this memory format, and from now on the images of every pass."""
         formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-        self._layout = formats[memory_format]
-        self.to(memory_format=self._layout)
+        self._memory_format = formats[memory_format]
+        self.to(memory_format=self._memory_format)
 
     def compile_backbone(self) -> None:
         """Let torch compile the backbone in training; the names in a state dict stay. A deep copy is not compiled.
@@ -119,7 +117,7 @@ class Network(nn.Module):
             self.key.prepare(images.device)
         plain = self._compiled and not self.training
         backbone = self.backbone.forward if plain else self.backbone
-        features = self.dropout(backbone(self._normalised(images)))
+        features = self.dropout(backbone(self._normalise(images)))
         fields: dict[str, Tensor | None] = {
             "features": features,
             "embedding": features,
@@ -136,29 +134,10 @@ class Network(nn.Module):
             fields[writes] = self.heads[name](source)
         return Outputs(**fields)  # type: ignore[arg-type]  # features and embedding are never None
 
-    def _normalised(self, images: Tensor) -> Tensor:
-        layout = self._layout_for(images)
-        images = images.contiguous(memory_format=layout)
+    def _normalise(self, images: Tensor) -> Tensor:
+        pixels = images.to(self.mean.dtype)
         if images.is_floating_point():
-            return (images.to(self.mean.dtype) - self.mean) / self.std
-        if layout != torch.channels_last:
-            # In place: fresh memory for each pass costs more than the pass.
-            return images.to(self.mean.dtype).div_(255).sub_(self.mean).div_(self.std)
-        # Whole rows: three values at a time take three times as long. And few images, which stay in a processor's cache
-        # between the two passes; to a GPU few calls matter more.
-        scale, shift = 1 / (255 * self.std), -self.mean / self.std
-        scale, shift = (each.flatten().repeat(images.shape[-1]) for each in (scale, shift))
-        pixels = torch.empty_like(images, dtype=self.mean.dtype)
-        few = max(1, len(images)) if images.is_cuda else FEW
-        rows = [each.permute(0, 2, 3, 1).flatten(2) for each in (pixels, images)]
-        for some, given in zip(*(torch.split(each, few) for each in rows), strict=True):
-            torch.addcmul(shift, some.copy_(given), scale, out=some)
-        return pixels
-
-    def _layout_for(self, images: Tensor) -> torch.memory_format:
-        """On a processor a pass without backward takes channels_last, in which most convolutional networks are faster.
-
-        With a backward pass the two formats differ less (docs/performance.md).
-        """
-        forward_only = images.device.type == "cpu" and not torch.is_grad_enabled()
-        return torch.channels_last if forward_only else self._layout
+            pixels = (pixels - self.mean) / self.std
+        else:  # in place on the copy that `to` made: fresh memory for each operation costs more than the operation
+            pixels.div_(255).sub_(self.mean).div_(self.std)
+        return pixels.contiguous(memory_format=self._memory_format)

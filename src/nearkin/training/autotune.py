@@ -110,7 +110,7 @@ class Trial:
     def __init__(self, choice: Choice, network: Network, images: Tensor) -> None:
         self.choice, self.images = choice, images
         self.network = deepcopy(network).to(images.device).train()
-        self.network.lay_out(choice.memory_format)
+        self.network.set_memory_format(choice.memory_format)
         self.network.key.set(0, 0, 0, 1)
 
     def seconds(self) -> float:

@@ -92,7 +92,7 @@ class Trainer:
         network, objective = self.prepared.built.network, self.prepared.built.objective
         self.runtime.place(network)
         self.runtime.place(objective)
-        network.lay_out(self.settings.memory_format)
+        network.set_memory_format(self.settings.memory_format)
         if self.runtime.world_size > 1:
             from nearkin.network import synchronise_batchnorm
 
