@@ -137,7 +137,7 @@ FREE = {
 LARGEST_YAML = 1 << 20
 CONFIG_FILE = "config.yaml"  # in every run folder
 # What a resumed run may change: nothing that touches the weights.
-FREE_ON_RESUME = frozenset({"workers", "log_level", "log_every", "save_minutes"})
+FREE_ON_RESUME = frozenset({"check", "workers", "log_level", "log_every", "save_minutes"})
 GIVEN_FILE = "given.yaml"  # beside it: the options as they were given
 
 
@@ -182,6 +182,9 @@ class RunConfig(BaseModel):
     images_per_class: Count | None = option(None, "at most so many training images a class")
     bad_images: Literal["error", "skip"] = option(
         "error", "unreadable images stop the run, or are left out"
+    )
+    check: Literal["auto", "full", "headers"] = option(
+        "auto", "look at new image files: decode them, or headers only (auto: above 100 000)"
     )
     augment: Literal["auto", "none", "light", "medium", "strong"] = option("auto", "strength")
     crop_scale: Annotated[float, Field(gt=0, le=1)] | Literal["auto", "padded", "centre"] = option(

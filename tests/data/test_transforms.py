@@ -9,6 +9,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from nearkin.data import colour
 from nearkin.data.transforms import (
     EvalSpec,
     RandomRegion,
@@ -165,11 +166,18 @@ def test_strong_erases_in_a_quarter_of_the_cases():
     erased = sum(bool((erase(image) == 0).any()) for _ in range(800)) / 800
     assert abs(erased - 0.25) < 0.08
     names = [type(step).__name__ for step in strong.steps]
-    assert names == ["RandomPaddedCrop", "RandAugment", "ColorJitter", "RandomErasing"]
-    assert (strong.steps[1].num_ops, strong.steps[1].magnitude) == (2, 9)
+    assert names == ["RandomPaddedCrop", "RandAugment", "Jitter", "RandomErasing"]
+    assert (strong.steps[1].count, strong.steps[1].magnitude) == (2, 9)
 
 
 JITTER = (0.4, 0.4, 0.4, 0.1)
+
+
+def assert_equal_but_for_hue(made, expected):
+    """A shifted hue may round to the next grey level; three factors of up to 1.4 may follow."""
+    apart = (made.int() - expected.int()).abs()
+    assert (apart != 0).float().mean() < 2e-3
+    assert apart.max() <= 3
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -184,16 +192,73 @@ def test_strengths_draw_as_torchvision_would_in_this_order(strength, channels, f
     colours = {"light": [], "medium": medium, "strong": strong}[strength]
     crop = v2.RandomResizedCrop(72, scale=(0.35, 1.0), antialias=True)
     transform = made_by(strength, 72, channels, flip=flip)
-    for seed in range(8):
+    for seed in range(30):
         image = picture(90, 131, channels, seed)
         torch.manual_seed(seed)
         expected = crop(image)
         if flip and torch.rand(()) < 0.5:
             expected = expected.flip(-1)
-        for colour in colours:
-            expected = colour(expected)
+        for step in colours:
+            expected = step(expected)
+        following = torch.rand(())
         torch.manual_seed(seed)
-        assert torch.equal(transform(image), expected)
+        made = transform(image)
+        assert torch.rand(()) == following, "as many numbers are drawn"
+        if channels == 3:
+            assert_equal_but_for_hue(made, expected)
+        else:
+            assert torch.equal(made, expected)
+        (keyed,) = transform.of_each([image], [seed])
+        assert torch.equal(keyed, made)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (32, 32), (31, 50), (72, 72)])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("magnitude", [0, 9, 30])
+def test_randaugment_has_the_pixels_of_torchvisions(magnitude, channels, size):
+    from torchvision.transforms import v2
+
+    ours, theirs = colour.RandAugment(magnitude), v2.RandAugment(2, magnitude)
+    for seed in range(60):
+        image = picture(*size, channels, seed)
+        torch.manual_seed(seed)
+        expected = theirs(image)
+        torch.manual_seed(seed)
+        assert torch.equal(ours(image), expected)
+
+
+@pytest.mark.parametrize("name", colour.NAMES)
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_each_operation_has_the_pixels_of_torchvisions(name, sign):
+    from torchvision.transforms import v2
+
+    theirs = {"color": "saturation"}
+    spaces = v2.RandAugment._AUGMENTATION_SPACE
+    (kind,) = [k for k in spaces if theirs.get(k.lower(), k.lower()) == name.replace(" ", "")]
+    magnitudes, signed = spaces[kind]
+    values = magnitudes(31, 20, 33)
+    for place in (0, 9, 17, 30):
+        image = picture(20, 33, 3, place)
+        value = 0.0 if values is None else float(values[place])
+        expected = v2.RandAugment()._apply_image_or_video_transform(
+            image, kind, sign * value if signed else value, v2.InterpolationMode.NEAREST, {}
+        )
+        drawn = (colour.NAMES.index(name), sign if signed else 1)
+        assert torch.equal(colour.RandAugment(place).apply(image, drawn), expected)
+
+
+@pytest.mark.parametrize("turns", [-0.5, -0.1, 0.0, 0.03, 0.25, 0.5])
+def test_hues_are_shifted_as_by_torchvision(turns):
+    from torchvision.transforms.v2 import functional
+
+    levels = torch.arange(0, 256, 5, dtype=torch.uint8)
+    every = torch.cartesian_prod(levels, levels, levels).T.reshape(3, 52, -1)
+    edges = torch.tensor([[0, 0, 0], [255, 255, 255], [255, 0, 0], [1, 0, 0], [9, 9, 8]])
+    for image in (every, edges.to(torch.uint8).T[:, None], picture(64, 64)):
+        made, expected = colour.shift_hue(image, turns), functional.adjust_hue(image, turns)
+        apart = (made.int() - expected.int()).abs()
+        assert apart.max() <= 1
+        assert (apart != 0).float().mean() < 1e-3
 
 
 @pytest.mark.parametrize("scale", [(0.08, 1.0), (0.35, 1.0), (1.0, 1.0)])
@@ -235,17 +300,17 @@ def test_each_part_can_be_set_by_itself():
 
     assert kinds() == []
     assert kinds(randaugment=7) == ["RandAugment"]
-    assert kinds(jitter=0.4) == ["ColorJitter"]
-    assert kinds(jitter=0.4, jitter_prob=0.8) == ["RandomApply"]
+    assert kinds(jitter=0.4) == ["Jitter"]
+    assert kinds(jitter=0.4, jitter_prob=0.8) == ["Jitter"]
     assert kinds(jitter=0.4, jitter_prob=0.0) == []
-    assert kinds(grey_prob=0.2) == ["RandomGrayscale"]
+    assert kinds(grey_prob=0.2) == ["RandomGrey"]
     assert kinds(erasing=0.5) == ["RandomErasing"]
     assert kinds(flip=True) == ["RandomFlip"]
     assert kinds(erasing=1.0, randaugment=1, jitter=1.0, grey_prob=1.0, flip=True) == [
         "RandomFlip",
         "RandAugment",
-        "ColorJitter",
-        "RandomGrayscale",
+        "Jitter",
+        "RandomGrey",
         "RandomErasing",
     ]
     off = {"randaugment": 0, "jitter": 0.0, "erasing": 0.0}
@@ -253,12 +318,37 @@ def test_each_part_can_be_set_by_itself():
 
 
 def test_jitter_is_as_strong_and_as_frequent_as_asked():
-    step = made_by("none", 8, 3, jitter=0.8).steps[-1]
-    ranges = [step.brightness, step.contrast, step.saturation, step.hue]
-    assert ranges[:3] == [(pytest.approx(0.2), pytest.approx(1.8))] * 3
-    assert ranges[3] == (pytest.approx(-0.2), pytest.approx(0.2))
+    (step,) = made_by("none", 8, 3, jitter=0.8).steps[2:]
+    torch.manual_seed(0)
+    drawn = [dict(step.draw(torch.Size((3, 8, 8)))) for _ in range(2000)]
+    for part, ends in ((0, (0.2, 1.8)), (1, (0.2, 1.8)), (2, (0.2, 1.8)), (3, (-0.2, 0.2))):
+        values = torch.tensor([one[part] for one in drawn])
+        assert ends[0] <= values.min() < ends[0] + 0.02
+        assert ends[1] - 0.02 < values.max() <= ends[1]
     image = torch.tensor([200, 120, 60], dtype=torch.uint8)[:, None, None].expand(3, 8, 8)
     transform = made_by("none", 8, 3, jitter=0.4, jitter_prob=0.8)
     torch.manual_seed(0)
     same = sum(torch.equal(transform(image), image) for _ in range(400)) / 400
     assert abs(same - 0.2) < 0.06
+
+
+@pytest.mark.parametrize(("jitter", "prob"), [(2.0, 1.0), (0.4, 0.3)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_jitter_draws_as_torchvisions(jitter, prob, channels):
+    from torchvision.transforms import v2
+
+    strengths = (jitter, jitter) if channels == 1 else (jitter, jitter, jitter, jitter / 4)
+    theirs = (
+        v2.RandomApply([v2.ColorJitter(*strengths)], prob)
+        if prob < 1
+        else v2.ColorJitter(*strengths)
+    )
+    (ours,) = made_by("none", 8, channels, jitter=jitter, jitter_prob=prob).steps[2:]
+    for seed in range(40):
+        image = picture(16, 16, channels, seed)
+        torch.manual_seed(seed)
+        expected, following = theirs(image), torch.rand(())
+        torch.manual_seed(seed)
+        made = ours(image)
+        assert torch.rand(()) == following
+        assert (made.int() - expected.int()).abs().max() <= (0 if channels == 1 else 3)

@@ -233,7 +233,7 @@ def _slow_to_start(words):
         print("loading", file=sys.stderr, flush=True)
         time.sleep(60)
 
-    job.load_dataset = slow
+    job.choose = slow
     return command(words)
 
 

@@ -19,6 +19,7 @@ from nearkin.imports import import_eager
 
 Transform = Callable[[Tensor], Tensor]
 Interpolation = Literal["bilinear", "bicubic"]
+Drawn = tuple[Any, ...]  # what a step draws for an image
 
 LONGEST = 8  # times the short side: what lies beyond is cut, a resized strip would fill the memory
 RATIOS = (3 / 4, 4 / 3)  # of width to height, that a random region has
@@ -90,11 +91,11 @@ class Drawing(ABC):
         return images
 
     @abstractmethod
-    def draw(self, shape: torch.Size, generator: torch.Generator | None = None) -> tuple[int, ...]:
+    def draw(self, shape: torch.Size, generator: torch.Generator | None = None) -> Drawn:
         """For one image, from its own generator or the global one."""
 
     @abstractmethod
-    def apply(self, image: Tensor, drawn: tuple[int, ...]) -> Tensor:
+    def apply(self, image: Tensor, drawn: Drawn) -> Tensor:
         """`[C, H, W]` and what was drawn for it."""
 
 
@@ -107,7 +108,7 @@ class Batchwise(Drawing):
         return self.apply_all(images, draws)
 
     @abstractmethod
-    def apply_all(self, images: Tensor, draws: Sequence[tuple[int, ...]]) -> Tensor:
+    def apply_all(self, images: Tensor, draws: Sequence[Drawn]) -> Tensor:
         """`[n, C, H, W]` and what was drawn for each of them."""
 
 
@@ -153,16 +154,16 @@ class RandomPaddedCrop(Batchwise):
         resized = ResizeShortSide(self.side)(images)
         return torch.nn.functional.pad(resized, [self.padding] * 4)
 
-    def draw(self, shape: torch.Size, generator: torch.Generator | None = None) -> tuple[int, ...]:
+    def draw(self, shape: torch.Size, generator: torch.Generator | None = None) -> Drawn:
         down, right = shape[-2] - self.side + 1, shape[-1] - self.side + 1
         top = torch.randint(down, (), generator=generator).item()
         return int(top), int(torch.randint(right, (), generator=generator).item())
 
-    def apply(self, image: Tensor, drawn: tuple[int, ...]) -> Tensor:
+    def apply(self, image: Tensor, drawn: Drawn) -> Tensor:
         top, left = drawn
         return image[:, top : top + self.side, left : left + self.side]
 
-    def apply_all(self, images: Tensor, draws: Sequence[tuple[int, ...]]) -> Tensor:
+    def apply_all(self, images: Tensor, draws: Sequence[Drawn]) -> Tensor:
         # One copy by NumPy's windows takes a sixth of slicing and stacking.
         windows = sliding_window_view(images.numpy(), (self.side, self.side), axis=(2, 3))
         top, left = np.array(draws).T
@@ -177,7 +178,7 @@ class RandomRegion(Drawing):
     side: int
     scale: tuple[float, float]
 
-    def draw(self, shape: torch.Size, generator: torch.Generator | None = None) -> tuple[int, ...]:
+    def draw(self, shape: torch.Size, generator: torch.Generator | None = None) -> Drawn:
         height, width = shape[-2:]
         number = torch.empty(())  # float32 holds all whole numbers that are drawn
         for _ in range(10):
@@ -192,7 +193,7 @@ class RandomRegion(Drawing):
         high, wide = min(height, round(width / RATIOS[0])), min(width, round(height * RATIOS[1]))
         return (height - high) // 2, (width - wide) // 2, high, wide
 
-    def apply(self, image: Tensor, drawn: tuple[int, ...]) -> Tensor:
+    def apply(self, image: Tensor, drawn: Drawn) -> Tensor:
         top, left, high, wide = drawn
         colours, down, right = image.stride()
         # In one call: each takes longer than usual between the pixels of two images.
@@ -215,13 +216,13 @@ class RandomFlip(Batchwise):
         draws = [self.draw(torch.Size(()), generator) for generator in generators]
         return map(self.apply, images, draws)
 
-    def draw(self, _: torch.Size, generator: torch.Generator | None = None) -> tuple[int, ...]:
+    def draw(self, _: torch.Size, generator: torch.Generator | None = None) -> Drawn:
         return (int(torch.rand((), generator=generator).item() < 0.5),)
 
-    def apply(self, image: Tensor, drawn: tuple[int, ...]) -> Tensor:
+    def apply(self, image: Tensor, drawn: Drawn) -> Tensor:
         return image.flip(-1) if drawn[0] else image
 
-    def apply_all(self, images: Tensor, draws: Sequence[tuple[int, ...]]) -> Tensor:
+    def apply_all(self, images: Tensor, draws: Sequence[Drawn]) -> Tensor:
         mirrored = np.array(draws, dtype=bool)[:, 0]
         pixels = images.flip(-1).numpy()
         pixels[~mirrored] = images.numpy()[~mirrored]
@@ -345,15 +346,14 @@ def _crop(spec: TrainSpec) -> tuple[Transform, ...]:
 def _colour(spec: TrainSpec) -> Iterator[Transform]:
     if not (spec.randaugment or spec.jitter or spec.grey_prob or spec.erasing):
         return  # torchvision takes a while to load
-    from torchvision.transforms import v2
+    from nearkin.data import colour
 
-    x, grey = spec.jitter, spec.channels == 1
+    grey = spec.channels == 1
     if spec.randaugment:
-        yield v2.RandAugment(2, spec.randaugment)
-    if x and spec.jitter_prob:
-        jitter = v2.ColorJitter(x, x) if grey else v2.ColorJitter(x, x, x, x / 4)
-        yield jitter if spec.jitter_prob == 1 else v2.RandomApply([jitter], spec.jitter_prob)
+        yield colour.RandAugment(spec.randaugment)
+    if spec.jitter and spec.jitter_prob:
+        yield colour.Jitter(spec.jitter, spec.jitter / 4, grey, spec.jitter_prob)
     if spec.grey_prob and not grey:
-        yield v2.RandomGrayscale(spec.grey_prob)
+        yield colour.RandomGrey(spec.grey_prob)
     if spec.erasing:
-        yield v2.RandomErasing(spec.erasing)
+        yield colour.RandomErasing(spec.erasing)

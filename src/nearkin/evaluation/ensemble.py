@@ -49,7 +49,7 @@ def fingerprint(split: Split) -> str:
     digest = hashlib.sha256()
     images = split.images
     if isinstance(images, Files):
-        digest.update(os.fsencode(os.path.realpath(images.root)))
+        digest.update(os.fsencode(os.path.realpath(images.files.root)))
     for row in range(len(split.labels)):
         parts = [images.identity(row)]
         if isinstance(images, Files):

@@ -180,7 +180,7 @@ def _unseen(
     )
     if not own and tuple(listing.parts) == ("train",):
         split = split._replace(name="all")
-    notes += _refuse_trained(split, config, run, bundle)
+    notes += _refuse_trained(split, config, run)
     return Unseen(split, names, notes)
 
 
@@ -209,7 +209,7 @@ def _check_own_split(listing: Listing, config: RunConfig, split: str | None) -> 
         )
 
 
-def _refuse_trained(split: Split, config: RunConfig, run: Path, bundle: Bundle) -> tuple[str, ...]:
+def _refuse_trained(split: Split, config: RunConfig, run: Path) -> tuple[str, ...]:
     """Raises DataError when a file of `split` is one that the run was trained on, by whatever path.
 
     Returns a note when the run's own data are no longer there to compare with.
@@ -225,9 +225,7 @@ def _refuse_trained(split: Split, config: RunConfig, run: Path, bundle: Bundle) 
             val_split=config.val_split,
             seed=config.seed,
             images_per_class=config.images_per_class,
-            bad_images=config.bad_images,
-            classes=bundle.classes,
-            scan=config.bad_images == "skip",  # elsewhere there was nothing to leave out
+            check=None,  # of an unreadable file the name is all that is compared
         ).splits["train"]
     except DataError:
         gone = printable(config.data)

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from nearkin.data.decode import IMAGE_SUFFIXES, BadImage, read_image
+from nearkin.data.decode import BadImage, read_image
+from nearkin.data.sources.folders import IMAGE_SUFFIXES
 from nearkin.distributed import choose_device
 from nearkin.errors import DataError, printable
 from nearkin.evaluation.ensemble import BATCH
