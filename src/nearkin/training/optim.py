@@ -118,6 +118,8 @@ def build_optimizer(
     groups = parameter_groups(
         network, weight_decay=weight_decay, decay_all=decay_all, layer_decay=layer_decay
     )
+    kind: Any
+    options: dict[str, Any]
     if name == "lamb":
         kind, options = import_eager("timm.optim").Lamb, {}
     elif name == "sgd":
@@ -129,7 +131,7 @@ def build_optimizer(
     return optimizer
 
 
-def _eager(kind: type[Optimizer]) -> type[Optimizer]:
+def _eager(kind: Any) -> Any:
     """`kind` with methods that do not import `torch._dynamo`, which takes 2.3 s (docs/decisions/013-start-up.md).
 
     torch wraps them so that a compiled graph leaves the optimiser out; nearkin compiles the backbone only. The wrapper
