@@ -183,7 +183,7 @@ def prefers_adamw(module: nn.Module) -> bool:
     with one group), or a first convolution that cuts the image into patches. The published recipes of such models use
     AdamW; those of convolutional networks with BatchNorm use SGD.
     """
-    patches = any(_cuts_patches(n, c) for n, c in _first_convolutions(module).items())
+    patches = any(_cuts_patches(n, c) for n, c in first_convolutions(module).items())
     return patches or any(_is_attention(m) or _is_layer_norm(m) for m in module.modules())
 
 
@@ -281,7 +281,7 @@ def _not_fetched(model: str, error: Exception) -> ModelError:
     )
 
 
-def _first_convolutions(module: nn.Module) -> dict[str, nn.Conv2d]:
+def first_convolutions(module: nn.Module) -> dict[str, nn.Conv2d]:
     """By name, the convolutions that read the image; empty where timm does not know them."""
     names = _description(module).get("first_conv") or ()
     parts = dict(module.named_modules())
@@ -302,7 +302,7 @@ def _cuts_patches(name: str, convolution: nn.Conv2d) -> bool:
 
 def _has_open_stem(module: nn.Module) -> bool:
     """Whether the image is read by convolutions that overlap."""
-    convolutions = _first_convolutions(module)
+    convolutions = first_convolutions(module)
     return bool(convolutions) and not any(_cuts_patches(n, c) for n, c in convolutions.items())
 
 
@@ -310,7 +310,7 @@ def _check_patches(
     model: str, module: nn.Module, image_size: int, option: str = "--image-size"
 ) -> None:
     """A transformer would leave out, without a word, the pixels that fill no patch."""
-    convolutions = _first_convolutions(module)
+    convolutions = first_convolutions(module)
     if len(convolutions) != 1:
         return
     name, convolution = next(iter(convolutions.items()))
@@ -351,7 +351,7 @@ def _with_small_stem(module: nn.Module, channels: int, image_size: int) -> nn.Mo
 
 
 def _keep_resolution(module: nn.Module) -> None:
-    for convolution in _first_convolutions(module).values():
+    for convolution in first_convolutions(module).values():
         convolution.stride = (1, 1)
         if max(convolution.kernel_size) >= 7:
             convolution.kernel_size = (3, 3)

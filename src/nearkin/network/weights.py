@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from nearkin.errors import ModelError, printable
+from nearkin.network.backbone import first_convolutions
+from nearkin.network.network import Network
 
 LARGEST_FILE = 8 << 30
 LARGEST_HEADER = 16 << 20  # of safetensors: about 100 000 names
@@ -24,18 +28,27 @@ PREFIXES = ("module.", "_orig_mod.")  # left behind by DDP and torch.compile
 
 
 class LoadReport(NamedTuple):
-    """What became of the tensors, by name. mismatched: name -> its shape in the file and in the network."""
+    """What became of the tensors, by name.
+
+    adapted: those of `loaded` that were fitted to another image size or number of channels.
+    adapted, mismatched: name -> its shape in the file and in the network.
+    """
 
     file: Path
     loaded: tuple[str, ...]
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     mismatched: dict[str, str]
+    adapted: dict[str, str]
 
     def __str__(self) -> str:
-        mismatched = [f"{name} ({shapes})" for name, shapes in self.mismatched.items()]
+        adapted, mismatched = (
+            [f"{name} ({shapes})" for name, shapes in each.items()]
+            for each in (self.adapted, self.mismatched)
+        )
         parts = [
             f"{len(self.loaded)} tensors loaded from {printable(str(self.file))}",
+            _listed("adapted to this image size or number of channels", adapted),
             _listed("left as initialised, since not in the file", self.missing),
             _listed("left as initialised, since of another shape", mismatched),
             _listed("in the file but not used", self.unexpected),
@@ -44,11 +57,13 @@ class LoadReport(NamedTuple):
 
 
 def load_weights(module: nn.Module, file: Path) -> LoadReport:
-    """Load into `module` what fits of `file`, and tell what did not.
+    """Load into `module` the tensors of `file` that fit, and report the others.
 
     file: `.safetensors` (a run folder stands for its model), or `.pth`, `.pt`, `.bin` of a state dict, bare or inside
     a training script's checkpoint. Names are those of timm or nearkin; `module.` before them, and `backbone.` before
-    them or missing, makes no difference. Tensors of another shape, like a classifier for other classes, are skipped.
+    them or missing, makes no difference. In a `Network`, position embeddings for another image size and a first
+    convolution for another number of channels are adapted as timm does it for its own weights. Other tensors of
+    another shape, like a classifier for other classes, are skipped.
 
     Raises ModelError when the file is no checkpoint or a dangerous one, or when no parameter fits or one is not
     finite; the module is then unchanged.
@@ -57,6 +72,13 @@ def load_weights(module: nn.Module, file: Path) -> LoadReport:
     own = module.state_dict(keep_vars=True)
     given = _renamed(_read(file), own.keys())
     shared = [name for name in own if name in given]
+    other = {
+        name: f"{_shape(given[name])} in the file, {_shape(own[name])} here"
+        for name in shared
+        if not _fits(given[name], own[name])
+    }
+    if other and isinstance(module, Network):
+        given |= _adapted(module, given, own, list(other))
     loaded = tuple(name for name in shared if _fits(given[name], own[name]))
     if not any(isinstance(own[name], nn.Parameter) for name in loaded):
         raise ModelError(_nothing_fits(file, given, own))
@@ -71,12 +93,39 @@ def load_weights(module: nn.Module, file: Path) -> LoadReport:
         loaded,
         missing=tuple(name for name in own if name not in given),
         unexpected=tuple(name for name in given if name not in own),
-        mismatched={
-            name: f"{_shape(given[name])} in the file, {_shape(own[name])} here"
-            for name in shared
-            if name not in loaded
-        },
+        mismatched={name: shapes for name, shapes in other.items() if name not in loaded},
+        adapted={name: shapes for name, shapes in other.items() if name in loaded},
     )
+
+
+def _adapted(
+    network: Network, given: Mapping[str, Tensor], own: Mapping[str, Tensor], names: list[str]
+) -> dict[str, Tensor]:
+    """Those of `names`, which have another shape in the file, that fit once timm has adapted them."""
+    from timm.models._manipulate import adapt_input_conv
+
+    backbone, prefix = network.backbone, "backbone."
+    family = sys.modules[type(backbone).__module__]
+    names_of_filter = ("checkpoint_filter_fn", "_checkpoint_filter_fn")
+    filters = [getattr(family, name) for name in names_of_filter if hasattr(family, name)]
+    tensors = {n.removeprefix(prefix): t for n, t in given.items() if n.startswith(prefix)}
+    if (
+        filters
+    ):  # position embeddings, by the function with which timm reads weights of this kind of model
+        # A file can hold anything under these names. Warnings: of timm's code, about speed.
+        with suppress(Exception), warnings.catch_warnings(action="ignore"):
+            tensors = dict(filters[0](tensors, backbone))
+    channels = len(network.mean)
+    for name, convolution in first_convolutions(backbone).items():
+        weight = tensors.get(f"{name}.weight")
+        if weight is None or weight.dim() != 4:
+            continue
+        # A layer that first moves pixels into channels has several inputs for each channel of the image.
+        in_file = weight.shape[1] * channels // convolution.weight.shape[1]
+        with suppress(NotImplementedError, AssertionError, ValueError):
+            tensors[f"{name}.weight"] = adapt_input_conv(channels, weight, base_chans=in_file)
+    bare = {name: tensors.get(name.removeprefix(prefix)) for name in names}
+    return {n: t for n, t in bare.items() if isinstance(t, Tensor) and _fits(t, own[n])}
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
