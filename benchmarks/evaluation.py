@@ -19,8 +19,7 @@ from benchmarks.bench import Call, Row, Table, alternate, fastest, ratio
 from nearkin import evaluate, train
 from nearkin.evaluation.ensemble import FOLDER
 from nearkin.evaluation.evaluator import Evaluator
-from nearkin.training import api as beginning
-from nearkin.training import trainer
+from nearkin.training import prepare, trainer
 from nearkin.training.checkpoint.saver import Saver
 from nearkin.training.metrics_log import METRICS, read_metrics
 
@@ -98,7 +97,7 @@ def shares(run: Path) -> list[Row]:
     """Shares of one run in this process, from the call to its result, that are not training."""
     spent: dict[str, float] = {}
     with (
-        watched(beginning, "prepare", spent),
+        watched(prepare, "prepare", spent),
         watched(Saver, "save", spent),
         watched(Evaluator, "predictions", spent),
         watched(trainer, "write_predictions", spent),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 MODEL, CHANNELS, CLASSES, SIDE, BATCH, LR = "resnet10t", 1, 10, 8, 32, 0.025
+NARROW: dict[str, Any] = {"channels": [32, 64, 128, 256], "stem_width": 16}
 
 
 def train(folder: str) -> None:
@@ -75,7 +76,7 @@ def plain_predict(run: str, image: str) -> None:
 
 def small_model(timm: Any) -> Any:
     """The model that nearkin chooses for digits: its first layer keeps the resolution."""
-    model = timm.create_model(MODEL, in_chans=CHANNELS, num_classes=CLASSES)
+    model = timm.create_model(MODEL, in_chans=CHANNELS, num_classes=CLASSES, **NARROW)
     model.get_submodule(model.pretrained_cfg["first_conv"]).stride = (1, 1)
     return model
 

@@ -26,6 +26,7 @@ FLOORS = [
         "imports",
         "catalogue",
         "config",
+        "settings",
         "distributed",
     },
     {"bank", "teacher", "network"},

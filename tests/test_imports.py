@@ -65,6 +65,7 @@ def test_modules_that_the_caller_has_imported_stay_as_they_are(first):
 def test_a_package_that_needs_more_of_the_compiler_is_imported_with_it(tmp_path):
     (tmp_path / "torch" / "_dynamo").mkdir(parents=True)  # stands for torch: this is about modules
     (tmp_path / "torch" / "__init__.py").touch()
+    (tmp_path / "torch" / "_compile.py").write_text("_disable_dynamo = None\n")
     (tmp_path / "torch" / "_dynamo" / "__init__.py").write_text("config = 'real'\n")
     (tmp_path / "package.py").write_text("from torch._dynamo import config\n")
     program = "from nearkin.imports import import_eager; print(import_eager('package').config)"

@@ -1,4 +1,4 @@
-"""The options of a run: frozen, validated, in YAML and on the command line alike. Imports no torch.
+"""The options of a run as they are given: frozen, validated, the same in YAML and on the command line. No torch.
 
 Options travel flat, `{"epochs": 30, "objective": "cone", "objective.topk": 512}`, until `RunConfig` checks them.
 """
@@ -17,10 +17,10 @@ from nearkin.errors import ConfigError, printable
 from nearkin.hints import unknown_option, value_hint
 
 NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
-LARGEST = 1 << 14  # above every width and depth in use; what a number can cost stays bounded
+LARGEST = 1 << 14  # of a model option; above every width and depth in use
 LONGEST = 16  # numbers in a list
 MOST = 32  # options
-# What timm's builders read themselves: files, weights, the form of the result; or what has an option of its own.
+# Arguments that timm's builders read themselves (files, weights, form of the result), or that have their own option.
 RESERVED = frozenset(
     {
         "cache_dir",
@@ -62,9 +62,8 @@ INSTEAD = {
 def checked_model_options(options: dict[str, Any]) -> dict[str, Any]:
     """The options with command-line words turned into values.
 
-    Allowed are finite numbers, true, false, and lists of up to 16 of them: values that can name no file, class or
-    address. The names that timm's builders keep for themselves are refused. Whether a model takes an option shows when
-    it is built. Source: our choice.
+    Values are finite numbers, true, false, and lists of up to 16 of them, so that none can name a file, class or
+    address. Names in RESERVED are refused. Whether a model takes an option is checked when it is built.
 
     Raises ConfigError that names the option.
     """
@@ -104,7 +103,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _parsed(word: str) -> Any:
-    """A word of the command line as YAML reads it; also numbers like 1e-3, which YAML takes for words."""
+    """A word of the command line as YAML reads it; also numbers like 1e-3, which YAML reads as strings."""
     if len(word) > 200:
         return word
     try:
@@ -148,13 +147,13 @@ def option(default: Any, description: str, **limits: Any) -> Any:
 
 
 class RunConfig(BaseModel):
-    """Every common option. `auto` is resolved before training, printed and stored (methods: docs/defaults.md)."""
+    """Every option of a run. `auto` is resolved before training: see `Settings` and docs/defaults.md."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    # What is learnt, and from what.
+    # Data, objective and length.
     data: str = option("digits", "built-in name, folder of class folders, or CSV/parquet table")
-    objective: str = option("cone", "what to minimise (nearkin list objectives)")
+    objective: str = option("cone", "loss to minimise (nearkin list objectives)")
     options: dict[str, Any] = option({}, "options of the objective, as --objective.NAME")
     seed: Annotated[int, Field(ge=0, lt=1 << 62)] = option(
         0, "seed of data order, augmentation, initialisation"
@@ -181,7 +180,9 @@ class RunConfig(BaseModel):
     # The data.
     val_split: Share = option(0.1, "share of train held out where no split exists")
     images_per_class: Count | None = option(None, "at most so many training images a class")
-    bad_images: Literal["error", "skip"] = option("error", "unreadable images stop the run or go")
+    bad_images: Literal["error", "skip"] = option(
+        "error", "unreadable images stop the run, or are left out"
+    )
     check: Literal["auto", "full", "headers"] = option(
         "auto", "look at new image files: decode them, or headers only (auto: above 100 000)"
     )
@@ -241,7 +242,7 @@ class RunConfig(BaseModel):
     memory_format: Literal["auto", "contiguous", "channels_last"] = option("auto", "of images")
     device: Literal["auto", "cpu", "cuda", "mps"] = option("auto", "where to compute")
     threads: Count | Auto = option("auto", "CPU threads of each process")
-    autotune: bool = option(False, "settle precision, memory format and threads by a short trial")
+    autotune: bool = option(False, "choose precision, memory format and threads by a short trial")
     compile: bool = option(False, "compile the backbone (torch.compile)")
 
     # The record.

@@ -29,10 +29,10 @@ def _without_dynamo() -> Iterator[None]:
     At import torchvision.ops.roi_align takes `utils.is_compile_supported` from it, and torchvision.tv_tensors and
     timm.models.naflexvit apply `torch.compiler.disable`. They get functions that load the compiler when called.
     """
-    import torch
+    from torch._compile import _disable_dynamo  # torch's own form, which loads the compiler late
 
     def disable(fn: Any = None, recursive: bool = True, **_: Any) -> Any:
-        return torch._disable_dynamo(fn, recursive)  # type: ignore[no-untyped-call]
+        return _disable_dynamo(fn, recursive)
 
     def is_compile_supported(device_type: str) -> bool:
         return bool(import_module("torch._dynamo.utils").is_compile_supported(device_type))

@@ -1,4 +1,4 @@
-"""The teacher: an averaged copy of the student that is the same on every rank."""
+"""The teacher: an exponential moving average of the student, the same on every rank."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TEACHER_SALT = 0x7EAC
 
 
 class TeacherPolicy(NamedTuple):
-    """How a stage keeps its teacher.
+    """How the teacher of a stage is updated and what it reads.
 
     schedule: `constant` momentum from `horizon`, the same `ramped` up from 0, or CoNe's `cosine` from `momentum` to 1.
     horizon: memory of `constant` and `ramped` in epochs (at least 8 steps), above 0.
@@ -71,12 +71,12 @@ class Teacher(nn.Module):
         _lerp(list(self.network.parameters()), list(student.parameters()), 1.0 - momentum)
         if self.batchnorm == "own":
             return
-        mine, theirs = list(self.network.buffers()), list(student.buffers())
-        floating = [i for i, buffer in enumerate(mine) if buffer.is_floating_point()]
-        _lerp([mine[i] for i in floating], [theirs[i] for i in floating], 1.0 - momentum)
-        for to, of in zip(mine, theirs, strict=True):
-            if not to.is_floating_point():
-                to.copy_(of)
+        pairs = list(zip(self.network.buffers(), student.buffers(), strict=True))
+        floating = [(own, other) for own, other in pairs if own.is_floating_point()]
+        _lerp([own for own, _ in floating], [other for _, other in floating], 1.0 - momentum)
+        for own, other in pairs:
+            if not own.is_floating_point():
+                own.copy_(other)
 
 
 def _lerp(targets: list[Tensor], sources: list[Tensor], weight: float) -> None:

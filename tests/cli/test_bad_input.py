@@ -350,7 +350,7 @@ def test_data_that_changed_since_the_run(finished, capsys, tmp_path):
     (run_folder / "status.json").write_text(json.dumps(status | {"state": "running"}))
     extra = write_image(finished / "photos" / "cat" / "extra.png")
     try:
-        refused(capsys, 4, "another run", argv=["train", "--resume", str(run_folder)])
+        refused(capsys, 4, "not those of the run", argv=["train", "--resume", str(run_folder)])
     finally:
         extra.unlink()
 

@@ -46,6 +46,12 @@ CASES = {
     "predict with no run": (4, "model.json", "predict photos photos"),
     "fewshot without data": (2, "images to draw from", "fewshot run"),
     "fewshot with a missing run": (4, "The run nowhere does not exist", "fewshot nowhere photos"),
+    "evaluate on missing data": (3, "nowhere", "evaluate done nowhere"),
+    "evaluate on an empty folder": (3, "empty", "evaluate done empty"),
+    "predict a missing file": (3, "nowhere.jpg", "predict done nowhere.jpg"),
+    "predict an empty folder": (3, "empty", "predict done empty"),
+    "fewshot on missing data": (3, "nowhere", "fewshot done nowhere"),
+    "import a missing file": (4, "nowhere.pth", "import-cone nowhere.pth"),
     "import nothing": (2, "Import which file?", "import-cone"),
     "list nothing": (2, "One of models, objectives, recipes", "list"),
     "list an unknown kind": (2, "Did you mean recipes?", "list recipe"),
@@ -76,6 +82,9 @@ def results(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     write_classes(home / "photos")
     (home / "empty").mkdir()
+    (home / "done").mkdir()
+    for name in ("model.json", "config.yaml"):
+        (home / "done" / name).write_text("not read before the data is known to exist")
     (home / "empty.csv").write_text("path,label\n")
     (home / "notes.txt").write_text("notes")
     words = {name: line.split() for name, (_, _, line) in CASES.items()}

@@ -76,5 +76,5 @@ def _stream(stream: Any, number: int, *, errors: str, report: bool) -> io.TextIO
     else:
         raw = getattr(stream.buffer, "raw", stream.buffer)  # PYTHONUNBUFFERED leaves the buffer out
         by_line = stream.line_buffering or stream.write_through
-    buffer = io.BufferedWriter(_Raw(raw, report=report))  # type: ignore[type-var]
+    buffer = io.BufferedWriter(_Raw(raw, report=report))
     return io.TextIOWrapper(buffer, encoding="utf-8", errors=errors, line_buffering=by_line)

@@ -83,8 +83,8 @@ def build(
 ) -> Built:
     """Backbone, heads and objective.
 
-    options: the objective's, where they are validated already; by default those of `spec`. images, batch_size: of the
-    training, from which `auto` options follow; the options of a trained model have none.
+    options: the objective's, where they are validated already; by default those of `spec`. images, batch_size, device:
+    of the training, from which `auto` options follow; the options of a trained model have none.
 
     Raises ConfigError for an unknown model, objective or option.
     """

@@ -1,4 +1,4 @@
-"""The objectives, one file each. Every file beside this one is imported; a new file is a new objective."""
+"""The objectives, one file each. Every file in this package is imported; a new file is a new objective."""
 
 from __future__ import annotations
 

@@ -38,12 +38,12 @@ class AttractRepulse(Objective, name="attract-repulse"):
                   negatives too. repulse falls from `repulse` to `repulse_end` by a cosine.
     mean-teacher: total = SCE + consistency(t) * KL(teacher || student), on another crop; student and teacher start
                   from the best weights so far, consistency rises as exp(-5 (1 - t)^2), the teacher is the final model.
-    The paper publishes no formulas, weights or backbones: this composition and its numbers are our choice.
+    The paper publishes no formulas, weights or backbones; docs/methods/attract-repulse.md explains the numbers.
     Heads: a two-layer projection, and a linear classifier, side by side on the pooled features.
     """
 
     class Config(Objective.Config):
-        """Our choice; the pieces' own sources are in docs/methods."""
+        """No value is published; sources of the parts: docs/methods/attract-repulse.md."""
 
         alpha: AutoAmount = option("auto", "weight of the cross-entropy")
         beta: AutoAmount = option("auto", "weight of the reverse cross-entropy")

@@ -22,18 +22,18 @@ Start = Literal["fresh", "continue", "best"]
 
 
 class Stage(NamedTuple):
-    """What a stretch of training needs.
+    """A stage of training.
 
     name: shown in the journal and in checkpoints. share: of the epochs; the shares of all stages sum to 1.
     heads: the active ones; the others are frozen and not run.
     start: `fresh` weights as initialised, `continue` with the last ones, or the `best` so far.
     views: crops loaded per image, the teacher's own crop included.
-    teacher: how the averaged copy is kept, or None for no teacher.
+    teacher: how the teacher is updated, or None for no teacher.
     coupled: whether an anchor's value depends on the other samples of the batch.
     positives: whether an anchor needs another image of its class in the batch.
     freeze_backbone: the backbone gets no gradient and runs in eval mode.
     lr: the stage's peak learning rate as a share of the run's.
-    final: whether the stage's model, judged and saved, is the student or the teacher.
+    final: whether student or teacher is evaluated and saved.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Stage(NamedTuple):
 
     @property
     def student_views(self) -> int:
-        """How many of the views the student reads: all, but for a crop that is the teacher's own."""
+        """How many of the views the student reads: all but a crop of the teacher's own."""
         return self.views - int(self.teacher is not None and self.teacher.crop == "own")
 
 
@@ -59,7 +59,7 @@ class Objective(nn.Module):
 
     config: the options; every `auto` is resolved here. dim: width of the backbone's features. classes: C.
     images, batch_size: training images and images per step, from which `auto` sizes follow. Their defaults give a bank
-    of 4096 entries. device: type of the device that trains; CoNe's bank follows from it.
+    of 4096 entries. device: type of the device that trains, from which the precision of a bank follows.
 
     `heads` belong to the network (`Network(backbone, objective.heads, ...)`), and so do their weights. The objective
     itself has no state but its bank.
@@ -83,7 +83,7 @@ class Objective(nn.Module):
             """The same options with every `auto` replaced by a number that follows from `facts`."""
             return self
 
-        def fill(self, **values: float | str) -> Self:
+        def fill(self, **values: object) -> Self:
             """The same options with `values` in place of `auto`."""
             auto = {name: v for name, v in values.items() if getattr(self, name) == "auto"}
             return self.model_copy(update=auto)
@@ -117,7 +117,7 @@ class Objective(nn.Module):
         self.class_weights = weights
 
     def classify(self, logits: Tensor, labels: Tensor) -> PerAnchor:
-        """The cross-entropy term of every objective: smoothing and class weights applied in one place."""
+        """The cross-entropy term, with label smoothing and class weights."""
         return cross_entropy(
             logits,
             labels,
@@ -127,7 +127,7 @@ class Objective(nn.Module):
         )
 
     def weigh(self, losses: PerAnchor, labels: Tensor) -> PerAnchor:
-        """Losses that stand in for a cross-entropy, each times the weight of its class; as they are without weights."""
+        """Losses that replace a cross-entropy, each times the weight of its class; unchanged without weights."""
         if self.class_weights is None:
             return losses
         weights = self.class_weights.to(losses.value.dtype)
@@ -155,13 +155,13 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def update(self, batch: Batch, student: Outputs, teacher: Outputs | None) -> None:
-        """Side effects (writing a bank), once per optimiser step, after it. Most objectives have none."""
+        """Write the bank, once after each optimiser step. Most objectives have none."""
 
     @torch.no_grad()
     def at_collapse(
         self, batch: Batch, student: Outputs, teacher: Outputs | None, progress: Progress
     ) -> Loss:
-        """The loss of this batch if all embeddings, and those in a bank, were one: that of a collapsed network."""
+        """The loss of this batch for constant embeddings, in a bank as well: that of a collapsed network."""
         with ExitStack() as stack:
             for module in self.modules():
                 if isinstance(module, NeighbourBank):
@@ -182,7 +182,7 @@ def combine(**terms: tuple[float | Tensor, PerAnchor | Tensor]) -> Loss:
 
 
 def lonely(losses: PerAnchor) -> dict[str, Tensor]:
-    """For `Loss.counts`: how many anchors had no positive, so that they taught nothing."""
+    """For `Loss.counts`: the number of anchors without a positive, which give no gradient."""
     return {"without_positive": (~losses.valid).sum()}
 
 
@@ -190,7 +190,6 @@ def per_class(function: Callable[[Tensor], PerAnchor], labels: Tensor) -> PerAnc
     """`function` of integer labels, for soft ones too: lam L(a) + (1 - lam) L(b) over a sample's two classes.
 
     labels: `[N]`, or `[N, C]` rows of at most two classes. Valid if either part is; a missing part counts 0.
-    Source: our choice (docs/methods).
     """
     if labels.ndim == 1:
         return function(labels)
@@ -213,7 +212,7 @@ def smoothed(labels: Tensor, classes: int, smoothing: float) -> Tensor:
 
 
 def _collapsed(outputs: Outputs) -> Outputs:
-    """Every embedding the same, every class as probable as the next."""
+    """Constant embeddings, equal logits."""
     features, embedding, projection, logits = outputs
     return Outputs(
         torch.ones_like(features),
@@ -239,7 +238,7 @@ def required(output: Tensor | None) -> Tensor: ...
 @overload
 def required(output: Outputs | None, field: str) -> Tensor: ...
 def required(output: Tensor | Outputs | None, field: str = "") -> Tensor:
-    """An output that the stage's heads must have written, or a field of a teacher's outputs that must be there."""
+    """The output itself, or a field of a teacher's outputs. Raises ValueError where it is missing."""
     found = getattr(output, field) if field and output is not None else output
     if not isinstance(found, Tensor):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Cross-entropy: the opponent that every other objective has to beat."""
+"""Cross-entropy: the baseline."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from nearkin.types import Batch, Loss, Outputs, Progress
 
 
 class CrossEntropy(Objective, name="ce"):
-    """Cross-entropy, of a softmax or binary: the one that others must beat (arXiv 2110.00476).
+    """Cross-entropy of a softmax, or binary per class: the baseline (arXiv 2110.00476).
 
     total = CE(logits, labels). Heads: one linear classifier on the pooled features.
     """
 
     class Config(Objective.Config):
-        """The softmax is the field's; the binary form is that of timm's A1 to A3 recipes."""
+        """The binary form is that of timm's A1 to A3 recipes."""
 
         loss: Literal["softmax", "bce"] = option(
             "softmax", "classes compete, or each is a yes-or-no question"

@@ -39,7 +39,7 @@ class CoNe(Objective, name="cone"):
     """
 
     class Config(Objective.Config):
-        """Weights and temperatures as published; sizes, warm-up and teacher memory are our choice."""
+        """Weights and temperatures as published; other defaults: docs/methods/cone.md."""
 
         neighbour_weight: float = option(0.7, "weight of the neighbour term", ge=0)
         consistency_weight: float = option(0.4, "weight of the consistency term", ge=0)
@@ -71,16 +71,13 @@ class CoNe(Objective, name="cone"):
         def resolve(self, facts: Facts) -> Self:
             """K = min(65 536, N / 2), at least a batch; k = min(K / 4, clamp(8 K / C, 32, 512))."""
             hidden, embedding = projection_sizes(facts.dim)
-            precision = bank_precision(torch.device(facts.device))
-            sized = self.fill(
-                bank=default_bank(facts),
-                hidden=hidden,
-                embedding=embedding,
-                bank_precision=precision,
-            )
+            sized = self.fill(bank=default_bank(facts), hidden=hidden, embedding=embedding)
             wanted = min(max(8 * sized.bank // facts.classes, 32), 512)
-            fill_steps = math.ceil(min(sized.bank, facts.images) / facts.batch_size)
-            return sized.fill(topk=max(1, min(sized.bank // 4, wanted)), warmup_steps=fill_steps)
+            return sized.fill(
+                topk=max(1, min(sized.bank // 4, wanted)),
+                warmup_steps=math.ceil(min(sized.bank, facts.images) / facts.batch_size),
+                bank_precision=bank_precision(torch.device(facts.device)),
+            )
 
     config: Config
     bank: NeighbourBank

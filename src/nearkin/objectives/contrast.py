@@ -1,4 +1,4 @@
-"""What the contrastive objectives share: a projection that only contrasts, beside a linear classifier."""
+"""Base of the contrastive objectives: a projection for the contrast, beside a linear classifier."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class GPaCo(Objective, name="gpaco"):
     """
 
     class Config(Objective.Config):
-        """Alpha and temperature as published for ImageNet; smoothing, bank and teacher are our choice."""
+        """Alpha and temperature as published for ImageNet."""
 
         alpha: float = option(0.05, "weight of a sample beside that of the label", ge=0)
         temperature: float = option(0.2, "divides the cosine similarities", gt=0)

@@ -14,18 +14,18 @@ from nearkin.types import Batch, Loss, Outputs, Progress
 class MarginSoftmax(Objective):
     """total = CE(scale * (cosines with the margin on one's own class)).
 
-    A subclass gives `lowered`. The head emits scale * cosine, so that what is judged and used later is the softmax
-    without the margin (docs/decisions/008). Of a mixed image both classes are taken in turn.
+    A subclass gives `with_margin`. The head emits scale * cosine, so that evaluation uses the softmax
+    without the margin (docs/decisions/008). A mixed image is computed for both of its classes.
     """
 
     class Config(Objective.Config):
-        """Scale for few classes: our choice (docs/methods); 30 to 64 suit many."""
+        """Scale 16 suits few classes, 30 to 64 many (docs/methods)."""
 
         scale: float = option(16.0, "of the cosines, before the softmax", gt=0)
 
     config: Config
 
-    def lowered(self, cosine: Tensor, labels: Tensor) -> Tensor:
+    def with_margin(self, cosine: Tensor, labels: Tensor) -> Tensor:
         """Logits `[N, C]` from cosines `[N, C]`, the margin applied at integer labels `[N]`."""
         raise NotImplementedError
 
@@ -43,6 +43,6 @@ class MarginSoftmax(Objective):
         cosine = required(student.logits) / self.config.scale
 
         def against(classes: Tensor) -> PerAnchor:
-            return self.classify(self.lowered(cosine, classes), classes)
+            return self.classify(self.with_margin(cosine, classes), classes)
 
         return combine(ce=(1.0, per_class(against, batch.labels)))

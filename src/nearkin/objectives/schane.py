@@ -31,7 +31,7 @@ class SCHaNe(Objective, name="schane"):
     """
 
     class Config(Objective.Config):
-        """Defaults of the published code; `within` is our form of its contrast on each device alone."""
+        """Defaults of the published code; `within` stands for its contrast on each device alone."""
 
         mix: float = option(0.9, "share of the contrast in the total", ge=0, le=1)
         hardness: float = option(1.0, "how much similar negatives count more", ge=0)

@@ -11,7 +11,7 @@ from nearkin.objectives.contrast import Contrastive
 class Sincere(Contrastive, name="sincere"):
     """Each positive alone against the other classes: no positive repels another (arXiv 2309.14277).
 
-    Joint with CE at weight 0.5 (our choice), or in two stages as published.
+    Joint with CE, or in two stages as published.
     """
 
     term = "sincere"

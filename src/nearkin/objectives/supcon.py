@@ -14,13 +14,13 @@ from nearkin.objectives.contrast import Contrastive
 class SupCon(Contrastive, name="supcon"):
     """Pull the images of one class together, push all others away (arXiv 2004.11362).
 
-    Joint with CE at weight 0.5 (our choice), or in two stages as published.
+    Joint with CE, or in two stages as published.
     """
 
     term = "supcon"
 
     class Config(Contrastive.Config):
-        """Temperature as in the paper; the joint weight and the sizes are our choice."""
+        """Temperature as published."""
 
         variant: Literal["out", "in"] = option("out", "L_out or L_in of the paper")
 

@@ -22,12 +22,12 @@ from nearkin.types import Batch, Loss, Outputs, Progress
 class Triplet(Objective, name="triplet"):
     """The farthest image of the class nearer than any of another, by a margin (arXiv 1703.07737).
 
-    total = CE + weight * batch-hard triplet loss of the pooled features, scaled to unit length (our choice).
-    Heads: one linear classifier on the pooled features. Of a mixed image both classes are taken in turn.
+    total = CE + weight * batch-hard triplet loss of the pooled features, scaled to unit length.
+    Heads: one linear classifier on the pooled features. A mixed image is computed for both of its classes.
     """
 
     class Config(Objective.Config):
-        """The margin for unit rows and the weight are our choice; one crop per image, as published."""
+        """One crop per image, as published; the margin is for unit rows."""
 
         weight: float = option(1.0, "weight of the triplet term", ge=0)
         margin: float = option(0.2, "least difference of the two distances", ge=0)

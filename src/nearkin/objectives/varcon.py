@@ -13,14 +13,14 @@ from nearkin.objectives.contrast import Contrastive
 class VarCon(Contrastive, name="varcon"):
     """Samples against the class centres of the batch; targets follow confidence (arXiv 2506.07413).
 
-    Joint with CE at weight 0.5 (our choice), or in two stages as published. Of a mixed image both classes are
-    taken in turn.
+    Joint with CE, or in two stages as published. A mixed image is computed for both of
+    its classes.
     """
 
     term = "varcon"
 
     class Config(Contrastive.Config):
-        """Temperature and epsilon as published; the joint weight and the sizes are our choice."""
+        """Temperature and epsilon as published."""
 
         epsilon: float = option(0.02, "how far the target's temperature follows confidence", ge=0)
 

@@ -27,6 +27,7 @@ from nearkin.types import Result
 
 if TYPE_CHECKING:
     from nearkin.data.look import BadImages
+    from nearkin.data.sources.listing import Listing
     from nearkin.distributed import Runtime
     from nearkin.training.options import TrainOptions
     from nearkin.training.prepare import Prepared
@@ -61,8 +62,7 @@ def train(
 
 def start_run(values: Mapping[str, Any], *, quiet: bool) -> Result:
     """A new run from flat options. Raises ConfigError, DataError, ModelError, DivergedError or Stopped."""
-    config = checked_options(values)
-    run_folder.check_free(config.out)
+    config, listing = checked_options(values)
 
     def work(runtime: Runtime) -> Result:
         from nearkin.data.look import BadImages
@@ -70,7 +70,7 @@ def start_run(values: Mapping[str, Any], *, quiet: bool) -> Result:
         from nearkin.training.trainer import Trainer
 
         try:
-            prepared = prepare(config, runtime, quiet=quiet)
+            prepared = prepare(config, runtime, listing=listing, quiet=quiet)
         except BadImages as error:
             raise _listed(error, config, runtime) from None
         folder = _create_folder(prepared, config, runtime)
@@ -87,8 +87,8 @@ def continue_run(run: Path, values: Mapping[str, Any], *, quiet: bool) -> Result
     """
     stored = run_folder.stored_settings(run)
     finished = run_folder.stored_state(run) == "finished"
-    if not finished:
-        _check_moved(str(values.get("data", stored.data)), stored.data)
+    data = str(values.get("data", stored.data))
+    listing = None if finished else _list_moved(data, stored.data)
     settings = _with_changes(stored, run, values)
     if finished:
         from nearkin.evaluation.model import read_description
@@ -101,7 +101,7 @@ def continue_run(run: Path, values: Mapping[str, Any], *, quiet: bool) -> Result
         from nearkin.training.trainer import Trainer
 
         classes = run_folder.stored_classes(run)
-        prepared = prepare(settings, runtime, classes=classes, quiet=quiet)
+        prepared = prepare(settings, runtime, listing=listing, classes=classes, quiet=quiet)
         run_folder.check_identity(run, prepared.identity, settings.data)
         if runtime.is_main and settings.data != stored.data:
             run_folder.write_settings(run, stored.model_copy(update={"data": settings.data}))
@@ -112,34 +112,36 @@ def continue_run(run: Path, values: Mapping[str, Any], *, quiet: bool) -> Result
 
 def resolved(values: Mapping[str, Any]) -> Settings:
     """The settings that `start_run` would use."""
-    config = checked_options(values)
+    config, listing = checked_options(values)
 
     def work(runtime: Runtime) -> Settings:
         from nearkin.training.prepare import prepare
 
-        return prepare(config, runtime, look=False).settings
+        return prepare(config, runtime, listing=listing, look=False).settings
 
     return _with_runtime(config, work)
 
 
-def checked_options(values: Mapping[str, Any]) -> RunConfig:
-    """The options, once they are valid, their objective exists, and DATA holds images in classes."""
+def checked_options(values: Mapping[str, Any]) -> tuple[RunConfig, Listing | None]:
+    """The options and what DATA holds, after every check that needs no torch: values, run folder, objective, DATA."""
     config: RunConfig = validate(RunConfig, values)
+    run_folder.check_free(config.out)
     check_objective(config.objective, config.options)
-    _list_data(config.data)
-    return config
+    return config, _list_data(config.data)
 
 
-def _list_data(data: str) -> None:
+def _list_data(data: str) -> Listing | None:
+    """The listing of DATA, or None for a built-in data set, which may have to be downloaded by one process."""
+    from nearkin.data.sources.builtin import BUILTIN
     from nearkin.data.sources.resolve import resolve
 
-    resolve(data)
+    return None if data in BUILTIN else resolve(data)
 
 
-def _check_moved(data: str, stored: str) -> None:
+def _list_moved(data: str, stored: str) -> Listing | None:
     """List the data of a run that is continued; `stored` is where they were when it started. Raises DataError."""
     try:
-        _list_data(data)
+        return _list_data(data)
     except DataError as error:
         if data != stored or Path(stored).is_absolute():
             raise

@@ -13,7 +13,7 @@ from nearkin.settings import DataSettings, Settings
 DIGIT_LIKE = ("digits", "mnist", "svhn")  # a mirrored digit is another digit, or none
 SMALL_WORK = 2e9  # parameters x pixels; below it one thread is fastest
 TINY_IMAGE, SMALL_IMAGE = 16, 64
-NARROW: dict[str, Any] = {"channels": [32, 64, 128, 256], "stem_width": 16}  # 1.2 M weights
+NARROW: dict[str, Any] = {"channels": [48, 96, 128, 128], "stem_width": 16}  # 0.76 M weights
 
 
 class DataFacts(NamedTuple):
@@ -87,7 +87,10 @@ def resolve_data(config: RunConfig, facts: DataFacts) -> DataSettings:
 
 
 def resolve(config: DataSettings, facts: NetworkFacts) -> Settings:
-    """Every other option: those that follow from the network, the device and the processes on it."""
+    """Every other option: those that follow from the network, the device and the processes on it.
+
+    `out` is dropped: the place of a run is no setting, and another run may reuse them.
+    """
     pretrained = config.pretrained or config.weights is not None
     adam = pretrained or facts.prefers_adamw
     optimizer = config.optimizer if config.optimizer != "auto" else ("adamw" if adam else "sgd")
@@ -106,32 +109,31 @@ def resolve(config: DataSettings, facts: NetworkFacts) -> Settings:
         "threads": 1 if small or facts.ranks > 1 else cores,
         "workers": min(8, cores) if facts.files else 0,
     }
-    given = config.model_dump() | {"options": facts.options, "stem": facts.stem}
+    given = config.model_dump() | {"options": facts.options, "stem": facts.stem, "out": None}
     return Settings.model_validate(_fill(given, values))
 
 
 def shrinks_exactly(config: DataSettings) -> bool:
-    """Whether shrinking the images to `image_size` first changes no pixel that the network will see."""
+    """Whether shrinking the images to `image_size` first changes no pixel that the network reads."""
     whole = config.crop_scale in ("padded", "centre")
     same = config.eval_size == config.image_size and config.eval_crop == 1
     return config.image_size <= SMALL_IMAGE and whole and same
 
 
 def read_whole(config: DataSettings) -> bool:
-    """Whether batches come from one array in memory, faster than other processes could hand them over."""
+    """Whether batches are read from one array in memory, which is faster than loader processes."""
     return config.cache != "off" and config.image_size <= SMALL_IMAGE
 
 
 def side_in_cache(config: DataSettings) -> int:
-    """The short side of cached images: that of evaluation, which so sees the same pixels as without a cache; more where
-    random regions would be enlarged from fewer pixels than the network reads. Source: our choice."""
+    """The short side of cached images: that of evaluation, so that it reads the same pixels as without a cache. With
+    random crops it is larger, so that fewer of them have to be enlarged."""
     size, regions = config.image_size, not isinstance(config.crop_scale, str)
     return max(eval_spec(config).resize, round(size / 0.875) if regions else size)
 
 
 def side_of_scaled(config: DataSettings) -> int:
-    """The short side that scaled JPEGs keep: random regions have no fewer pixels than the network reads, as far as the
-    original has them. Source: our choice."""
+    """The least short side of scaled JPEGs, with which the smallest random crop has `image_size` pixels a side."""
     share = 1.0 if isinstance(config.crop_scale, str) else config.crop_scale
     return math.ceil(config.image_size / math.sqrt(share))
 
@@ -142,12 +144,12 @@ def eval_spec(config: DataSettings) -> EvalSpec:
 
 
 def default_model(image_size: int) -> tuple[str, dict[str, Any]]:
-    """timm's name and options: a quarter as wide resnet10t up to 16 pixels, resnet18 above."""
+    """timm's name and options: a narrow resnet10t up to 16 pixels, resnet18 above."""
     return ("resnet10t", NARROW) if image_size <= TINY_IMAGE else ("resnet18", {})
 
 
 def check(config: DataSettings, *, images: int, world_size: int) -> None:
-    """Raises ConfigError for numbers that do not fit together."""
+    """Raises ConfigError for settings that do not fit together."""
     batch, parts = config.batch_size, world_size * config.accumulate
     if batch > images:
         raise ConfigError(
@@ -180,7 +182,7 @@ def _check_sampler(config: DataSettings, batch: int) -> None:
     if config.sampler == "balanced" and batch % size:
         near = ", ".join(str(v) for v in (batch // size * size, (batch // size + 1) * size) if v)
         raise ConfigError(
-            f"--batch-size {batch} holds no whole number of groups of --per-class {size}; use {near}, or "
+            f"--batch-size {batch} is no multiple of --per-class {size}; use {near}, or "
             "another --per-class."
         )
     if config.repeats > 1 and config.sampler != "shuffle":

@@ -1,4 +1,4 @@
-"""Parts of a batch: cut, joined, and back-propagated one after the other as if they had been one."""
+"""Gradient accumulation: a batch is split into parts that give the gradient of the whole batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nearkin.types import Batch, Loss, Outputs
 
 
 class MicroBatch(NamedTuple):
-    """What one part of a batch gave on this rank."""
+    """One part of a batch with its outputs on this rank."""
 
     batch: Batch
     student: Outputs
@@ -32,7 +32,7 @@ def split(batch: Batch, count: int) -> list[Batch]:
 
 
 def join(parts: list[MicroBatch]) -> MicroBatch:
-    """The parts of one rank's block as if they had been one, detached."""
+    """The parts of one rank's block as one part, detached."""
     batch = Batch(
         parts[0].batch.images,
         torch.cat([part.batch.labels for part in parts]),
@@ -55,7 +55,7 @@ def _join_outputs(outputs: list[Outputs], size: int) -> Outputs:
 
 
 def mean_loss(losses: list[Loss]) -> Loss:
-    """What the journal shows of a step: the mean over its parts, counts summed."""
+    """The loss of a step for the journal: the mean over its parts, counts summed."""
     if len(losses) == 1:
         return losses[0]
     total = torch.stack([loss.total.detach() for loss in losses]).mean()
@@ -64,12 +64,12 @@ def mean_loss(losses: list[Loss]) -> Loss:
     return Loss(total, terms, counts)
 
 
-# Gradient caching (Gao et al. 2021, arXiv 2101.06983): what the loss says of each output row is all that the network
-# needs to know of the rest of the batch.
+# Gradient caching (Gao et al. 2021, arXiv 2101.06983): the gradient of the loss for the outputs is computed once for
+# the whole batch, then back-propagated part by part.
 
 
 def leaves(outputs: Outputs) -> Outputs:
-    """The same values as leaves of a graph of their own, to collect the loss's gradient."""
+    """The same values as leaves of a new graph, which collect the gradient of the loss."""
     return Outputs(*(None if o is None else o.detach().requires_grad_() for o in outputs))  # type: ignore[arg-type]
 
 
@@ -86,16 +86,16 @@ def linearised(outputs: Outputs, fixed: Outputs, images: int, number: int) -> Te
             continue
         views = leaf.shape[0] // images
         size = rows.shape[0] // views
-        mine = leaf.grad.view(views, images, *leaf.shape[1:])[
+        gradient = leaf.grad.view(views, images, *leaf.shape[1:])[
             :, number * size : (number + 1) * size
         ]
-        total = total + (rows * mine.flatten(0, 1)).sum()
+        total = total + (rows * gradient.flatten(0, 1)).sum()
     return total
 
 
 @contextmanager
 def statistics_kept(network: nn.Module) -> Iterator[None]:
-    """Running statistics are afterwards what they were: a forward pass for its values alone is no training."""
+    """Restores all buffers afterwards: a forward pass for its outputs alone must not change running statistics."""
     kept = {name: buffer.clone() for name, buffer in network.named_buffers()}
     try:
         yield

@@ -21,9 +21,8 @@ if TYPE_CHECKING:
 def lr_factor(step: int, *, steps: int, warmup: int, floor: float) -> float:
     """The learning rate of `step` (from 0) over its peak: linear warm-up, then a cosine to `floor`.
 
-    warm-up: (step + 1) / (warmup + 1), so that the first step already learns and step `warmup` has the peak.
+    warm-up: (step + 1) / (warmup + 1), so that the first rate is not 0 and step `warmup` has the peak.
     cosine: floor + (1 - floor)(1 + cos(pi t)) / 2 with t from 0 at the end of the warm-up to 1 at the last step.
-    Source: our choice of end points; the shape is the field's.
     """
     if step < warmup:
         return (step + 1) / (warmup + 1)
@@ -34,7 +33,7 @@ def lr_factor(step: int, *, steps: int, warmup: int, floor: float) -> float:
 def parameter_groups(
     network: nn.Module, *, weight_decay: float, decay_all: bool, layer_decay: float
 ) -> list[dict[str, Any]]:
-    """Matrices and filters decay, norms and biases do not; with `decay_all` everything does.
+    """Weight decay for matrices and filters, none for norms and biases; with `decay_all` for everything.
 
     A backbone may name further parameters that never decay (`no_weight_decay`, e.g. position embeddings).
     layer_decay: below 1 there are two such groups per layer, each with its `lr_scale`: see `layer_scales`.
@@ -64,8 +63,8 @@ def parameter_groups(
 def layer_scales(backbone: nn.Module, decay: float) -> dict[str, float]:
     """For each of the backbone's parameters, decay^(layers between it and the heads).
 
-    The layers are the backbone's own (timm's `group_matcher`); the heads are the layer above. What only closes the
-    backbone, like a final norm, counts with the heads. In a ViT of depth D, then: patch embedding and tokens
+    The layers are the backbone's own (timm's `group_matcher`); the heads are the layer above. Modules after the last
+    block, like a final norm, belong to the heads. In a ViT of depth D, then: patch embedding and tokens
     decay^(D+1), block i from 0 decay^(D-i), final norm 1. Source: Bao et al., BEiT, 2021, published code.
 
     Raises ConfigError for a backbone that does not name its layers.
@@ -74,7 +73,7 @@ def layer_scales(backbone: nn.Module, decay: float) -> dict[str, float]:
 
     if not names_layers(backbone):
         raise ConfigError("This --model does not name its layers; leave out --layer-decay.")
-    heads = "\0heads"  # a name that no matcher knows falls into the layer above all others
+    heads = "\0heads"  # a name that no matcher knows is put into the topmost layer
     names = [heads, *(name for name, _ in backbone.named_parameters())]
     matcher = _without_closing(backbone.group_matcher(coarse=False))  # type: ignore[operator]
     layers = group_with_matcher(((name, name) for name in names), matcher, reverse=True)
@@ -87,7 +86,7 @@ def names_layers(backbone: nn.Module) -> bool:
 
 
 def _without_closing(matcher: Any) -> Any:
-    """timm's matcher without the entries that join what follows the last block to that block."""
+    """timm's matcher without the entries that join the modules after the last block to that block."""
     from timm.models._manipulate import MATCH_PREV_GROUP
 
     def closes(entry: Any) -> bool:
@@ -95,7 +94,7 @@ def _without_closing(matcher: Any) -> Any:
         return bool(suffix == MATCH_PREV_GROUP and re.compile(pattern).groups == 0)
 
     if not isinstance(matcher, dict):
-        return matcher  # a function: its own affair
+        return matcher  # a function: nothing to remove
     return {
         group: entries
         if isinstance(entries, str | None)
@@ -119,6 +118,8 @@ def build_optimizer(
     groups = parameter_groups(
         network, weight_decay=weight_decay, decay_all=decay_all, layer_decay=layer_decay
     )
+    kind: Any
+    options: dict[str, Any]
     if name == "lamb":
         kind, options = import_eager("timm.optim").Lamb, {}
     elif name == "sgd":
@@ -130,7 +131,7 @@ def build_optimizer(
     return optimizer
 
 
-def _eager(kind: type[Optimizer]) -> type[Optimizer]:
+def _eager(kind: Any) -> Any:
     """`kind` with methods that do not import `torch._dynamo`, which takes 2.3 s (docs/decisions/013-start-up.md).
 
     torch wraps them so that a compiled graph leaves the optimiser out; nearkin compiles the backbone only. The wrapper
@@ -168,9 +169,9 @@ def optimizer_tensors(optimizer: Optimizer, network: nn.Module) -> dict[str, Ten
 def load_optimizer_tensors(
     optimizer: Optimizer, network: nn.Module, tensors: dict[str, Tensor]
 ) -> None:
-    """Put back what `optimizer_tensors` gave, each tensor with the layout of its parameter.
+    """Restore what `optimizer_tensors` gave, each tensor with the memory format of its parameter.
 
-    A sum over a tensor depends on its layout in the last bit, so that restoring the values alone is not enough.
+    The last bit of a sum over a tensor depends on its memory format, so equal values alone are not enough.
     """
     parameters = dict(network.named_parameters())
     for name, value in tensors.items():

@@ -30,6 +30,7 @@ class TrainOptions(TypedDict, total=False):
     val_split: float
     images_per_class: int | None
     bad_images: Literal["error", "skip"]
+    check: Literal["auto", "full", "headers"]
     augment: Literal["auto", "none", "light", "medium", "strong"]
     crop_scale: float | Literal["auto", "padded", "centre"]
     randaugment: int | Auto

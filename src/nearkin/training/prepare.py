@@ -18,6 +18,7 @@ from nearkin.data.dataset import Chosen, Dataset, Split, choose, leave_out, look
 from nearkin.data.images import Files
 from nearkin.data.look import Ranks, usual_side
 from nearkin.data.sampling import Draw, drawing
+from nearkin.data.sources.listing import Listing
 from nearkin.data.sources.resolve import resolve as list_data
 from nearkin.distributed import Runtime, launched
 from nearkin.errors import NearkinError
@@ -71,37 +72,24 @@ def prepare(
     config: RunConfig,
     runtime: Runtime,
     *,
+    listing: Listing | None = None,
     classes: tuple[str, ...] | None = None,
-    quiet: bool = True,
     look: bool = True,
+    quiet: bool = True,
 ) -> Prepared:
-    """Everything that can fail before the first step. classes: of the run that is continued, if one is. look: whether
-    image files are looked at and a cache is built.
+    """Everything that can fail before the first step. listing: of `config.data`, where it is made already. classes: of
+    the run that is continued, if one is. look: whether image files are looked at and a cache is built.
 
     Raises ConfigError, DataError or ModelError; writes nothing.
     """
     quiet = quiet or not runtime.is_main
     fresh = classes is None
     options = validated_options(config)
-    chosen = _load(config, runtime)
-    dataset = to_dataset(chosen, classes)
-    listed = len(dataset.splits["train"].labels)
-    files = dataset.splits["train"].images.from_files
-    side = usual_side(dataset.splits["train"].images) if config.image_size == "auto" else 0
-    room = runtime.share(room_in_memory()) if files else 0
-    data = _from_data(config, dataset, side, room, runtime)
-    if look:
-        dataset = _decoding(data, runtime, chosen, classes, quiet)
-        if len(dataset.splits["train"].labels) < listed:  # unreadable images were left out
-            kept = config.model_copy(update={"cache": data.cache})
-            data = _from_data(kept, dataset, side, room, runtime)
-    for note in dataset.notes:
-        say(f"note: {note}", quiet)
+    data, dataset = _read_data(config, runtime, listing, classes, look=look, quiet=quiet)
     train = dataset.splits["train"]
-    count = len(train.labels)
-    pretrained = config.pretrained and fresh
-    built = _build(data, options, dataset, runtime.device.type, pretrained=pretrained)
-    files = files and not read_whole(data)
+    pretrained, device = config.pretrained and fresh, runtime.device.type
+    built = _build(data, options, dataset, device, pretrained=pretrained)
+    files, count = train.images.from_files and not read_whole(data), len(train.labels)
     settings = resolve(data, network_facts(data, built, runtime, images=count, files=files))
     check_built(settings, built)
     views = built.objective.stages()[0].views
@@ -181,12 +169,38 @@ def _warn_of_missing_positives(config: Settings, built: Built, train: Split, qui
         say(f"warning: {text}", quiet)
 
 
-def _load(config: RunConfig, runtime: Runtime) -> Chosen:
+def _read_data(
+    config: RunConfig,
+    runtime: Runtime,
+    listing: Listing | None,
+    classes: tuple[str, ...] | None,
+    *,
+    look: bool,
+    quiet: bool,
+) -> tuple[DataSettings, Dataset]:
+    """The data set, and the settings that follow from it. Arguments as in `prepare`."""
+    chosen = _load(config, runtime, listing)
+    dataset = to_dataset(chosen, classes)
+    train = dataset.splits["train"]
+    side = usual_side(train.images) if config.image_size == "auto" else 0
+    room = runtime.share(room_in_memory()) if train.images.from_files else 0
+    data = _from_data(config, dataset, side, room, runtime)
+    if look:
+        dataset = _decoding(data, runtime, chosen, classes, quiet)
+        if len(dataset.splits["train"].labels) < len(train.labels):
+            kept = config.model_copy(update={"cache": data.cache})
+            data = _from_data(kept, dataset, side, room, runtime)
+    for note in dataset.notes:
+        say(f"note: {note}", quiet)
+    return data, dataset
+
+
+def _load(config: RunConfig, runtime: Runtime, listing: Listing | None) -> Chosen:
     """The images to use. The first process goes ahead, since it may have to download them."""
 
     def load() -> Chosen:
         return choose(
-            list_data(config.data),
+            listing or list_data(config.data),
             channels=config.channels,
             val_split=config.val_split,
             seed=config.seed,
@@ -228,7 +242,7 @@ def _decoding(
     Building a cache decodes all images, so nothing else looks at them before.
     """
     files = chosen.files
-    if files and config.cache in ("ram", "disk"):
+    if files and config.cache != "off":
         where: Where = config.cache
         contents = Contents(files, side_in_cache(config))
         cores = max(1, os.cpu_count() or 1)
@@ -271,12 +285,11 @@ def _build(
         options=config.options,
         classes=dataset.classes,
     )
-    images = len(dataset.splits["train"].labels)
     return build(
         spec,
         options=options,
         pretrained=pretrained,
-        images=images,
+        images=len(dataset.splits["train"].labels),
         batch_size=config.batch_size,
         device=device,
     )

@@ -1,0 +1,176 @@
+"""What a continued run accepts: its own options again, its images in another place, nothing else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from tests.pictures import write_classes
+
+import nearkin
+from nearkin.cli import run as command
+from nearkin.config import RunConfig, read_yaml, validate
+from nearkin.errors import ConfigError, DataError, ModelError
+from nearkin.training.checkpoint.saver import Saver
+from nearkin.training.run_folder import stored_settings
+from nearkin.training.step import Stepper
+from nearkin.training.trainer import Trainer
+
+OPTIONS = {
+    "objective": "ce",
+    "epochs": 2,
+    "model": "test_resnet",
+    "image_size": 16,
+    "batch_size": 8,
+    "workers": 0,
+}
+
+
+@pytest.fixture
+def stopped(tmp_path, monkeypatch):
+    """A run on `photos`, a relative path, that failed after its last step."""
+    monkeypatch.chdir(tmp_path)
+    write_classes(tmp_path / "photos")
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_finish", failing)
+        with pytest.raises(ConfigError, match="planted"):
+            nearkin.train("photos", out="run", **OPTIONS)
+    return tmp_path / "run"
+
+
+def failing(*_args, **_kwargs):
+    raise ConfigError("planted")
+
+
+def test_images_may_move(stopped, tmp_path):
+    (tmp_path / "photos").rename(tmp_path / "pictures")
+    with pytest.raises(DataError, match="relative to the folder .* give the place of the images"):
+        nearkin.train(resume=stopped)
+    assert nearkin.train(resume=stopped, data="pictures").run == stopped
+    assert stored_settings(stopped).data == "pictures"
+    assert nearkin.evaluate(stopped)["split"] == "val"
+
+
+@pytest.mark.parametrize("words", [["pictures"], ["--data", "pictures"]])
+def test_the_command_line_takes_the_new_place(stopped, tmp_path, words):
+    (tmp_path / "photos").rename(tmp_path / "pictures")
+    assert command(["train", "--resume", str(stopped), *words, "--quiet"]) == 0
+    assert (stopped / "model.json").is_file()
+
+
+@pytest.mark.parametrize("change", ["image", "name", "class"])
+def test_other_images_are_refused(stopped, tmp_path, change):
+    shutil.copytree(tmp_path / "photos", tmp_path / "pictures")
+    image = tmp_path / "pictures" / "cat" / "3.png"
+    if change == "image":
+        image.write_bytes((tmp_path / "photos" / "dog" / "5.png").read_bytes() + bytes(99))
+    else:
+        image.rename(
+            image.with_name("x.png") if change == "name" else image.parents[1] / "dog" / "x.png"
+        )
+    with pytest.raises(ModelError, match="images in pictures are not those"):
+        nearkin.train(resume=stopped, data="pictures")
+    assert stored_settings(stopped).data == "photos"
+
+
+def test_other_images_are_refused_where_no_checkpoint_is(stopped, tmp_path):
+    shutil.rmtree(stopped / "checkpoints")
+    write_classes(tmp_path / "pictures", each=13)
+    with pytest.raises(ModelError, match="images in pictures are not those"):
+        nearkin.train(resume=stopped, data="pictures")
+
+
+def test_the_same_options_may_be_given_again(stopped):
+    with pytest.raises(ModelError, match=r"lr \(0.\d+ -> 0.3\)"):
+        nearkin.train(resume=stopped, lr=0.3)
+    with pytest.raises(ModelError, match=r"objective \(ce -> supcon\)"):
+        nearkin.train("photos", "supcon", resume=stopped)
+    result = nearkin.train("photos", resume=stopped, **OPTIONS, lr="auto")
+    assert result.to_dict()["run"] == str(stopped)
+
+
+def test_a_changed_config_file_is_refused(stopped):
+    path = stopped / "config.yaml"
+    path.write_text(path.read_text().replace("momentum: 0.9", "momentum: 0.8"))
+    with pytest.raises(ModelError, match="have changed since the run was started"):
+        nearkin.train(resume=stopped)
+
+
+def test_a_failure_after_a_resume_names_the_step(stopped, monkeypatch):
+    before = json.loads((stopped / "status.json").read_text())
+    assert before["step"] > 0
+    monkeypatch.setattr(Trainer, "_finish", failing)
+    with pytest.raises(ConfigError, match="planted"):
+        nearkin.train(resume=stopped)
+    after = json.loads((stopped / "status.json").read_text())
+    assert (after["state"], after["step"], after["epoch"]) == ("failed", before["step"], 2)
+
+
+def test_a_run_stores_its_settings_beside_the_options_given(stopped, capsys):
+    settings = stored_settings(stopped)
+    stored = yaml.safe_load((stopped / "config.yaml").read_text())
+    assert [name for name, value in stored.items() if value == "auto"] == ["check"]
+    given = read_yaml(stopped / "given.yaml")
+    assert given.pop("data") == "photos"
+    assert given.pop("out") == "run"
+    assert given == OPTIONS
+    again = validate(RunConfig, read_yaml(stopped / "config.yaml"))
+    assert again.flat() == settings.flat()
+    assert command(["train", "--print-config", "--config", str(stopped / "config.yaml")]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown == yaml.safe_load((stopped / "config.yaml").read_text())
+    assert command(["train", "--print-config", "--resume", str(stopped)]) == 0
+    out = capsys.readouterr().out
+    assert "# epochs: 2\n" in out
+    assert yaml.safe_load(out) == shown
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["--epochs", "many"], 2),
+        (["--out", "."], 2),
+        (["--resume", "nowhere"], 4),
+        (["--resume", "."], 4),
+    ],
+)
+def test_bad_options_and_run_folders_are_named_without_torch(words, code, tmp_path):
+    program = (
+        "import sys; from nearkin.cli import run; code = run(sys.argv[1:]);"
+        "print(sorted({'torch', 'timm', 'sklearn'} & sys.modules.keys())); sys.exit(code)"
+    )
+    (tmp_path / "file").touch()
+    done = subprocess.run(
+        [sys.executable, "-c", program, "train", "digits", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert (done.returncode, done.stdout) == (code, "[]\n"), done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_no_step_is_taken_again(stopped, monkeypatch):
+    """The collapse watch and the count of steps come from the checkpoint."""
+    taken = []
+    step = Stepper.step
+    monkeypatch.setattr(Stepper, "step", lambda self, *a: taken.append(a[-1]) or step(self, *a))
+    nearkin.train(resume=stopped)
+    assert taken == []
+    saved = next((stopped / "checkpoints").glob("step-*/state.json")).read_text()
+    assert json.loads(saved)["state"]["collapse"].keys() == {"stage", "warned", "epochs"}
+    assert torch.get_num_threads() == stored_settings(stopped).threads
+
+
+def test_the_latest_of_equal_validations_is_kept():
+    saver = Saver(None, {}, 5.0, stepper=None)
+    assert [saver.consider(value, step) for step, value in enumerate([0.5, 0.7, 0.6, 0.7])] == [
+        *[True, True, False, True]
+    ]
+    assert saver.best == (0.7, 3)
