@@ -133,8 +133,8 @@ def loaders() -> list[Row]:
     """On one core and one thread."""
     with tempfile.TemporaryDirectory() as folder:
         root = pictures(Path(folder))
-        dataset = load_dataset(str(root), val_split=0, scan=False)
-        contents = Contents(dataset, CACHED_SIDE)
+        dataset = load_dataset(str(root), val_split=0, check=None)
+        contents = Contents(dataset.files, CACHED_SIDE)
         pack = make_pack(contents, "ram", 1).pack
         plain, cached = dataset.splits["train"], packed(dataset, contents, pack).splits["train"]
         size = sum(path.stat().st_size for path in root.rglob("*.jpg")) / IMAGES / 1000
@@ -161,7 +161,7 @@ def scaled() -> Row:
     config = RunConfig(data="", image_size=SIDE, crop_scale=SCALE)
     transform = augmentation()
     with tempfile.TemporaryDirectory() as folder:
-        dataset = load_dataset(str(photographs(Path(folder))), val_split=0, scan=False)
+        dataset = load_dataset(str(photographs(Path(folder))), val_split=0, check=None)
         files = cast("Files", dataset.splits["train"].images)
         least = side_of_scaled(config)
         sources = {"full": files, "scaled": files.scaled(least)}

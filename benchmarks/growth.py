@@ -26,10 +26,10 @@ from torch.nn.functional import normalize
 from benchmarks import bank, pairwise
 from benchmarks.bench import Call, machine, output
 from nearkin import functional as F
-from nearkin.data import dataset
-from nearkin.data.dataset import Split
+from nearkin.data.dataset import Dataset, Split
 from nearkin.data.images import Files
 from nearkin.data.sampling import TrainOrder
+from nearkin.data.sources.listing import FileList
 
 SIZES: dict[str, tuple[int, ...]] = {
     "anchors": (256, 512, 1024, 2048, 4096, 8192, 16_384, 32_768),
@@ -101,18 +101,23 @@ def _names(images: int) -> Iterator[str]:
     return (f"class{i % CLASSES:03d}/image{i:07d}.jpg" for i in range(images))
 
 
+def _files(images: int) -> Files:
+    return Files(FileList.pack("nowhere", map(str.encode, _names(images))))
+
+
 def _order(images: int) -> Call:
     return lambda: next(iter(TrainOrder(images, seed=0, batch_size=128, first=0, last=1)))
 
 
 def _listing(images: int) -> Call:
-    return lambda: Files("nowhere", _names(images))
+    return lambda: _files(images)
 
 
 def _fingerprint(images: int) -> Call:
-    split = Split("train", Files("nowhere", _names(images)), np.arange(images) % CLASSES)
+    split = Split("train", _files(images), np.arange(images) % CLASSES)
     classes = tuple(f"class{i:03d}" for i in range(CLASSES))
-    return partial(dataset._fingerprint, {"train": split}, classes)
+    data = Dataset("nowhere", classes, {"train": split}, (), ())
+    return lambda: data.fingerprint
 
 
 STUDIES: dict[str, Study] = {

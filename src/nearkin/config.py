@@ -128,7 +128,7 @@ FREE = {
 LARGEST_YAML = 1 << 20
 CONFIG_FILE = "config.yaml"  # in every run folder
 # What a resumed run may change: nothing that touches the weights.
-FREE_ON_RESUME = frozenset({"workers", "log_level", "log_every", "save_minutes"})
+FREE_ON_RESUME = frozenset({"check", "workers", "log_level", "log_every", "save_minutes"})
 
 
 def _option(default: Any, description: str, **limits: Any) -> Any:
@@ -170,6 +170,9 @@ class RunConfig(BaseModel):
     val_split: Share = _option(0.1, "share of train held out where no split exists")
     images_per_class: Count | None = _option(None, "at most so many training images a class")
     bad_images: Literal["error", "skip"] = _option("error", "unreadable images stop the run or go")
+    check: Literal["auto", "full", "headers"] = _option(
+        "auto", "look at new image files: decode them, or headers only (auto: above 100 000)"
+    )
     augment: Literal["auto", "none", "light", "medium", "strong"] = _option("auto", "strength")
     crop_scale: Annotated[float, Field(gt=0, le=1)] | Literal["auto", "padded", "centre"] = _option(
         "auto", "least share of the area in a random crop"

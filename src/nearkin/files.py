@@ -7,7 +7,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from nearkin.errors import NearkinError, printable
+from nearkin.errors import DataError, NearkinError, printable
+
+CACHE = "NEARKIN_CACHE_DIR"
 
 
 class SaveFailed(NearkinError):
@@ -63,3 +65,18 @@ def write_atomic(path: Path, data: bytes) -> None:
             with contextlib.suppress(OSError):  # the first error is the one to report
                 temporary.unlink(missing_ok=True)
             raise
+
+
+def cache_folder() -> Path:
+    """The folder of downloads, of `--cache disk` and of what is known of image files: $NEARKIN_CACHE_DIR, else
+    ~/.cache/nearkin. Raises DataError."""
+    given = os.environ.get(CACHE)
+    folder = Path(given) if given else Path.home() / ".cache" / "nearkin"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"The cache folder {printable(str(folder))} cannot be made ({error.strerror}); "
+            f"set {CACHE} to a folder that can be written."
+        ) from None
+    return folder

@@ -16,10 +16,13 @@ import torch
 from image_files import encoded, noise, write
 
 from nearkin.data import cache as cache_room
+from nearkin.data import decode
 from nearkin.data.cache import Contents, Made, home, make_pack, packed
-from nearkin.data.dataset import load_dataset
+from nearkin.data.dataset import choose, leave_out, load_dataset, to_dataset
 from nearkin.data.loader import eval_loader, train_loader
+from nearkin.data.look import BadImages
 from nearkin.data.sampling import TrainOrder
+from nearkin.data.sources.resolve import resolve
 from nearkin.data.transforms import (
     EvalSpec,
     ResizeShortSide,
@@ -48,8 +51,13 @@ def pictures(root: Path, sizes=((30, 40), (50, 31), (8, 8), (60, 25))) -> Path:
     return root
 
 
+def choose_all(root):
+    listing = resolve(str(root))
+    return choose(listing, channels=3, val_split=0, seed=0, images_per_class=None)
+
+
 def made(dataset, side=20, where="ram"):
-    contents = Contents(dataset, side)
+    contents = Contents(dataset.files, side)
     result = make_pack(contents, where, 2)
     return packed(dataset, contents, result.pack), result
 
@@ -181,7 +189,7 @@ from pathlib import Path
 from nearkin.data import cache
 from nearkin.data.dataset import load_dataset
 cache.home = lambda where: Path({memory!r})
-contents = cache.Contents(load_dataset({data!r}, val_split=0), 20)
+contents = cache.Contents(load_dataset({data!r}, val_split=0).files, 20)
 held = cache.make_pack(contents, "ram", 1)
 print(held.pack.folder, flush=True)
 time.sleep(60)
@@ -230,7 +238,7 @@ def test_a_disk_that_fills_up_leaves_nothing(dataset, monkeypatch, tmp_path):
     monkeypatch.setattr(cache_room.np, "save", full)
     with pytest.raises(ConfigError, match="No space left on device; make room, or use --cache ram"):
         made(dataset, 20, "disk")
-    assert not list((tmp_path / "kept").iterdir())
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["look.sqlite"]
 
 
 def test_a_place_that_is_no_folder_is_one_sentence(dataset, monkeypatch, tmp_path):
@@ -240,27 +248,57 @@ def test_a_place_that_is_no_folder_is_one_sentence(dataset, monkeypatch, tmp_pat
         made(dataset, 20, "disk")
 
 
-def test_an_image_that_went_bad_is_named(dataset, tmp_path):
-    (tmp_path / "data" / "b" / "1.png").write_bytes(b"nothing")
-    with pytest.raises(DataError, match=r"b/1.png cannot be used.*could be read at the start"):
-        make_pack(Contents(dataset, 20), "disk", 2)
-    assert not list((tmp_path / "kept").glob("*"))
+@pytest.mark.parametrize("where", ["ram", "disk"])
+def test_bad_images_are_found_while_the_cache_is_built_and_when_it_is_found_again(tmp_path, where):
+    root = pictures(tmp_path / "data", ((24, 24),) * 4)
+    chosen = choose_all(root)
+    write(root / "b" / "1.png", b"no image")
+    for _ in range(2):
+        contents = Contents(chosen.files, 20)
+        result = make_pack(contents, where, 2)
+        bad = contents.bad_rows(chosen.files, result)
+        assert {name: list(rows) for name, rows in bad.items()} == {"train": [5]}
+        assert bad["train"][5].path == str(root / "b" / "1.png")
+        with pytest.raises(BadImages, match=r"1 of 8 images cannot be read: .*b/1.png \(it is no"):
+            leave_out(chosen, bad, "error")
+        plain = to_dataset(leave_out(chosen, bad, "skip"), None)
+        cached = packed(plain, contents, result.pack).splits["train"].images
+        assert len(cached) == 7
+        together = cached.stack(range(7))
+        for row in range(7):
+            expected = ResizeShortSide(20)(plain.splits["train"].images.read(row))
+            assert torch.equal(cached.read(row), expected)
+            assert torch.equal(together[row], expected)
+
+
+def test_no_file_is_decoded_twice_for_a_cache_nor_looked_at_afterwards(tmp_path, monkeypatch):
+    root = pictures(tmp_path / "data")
+    decoded: list[str] = []
+    real = decode._decode
+    monkeypatch.setattr(
+        decode, "_decode", lambda path, *rest: (decoded.append(path), real(path, *rest))[1]
+    )
+    chosen = choose_all(root)
+    make_pack(Contents(chosen.files, 20), "ram", 2)
+    assert sorted(decoded) == sorted(chosen.files["train"].files)
+    load_dataset(str(root), check="full")
+    assert len(decoded) == 8
 
 
 def test_two_that_build_the_same_cache_both_have_it(dataset, monkeypatch):
     """The other one finishes while we are building."""
-    real = cache_room._put
-    contents = Contents(dataset, 20)
+    real = cache_room._publish
+    contents = Contents(dataset.files, 20)
 
     def late(*given):
-        monkeypatch.setattr(cache_room, "_put", real)
+        monkeypatch.setattr(cache_room, "_publish", real)
         made(dataset, 20, "disk")
         real(*given)
 
-    monkeypatch.setattr(cache_room, "_put", late)
+    monkeypatch.setattr(cache_room, "_publish", late)
     result = make_pack(contents, "disk", 1)
     assert result.pack.complete(contents.key())
-    assert [p.name for p in home("disk").iterdir()] == [result.pack.folder.name]
+    assert {p.name for p in home("disk").iterdir()} == {result.pack.folder.name, "look.sqlite"}
 
 
 def test_the_time_and_the_size_are_told():

@@ -201,10 +201,10 @@ def test_bad_images_stop_everything_with_the_whole_list(tmp_path):
     assert (str(again), again.bad) == ("another text", error.bad)
 
 
-@pytest.mark.parametrize("workers", [0, 1, 4])
-def test_bad_images_are_left_out_and_never_replaced(tmp_path, workers):
+@pytest.mark.parametrize("check", ["auto", "full", "headers"])
+def test_bad_images_are_left_out_and_never_replaced(tmp_path, check):
     bad = spoiled(tmp_path)
-    dataset = load(tmp_path, bad_images="skip", workers=workers)
+    dataset = load(tmp_path, bad_images="skip", check=check)
     assert [image.path for image in dataset.bad] == bad
     left = {str(tmp_path / n) for split in dataset.splits for n, _ in named(dataset, split)}
     assert len(left) == 9
@@ -225,9 +225,32 @@ def test_when_nothing_can_be_read(tmp_path):
         load(tmp_path, bad_images="skip")
 
 
-def test_without_the_scan_files_are_trusted(tmp_path):
+def test_without_a_look_files_are_trusted(tmp_path):
     spoiled(tmp_path)
-    assert load(tmp_path, scan=False).bad == ()
+    assert load(tmp_path, check=None).bad == ()
+
+
+def test_the_choice_of_images_does_not_depend_on_which_are_bad(tmp_path):
+    """A bad image takes the place that it would have had; none moves from validation to training for it."""
+    folder(tmp_path, a=20, b=20)
+    options = {"val_split": 0.25, "images_per_class": 8, "bad_images": "skip"}
+    whole = load(tmp_path, **options)
+    for name, _ in (named(whole, "train")[3], named(whole, "val")[1]):
+        write(tmp_path / name, b"no image")
+    spoilt = load(tmp_path, **options)
+    for split in ("train", "val"):
+        left = named(spoilt, split)
+        assert set(left) < set(named(whole, split))
+        assert len(left) == len(named(whole, split)) - 1
+
+
+def test_a_class_without_a_readable_image_is_no_class(tmp_path):
+    folder(tmp_path, a=3, b=3, c=1)
+    write(tmp_path / "b" / "000.png", b"no image")
+    write(tmp_path / "c" / "000.png", b"no image")
+    dataset = load(tmp_path, bad_images="skip")
+    assert dataset.classes == ("a", "b")
+    assert dataset.splits["train"].labels.tolist() == [0, 0, 0, 1, 1]
 
 
 def test_channels(tmp_path):

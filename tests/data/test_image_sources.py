@@ -13,6 +13,11 @@ from PIL import Image
 
 from nearkin.data.decode import BadImage
 from nearkin.data.images import Arrays, Files
+from nearkin.data.sources.listing import FileList
+
+
+def listed(root, names) -> Files:
+    return Files(FileList.pack(str(root), map(os.fsencode, names)))
 
 
 @pytest.fixture
@@ -20,7 +25,7 @@ def files(tmp_path):
     names = ["b.png", "a/é.png", os.fsdecode(b"a/\xff.png")]
     for number, name in enumerate(names):
         write(tmp_path / name, encoded(noise(number), "PNG"))
-    return Files(str(tmp_path), names)
+    return listed(tmp_path, names)
 
 
 def pixels(number: int) -> torch.Tensor:
@@ -50,7 +55,7 @@ def test_files_travel_to_workers(files):
 def test_scaled_files_stay_so(tmp_path):
     large = Image.fromarray(np.full((240, 320, 3), 90, dtype=np.uint8))
     large.save(tmp_path / "x.jpg")
-    files = Files(str(tmp_path), ["x.jpg"])
+    files = listed(tmp_path, ["x.jpg"])
     scaled = files.scaled(50)
     same = [scaled, scaled.take([0]), scaled.with_channels(3), pickle.loads(pickle.dumps(scaled))]
     assert [each.read(0).shape for each in same] == 4 * [(3, 60, 80)]
@@ -60,13 +65,13 @@ def test_scaled_files_stay_so(tmp_path):
 
 def test_names_are_kept_packed(tmp_path):
     names = [f"some_class/{number:07}.jpg" for number in range(50_000)]
-    packed = Files("root", names)
-    assert len(pickle.dumps(packed)) < 50_000 * (len(names[0]) + 8) + 1000
+    packed = listed("root", names)
+    assert len(pickle.dumps(packed)) < 50_000 * (len(names[0]) + 9) + 1000
     assert [packed.name(row) for row in (0, 12_345, 49_999)] == [names[0], names[12_345], names[-1]]
 
 
 def test_a_missing_file_is_a_bad_image(tmp_path):
-    source = Files(str(tmp_path), ["gone.png"])
+    source = listed(tmp_path, ["gone.png"])
     with pytest.raises(BadImage, match=r"gone\.png cannot be used: no such file"):
         source.read(0)
     assert source.identity(0) == b"gone.png\0-1"

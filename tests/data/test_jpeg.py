@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 from nearkin.data import decode
-from nearkin.data import decode as jpeg
 from nearkin.data.decode import BadImage, read_image
 
 
@@ -49,7 +48,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_bits_are_pillows(kind, size):
     content = encoded(picture("RGB", *size), **KINDS[kind])
-    ours = jpeg.decode(content, 3)
+    ours = decode.decode_jpeg(content, 3)
     assert ours is not None, "the fast way was taken"
     assert np.array_equal(ours, by_pillow(content))
 
@@ -65,7 +64,7 @@ def test_grey_files_too(tmp_path, channels):
 @pytest.mark.parametrize(("mode", "channels"), [("CMYK", 3), ("RGB", 1)])
 def test_what_would_differ_goes_by_pillow(mode, channels):
     with Image.open(io.BytesIO(encoded(picture(mode)))) as image:
-        assert not jpeg.decodes(image, channels)
+        assert not decode.is_exact_jpeg(image, channels)
 
 
 @pytest.mark.parametrize("part", ["the head", "the whole"])
@@ -79,8 +78,8 @@ def test_damage_is_judged_as_pillow_judges_it(tmp_path, monkeypatch, seed, part)
     damaged = bytes(content[: draw.integers(len(content) // 2, len(content) + 1)])
     (tmp_path / "x.jpg").write_bytes(damaged)
     ours = outcome(tmp_path / "x.jpg")
-    monkeypatch.setattr(jpeg, "plain", lambda content, channels, max_pixels: None)
-    monkeypatch.setattr(jpeg, "decodes", lambda image, channels: False)
+    monkeypatch.setattr(decode, "plain_header", lambda content, channels, max_pixels: None)
+    monkeypatch.setattr(decode, "is_exact_jpeg", lambda image, channels: False)
     pillows = outcome(tmp_path / "x.jpg")
     assert ours == pillows
 
@@ -91,7 +90,7 @@ def test_damage_is_judged_as_pillow_judges_it(tmp_path, monkeypatch, seed, part)
 def test_large_files_are_scaled_as_far_as_is_allowed(least, side):
     """240 x 320 by n/8; where Pillow knows the fraction as well, a power of two, the bits are Pillow's."""
     content = encoded(picture("RGB", 320, 240), subsampling=0)
-    ours = jpeg.scaled(content, 3, least)
+    ours = decode.scaled_jpeg(content, 3, least)
     assert ours.shape == (side, side * 4 // 3, 3)
     if side != 90:
         with Image.open(io.BytesIO(content)) as image:
@@ -103,7 +102,7 @@ def test_large_files_are_scaled_as_far_as_is_allowed(least, side):
 def test_small_files_are_decoded_in_full(least):
     """Above a half it would save little or nothing."""
     content = encoded(picture("RGB", 320, 240))
-    assert np.array_equal(jpeg.scaled(content, 3, least), by_pillow(content))
+    assert np.array_equal(decode.scaled_jpeg(content, 3, least), by_pillow(content))
 
 
 @pytest.mark.parametrize("least", [0, 40])
@@ -153,26 +152,26 @@ def test_only_files_that_need_nothing_else_pass_by_pillow(tmp_path, monkeypatch,
     before, pillow, comes = HEADS[head]
     content = encoded(picture())
     longer = content[:2] + before + content[2:]
-    assert (jpeg.plain(longer, 3, 10_000) is None) == pillow
+    assert (decode.plain_header(longer, 3, 10_000) is None) == pillow
     (tmp_path / "x.jpg").write_bytes(longer)
     ours = outcome(tmp_path / "x.jpg")
     upright = by_pillow(content).transpose(2, 0, 1)
     as_they_lie = {"upright": upright, "turned": upright.transpose(0, 2, 1)[..., ::-1]}
     assert ours[1] == (as_they_lie[comes].tobytes() if comes in as_they_lie else b"")
-    monkeypatch.setattr(jpeg, "plain", lambda content, channels, max_pixels: None)
+    monkeypatch.setattr(decode, "plain_header", lambda content, channels, max_pixels: None)
     assert ours == outcome(tmp_path / "x.jpg")
 
 
 @pytest.mark.parametrize(("mode", "channels"), [("CMYK", 3), ("RGB", 1)])
 def test_other_colours_are_not_plain(mode, channels):
-    assert jpeg.plain(encoded(picture(mode)), channels, 10_000) is None
+    assert decode.plain_header(encoded(picture(mode)), channels, 10_000) is None
 
 
 def test_the_size_is_known_before_a_pixel_is_decoded(monkeypatch):
     content = encoded(picture())
-    monkeypatch.setattr(jpeg, "decode", lambda content, channels: "decoded")
-    assert jpeg.plain(content, 3, 61 * 43) == "decoded"
-    assert jpeg.plain(content, 3, 61 * 43 - 1) is None
+    monkeypatch.setattr(decode, "decode_jpeg", None)
+    assert decode.plain_header(content, 3, 61 * 43) == (61, 43, 3)
+    assert decode.plain_header(content, 3, 61 * 43 - 1) is None
 
 
 def outcome(path) -> tuple[str, bytes]:

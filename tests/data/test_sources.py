@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from urllib.error import URLError
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 from image_files import encoded, folder, noise, write
 
 from nearkin.data.dataset import load_dataset
+from nearkin.data.images import open_images
 from nearkin.data.sources.resolve import resolve
 from nearkin.errors import DataError
 
@@ -22,7 +25,8 @@ def test_digits_are_the_published_ones_split_once_and_for_all():
     whole = load_digits()
     seen = []
     for part, count in (("train", 1437), ("test", 360)):
-        images, labels, classes = listing.parts[part]
+        listed, labels, classes = listing.parts[part]
+        images = open_images(listed, "auto")
         assert len(images) == len(labels) == count
         assert classes == tuple("0123456789")
         for row in range(count):
@@ -134,12 +138,15 @@ def test_arrays_of_torchvision(cache, monkeypatch, capsys):
     assert part.labels.tolist() == [1, 0, 1, 0]
     assert part.classes == ("x", "y")
     expected = torch.from_numpy(grid.reshape(4, 5, 6, 3)[2]).permute(2, 0, 1)
-    assert torch.equal(part.images.read(2), expected)
+    assert torch.equal(open_images(part.images, 3).read(2), expected)
     part = svhn.parts["test"]
-    assert torch.equal(part.images.read(1), torch.from_numpy(grid.reshape(4, 3, 5, 6)[1]))
+    assert torch.equal(
+        open_images(part.images, 3).read(1), torch.from_numpy(grid.reshape(4, 3, 5, 6)[1])
+    )
     assert part.classes == ("0", "1", "2")
-    assert mnist.parts["train"].images.read(0).shape == (1, 15, 6)
-    assert mnist.parts["train"].images.channels == 1
+    digits = open_images(mnist.parts["train"].images, "auto")
+    assert digits.channels == 1
+    assert digits.read(0).shape == (1, 15, 6)
     assert capsys.readouterr().out == ""  # stdout is for results
 
 
@@ -204,3 +211,30 @@ def test_what_torchvision_must_have_is_there():
     for name, attributes in wanted.items():
         source = inspect.getsource(getattr(datasets, name))
         assert not [a for a in attributes if a not in source], name
+
+
+SOURCES = ("builtin", "folders", "listing", "resolve", "tables")
+
+
+@pytest.mark.parametrize("words", [[], ["/no/such/folder"], ["EMPTY"], ["TABLE"], ["IMAGES"]])
+def test_data_are_listed_without_torch_and_without_pillow(tmp_path, words):
+    (tmp_path / "EMPTY").mkdir()
+    write(tmp_path / "TABLE" / "x.csv", b"path,label\n")
+    folder(tmp_path / "IMAGES", a=2, b=2)
+    paths = [word.replace("TABLE", "TABLE/x.csv") for word in words]
+    program = f"""
+import sys
+{"; ".join(f"import nearkin.data.sources.{name}" for name in SOURCES)}
+from nearkin.errors import DataError
+for path in {paths!r}:
+    try:
+        nearkin.data.sources.resolve.resolve(path)
+    except DataError as error:
+        print(error)
+print([name for name in ("torch", "PIL", "sklearn", "pydantic") if name in sys.modules])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert len(done.stdout.splitlines()) == 1 + (words not in ([], ["IMAGES"]))

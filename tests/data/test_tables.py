@@ -111,7 +111,7 @@ WRONG = {
     "a field too few": ("path,label\n\nimages/b.png\n", "line 3", "1 field instead of 2"),
     "an empty label": ("path,label\nimages/a.png, \n", "line 2", "the label is empty"),
     "an empty path": ("path,label\n,cat\n", "line 2", "the path is empty"),
-    "an unknown split": (HEADER + "images/a.png,cat,dev\n", "line 2", "'dev' is none of"),
+    "an unknown split": (HEADER + "images/a.png,cat,all\n", "line 2", "'all' is none of"),
     "an empty split": (HEADER + "images/a.png,cat,\n", "line 2", "none of"),
     "a missing file": (
         "path,label\nimages/a.png,cat\nimages/z.png,cat\n",

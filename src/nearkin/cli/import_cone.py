@@ -12,9 +12,6 @@ from nearkin.cli.arguments import Parser, show_help
 from nearkin.errors import ConfigError, ModelError, printable
 
 if TYPE_CHECKING:
-    file = Path(given["file"])
-    if not file.exists():
-        raise ModelError(f"The checkpoint {printable(str(file))} does not exist.")
     from nearkin.contrib.cone_import import Imported
 
 USAGE = "nearkin import-cone FILE [--out RUN] [--classes NAMES] [--json]"

@@ -1,4 +1,4 @@
-"""`--cache`: every image decoded and shrunk once, then read from memory or from a file that stays."""
+"""`--cache`: every image is decoded and shrunk once, then read from memory or from a file that stays."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from copy import copy
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO, Literal, NamedTuple, Self
 
 import numpy as np
@@ -25,21 +24,30 @@ from torch import Tensor
 
 from nearkin.data.dataset import Dataset
 from nearkin.data.decode import BadImage, quiet_pillow
-from nearkin.data.images import Files, Rows, in_channels
-from nearkin.data.sources.builtin import cache_folder
+from nearkin.data.images import Files, in_channels
+from nearkin.data.look import (
+    BATCH,
+    SAMPLE,
+    Examined,
+    Fact,
+    NumberedFiles,
+    Remembered,
+    examine,
+    in_threads,
+)
+from nearkin.data.sources.listing import Rows
 from nearkin.data.transforms import ResizeShortSide
 from nearkin.errors import ConfigError, printable
-from nearkin.files import write_atomic
+from nearkin.files import cache_folder, write_atomic
 
 PIXELS, SIZES, MANIFEST = "pixels.bin", "sizes.npy", "cache.json"
 
 
 class Pack:
     """A folder of packed images: `pixels.bin`, uint8 `[H, W, C]` one after the other; `sizes.npy`, their `[N, 2]`
-    heights and widths; `cache.json`, what they are, written last.
+    heights and widths, 0 for an image that could not be read; `cache.json`, what they are, written last.
 
-    owner: the file that locks a folder which is to go when nothing refers to this object any more, and at the latest
-    when the process ends.
+    owner: given for a temporary folder, which is deleted with this object; an open file that is locked in it.
     """
 
     def __init__(self, folder: Path, channels: int, owner: BinaryIO | None = None) -> None:
@@ -65,17 +73,23 @@ class Pack:
 
     @cached_property
     def together(self) -> NDArray[np.uint8] | None:
-        """All as one `[N, H, W, C]`, if they are of one size."""
-        if len(self.sizes) == 0 or (self.sizes != self.sizes[0]).any():
+        """All that could be read as one `[n, H, W, C]`, if they are of one size."""
+        sizes = self.sizes[self.sizes[:, 0] > 0]
+        if len(sizes) == 0 or (sizes != sizes[0]).any():
             return None
-        return self.pixels.reshape(len(self.sizes), *self.sizes[0], self.channels)
+        return self.pixels.reshape(len(sizes), *sizes[0], self.channels)
+
+    @cached_property
+    def order(self) -> NDArray[np.int64]:
+        """`[N]`, where in `together` each image is."""
+        return np.cumsum(self.sizes[:, 0] > 0) - 1
 
     def __getstate__(self) -> dict[str, Any]:
         """For another process, which maps the files itself."""
         return {"folder": self.folder, "channels": self.channels}
 
     def complete(self, key: str) -> bool:
-        """Whether the folder holds, whole, what `key` stands for."""
+        """Whether the folder holds all of the pack with this key."""
         try:
             manifest = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
             size = (self.folder / PIXELS).stat().st_size
@@ -117,7 +131,7 @@ class Packed:
         together = self.pack.together
         if together is None:
             return None
-        pixels = np.take(together, self.places[np.asarray(rows)], axis=0)
+        pixels = np.take(together, self.pack.order[self.places[np.asarray(rows)]], axis=0)
         return in_channels(torch.from_numpy(pixels).permute(0, 3, 1, 2), self.channels)
 
     def name(self, row: int) -> str:
@@ -137,18 +151,18 @@ class Packed:
 
 
 Where = Literal["ram", "disk"]
-FORMAT = 1
-LOOKED_AT = 200  # images from which the size of the cache is estimated
-CHUNK, AHEAD = 64, 16  # images per task; tasks that may wait for the writer
+FORMAT = 2
 GIB = 2**30
 DRAFT, OWNER = "nearkin-images-", "owner"
 
 
 class Made(NamedTuple):
-    """What was made or found. seconds: of building, 0 where it was there already."""
+    """A pack that was built or found. seconds: of building, 0 where it was there already. bad: absolute path of each
+    image that cannot be read -> why."""
 
     pack: Pack
     seconds: float
+    bad: Mapping[bytes, str] = MappingProxyType({})
 
     def __str__(self) -> str:
         size, how = self.pack.starts[-1] / GIB, f"built in {self.seconds:.1f} s"
@@ -159,22 +173,20 @@ class Made(NamedTuple):
 
 
 class Contents:
-    """The files that a cache of a data set holds, each once, in the order of their paths, and the side they have."""
+    """The files that a cache of some splits holds, each once, in the order of their absolute paths."""
 
-    def __init__(self, dataset: Dataset, side: int) -> None:
-        sources = [s.images for s in dataset.splits.values() if isinstance(s.images, Files)]
-        self.side, self.channels = side, dataset.channels
-        self.paths = sorted({source.path(row) for source in sources for row in range(len(source))})
-        self._files = Files("", self.paths, dataset.channels)
+    def __init__(self, splits: Mapping[str, Files], side: int) -> None:
+        self._files = NumberedFiles(splits)
+        self.side, self.channels = side, next(iter(splits.values())).channels
+        self.paths = sorted({self._files.key(number) for number in range(len(self._files))})
         self._shrink = ResizeShortSide(side)
 
-    def image(self, row: int) -> Tensor:
-        """uint8 `[C, H, W]`: shrunk to a short side of `side`; smaller ones as they are. Raises DataError."""
-        try:
-            image = self._files.read(row)
-        except BadImage as error:
-            raise error.by_now() from None
-        return image if min(image.shape[-2:]) <= self.side else self._shrink(image)
+    def image(self, place: int) -> Examined:
+        """The image shrunk to a short side of `side`, uint8 `[C, H, W]`; smaller ones as they are."""
+        found = examine(os.fsdecode(self.paths[place]), self.channels, full=True)
+        if found.image is None or min(found.image.shape[-2:]) <= self.side:
+            return found
+        return found._replace(image=self._shrink(found.image))
 
     def key(self) -> str:
         """SHA-256 of everything that the pixels depend on: paths, sizes and times of the files, side and channels."""
@@ -183,65 +195,94 @@ class Contents:
             with contextlib.suppress(OSError):
                 status = os.stat(path)  # noqa: PTH116 - called once per image
                 digest.update(b"%d %d " % (status.st_size, status.st_mtime_ns))
-            digest.update(os.fsencode(path) + b"\0")
+            digest.update(path + b"\0")
         return digest.hexdigest()
 
     def estimate(self) -> int:
-        """Bytes, from some evenly spread images."""
-        rows = range(0, len(self.paths), max(1, len(self.paths) // LOOKED_AT))
-        return int(np.mean([self.image(row).numel() for row in rows]) * len(self.paths))
+        """Bytes, from the headers of some evenly spread images."""
+        some = self.paths[:: max(1, len(self.paths) // SAMPLE)]
+        facts = [examine(os.fsdecode(path), self.channels, full=False).fact for path in some]
+        sizes = [self._bytes(fact) for fact in facts if fact is not None]
+        return int(np.mean(sizes or [0]) * len(self.paths))
+
+    def _bytes(self, fact: Fact) -> float:
+        short = max(1, min(fact.width, fact.height))
+        return fact.width * fact.height * min(1.0, self.side / short) ** 2 * self.channels
+
+    def places(self, name: str, files: Files) -> NDArray[np.int64]:
+        """Where in the cache each row of a split is."""
+        keys = NumberedFiles({name: files})
+        return np.searchsorted(self.paths, [keys.key(row) for row in range(len(keys))])
+
+    def bad_rows(self, splits: Mapping[str, Files], made: Made) -> dict[str, dict[int, BadImage]]:
+        """The rows of each split that cannot be read: split -> row -> what is wrong."""
+        reasons = made.bad
+        found: dict[str, dict[int, BadImage]] = {}
+        for name, files in splits.items():
+            keys = NumberedFiles({name: files})
+            rows = [row for row in range(len(files)) if reasons and keys.key(row) in reasons]
+            found[name] = {row: BadImage(files.path(row), reasons[keys.key(row)]) for row in rows}
+        return found
 
 
 def home(where: Where) -> Path:
-    """The folder that caches lie in. Raises DataError."""
+    """The folder of caches. Raises DataError."""
     if where == "disk":
         return cache_folder()
-    memory = Path("/dev/shm")  # each cache has a folder there that only we may enter
+    memory = Path("/dev/shm")
     return memory if memory.is_dir() else Path(tempfile.gettempdir())
 
 
 def room_in_memory() -> int:
-    """Bytes that a cache in memory may take without being asked for: a quarter of what is free, 2 GiB at most."""
+    """Most bytes of a cache in memory that `--cache auto` chooses: a quarter of what is free, at most 2 GiB."""
     return min(2 * GIB, shutil.disk_usage(home("ram")).free // 4)
 
 
 def make_pack(contents: Contents, where: Where, workers: int) -> Made:
-    """The pack of `contents`: found on the disk, or made in `workers` threads.
+    """The pack of `contents`: found on the disk, or built in `workers` threads. What is learned of the files is
+    remembered as by `look`.
 
-    Raises ConfigError when there is no room for it, DataError for an image that can no longer be read.
+    Raises ConfigError when there is no room for it.
     """
     key, root = contents.key(), home(where)
     stays = Pack(root / f"images-{key[:16]}", contents.channels)
     if where == "disk" and stays.complete(key):
-        return Made(stays, 0.0)
+        return Made(stays, 0.0, _reasons(contents, stays))
     started = time.monotonic()
     with _room(root, contents, where):
         root.mkdir(parents=True, exist_ok=True)
         _sweep(root)
         with _draft(root) as (draft, owner):
-            _write(contents, draft, key, workers)
+            bad = _write(contents, draft, key, workers)
             if where == "ram":
                 stays = Pack(draft, contents.channels, owner)
             else:
-                _put(draft, owner, stays, key)
-    return Made(stays, time.monotonic() - started)
+                _publish(draft, owner, stays, key)
+    return Made(stays, time.monotonic() - started, bad)
+
+
+def _reasons(contents: Contents, pack: Pack) -> dict[bytes, str]:
+    """Why the images are missing that could not be read when the pack was built."""
+    reasons = {}
+    for place in np.flatnonzero(pack.sizes[:, 0] == 0).tolist():
+        path, found = contents.paths[place], contents.image(place)
+        again = f"it could not be read when the cache was built; delete {pack.folder}"
+        reasons[path] = again if found.problem is None else found.problem.reason
+    return reasons
 
 
 def packed(dataset: Dataset, contents: Contents, pack: Pack) -> Dataset:
     """The data set with its files read from the pack."""
-    places = {path: place for place, path in enumerate(contents.paths)}
     splits = dict(dataset.splits)
-    for name, split in splits.items():
-        files = split.images
-        if isinstance(files, Files):
-            rows = np.array([places[files.path(row)] for row in range(len(files))], dtype=np.int64)
-            splits[name] = split._replace(images=Packed(files, pack, rows))
+    for name, files in dataset.files.items():
+        images = Packed(files, pack, contents.places(name, files))
+        splits[name] = splits[name]._replace(images=images)
     return dataset._replace(splits=splits)
 
 
 @contextlib.contextmanager
 def _room(root: Path, contents: Contents, where: Where) -> Iterator[None]:
-    """Look for room first, and say the same where it ends all the same."""
+    """Check for room first; a disk that fills up all the same is reported in the same words."""
     there = next(folder for folder in (root, *root.parents) if folder.is_dir())
     needed, free = contents.estimate(), shutil.disk_usage(there).free
     other = "disk" if where == "ram" else "ram"
@@ -259,35 +300,38 @@ def _room(root: Path, contents: Contents, where: Where) -> Iterator[None]:
         ) from error
 
 
-def _write(contents: Contents, draft: Path, key: str, workers: int) -> None:
-    sizes: list[tuple[int, int]] = []
-    with (draft / PIXELS).open("wb") as file, quiet_pillow():
-        for image in _images(contents, workers):
-            sizes.append((image.shape[-2], image.shape[-1]))
-            file.write(image.permute(1, 2, 0).contiguous().numpy().data)
+def _write(contents: Contents, draft: Path, key: str, workers: int) -> dict[bytes, str]:
+    """Fill the folder. Returns why images could not be read."""
+    sizes = np.zeros((len(contents.paths), 2), dtype=np.int64)
+    bad: dict[bytes, str] = {}
+    facts: dict[bytes, Fact] = {}
+    place = 0
+    with (draft / PIXELS).open("wb") as file, quiet_pillow(), Remembered() as remembered:
+        for chunk in in_threads(contents.image, range(len(contents.paths)), workers):
+            for image, fact, problem in chunk:
+                path = contents.paths[place]
+                if fact is not None:
+                    facts[path] = fact
+                if image is not None:
+                    sizes[place] = image.shape[-2:]
+                    file.write(image.permute(1, 2, 0).contiguous().numpy().data)
+                elif problem is not None:
+                    bad[path] = problem.reason
+                place += 1
+            if len(facts) >= BATCH:
+                remembered.keep(facts)
+                facts = {}
+        remembered.keep(facts)
         total = file.tell()
     with (draft / SIZES).open("wb") as file:
-        np.save(file, np.array(sizes, dtype=np.int64))
+        np.save(file, sizes)
     write_atomic(draft / MANIFEST, json.dumps({"key": key, "bytes": total}).encode())
-
-
-def _images(contents: Contents, workers: int) -> Iterator[Tensor]:
-    """All images in order, decoded a little ahead of whoever writes them."""
-
-    def some(start: int) -> list[Tensor]:
-        return [contents.image(r) for r in range(start, min(start + CHUNK, len(contents.paths)))]
-
-    starts = iter(range(0, len(contents.paths), CHUNK))
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        waiting = [pool.submit(some, start) for start in islice(starts, AHEAD)]
-        while waiting:
-            yield from waiting.pop(0).result()
-            waiting += [pool.submit(some, start) for start in islice(starts, 1)]
+    return bad
 
 
 @contextlib.contextmanager
 def _draft(root: Path) -> Iterator[tuple[Path, BinaryIO]]:
-    """A new folder that only we may enter, and its lock, which the system lets go when this process ends."""
+    """A new folder that only this user may enter, and a file in it that is locked until this process ends."""
     folder = Path(tempfile.mkdtemp(prefix=DRAFT, dir=root))
     owner = (folder / OWNER).open("wb")
     try:
@@ -300,7 +344,7 @@ def _draft(root: Path) -> Iterator[tuple[Path, BinaryIO]]:
         raise
 
 
-def _put(draft: Path, owner: BinaryIO, stays: Pack, key: str) -> None:
+def _publish(draft: Path, owner: BinaryIO, stays: Pack, key: str) -> None:
     """Give the draft its name, unless another process has just made the same."""
     owner.close()
     (draft / OWNER).unlink()
@@ -315,7 +359,7 @@ def _put(draft: Path, owner: BinaryIO, stays: Pack, key: str) -> None:
 
 
 def _sweep(root: Path) -> None:
-    """Remove what processes have left that were killed."""
+    """Delete what killed processes have left."""
     for folder in root.glob(f"{DRAFT}*"):
         with contextlib.suppress(OSError), (folder / OWNER).open("r+b") as owner:
             _lock(owner)
@@ -323,8 +367,8 @@ def _sweep(root: Path) -> None:
 
 
 def _lock(file: BinaryIO) -> None:
-    """Raises OSError where another process holds the lock, or where there are no such locks (Windows: then what a
-    killed process has left stays)."""
+    """Raises OSError where another process holds the lock, or where there are no such locks (on Windows what a killed
+    process has left stays)."""
     try:
         import fcntl
     except ImportError:

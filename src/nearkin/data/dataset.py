@@ -10,11 +10,11 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from nearkin.data.decode import BadImage, check_channels
-from nearkin.data.images import ImageSource
-from nearkin.data.look import BadImages, scan
+from nearkin.data.decode import BadImage
+from nearkin.data.images import Files, ImageSource, open_images
+from nearkin.data.look import ALONE, BadImages, Check, Ranks, look
 from nearkin.data.sampling import keyed_rng
-from nearkin.data.sources.listing import SPLITS, ListedSplit, Listing, by_bytes
+from nearkin.data.sources.listing import SPLITS, Listing, by_bytes
 from nearkin.data.sources.resolve import resolve
 from nearkin.errors import DataError, counted, listed, printable
 
@@ -77,32 +77,80 @@ class Split(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """What a run trains and is judged on.
+    """What a run trains on and is evaluated on.
 
     classes: sorted by their bytes; a label is a place in them, in every split.
     splits: `train` always, `val` and `test` if there.
-    fingerprint: SHA-256 of all splits: names, sizes (of arrays: pixels) and classes of their images, in order.
     notes: what a person should know. bad: the images left out.
     """
 
     name: str
     classes: tuple[str, ...]
     splits: dict[str, Split]
-    channels: int
-    fingerprint: str
     notes: tuple[str, ...]
     bad: tuple[BadImage, ...]
 
+    @property
+    def files(self) -> dict[str, Files]:
+        """The splits whose images are files."""
+        return _files(self.splits)
 
-class Readable(NamedTuple):
-    """A listing without its bad images, and these."""
+    @property
+    def channels(self) -> int:
+        """Of every image: 1 or 3."""
+        return self.splits["train"].images.channels
 
-    listing: Listing
-    bad: tuple[BadImage, ...]
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all splits: names, sizes (of arrays: pixels) and classes of their images, in order. Computed at
+        each access: it asks the file system for the size of every file."""
+        digest = hashlib.sha256()
+        for split in self.splits.values():
+            for row, label in enumerate(split.labels.tolist()):
+                label_name = self.classes[label].encode("utf-8", "surrogateescape")
+                for field in (split.name.encode(), split.images.identity(row), label_name):
+                    # With their lengths, so that no two lists of fields look alike.
+                    digest.update(b"%d:" % len(field) + field)
+        return digest.hexdigest()
+
+
+class ChosenSplit(NamedTuple):
+    """The images of one split that are used. labels: `[N]`, places in `classes`, the class names of this split."""
+
+    images: ImageSource
+    labels: NDArray[np.int64]
+    classes: tuple[str, ...]
+
+    def take(self, rows: NDArray[np.int64]) -> ChosenSplit:
+        """Only `rows`, in that order."""
+        return self._replace(images=self.images.take(rows), labels=self.labels[rows])
+
+    def present(self) -> list[str]:
+        """The classes that have an image here, sorted by their bytes."""
+        return by_bytes(self.classes[place] for place in np.unique(self.labels))
+
+
+class Chosen(NamedTuple):
+    """The images that are used, before any file is opened. notes: what a person should know. bad: those left out."""
+
+    name: str
+    parts: dict[str, ChosenSplit]
+    notes: tuple[str, ...]
+    bad: tuple[BadImage, ...] = ()
+
+    @property
+    def files(self) -> dict[str, Files]:
+        """The splits whose images are files."""
+        return _files(self.parts)
+
+
+def _files(splits: Mapping[str, Split] | Mapping[str, ChosenSplit]) -> dict[str, Files]:
+    sources = {name: split.images for name, split in splits.items()}
+    return {name: images for name, images in sources.items() if isinstance(images, Files)}
 
 
 def load_dataset(
-    data: str,
+    data: str | Listing,
     *,
     channels: int | Literal["auto"] = "auto",
     val_split: float = 0.1,
@@ -110,106 +158,155 @@ def load_dataset(
     images_per_class: int | None = None,
     bad_images: BadPolicy = "error",
     classes: tuple[str, ...] | None = None,
-    workers: int = 2,
-    scan: bool = True,
+    check: Check | None = "auto",
 ) -> Dataset:
     """The splits of DATA (see `nearkin.data.sources.resolve`) for training.
 
-    channels: 1 or 3; auto is 1 for grey arrays and 3 for all else. val_split: share of train to hold out,
-    stratified, where the source has no val split; 0 = none. seed: of that choice and of `images_per_class`,
-    the most training images of a class, applied after it. bad_images: whether an unreadable image stops
-    everything or is left out. classes: of a run to go on with; those of the data must be among them.
-    workers: threads that decode every image once; scan: False trusts the files.
+    channels, val_split, seed, images_per_class: see `choose`. check: how files are looked at (see `look`); None trusts
+    them. bad_images: whether an unreadable image stops everything or is left out. classes: of a run to go on with;
+    those of the data must be among them.
 
     Raises BadImages (a DataError) for unreadable images; DataError for data that are missing or empty, for
     less than two classes, a class that train does not have, or no image to hold out; ConfigError for
     another number of channels.
     """
-    listing = resolve(data)
-    require(listing, "train", data)
-    readable = read_all(listing, channels, bad_images, workers if scan else None)
-    parts = readable.listing.parts
-    names = tuple(by_bytes(set(parts["train"].present()))) if classes is None else classes
+    listing = resolve(data) if isinstance(data, str) else data
+    chosen = choose(
+        listing,
+        channels=channels,
+        val_split=val_split,
+        seed=seed,
+        images_per_class=images_per_class,
+    )
+    if check is None:
+        return to_dataset(chosen, classes)
+    to_dataset(chosen, classes)  # classes that do not fit are reported before hours of looking
+    return to_dataset(looked(chosen, check, bad_images), classes)
+
+
+def choose(
+    listing: Listing,
+    *,
+    channels: int | Literal["auto"],
+    val_split: float,
+    seed: int,
+    images_per_class: int | None,
+) -> Chosen:
+    """The images that a run uses.
+
+    channels: 1 or 3; auto is 1 for grey arrays and 3 for all else. val_split: share of train to hold out,
+    stratified, where the source has no val split; 0 = none. seed: of that choice and of `images_per_class`,
+    the most training images of a class, applied after it.
+
+    Raises DataError without a train split, and when every class has a single image, so that none can be held out.
+    """
+    require(listing, "train")
+    parts = hold_out(_opened(listing, channels), val_split, seed)
+    notes = listing.notes
+    if images_per_class is not None:
+        notes += _short_classes(parts["train"], images_per_class)
+        parts = limit(parts, images_per_class, seed)
+    return Chosen(listing.name, parts, notes)
+
+
+def looked(
+    chosen: Chosen,
+    check: Check,
+    policy: BadPolicy,
+    *,
+    ranks: Ranks = ALONE,
+    quiet: bool = True,
+) -> Chosen:
+    """Without the images that cannot be read (see `look`). Raises as `leave_out`."""
+    found = look(chosen.files, check, ranks=ranks, quiet=quiet)
+    return leave_out(chosen._replace(notes=(*chosen.notes, *found.notes)), found.bad, policy)
+
+
+def leave_out(
+    chosen: Chosen, bad: Mapping[str, Mapping[int, BadImage]], policy: BadPolicy
+) -> Chosen:
+    """Without `bad`, split -> row -> what is wrong. No other image takes the place of one that is left out.
+
+    Raises BadImages when the policy is `error`, DataError when a split is empty afterwards.
+    """
+    problems = [problem for rows in bad.values() for problem in rows.values()]
+    if not problems:
+        return chosen
+    if policy == "error":
+        raise BadImages.found(problems, sum(len(part.labels) for part in chosen.parts.values()))
+    parts = dict(chosen.parts)
+    for name, rows in bad.items():
+        kept = np.setdiff1d(np.arange(len(parts[name].labels)), list(rows))
+        if len(kept) == 0:
+            first = next(iter(rows.values()))
+            raise DataError(
+                f"No image of the split {name} can be read, such as {printable(first.path)} ({first.reason})."
+            )
+        parts[name] = parts[name].take(kept)
+    note = f"{counted(len(problems), 'unreadable image')} left out"
+    return chosen._replace(parts=parts, notes=(*chosen.notes, note), bad=tuple(problems))
+
+
+def to_dataset(chosen: Chosen, classes: tuple[str, ...] | None) -> Dataset:
+    """The data set with one numbering of the classes. classes: of a run to go on with; else those of train.
+
+    Raises DataError for less than two classes and for a class that is not among them.
+    """
+    names = tuple(chosen.parts["train"].present()) if classes is None else classes
     if len(names) < 2:
         raise DataError(
-            f"The data {printable(data)} have one class only, {listed(names)}; training needs two."
+            f"The data {printable(chosen.name)} have one class only, {listed(names)}; training needs two."
         )
-    splits = {split: to_split(split, parts[split], names) for split in SPLITS if split in parts}
-    splits = hold_out(splits, val_split, seed)
-    notes = [*readable.listing.notes, *_class_notes(splits, names)]
-    if images_per_class is not None:
-        notes += _short_classes(splits["train"], names, images_per_class)
-        splits = limit(splits, images_per_class, seed)
-    return Dataset(
-        name=listing.name,
-        classes=names,
-        splits=splits,
-        channels=splits["train"].images.channels,
-        fingerprint=_fingerprint(splits, names),
-        notes=tuple(notes),
-        bad=readable.bad,
-    )
+    splits = {
+        split: to_split(split, chosen.parts[split], names)
+        for split in SPLITS
+        if split in chosen.parts
+    }
+    notes = (*chosen.notes, *_class_notes(splits, names))
+    return Dataset(chosen.name, names, splits, notes, chosen.bad)
 
 
-def require(listing: Listing, split: str, data: str) -> None:
+def require(listing: Listing, split: str) -> None:
     """Raises DataError, naming the splits there are, when `split` is not one."""
     if split not in listing.parts:
         raise DataError(
-            f"The data {printable(data)} have no split {printable(split)}, only {', '.join(listing.parts)}."
+            f"The data {printable(listing.data)} have no split {printable(split)}, only "
+            f"{', '.join(listing.parts)}."
         )
 
 
-def read_all(
-    listing: Listing, channels: int | Literal["auto"], policy: BadPolicy, workers: int | None
-) -> Readable:
-    """Decode everything in `workers` threads (None: nothing) and leave out what cannot be read.
-
-    Raises BadImages when the policy is `error`, DataError when train is empty afterwards.
-    """
-    if channels == "auto":
-        channels = next(iter(listing.parts.values())).images.channels
-    check_channels(channels)
-    parts: dict[str, ListedSplit] = {}
-    bad: list[BadImage] = []
+def _opened(listing: Listing, channels: int | Literal["auto"]) -> dict[str, ChosenSplit]:
+    parts = {}
     for name, part in listing.parts.items():
-        images = part.images.with_channels(channels)
-        found = {} if workers is None else scan(images, workers=workers)
-        bad += found.values()
-        good = np.setdiff1d(np.arange(len(images)), list(found))
-        converted = ListedSplit(images, part.labels, part.classes)
-        parts[name] = converted.take(good) if found else converted
-    if bad and policy == "error":
-        raise BadImages.found(bad, sum(len(part.images) for part in listing.parts.values()))
-    empty = [name for name, part in parts.items() if len(part.images) == 0]
-    if empty:
-        raise DataError(
-            f"No image of the split {empty[0]} can be read; see {listed([bad[0].path])}."
-        )
-    left_out = (f"{counted(len(bad), 'unreadable image')} left out",) if bad else ()
-    return Readable(Listing(listing.name, parts, (*listing.notes, *left_out)), tuple(bad))
+        images = open_images(part.images, channels)
+        channels = images.channels  # all splits as the first
+        parts[name] = ChosenSplit(images, part.labels, part.classes)
+    return parts
 
 
-def to_split(name: str, part: ListedSplit, classes: tuple[str, ...]) -> Split:
+def to_split(name: str, part: ChosenSplit, classes: tuple[str, ...]) -> Split:
     """The part with labels as places in `classes`. Raises DataError for a class that is not among them."""
-    unknown = [known for known in part.present() if known not in set(classes)]
+    places = {known: place for place, known in enumerate(classes)}
+    unknown = [known for known in part.present() if known not in places]
     if unknown:
         raise DataError(
             f"The split {name} has {counted(len(unknown), 'class', 'classes')} that the training has not: "
             f"{listed(unknown)}; a model can only tell the classes it was trained on."
         )
-    places = {known: place for place, known in enumerate(classes)}
     table = np.array([places.get(known, -1) for known in part.classes], dtype=np.int64)
     return Split(name, part.images, table[part.labels])
 
 
-def hold_out(splits: Mapping[str, Split], val_split: float, seed: int) -> dict[str, Split]:
-    """The splits with a val split: their own, or a share of train; none where `val_split` is 0.
+def hold_out(
+    parts: Mapping[str, ChosenSplit], val_split: float, seed: int
+) -> dict[str, ChosenSplit]:
+    """The parts with a val split: their own, or a share of train; none where `val_split` is 0.
 
     Raises DataError when every class has a single image, so that none can be spared.
     """
-    if "val" in splits or val_split == 0:
-        return dict(splits)
-    train = splits["train"]
+    if "val" in parts or val_split == 0:
+        return dict(parts)
+    train = parts["train"]
     held = stratified(train.labels, val_split, seed)
     if len(held) == 0:
         raise DataError(
@@ -217,14 +314,13 @@ def hold_out(splits: Mapping[str, Split], val_split: float, seed: int) -> dict[s
             "use --val-split 0 or give a val split."
         )
     kept = np.setdiff1d(np.arange(len(train.labels)), held)
-    made = {"train": train.take(kept), "val": train.take(held)._replace(name="val")}
-    return made | {name: split for name, split in splits.items() if name not in made}
+    return {**parts, "train": train.take(kept), "val": train.take(held)}
 
 
-def limit(splits: Mapping[str, Split], most: int, seed: int) -> dict[str, Split]:
-    """The splits with at most `most` training images of each class."""
-    train = splits["train"]
-    return {**splits, "train": train.take(limited(train.labels, most, seed))}
+def limit(parts: Mapping[str, ChosenSplit], most: int, seed: int) -> dict[str, ChosenSplit]:
+    """The parts with at most `most` training images of each class."""
+    train = parts["train"]
+    return {**parts, "train": train.take(limited(train.labels, most, seed))}
 
 
 def missing_classes(split: Split, classes: tuple[str, ...]) -> list[str]:
@@ -254,24 +350,13 @@ def _class_notes(splits: Mapping[str, Split], classes: tuple[str, ...]) -> list[
     return notes
 
 
-def _short_classes(train: Split, classes: tuple[str, ...], most: int) -> list[str]:
-    counts = np.bincount(train.labels, minlength=len(classes))
-    short = [f"{classes[place]} ({counts[place]})" for place in np.flatnonzero(counts < most)]
-    if not short:
-        return []
-    number = counted(len(short), "class has", "classes have")
-    return [f"{number} fewer than {most} training images: {listed(short)}"]
-
-
-def _fingerprint(splits: Mapping[str, Split], classes: tuple[str, ...]) -> str:
-    digest = hashlib.sha256()
-    for split in splits.values():
-        for row, label in enumerate(split.labels):
-            label_name = classes[label].encode("utf-8", "surrogateescape")
-            fields = (split.name.encode(), split.images.identity(row), label_name)
-            for field in fields:  # with their lengths, so that no two lists of fields look alike
-                digest.update(b"%d:" % len(field) + field)
-    return digest.hexdigest()
+def _short_classes(train: ChosenSplit, most: int) -> tuple[str, ...]:
+    counts = np.bincount(train.labels, minlength=len(train.classes))
+    few = [f"{train.classes[c]} ({counts[c]})" for c in np.flatnonzero(counts < most) if counts[c]]
+    if not few:
+        return ()
+    number = counted(len(few), "class has", "classes have")
+    return (f"{number} fewer than {most} training images: {listed(few)}",)
 
 
 class EvaluationSplit(NamedTuple):
@@ -283,7 +368,7 @@ class EvaluationSplit(NamedTuple):
 
 
 def load_for_evaluation(
-    data: str,
+    data: str | Listing,
     *,
     classes: tuple[str, ...],
     channels: int,
@@ -293,33 +378,35 @@ def load_for_evaluation(
     seed: int = 0,
     images_per_class: int | None = None,
     bad_images: BadPolicy = "error",
-    workers: int = 2,
+    check: Check = "auto",
+    ranks: Ranks = ALONE,
+    quiet: bool = True,
 ) -> EvaluationSplit:
     """One split of DATA. split: by default test, else val.
 
     own: DATA is what the model was trained on; then `val_split`, `seed` and `images_per_class` of that run
     give its very splits again. Other data without splits are one split, test, as a whole.
     classes: of the model; only those that the chosen split has need to be among them.
+    check, ranks, quiet: as in `look`; only images of the split are looked at.
 
     Raises BadImages for unreadable images under the policy `error`; DataError when the split is not there
     or has a class that the model does not know.
     """
-    listing = resolve(data)
+    listing = resolve(data) if isinstance(data, str) else data
     if not own and tuple(listing.parts) == ("train",):
         listing = listing._replace(parts={"test": listing.parts["train"]})
     carved = own and "val" not in listing.parts and "train" in listing.parts and val_split > 0
     there = [name for name in SPLITS if name in listing.parts or (carved and name == "val")]
-    chosen = _choose(split, there, data)
-    source = "train" if carved and chosen == "val" else chosen
-    readable = read_all(_only(listing, source), channels, bad_images, workers)
-    splits = {source: to_split(source, readable.listing.parts[source], classes)}
-    if carved and source == "train":
-        splits = hold_out(splits, val_split, seed)
-    if own and chosen == "train" and images_per_class is not None:
-        splits = limit(splits, images_per_class, seed)
-    found = splits[chosen]
-    notes = (*readable.listing.notes, *missing_classes(found, classes))
-    return EvaluationSplit(found, notes, readable.bad)
+    name = _choose(split, there, listing.data)
+    parts = _opened(listing, channels)
+    if carved and name in ("train", "val"):
+        parts = hold_out(parts, val_split, seed)
+    if own and name == "train" and images_per_class is not None:
+        parts = limit(parts, images_per_class, seed)
+    chosen = Chosen(listing.name, {name: parts[name]}, listing.notes)
+    chosen = looked(chosen, check, bad_images, ranks=ranks, quiet=quiet)
+    found = to_split(name, chosen.parts[name], classes)
+    return EvaluationSplit(found, (*chosen.notes, *missing_classes(found, classes)), chosen.bad)
 
 
 def _choose(split: str | None, there: list[str], data: str) -> str:
@@ -335,8 +422,3 @@ def _choose(split: str | None, there: list[str], data: str) -> str:
             f"The data {printable(data)} have no split {printable(split)}, only {', '.join(there)}."
         )
     return split
-
-
-def _only(listing: Listing, split: str) -> Listing:
-    """Just one split, so that nothing else is decoded."""
-    return listing._replace(parts={split: listing.parts[split]})

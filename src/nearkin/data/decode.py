@@ -2,13 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-import numpy as np
-from numpy.typing import NDArray
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 import io
 import os
 import stat
@@ -17,82 +10,23 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from nearkin.data import decode as jpeg
 from nearkin.errors import ConfigError, DataError, printable
 
-SCAN, EXIF_OR_XMP, ICC_OR_MPF = 0xDA, 0xE1, 0xE2  # second bytes of markers
-LENGTHLESS = range(0xD0, 0xDA)  # markers without a segment
-COLOURS = {1: ("Gray",), 3: ("Gray", "YCbCr", "RGB")}  # that `decode` turns into so many channels
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
-
-def plain(content: bytes, channels: int, max_pixels: int) -> NDArray[np.uint8] | None:
-    """uint8 `[H, W, channels]` of a JPEG file of at most `max_pixels` that needs decoding and nothing else; None
-    for every other, and where anything is wrong: that is Pillow's."""
-    if not _is_plain(content):
-        return None
-    import simplejpeg
-
-    try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
-    except ValueError:
-        return None
-    if height * width > max_pixels or colours not in COLOURS[channels]:
-        return None
-    return decode(content, channels)
-
-
-def _is_plain(content: bytes) -> bool:
-    """Whether no segment before the pixels may hold an orientation or more images. ITU-T T.81, B.1.1."""
-    if not content.startswith(b"\xff\xd8"):
-        return False
-    place = 2
-    while content[place : place + 1] == b"\xff" and place + 4 <= len(content):
-        marker, start = content[place + 1], place + 4
-        if marker == SCAN:
-            return True
-        images = marker == ICC_OR_MPF and content.startswith(b"MPF", start)
-        if marker == EXIF_OR_XMP or images or not 0xC0 <= marker < 0xFF or marker in LENGTHLESS:
-            return False
-        place += 2 + int.from_bytes(content[place + 2 : start])
-    return False
-
-
-def decodes(image: Image, channels: int) -> bool:
-    """Whether `decode` gives the pixels that Pillow would: grey made of colours is rounded differently."""
-    return image.format == "JPEG" and (image.mode == "L" or (image.mode == "RGB" and channels == 3))
-
-
-def decode(content: bytes, channels: int) -> NDArray[np.uint8] | None:
-    """uint8 `[H, W, channels]` of a JPEG file whose size is known to be allowed; None where anything is wrong with it:
-    Pillow then says what, or mends it.
-    """
-    return _decoded(content, channels)
-
-
-def scaled(content: bytes, channels: int, least: int) -> NDArray[np.uint8] | None:
-    """As `decode`, but at the smallest n/8 of its size, up to a half, that leaves both sides `least` pixels or more, if
-    there is one: from the low frequencies of each block alone, which saves some of the time and changes pixels.
-    """
-    return _decoded(content, channels, min_height=least, min_width=least, min_factor=2)
-
-
-def _decoded(content: bytes, channels: int, **options: int) -> NDArray[np.uint8] | None:
-    import simplejpeg
-
-    colours = "RGB" if channels == 3 else "GRAY"
-    try:
-        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(content, colours, **options)
-    except ValueError:
-        return None
-    return pixels
-
-
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
+# To be raised when a file may be judged otherwise than before: what is remembered of files is then not used.
+DECODER = 1
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 64 * 2**20
 ORIENTATION = 0x0112
@@ -106,7 +40,22 @@ TURNS = {
     7: (True, (-2, -1)),
     8: (True, (-2,)),
 }
-PLAIN = {"1": "L", "L": "L"} | dict.fromkeys(("P", "RGB", "RGBX", "CMYK", "YCbCr"), "RGB")
+OPAQUE = {"1": "L", "L": "L"} | dict.fromkeys(("P", "RGB", "RGBX", "CMYK", "YCbCr"), "RGB")
+# Modes that every image of which can be converted; others (F, I) depend on the pixels.
+MODES = frozenset(OPAQUE) | {"LA", "PA", "RGBA", "LAB", "I;16", "I;16B", "I;16L"}
+SCAN, EXIF_OR_XMP, ICC_OR_MPF = 0xDA, 0xE1, 0xE2  # second bytes of JPEG markers
+LENGTHLESS = range(0xD0, 0xDA)  # JPEG markers without a segment
+COLOURS = {1: ("Gray",), 3: ("Gray", "YCbCr", "RGB")}  # that libjpeg turns into so many channels
+END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"\0\0\0\0IEND\xaeB`\x82", "GIF": b";"}
+TIFF_PARTS = ((273, 279), (324, 325))  # tags of the offsets and lengths of strips and of tiles
+
+
+class Header(NamedTuple):
+    """Of an image as it is stored, before its orientation is applied. channels: of the file, 1 to 4."""
+
+    width: int
+    height: int
+    channels: int
 
 
 class BadImage(DataError):
@@ -120,14 +69,14 @@ class BadImage(DataError):
         return f"The image {printable(self.path)} cannot be used: {printable(self.reason)}."
 
     def by_now(self) -> DataError:
-        """The error for an image that passed the scan."""
+        """The error for an image that was readable when the run started."""
         return DataError(
             f"{str(self).rstrip('.')}, though it could be read at the start; mend it, and start again."
         )
 
 
 class _Refused(Exception):
-    """A reason of ours, on its way into a BadImage."""
+    """Becomes a BadImage with this text as the reason."""
 
 
 def check_channels(channels: int) -> None:
@@ -150,7 +99,7 @@ def read_image(
     rounded; 32-bit integers count as 16-bit where they fit. Of an animation the first frame is taken.
     Colour profiles are not applied, but CIELAB becomes sRGB.
 
-    Raises BadImage for anything but a whole, regular JPEG, PNG, WEBP, BMP, TIFF or GIF file of at most
+    Raises BadImage for anything but a whole, regular file of one of `FORMATS` (or HEIF, with pillow-heif) of at most
     `max_bytes` bytes and `max_pixels` pixels, and for floating-point pixels. Never waits on a pipe.
     """
     return decoded(path, channels, max_pixels, max_bytes).contiguous()
@@ -163,15 +112,44 @@ def decoded(
     max_bytes: int = MAX_BYTES,
     least: int = 0,
 ) -> Tensor:
-    """As `read_image`, but in memory a pixel's colours lie side by side, as decoders leave them: resizing is
-    fastest so. least: unless 0, large JPEG files are decoded at a fraction of their size (`jpeg.scaled`)."""
-    check_channels(channels)
+    """As `read_image`, but with the channels of a pixel side by side in memory, as decoders leave them and resizing is
+    fastest. least: unless 0, large JPEG files are decoded at a fraction of their size (`scaled_jpeg`)."""
+    return _decode(os.fspath(path), channels, max_pixels, max_bytes, least)[0]
+
+
+def inspect(
+    path: str | os.PathLike[str], *, channels: int, full: bool
+) -> tuple[Tensor | None, Header]:
+    """The pixels of an image file that can be used, as from `decoded`, if they were needed to find out, and its header.
+
+    full: decode it as `read_image` does. Otherwise only its header is read, and looked for the mark that ends the file
+    (JPEG, PNG, GIF) or compared with the length it states (WEBP, BMP, TIFF); a file that does not pass is decoded, so
+    that an image is refused for the same reasons as by `full`, though damaged pixels go unnoticed.
+
+    Raises BadImage.
+    """
     name = os.fspath(path)
+    header = None if full else _quick_header(name)
+    return _decode(name, channels) if header is None else (None, header)
+
+
+def _decode(
+    name: str,
+    channels: int,
+    max_pixels: int = MAX_PIXELS,
+    max_bytes: int = MAX_BYTES,
+    least: int = 0,
+) -> tuple[Tensor, Header]:
+    check_channels(channels)
     try:
-        content = _content(name, max_bytes)
-        pixels = None if least else jpeg.plain(content, channels, min(max_pixels, MAX_PIXELS))
-        if pixels is not None:
-            return torch.from_numpy(pixels).permute(2, 0, 1)
+        with _regular(name, max_bytes) as file:
+            content = file.read(os.fstat(file.fileno()).st_size)  # all; more would allocate more
+        pixels = None
+        header = None if least else plain_header(content, channels, min(max_pixels, MAX_PIXELS))
+        if header is not None:
+            pixels = decode_jpeg(content, channels)
+        if header is not None and pixels is not None:
+            return torch.from_numpy(pixels).permute(2, 0, 1), header
         with _pillow_warnings:
             return _upright(content, channels, max_pixels, least)
     except MemoryError:
@@ -180,8 +158,9 @@ def decoded(
         raise BadImage(name, _reason(error)) from error
 
 
-def _content(path: str, max_bytes: int) -> bytes:
-    """All bytes of a regular file. Opening without blocking, then looking, leaves no moment to swap it."""
+@contextmanager
+def _regular(path: str, max_bytes: int) -> Iterator[BinaryIO]:
+    """A regular file, open for reading. Opening without blocking, then looking, leaves no moment to swap it."""
     flags = ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY")  # not every system has each
     descriptor = os.open(path, os.O_RDONLY | sum(getattr(os, flag, 0) for flag in flags))
     try:
@@ -193,31 +172,138 @@ def _content(path: str, max_bytes: int) -> bytes:
         if status.st_size > max_bytes:
             raise _Refused(f"it is larger than {max_bytes / 2**20:g} MiB")
         with open(descriptor, "rb", closefd=False) as file:
-            return file.read(status.st_size)  # asking for more would allocate more
+            yield file
     finally:
         os.close(descriptor)
 
 
-def _upright(content: bytes, channels: int, max_pixels: int, least: int) -> Tensor:
+def _quick_header(path: str) -> Header | None:
+    """The header of a file that seems to be whole, without its pixels; None where only decoding tells."""
+    from PIL import Image
+
+    try:
+        with (
+            _pillow_warnings,
+            _regular(path, MAX_BYTES) as file,
+            Image.open(file, formats=_formats()) as image,
+        ):
+            width, height = image.size
+            if image.mode not in MODES or width * height > MAX_PIXELS or not _whole(file, image):
+                return None
+            return Header(width, height, len(image.getbands()))
+    except MemoryError:
+        raise
+    except Exception:  # decoding finds out what is wrong
+        return None
+
+
+def _whole(file: BinaryIO, image: Image) -> bool:
+    """Whether a file has its end mark, or the length that it states."""
+    size = file.seek(0, os.SEEK_END)
+    if image.format in END_MARKS:
+        mark = END_MARKS[image.format]
+        file.seek(max(0, size - len(mark)))
+        return file.read() == mark
+    if image.format in ("WEBP", "BMP"):
+        place, more = (4, 8) if image.format == "WEBP" else (2, 0)
+        file.seek(place)
+        return int.from_bytes(file.read(4), "little") + more <= size
+    if image.format == "TIFF":
+        tags = image.tag_v2  # type: ignore[attr-defined]  # of TiffImageFile
+        parts = [(tags[starts], tags[sizes]) for starts, sizes in TIFF_PARTS if starts in tags]
+        return all(
+            a + b <= size for starts, sizes in parts for a, b in zip(starts, sizes, strict=True)
+        )
+    return False
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """That Pillow may open: HEIF as well where pillow-heif is installed."""
+    try:
+        import_module("pillow_heif").register_heif_opener()
+    except ImportError:
+        return FORMATS
+    return (*FORMATS, "HEIF")
+
+
+def plain_header(content: bytes, channels: int, max_pixels: int) -> Header | None:
+    """Of a JPEG file of at most `max_pixels` that `decode_jpeg` decodes as Pillow does and that has no orientation to
+    apply; None for every other file, and where anything is wrong: those are for Pillow."""
+    if not _is_plain(content):
+        return None
+    import simplejpeg
+
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
+    except ValueError:
+        return None
+    if height * width > max_pixels or colours not in COLOURS[channels]:
+        return None
+    return Header(width, height, 1 if colours == "Gray" else 3)
+
+
+def _is_plain(content: bytes) -> bool:
+    """Whether no segment before the pixels may hold an orientation or more images. ITU-T T.81, B.1.1."""
+    if not content.startswith(b"\xff\xd8"):
+        return False
+    place = 2
+    while content[place : place + 1] == b"\xff" and place + 4 <= len(content):
+        marker, start = content[place + 1], place + 4
+        if marker == SCAN:
+            return True
+        images = marker == ICC_OR_MPF and content.startswith(b"MPF", start)
+        if marker == EXIF_OR_XMP or images or not 0xC0 <= marker < 0xFF or marker in LENGTHLESS:
+            return False
+        place += 2 + int.from_bytes(content[place + 2 : start])
+    return False
+
+
+def is_exact_jpeg(image: Image, channels: int) -> bool:
+    """Whether `decode_jpeg` gives the pixels that Pillow would: grey from colours is rounded differently."""
+    return image.format == "JPEG" and (image.mode == "L" or (image.mode == "RGB" and channels == 3))
+
+
+def decode_jpeg(content: bytes, channels: int, **options: int) -> NDArray[np.uint8] | None:
+    """uint8 `[H, W, channels]` of a JPEG file whose size is known to be allowed, by libjpeg-turbo. Returns None where
+    anything is wrong with the file; the caller falls back to Pillow, which gives the reason or repairs it."""
+    import simplejpeg
+
+    colours = "RGB" if channels == 3 else "GRAY"
+    try:
+        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(content, colours, **options)
+    except ValueError:
+        return None
+    return pixels
+
+
+def scaled_jpeg(content: bytes, channels: int, least: int) -> NDArray[np.uint8] | None:
+    """As `decode_jpeg`, but at the smallest n/8 of its size, up to a half, that leaves both sides `least` pixels or
+    more, if there is one: only the low frequencies of each block are decoded, which is faster and changes pixels."""
+    return decode_jpeg(content, channels, min_height=least, min_width=least, min_factor=2)
+
+
+def _upright(content: bytes, channels: int, max_pixels: int, least: int) -> tuple[Tensor, Header]:
     """The first frame, turned as its EXIF block says."""
     from PIL import Image
 
-    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+    with Image.open(io.BytesIO(content), formats=_formats()) as image:
         width, height = image.size
         if width * height > max_pixels:  # known from the header, before any pixel is allocated
             raise _Refused(f"{width} x {height} are more than {max_pixels} pixels")
         if image.format == "PNG":
             _check_sums(content)
+        header = Header(width, height, len(image.getbands()))
         pixels = None
-        if jpeg.decodes(image, channels):
+        if is_exact_jpeg(image, channels):
             pixels = (
-                jpeg.scaled(content, channels, least) if least else jpeg.decode(content, channels)
+                scaled_jpeg(content, channels, least) if least else decode_jpeg(content, channels)
             )
         if pixels is None:
             image.load()
             flat = _eight_bit(image).convert("L" if channels == 1 else "RGB")
             pixels = np.atleast_3d(np.array(flat))
-        return _turned(torch.from_numpy(pixels).permute(2, 0, 1), image)
+        return _turned(torch.from_numpy(pixels).permute(2, 0, 1), image), header
 
 
 def _check_sums(png: bytes) -> None:
@@ -258,13 +344,13 @@ def _eight_bit(image: Image) -> Image:
         return _from_lab(image)
     if image.has_transparency_data:
         return _on_white(image)
-    if image.mode not in PLAIN:
+    if image.mode not in OPAQUE:
         raise _Refused(f"its colour mode {image.mode} is not supported")
     if image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
         from PIL import ImageChops
 
         return ImageChops.invert(image).convert("RGB")  # only Adobe stores inks inverted
-    return image.convert(PLAIN[image.mode])
+    return image.convert(OPAQUE[image.mode])
 
 
 def _from_sixteen_bit(image: Image) -> Image:
@@ -305,7 +391,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, _Refused):
         return text
     if isinstance(error, UnidentifiedImageError):
-        return f"it is no readable {', '.join(FORMATS[:-1])} or {FORMATS[-1]} file"
+        return f"it is no readable {', '.join(_formats()[:-1])} or {_formats()[-1]} file"
     if isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
         return "it has too many pixels"
     if isinstance(error, OSError) and error.strerror:
@@ -348,6 +434,6 @@ _pillow_warnings = _PillowWarnings()
 
 @contextmanager
 def quiet_pillow() -> Iterator[None]:
-    """Hold Pillow's warnings back over many images: cheaper than once per image."""
+    """Silence Pillow's warnings for many images at once, which is cheaper than for each."""
     with _pillow_warnings:
         yield

@@ -1,11 +1,9 @@
-"""Where the pixels of a split come from. Sources are picklable and small: workers get a copy."""
+"""Images by row, from files or from arrays. Sources are picklable and small: every loader worker has a copy."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
-from copy import copy
-from typing import Protocol, Self
+from typing import Literal, Protocol, Self
 
 import numpy as np
 import torch
@@ -13,8 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nearkin.data.decode import check_channels, decoded
-
-Rows = Sequence[int] | NDArray[np.int64]
+from nearkin.data.sources.listing import ArrayList, FileList, Rows
 
 
 class ImageSource(Protocol):
@@ -34,7 +31,7 @@ class ImageSource(Protocol):
         """uint8 `[channels, H, W]`. Raises BadImage."""
 
     def stack(self, rows: Rows) -> Tensor | None:
-        """uint8 `[n, channels, H, W]`, if these images lie in one array; `read` gives them one by one in any case."""
+        """uint8 `[n, channels, H, W]` where all images are in one array; None otherwise."""
 
     def name(self, row: int) -> str:
         """The name to show for a row, unique in the source."""
@@ -50,32 +47,24 @@ class ImageSource(Protocol):
 
 
 class Files:
-    """Image files under a folder. `paths` are kept packed: a Python string each would triple the memory
-    and, touched by every worker, make each copy it.
-
-    least: see `jpeg.scaled`; 0 decodes in full.
-    """
+    """Image files. least: see `scaled_jpeg`; 0 decodes in full."""
 
     from_files = True
-    least: int = 0
 
-    def __init__(self, root: str, paths: Iterable[str], channels: int = 3) -> None:
+    def __init__(self, files: FileList, channels: int = 3, least: int = 0) -> None:
         check_channels(channels)
-        encoded = [os.fsencode(path) for path in paths]
-        self.root, self.channels = root, channels
-        self._names = b"".join(encoded)
-        self._ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+        self.files, self.channels, self.least = files, channels, least
 
     def __len__(self) -> int:
-        return len(self._ends) - 1
+        return len(self.files)
 
     def name(self, row: int) -> str:
-        """The path as it was given, relative to the root."""
-        return os.fsdecode(self._names[self._ends[row] : self._ends[row + 1]])
+        """The path relative to the root."""
+        return self.files.name(row)
 
     def path(self, row: int) -> str:
         """The path to open."""
-        return os.path.join(self.root, self.name(row))  # noqa: PTH118 - a Path would normalise it
+        return self.files.path(row)
 
     def read(self, row: int) -> Tensor:
         return decoded(self.path(row), self.channels, least=self.least)
@@ -84,35 +73,28 @@ class Files:
         """Files are decoded one by one."""
 
     def identity(self, row: int) -> bytes:
-        """The path and the size of the file; a size of -1 if there is none."""
+        """The relative path and the size of the file; a size of -1 if there is none."""
         try:
             size = os.stat(self.path(row)).st_size  # noqa: PTH116 - called once per image
         except (OSError, ValueError):
             size = -1
-        return os.fsencode(self.name(row)) + b"\0%d" % size
+        return self.files.encoded(row) + b"\0%d" % size
 
     def take(self, rows: Rows) -> Self:
-        taken = type(self)(self.root, [self.name(int(row)) for row in rows], self.channels)
-        taken.least = self.least
-        return taken
+        return type(self)(self.files.take(rows), self.channels, self.least)
 
     def scaled(self, least: int) -> Self:
         """The source with large JPEG files decoded at a fraction of their size, `least` pixels or more a side."""
-        same = copy(self)
-        same.least = least
-        return same
+        return type(self)(self.files, self.channels, least)
 
     def with_channels(self, channels: int) -> Self:
-        check_channels(channels)
-        same = copy(self)  # the packed names are shared
-        same.channels = channels
-        return same
+        return type(self)(self.files, channels, self.least)
 
 
 class Arrays:
-    """Images of one size in memory. array: uint8 `[N, H, W, C]`, C = 1 or 3. prefix: names are prefix/row.
+    """Images of one size in memory. array: uint8 `[N, H, W, C]`, C = 1 or 3. Names are `prefix/number`.
 
-    channels: to convert to, by default C. numbers: the rows that names tell, by default 0 ... N - 1.
+    channels: to convert to, by default C. numbers: `[N]`, by default 0 ... N - 1.
     """
 
     from_files = False
@@ -151,6 +133,17 @@ class Arrays:
 
     def with_channels(self, channels: int) -> Self:
         return type(self)(self._array, self._prefix, channels, self._numbers)
+
+
+def open_images(listed: FileList | ArrayList, channels: int | Literal["auto"]) -> Files | Arrays:
+    """The source of the images of a listed split. channels: auto is 1 for grey arrays and 3 for all else.
+
+    Raises ConfigError for another number of channels.
+    """
+    if isinstance(listed, FileList):
+        return Files(listed, 3 if channels == "auto" else channels)
+    array, prefix, numbers = listed
+    return Arrays(array, prefix, array.shape[-1] if channels == "auto" else channels, numbers)
 
 
 def in_channels(images: Tensor, channels: int) -> Tensor:

@@ -1,21 +1,45 @@
-"""Every image file is decoded once before training: what cannot be read is known at the start."""
+"""One look at each image file: what cannot be read is known before training, and remembered for later runs."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
+import os
+import sqlite3
+import statistics
+import sys
+import time
+import zlib
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from itertools import accumulate, islice
 from pathlib import Path
+from threading import Event
+from typing import Any, Literal, NamedTuple, Self, TypeVar
 
-from nearkin.data.decode import BadImage, quiet_pillow
-from nearkin.data.images import ImageSource
-from nearkin.errors import DataError, printable
-from nearkin.files import write_atomic
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
 
-CHUNK = 64  # images per task: enough to hide the cost of a task
+from nearkin.data.decode import DECODER, BadImage, inspect, quiet_pillow
+from nearkin.data.images import Files, ImageSource
+from nearkin.errors import DataError, NearkinError, printable
+from nearkin.files import cache_folder, write_atomic
+
+T = TypeVar("T")
+Check = Literal["auto", "full", "headers"]
+MOST_DECODED = 100_000  # files that are not yet known, up to which `auto` decodes them
+STORE = "look.sqlite"
+CHUNK = 16  # files per task of a thread: hides the cost of a task, and stops soon
+BATCH = 2048  # files per query and per transaction
+PATIENCE = 60.0  # seconds that a process waits for others that write
+QUIET_SECONDS = 2.0  # before a bar is shown
+SAMPLE = 200  # images whose size is read to find the usual one
 NAMED = 3
+DAMAGED = sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB
 
 
 class BadImages(DataError):
@@ -34,34 +58,436 @@ class BadImages(DataError):
         first = "; ".join(f"{printable(b.path)} ({printable(b.reason)})" for b in bad[:NAMED])
         rest = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
         return cls(
-            f"{len(bad)} of {total} images cannot be read: {first}{rest}. Mend or delete them, or "
+            f"{len(bad)} of {total} images cannot be read: {first}{rest}. Repair or delete them, or "
             "leave them out with --bad-images skip.",
             tuple(bad),
         )
 
 
-def scan(images: ImageSource, *, workers: int) -> dict[int, BadImage]:
-    """Decode every image in `workers` threads: row -> what is wrong, in the order of the rows.
+class Ranks(NamedTuple):
+    """The processes of one node, which share the work. exchange: collects what each of them holds, on all of them."""
 
-    Decoding releases Python's lock, so threads run side by side. Arrays need no scan.
+    rank: int = 0
+    size: int = 1
+    exchange: Callable[[Any], list[Any]] = lambda value: [value]
+
+    @classmethod
+    def on_node(cls, rank: int, per_node: int, collect: Callable[[Any], list[Any]]) -> Ranks:
+        """Those of the node of `rank`, where each node has `per_node` ranks in a row. collect: what every rank of all
+        nodes holds, on each; every rank has to take part in each exchange."""
+        first = rank - rank % per_node
+        return cls(rank - first, per_node, lambda value: collect(value)[first : first + per_node])
+
+
+ALONE = Ranks()
+
+
+class Looked(NamedTuple):
+    """bad: for each source, row -> what is wrong. notes: what a person should know."""
+
+    bad: dict[str, dict[int, BadImage]]
+    notes: tuple[str, ...]
+
+
+class Fact(NamedTuple):
+    """What is remembered of a file. size in bytes and mtime in nanoseconds say whether it is still the same file.
+
+    full: whether it was decoded. width, height, channels: as stored in the file, 0 for a bad one. reason: why it
+    cannot be used, or None.
     """
-    if not images.from_files:
-        return {}
-    starts = range(0, len(images), CHUNK)
-    with quiet_pillow(), ThreadPoolExecutor(max(1, workers)) as pool:
-        found = pool.map(lambda start: _check(images, start), starts)
-        return dict(chain.from_iterable(found))
 
+    size: int
+    mtime: int
+    full: int
+    width: int
+    height: int
+    channels: int
+    reason: str | None
 
-def _check(images: ImageSource, start: int) -> list[tuple[int, BadImage]]:
-    bad = []
-    for row in range(start, min(start + CHUNK, len(images))):
+    def holds(self, path: bytes) -> bool:
+        """Whether the file has still the size and the time of change of this fact."""
         try:
-            images.read(row)
-        except BadImage as error:
-            # A fresh one: the traceback of the caught one would keep the file's bytes in memory.
-            bad.append((row, BadImage(error.path, error.reason)))
+            status = os.stat(path)  # noqa: PTH116 - called once per image
+        except (OSError, ValueError):
+            return False
+        return (status.st_size, status.st_mtime_ns) == (self.size, self.mtime)
+
+    def checksum(self, path: bytes) -> int:
+        """Of the row in the database, so that neither damage nor another decoder is taken for knowledge."""
+        return zlib.crc32(repr((DECODER, path, *self)).encode("utf-8", "surrogatepass"))
+
+
+class Examined(NamedTuple):
+    """image: the pixels, if the file was decoded. fact: what there is to remember; None after an error of the system,
+    which says nothing about the file. problem: what is wrong with it, if anything."""
+
+    image: Tensor | None
+    fact: Fact | None
+    problem: BadImage | None
+
+
+class Remembered:
+    """The SQLite file in the cache folder. Any number of processes may use it at once. Where it cannot be used,
+    `note` says why once, nothing is known and nothing is kept."""
+
+    def __init__(self) -> None:
+        self.note: str | None = None
+        self._path = ""
+        self._connection: sqlite3.Connection | None = None
+        try:
+            self._path = str(cache_folder() / STORE)
+        except DataError as error:
+            self.note = f"later runs look at the same images again: {error}"
+        else:
+            self._guarded(self._open)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._connection is not None:
+            self._connection.close()
+
+    def known(self, paths: Sequence[bytes]) -> dict[bytes, Fact]:
+        """What is known of `paths`, whether or not the files are still the same."""
+        return self._guarded(lambda: self._select(paths)) or {}
+
+    def keep(self, facts: dict[bytes, Fact]) -> None:
+        """Remember the facts, in one transaction."""
+        rows = [(path, *fact, fact.checksum(path)) for path, fact in facts.items()]
+        self._guarded(lambda: self._insert(rows))
+
+    def _open(self) -> None:
+        self._connection = sqlite3.connect(self._path, timeout=PATIENCE, isolation_level=None)
+        self._connection.execute("PRAGMA synchronous = NORMAL")
+        self._connection.execute(
+            "CREATE TABLE IF NOT EXISTS files (path BLOB PRIMARY KEY, size INTEGER, mtime INTEGER, full INTEGER, "
+            "width INTEGER, height INTEGER, channels INTEGER, reason TEXT, checksum INTEGER) WITHOUT ROWID"
+        )
+
+    def _select(self, paths: Sequence[bytes]) -> dict[bytes, Fact]:
+        found: dict[bytes, Fact] = {}
+        if self._connection is None:
+            return found
+        for start in range(0, len(paths), 500):  # SQLite before 3.32 takes 999 parameters
+            some = paths[start : start + 500]
+            marks = ",".join("?" * len(some))
+            for path, *values, checksum in self._connection.execute(
+                f"SELECT * FROM files WHERE path IN ({marks})",
+                some,
+            ):
+                fact = Fact(*values)
+                if fact.checksum(path) == checksum:
+                    found[path] = fact
+        return found
+
+    def _insert(self, rows: list[tuple[Any, ...]]) -> None:
+        if self._connection is None or not rows:
+            return
+        with self._connection:
+            self._connection.execute("BEGIN IMMEDIATE")
+            self._connection.executemany(
+                f"INSERT OR REPLACE INTO files VALUES ({','.join('?' * len(rows[0]))})",
+                rows,
+            )
+
+    def _guarded(self, work: Callable[[], T]) -> T | None:
+        """The result of `work`, or None after an error of the database; from then on it is not used any more."""
+        try:
+            return work()
+        except (sqlite3.Error, UnicodeError, TypeError) as error:
+            self.__exit__()
+            self._connection = None
+            shown = printable(self._path)
+            if getattr(error, "sqlite_errorcode", None) in DAMAGED:
+                self.note = f"{shown} was damaged and is deleted; all images are looked at again"
+                for end in ("", "-journal"):
+                    with suppress(OSError):
+                        Path(self._path + end).unlink(missing_ok=True)
+            else:
+                self.note = (
+                    f"{shown} cannot be used ({error}), so later runs look at the same images again"
+                )
+            return None
+
+
+def look(
+    sources: Mapping[str, Files], check: Check, *, ranks: Ranks = ALONE, quiet: bool = True
+) -> Looked:
+    """Find the files that cannot be read. Only files that are new, or changed since an earlier look, are opened.
+
+    check: `full` decodes files, `headers` reads their beginning and end (see `inspect`), `auto` decodes up to
+    100 000 new files and reads the headers of more. A file that was decoded once needs no other look; one of which the
+    header was read is enough for `headers` and `auto`. The files are shared out over the ranks of a node, and every
+    rank returns the whole result. quiet: without a bar on stderr.
+
+    Raises the NearkinError of any rank on all of them.
+    """
+    files = NumberedFiles(sources)
+    share = np.arange(len(files))
+    share = share[share // CHUNK % ranks.size == ranks.rank]
+    with Remembered() as remembered:
+        bar = _Bar(quiet or ranks.rank > 0)
+        compared = _on_all(ranks, lambda: _compare(files, share, check, remembered, bar))
+        if len({one.files for one in compared}) > 1:
+            raise DataError("The processes see different files; give all of them the same data.")
+        count = sum(len(one.new) for one in compared)
+        full = check == "full" or (check == "auto" and count <= MOST_DECODED)
+        new, workers = compared[ranks.rank].new, max(1, (os.cpu_count() or 1) // ranks.size)
+        learned = _on_all(ranks, lambda: _learn(files, new, full, workers, remembered, bar))
+    bad: dict[int, BadImage] = {}
+    for part in (*(one.bad for one in compared), *learned):
+        bad |= part
+    notes = [remembered.note] if remembered.note else []
+    if check == "auto" and not full:
+        notes.append(
+            f"of {count} new images only the header and the end of the file are checked; "
+            "--check full decodes every image once"
+        )
+    return Looked(files.by_source(bad), tuple(notes))
+
+
+class NumberedFiles:
+    """The files of several sources, numbered one after the other."""
+
+    def __init__(self, sources: Mapping[str, Files]) -> None:
+        self.sources = dict(sources)
+        self._all = list(sources.values())
+        self._begins = [0, *accumulate(map(len, self._all))]
+        # Not resolved: what a link leads to is found anew by the size and the time of the file.
+        self._folders = [os.fsencode(os.path.abspath(one.files.root)) for one in self._all]  # noqa: PTH100
+
+    def __len__(self) -> int:
+        return self._begins[-1]
+
+    def at(self, number: int) -> tuple[Files, int]:
+        """The source of a file and its row there."""
+        source = bisect_right(self._begins, number) - 1
+        return self._all[source], number - self._begins[source]
+
+    def key(self, number: int) -> bytes:
+        """The absolute path, under which a file is remembered."""
+        source = bisect_right(self._begins, number) - 1
+        name = self._all[source].files.encoded(number - self._begins[source])
+        return os.path.join(self._folders[source], name)  # noqa: PTH118 - bytes
+
+    def by_source(self, bad: Mapping[int, BadImage]) -> dict[str, dict[int, BadImage]]:
+        """For each source its bad rows in order."""
+        found = {}
+        for (name, source), begin in zip(self.sources.items(), self._begins, strict=False):
+            rows = sorted(number for number in bad if begin <= number < begin + len(source))
+            found[name] = {number - begin: bad[number] for number in rows}
+        return found
+
+
+class _Compared(NamedTuple):
+    """files: how many there are on all ranks together. new: `[n]`, the files of this rank that are to be opened."""
+
+    files: int
+    new: NDArray[np.int64]
+    bad: dict[int, BadImage]
+
+
+def _compare(
+    files: NumberedFiles,
+    share: NDArray[np.int64],
+    check: Check,
+    remembered: Remembered,
+    bar: _Bar,
+) -> _Compared:
+    """Which files are still as they were when they were looked at."""
+    new: list[int] = []
+    bad: dict[int, BadImage] = {}
+    with bar.over(len(share), "images compared with the last look"):
+        for start in range(0, len(share), BATCH):
+            numbers = share[start : start + BATCH].tolist()
+            paths = [files.key(number) for number in numbers]
+            known = remembered.known(paths)
+            for number, path in zip(numbers, paths, strict=True):
+                fact = known.get(path)
+                if fact is None or not fact.holds(path) or (check == "full" and not fact.full):
+                    new.append(number)
+                elif fact.reason is not None:
+                    source, row = files.at(number)
+                    bad[number] = BadImage(source.path(row), fact.reason)
+            bar.advance(len(numbers))
+    return _Compared(len(files), np.array(new, dtype=np.int64), bad)
+
+
+def _learn(
+    files: NumberedFiles,
+    new: NDArray[np.int64],
+    full: bool,
+    workers: int,
+    remembered: Remembered,
+    bar: _Bar,
+) -> dict[int, BadImage]:
+    """Open the files and remember what was found."""
+    bad: dict[int, BadImage] = {}
+    facts: dict[bytes, Fact] = {}
+
+    def opened(number: int) -> tuple[int, Fact | None, BadImage | None]:
+        source, row = files.at(number)
+        _, fact, problem = examine(source.path(row), source.channels, full)
+        return number, fact, problem
+
+    with bar.over(len(new), "images looked at"), quiet_pillow():
+        try:
+            for chunk in in_threads(opened, new.tolist(), workers):
+                for number, fact, problem in chunk:
+                    if fact is not None:
+                        facts[files.key(number)] = fact
+                    if problem is not None:
+                        bad[number] = problem
+                bar.advance(len(chunk))
+                if len(facts) >= BATCH:
+                    remembered.keep(facts)
+                    facts = {}
+        finally:
+            remembered.keep(facts)
     return bad
+
+
+def examine(path: str, channels: int, full: bool) -> Examined:
+    """Open an image file (see `inspect`)."""
+    try:
+        status = os.stat(path)  # noqa: PTH116 - before the file is read: a later change is noticed
+        image, header = inspect(path, channels=channels, full=full)
+    except BadImage as error:
+        # A fresh one: the traceback of the caught one would keep the file's bytes in memory.
+        problem = BadImage(path, printable(error.reason))
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno is not None:
+            return Examined(None, None, problem)
+        fact = Fact(status.st_size, status.st_mtime_ns, 1, 0, 0, 0, problem.reason)
+        return Examined(None, fact, problem)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        return Examined(None, None, BadImage(path, printable(reason.lower())))
+    fact = Fact(status.st_size, status.st_mtime_ns, int(image is not None), *header, None)
+    return Examined(image, fact, None)
+
+
+def usual_side(images: ImageSource) -> int:
+    """The median short side, in pixels, of up to 200 evenly spread images that can be read.
+
+    Raises DataError when none of all can be read.
+    """
+    count = len(images)
+    rows = range(0, count, max(1, count // SAMPLE))
+    if not isinstance(images, Files):
+        return int(statistics.median(min(images.read(row).shape[-2:]) for row in rows))
+    files = NumberedFiles({"": images})
+    with Remembered() as remembered:
+        known = remembered.known([files.key(row) for row in rows])
+
+    def side(row: int) -> int:
+        """0 where the image cannot be read."""
+        fact = known.get(files.key(row))
+        if fact is None or not fact.holds(files.key(row)):
+            fact = examine(images.path(row), images.channels, full=False).fact
+        return 0 if fact is None else min(fact.width, fact.height)
+
+    sides = [found for found in map(side, rows) if found]
+    if not sides:
+        sides = list(islice(filter(None, map(side, range(count))), 1))
+    if not sides:
+        raise DataError(
+            f"None of the {count} images can be read, such as {printable(images.name(0))}."
+        )
+    return int(statistics.median(sides))
+
+
+def in_threads(
+    work: Callable[[int], T], rows: Iterable[int], workers: int, chunk: int = CHUNK
+) -> Iterator[list[T]]:
+    """The results of `work` for all rows, some at a time, in order, computed a little ahead in `workers` threads.
+
+    Decoding releases Python's lock, so threads run side by side. When the caller leaves early, as by Ctrl-C, each
+    thread ends after its present row.
+    """
+    stopped = Event()
+    remaining = iter(rows)
+
+    def some(chosen: list[int]) -> list[T]:
+        return [work(row) for row in chosen if not stopped.is_set()]
+
+    pool = ThreadPoolExecutor(max(1, workers))
+    waiting: deque[Future[list[T]]] = deque()
+    try:
+        while True:
+            while len(waiting) < 3 * workers and (chosen := list(islice(remaining, chunk))):
+                waiting.append(pool.submit(some, chosen))
+            if not waiting:
+                return
+            yield waiting.popleft().result()
+    finally:
+        stopped.set()
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _on_all(ranks: Ranks, work: Callable[[], T]) -> list[T]:
+    """The result of `work` on each rank, on all ranks. Raises the first NearkinError on all of them."""
+    result: T | None = None
+    problem: NearkinError | None = None
+    try:
+        result = work()
+    except NearkinError as error:
+        problem = error
+    outcomes = ranks.exchange((result, problem))
+    for _, problem in outcomes:
+        if problem is not None:
+            raise problem
+    return [result for result, _ in outcomes]
+
+
+class _Bar:
+    """Images and images per second on stderr, once that takes two seconds; outside a terminal one line of text."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._quiet = quiet
+        self._progress: Any = None
+
+    @contextmanager
+    def over(self, total: int, what: str) -> Iterator[None]:
+        """Count `total` images inside the block."""
+        self._total, self._what, self._done = total, what, 0
+        self._started, self._shown = time.monotonic(), False
+        try:
+            yield
+        finally:
+            if self._progress is not None:
+                self._progress.stop()
+                self._progress = None
+
+    def advance(self, count: int) -> None:
+        self._done += count
+        if not self._quiet and not self._shown and time.monotonic() - self._started > QUIET_SECONDS:
+            self._shown = True
+            self._show()
+        if self._progress is not None:
+            speed = self._done / (time.monotonic() - self._started)
+            self._progress.update(self._task, completed=self._done, speed=f"{speed:.0f} files/s")
+
+    def _show(self) -> None:
+        if not sys.stderr.isatty():
+            with suppress(OSError, ValueError):
+                print(f"{self._total} {self._what} ...", file=sys.stderr, flush=True)  # noqa: T201
+            return
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
+        columns = TextColumn(self._what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        speed = TextColumn("{task.fields[speed]}")
+        console = Console(stderr=True)
+        self._progress = Progress(*columns, speed, console=console, transient=True)
+        self._task = self._progress.add_task("", total=self._total, speed="")
+        self._progress.start()
 
 
 def write_bad_files(path: Path, bad: Iterable[BadImage]) -> None:

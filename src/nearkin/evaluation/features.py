@@ -22,7 +22,6 @@ from nearkin.data.loader import eval_loader, train_loader
 from nearkin.data.sampling import SampleKey
 from nearkin.data.sources.builtin import BUILTIN
 from nearkin.data.sources.listing import Listing, by_bytes
-from nearkin.data.sources.resolve import resolve
 from nearkin.data.transforms import TrainSpec, train_transform
 from nearkin.distributed import choose_device
 from nearkin.errors import DataError, ModelError, counted, listed, printable
@@ -100,7 +99,7 @@ class Unseen(NamedTuple):
     notes: tuple[str, ...]
 
 
-def measure(run: Path, data: str, protocol: EpisodeOptions) -> FewShot:
+def measure(run: Path, data: Listing, protocol: EpisodeOptions) -> FewShot:
     """The few-shot accuracy; see `nearkin.fewshot`."""
     bundle = load_bundle(run, torch.device(choose_device(protocol.device)))
     config: RunConfig = validate(RunConfig, read_yaml(run / CONFIG_FILE))
@@ -124,7 +123,7 @@ def measure(run: Path, data: str, protocol: EpisodeOptions) -> FewShot:
     accuracies = play(features, split.labels[rows], classes, protocol)
     return FewShot(
         run=str(run),
-        data=data,
+        data=data.data,
         split=split.name,
         **protocol.model_dump(include={"ways", "shots", "queries", "episodes", "copies", "seed"}),
         classes=len(names),
@@ -151,13 +150,13 @@ def play(
 
 
 def _unseen(
-    data: str, config: RunConfig, run: Path, bundle: Bundle, protocol: EpisodeOptions
+    data: Listing, config: RunConfig, run: Path, bundle: Bundle, protocol: EpisodeOptions
 ) -> Unseen:
     """The images to draw from. Raises DataError when they are not there, or not all unseen by the run."""
-    own, listing = _same(data, config.data), resolve(data)
+    own = _same(data.data, config.data)
     if own:
-        _check_own_split(listing, config, protocol.split)
-    names = bundle.classes if own else _classes(listing)
+        _check_own_split(data, config, protocol.split)
+    names = bundle.classes if own else _classes(data)
     split, notes, _ = load_for_evaluation(
         data,
         classes=names,
@@ -169,9 +168,9 @@ def _unseen(
         images_per_class=config.images_per_class,
         bad_images=config.bad_images if own else protocol.bad_images,
     )
-    if not own and tuple(listing.parts) == ("train",):
+    if not own and tuple(data.parts) == ("train",):
         split = split._replace(name="all")
-    notes += _refuse_trained(split, config, run, bundle)
+    notes += _refuse_trained(split, config, run)
     return Unseen(split, names, notes)
 
 
@@ -200,7 +199,7 @@ def _check_own_split(listing: Listing, config: RunConfig, split: str | None) -> 
         )
 
 
-def _refuse_trained(split: Split, config: RunConfig, run: Path, bundle: Bundle) -> tuple[str, ...]:
+def _refuse_trained(split: Split, config: RunConfig, run: Path) -> tuple[str, ...]:
     """Raises DataError when a file of `split` is one that the run was trained on, by whatever path.
 
     Returns a note when the run's own data are no longer there to compare with.
@@ -216,9 +215,7 @@ def _refuse_trained(split: Split, config: RunConfig, run: Path, bundle: Bundle) 
             val_split=config.val_split,
             seed=config.seed,
             images_per_class=config.images_per_class,
-            bad_images=config.bad_images,
-            classes=bundle.classes,
-            scan=config.bad_images == "skip",  # elsewhere there was nothing to leave out
+            check=None,  # of an unreadable file only the name is compared
         ).splits["train"]
     except DataError:
         gone = printable(config.data)

@@ -88,7 +88,7 @@ def resolved(values: Mapping[str, Any]) -> RunConfig:
     config: RunConfig = validate(RunConfig, values)
 
     def work(runtime: Runtime) -> RunConfig:
-        return prepare(config, runtime).config
+        return prepare(config, runtime, look=False).config
 
     return _with_runtime(config, work)
 

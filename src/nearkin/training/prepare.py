@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import statistics
 import sys
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -16,9 +15,11 @@ from numpy.typing import NDArray
 
 from nearkin.config import FREE_ON_RESUME, RunConfig
 from nearkin.data.cache import Contents, Where, make_pack, packed, room_in_memory
-from nearkin.data.dataset import Dataset, Split, load_dataset
+from nearkin.data.dataset import Chosen, Dataset, Split, choose, leave_out, looked, to_dataset
 from nearkin.data.images import Files
+from nearkin.data.look import Ranks, usual_side
 from nearkin.data.sampling import Draw, drawing
+from nearkin.data.sources.resolve import resolve
 from nearkin.distributed import Precision, Runtime, launched
 from nearkin.errors import ModelError, NearkinError, printable
 from nearkin.evaluation.model import (
@@ -42,8 +43,6 @@ from nearkin.training.defaults import (
 )
 from nearkin.training.optim import names_layers
 from nearkin.types import Facts
-
-LOOKED_AT = 200  # images whose size is read to find the usual one
 
 
 class Prepared(NamedTuple):
@@ -80,23 +79,29 @@ def prepare(
     *,
     classes: tuple[str, ...] | None = None,
     quiet: bool = True,
+    look: bool = True,
 ) -> Prepared:
-    """Everything that can fail before the first step. classes: of the run that is continued, if one is.
+    """Everything that can fail before the first step. classes: of the run that is continued, if one is. look: whether
+    image files are looked at and a cache is built.
 
     Raises ConfigError, DataError or ModelError; writes nothing.
     """
     quiet = quiet or not runtime.is_main
     fresh = classes is None
-    dataset = _load(config, runtime, classes)
+    chosen = _load(config, runtime)
+    dataset = to_dataset(chosen, classes)
+    train = dataset.splits["train"]
+    side = usual_side(train.images) if config.image_size == "auto" else 0
+    room = runtime.share(room_in_memory()) if train.images.from_files else 0
+    given, config = config, _from_data(config, dataset, side, room, runtime)
+    if look:
+        dataset = _decoding(config, runtime, chosen, classes, quiet)
+        if len(dataset.splits["train"].labels) < len(train.labels):
+            kept = given.model_copy(update={"cache": config.cache})
+            config = _from_data(kept, dataset, side, room, runtime)
+        train = dataset.splits["train"]
     for note in dataset.notes:
         say(f"note: {note}", quiet)
-    train = dataset.splits["train"]
-    count = len(train.labels)
-    side = _usual_side(train) if config.image_size == "auto" else 0
-    room = runtime.share(room_in_memory()) if train.images.from_files else 0
-    config = resolve_data(config, images=count, side=side, channels=dataset.channels, room=room)
-    check(config, images=count, world_size=runtime.world_size)
-    dataset = _decoding(config, runtime, dataset, quiet)
     built = _build(config, dataset, pretrained=config.pretrained and fresh)
     check_built(config, built)
     if config.freeze_backbone and not config.pretrained and config.weights is None:
@@ -175,56 +180,70 @@ def same_options(stored: RunConfig, given: RunConfig) -> None:
         )
 
 
-def _load(config: RunConfig, runtime: Runtime, classes: tuple[str, ...] | None) -> Dataset:
-    """The first process downloads and scans; the others learn how that went, then read what it left."""
+def _load(config: RunConfig, runtime: Runtime) -> Chosen:
+    """The images to use. The first process goes ahead, since it may have to download them."""
 
-    def load() -> Dataset:
-        return load_dataset(
-            config.data,
+    def load() -> Chosen:
+        return choose(
+            resolve(config.data),
             channels=config.channels,
             val_split=config.val_split,
             seed=config.seed,
             images_per_class=config.images_per_class,
-            bad_images=config.bad_images,
-            classes=classes,
-            workers=max(1, os.cpu_count() or 1),
         )
 
-    dataset: Dataset | None = None
+    chosen: Chosen | None = None
     problem: NearkinError | None = None
     if runtime.is_main:
         try:
-            dataset = load()
+            chosen = load()
         except NearkinError as error:
             problem = error
     problem, *_ = runtime.collect_patiently(problem)
     if problem is not None:
         raise problem
-    return load() if dataset is None else dataset
+    return load() if chosen is None else chosen
 
 
-def _decoding(config: RunConfig, runtime: Runtime, dataset: Dataset, quiet: bool) -> Dataset:
-    """The data set as `--cache` and `--decode` want it; arrays are in memory already."""
+def _from_data(
+    config: RunConfig, dataset: Dataset, side: int, room: int, runtime: Runtime
+) -> RunConfig:
+    """With everything that follows from the training images."""
+    count = len(dataset.splits["train"].labels)
+    config = resolve_data(config, images=count, side=side, channels=dataset.channels, room=room)
+    check(config, images=count, world_size=runtime.world_size)
+    return config
+
+
+def _decoding(
+    config: RunConfig,
+    runtime: Runtime,
+    chosen: Chosen,
+    classes: tuple[str, ...] | None,
+    quiet: bool,
+) -> Dataset:
+    """The data set without unreadable images, as `--cache` and `--decode` want it; arrays are in memory already.
+
+    Building a cache decodes all images, so nothing else looks at them before.
+    """
+    files = chosen.files
+    if files and config.cache in ("ram", "disk"):
+        where: Where = config.cache
+        contents = Contents(files, side_in_cache(config))
+        cores = max(1, os.cpu_count() or 1)
+        made = runtime.once_per_node(lambda: make_pack(contents, where, cores))
+        say(str(made), quiet)
+        bad = contents.bad_rows(files, made)
+        readable = leave_out(chosen, bad, config.bad_images)
+        return packed(to_dataset(readable, classes), contents, made.pack)
+    ranks = Ranks.on_node(runtime.rank, launched().per_node, runtime.collect_patiently)
+    readable = looked(chosen, config.check, config.bad_images, ranks=ranks, quiet=quiet)
+    dataset = to_dataset(readable, classes)
     train = dataset.splits["train"]
-    if not isinstance(train.images, Files):
-        return dataset
-    if config.decode == "scaled":
+    if config.decode == "scaled" and isinstance(train.images, Files):
         scaled = train._replace(images=train.images.scaled(side_of_scaled(config)))
         return dataset._replace(splits=dataset.splits | {"train": scaled})
-    if config.cache not in ("ram", "disk"):
-        return dataset
-    where: Where = config.cache
-    contents = Contents(dataset, side_in_cache(config))
-    made = runtime.once_per_node(lambda: make_pack(contents, where, max(1, os.cpu_count() or 1)))
-    say(str(made), quiet)
-    return packed(dataset, contents, made.pack)
-
-
-def _usual_side(split: Split) -> int:
-    """The median short side of up to 200 evenly spread images, in pixels."""
-    count = len(split.labels)
-    rows = range(0, count, max(1, count // LOOKED_AT))
-    return int(statistics.median(min(split.images.read(row).shape[-2:]) for row in rows))
+    return dataset
 
 
 def _build(config: RunConfig, dataset: Dataset, *, pretrained: bool) -> Built:

@@ -1,4 +1,4 @@
-"""Data sets known by name: scikit-learn's digits, offline, and some of torchvision's, downloaded once."""
+"""Built-in data sets: scikit-learn's digits, offline, and some of torchvision's, downloaded once."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from nearkin.data.images import Arrays, Files, ImageSource
-from nearkin.data.sources.listing import ListedSplit, Listing
+from nearkin.data.sources.listing import ArrayList, FileList, ListedSplit, Listing
 from nearkin.errors import DataError, printable
-
-CACHE = "NEARKIN_CACHE_DIR"
+from nearkin.files import CACHE, cache_folder
 
 
 class _Source(NamedTuple):
@@ -56,12 +54,15 @@ def _digits() -> Listing:
     digits = load_digits()
     array = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]
     labels = digits.target.astype(np.int64)
-    rows = np.arange(len(labels))
-    train, test = train_test_split(rows, test_size=0.2, stratify=labels, random_state=0)
-    whole = ListedSplit(Arrays(array, "digits"), labels, tuple(str(digit) for digit in range(10)))
-    return Listing(
-        "digits", {"train": whole.take(np.sort(train)), "test": whole.take(np.sort(test))}
+    train, test = train_test_split(
+        np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0
     )
+    classes = tuple(str(digit) for digit in range(10))
+    parts = {
+        split: ListedSplit(ArrayList(array[rows], "digits", rows), labels[rows], classes)
+        for split, rows in (("train", np.sort(train)), ("test", np.sort(test)))
+    }
+    return Listing("digits", parts)
 
 
 def _torchvision(name: str) -> Listing:
@@ -72,20 +73,6 @@ def _torchvision(name: str) -> Listing:
         for split, arguments in source.splits.items()
     }
     return Listing(name, parts)
-
-
-def cache_folder() -> Path:
-    """Where downloads and `--cache disk` lie: $NEARKIN_CACHE_DIR, else ~/.cache/nearkin. Raises DataError."""
-    given = os.environ.get(CACHE)
-    folder = Path(given) if given else Path.home() / ".cache" / "nearkin"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(
-            f"The cache folder {printable(str(folder))} cannot be made ({error.strerror}); "
-            f"set {CACHE} to a folder that can be written."
-        ) from None
-    return folder
 
 
 def _fetch(name: str, kind: str, folder: Path, arguments: dict[str, Any]) -> Any:
@@ -114,12 +101,13 @@ def _part(dataset: Any, prefix: str) -> ListedSplit:
     return ListedSplit(_images(dataset, prefix), labels, names)
 
 
-def _images(dataset: Any, prefix: str) -> ImageSource:
+def _images(dataset: Any, prefix: str) -> FileList | ArrayList:
     if hasattr(dataset, "data"):
-        return Arrays(_channels_last(np.asarray(dataset.data)), prefix)
+        array = _channels_last(np.asarray(dataset.data))
+        return ArrayList(array, prefix, np.arange(len(array)))
     files = [str(file) for file in _first(dataset, "_image_files", "_images")]
     root = os.path.commonpath([os.path.dirname(file) for file in files])  # noqa: PTH120
-    return Files(root, [os.path.relpath(file, root) for file in files])
+    return FileList.pack(root, (os.fsencode(os.path.relpath(file, root)) for file in files))
 
 
 def _first(dataset: Any, *names: str) -> Any:

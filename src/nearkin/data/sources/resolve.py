@@ -1,4 +1,4 @@
-"""DATA, as a person writes it -> what it holds."""
+"""From the argument DATA to a listing of its images. Imports neither torch nor PIL."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def resolve(data: str) -> Listing:
     """
     listing = _known(data) if data in BUILTIN else _stored(data)
     parts = {split: listing.parts[split] for split in SPLITS if split in listing.parts}
-    return listing._replace(parts=parts)
+    return listing._replace(parts=parts, data=data)
 
 
 def _known(data: str) -> Listing:

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import csv
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nearkin.data.images import Files
-from nearkin.data.sources.listing import SPLIT_NAMES, SPLITS, ListedSplit, Listing, numbered
+from nearkin.data.sources.listing import (
+    SPLIT_NAMES,
+    SPLITS,
+    FileList,
+    ListedSplit,
+    Listing,
+    numbered,
+)
 from nearkin.errors import DataError, counted, listed, printable
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
@@ -18,7 +25,7 @@ LONGEST_LINE = 2**20
 
 
 class _Row(NamedTuple):
-    where: str  # "line 3": what errors name
+    where: str  # for errors: "line 3"
     path: str
     label: str
     split: str
@@ -27,9 +34,9 @@ class _Row(NamedTuple):
 def list_table(path: str) -> Listing:
     """The images that a table names, in its order.
 
-    Columns: path (relative to the table's folder), label, and optionally split (train, val, valid, validation
-    or test); other columns are ignored, and noted. CSV and TSV are UTF-8 with a header line; a byte order
-    mark and any line ends are fine; bytes that are not UTF-8 in names are kept.
+    Columns: path (relative to the table's folder), label, and optionally split (a name of `SPLIT_NAMES`, in any
+    case); other columns are ignored, and noted. CSV and TSV are UTF-8 with a header line; a byte order mark and any
+    line ends are fine; bytes that are not UTF-8 in names are kept.
 
     Raises DataError, naming the line, for a missing header or value, a wrong number of fields, an unknown
     split, a file that does not exist, and a file that is named twice.
@@ -44,7 +51,8 @@ def list_table(path: str) -> Listing:
     by_split = {split: [row for row in rows if row.split == split] for split in SPLITS}
     parts = {
         split: ListedSplit(
-            Files(root, [row.path for row in found]), *numbered([row.label for row in found])
+            FileList.pack(root, (os.fsencode(row.path) for row in found)),
+            *numbered([row.label for row in found]),
         )
         for split, found in by_split.items()
         if found
@@ -60,7 +68,7 @@ def _fail(path: str, where: str, what: str) -> DataError:
 
 def _text(path: str) -> tuple[list[_Row], tuple[str, ...]]:
     delimiter = "\t" if path.lower().endswith(".tsv") else ","
-    # Names of files may be any bytes; `surrogateescape` carries them as the file system's functions do.
+    # File names may be any bytes; `surrogateescape` keeps those that are not UTF-8.
     with Path(path).open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         _refuse_utf16(path)
         reader = csv.reader(_lines(path, file), delimiter=delimiter, strict=True)
@@ -85,7 +93,7 @@ def _refuse_utf16(path: str) -> None:
 
 
 def _lines(path: str, file: Any) -> Iterator[str]:
-    """Lines of bounded length: one endless line must not fill the memory."""
+    """Lines of bounded length, so that one endless line cannot fill the memory."""
     number = 0
     while line := file.readline(LONGEST_LINE):
         number += 1
@@ -98,7 +106,7 @@ def _places(path: str, where: str, header: Sequence[str]) -> dict[str, int]:
     """Column -> its place. Raises DataError when `path` or `label` is missing or a column comes twice."""
     twice = sorted({name for name in header if header.count(name) > 1 and name in COLUMNS})
     if twice:
-        raise _fail(path, where, f"the column {twice[0]} is there twice")
+        raise _fail(path, where, f"the column {twice[0]} occurs twice")
     missing = [name for name in COLUMNS[:2] if name not in header]
     if missing:
         raise _fail(path, where, "there must be a header with the columns path,label[,split]")
@@ -118,7 +126,7 @@ def _row(path: str, where: str, fields: list[str], width: int, places: dict[str,
         raise _fail(
             path, where, f"the split '{printable(given)}' is none of {', '.join(SPLIT_NAMES)}"
         )
-    return _Row(where, values["path"], values["label"], split)
+    return _Row(where, values["path"], sys.intern(values["label"]), split)  # labels repeat
 
 
 def _ignored(header: Sequence[str]) -> tuple[str, ...]:
@@ -155,7 +163,7 @@ def _strings(path: str, where: str, fields: Sequence[Any]) -> list[str]:
     for field in fields:
         if not isinstance(field, str | int | None):
             raise _fail(
-                path, where, f"a {type(field).__name__} where a text or whole number must be"
+                path, where, f"a {type(field).__name__} instead of a text or a whole number"
             )
         texts.append("" if field is None else str(field))
     return texts
