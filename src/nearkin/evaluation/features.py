@@ -92,7 +92,7 @@ def _features(bundle: Bundle, batches: Iterable[Batch]) -> NDArray[np.float32]:
 
 
 class Unseen(NamedTuple):
-    """Images that the run was not trained on. classes: the data's own names, which the labels number."""
+    """Images that the run was not trained on. classes: the data's own class names; a label is a place in them."""
 
     split: Split
     classes: tuple[str, ...]
@@ -142,8 +142,8 @@ def play(
     protocol: EpisodeOptions,
 ) -> NDArray[np.float64]:
     """The accuracy of every episode, `[episodes]`. labels: `[N]`, of the rows of `features`."""
-    # Matrices of 125 rows: a second thread costs more than it saves, on busy cores ten times as much. The limit
-    # binds only libraries that are loaded by now, so scikit-learn may not be imported later.
+    # With matrices of 125 rows a second thread costs more than it saves, on busy cores ten times as much. The limit
+    # applies to libraries that are loaded already, so scikit-learn must be imported before.
     with threadpool_limits(1):
         episodes = draw(labels, classes, protocol)
         return np.array([accuracy(e, features.copies, features.plain) for e in episodes])
@@ -152,7 +152,7 @@ def play(
 def _unseen(
     data: Listing, config: RunConfig, run: Path, bundle: Bundle, protocol: EpisodeOptions
 ) -> Unseen:
-    """The images to draw from. Raises DataError when they are not there, or not all unseen by the run."""
+    """The images to draw from. Raises DataError when they do not exist, or the run was trained on some of them."""
     own = _same(data.data, config.data)
     if own:
         _check_own_split(data, config, protocol.split)
@@ -175,7 +175,7 @@ def _unseen(
 
 
 def _same(data: str, trained: str) -> bool:
-    """Whether both name the same data. A built-in name is no folder of that name."""
+    """Whether both name the same data. A built-in name is not a folder of that name."""
     if data == trained or data in BUILTIN or trained in BUILTIN:
         return data == trained
     try:
@@ -194,18 +194,18 @@ def _check_own_split(listing: Listing, config: RunConfig, split: str | None) -> 
         raise DataError(f"The run was trained on all images of {shown}; give other data.")
     if split == "train":
         raise DataError(
-            f"The run was trained on the split train of {shown}, so its images tell nothing about new ones; "
+            f"The run was trained on the split train of {shown}, so its images do not measure accuracy on new ones; "
             "leave out --split, or give other data."
         )
 
 
 def _refuse_trained(split: Split, config: RunConfig, run: Path) -> tuple[str, ...]:
-    """Raises DataError when a file of `split` is one that the run was trained on, by whatever path.
+    """Raises DataError when the run was trained on a file of `split`, under any path.
 
-    Returns a note when the run's own data are no longer there to compare with.
+    Returns a note when the run's own data no longer exist.
     """
-    mine = _inodes(split.images)
-    if not mine or config.data in BUILTIN:
+    given = _inodes(split.images)
+    if not given or config.data in BUILTIN:
         return ()
     shown = printable(str(run))
     try:
@@ -220,9 +220,9 @@ def _refuse_trained(split: Split, config: RunConfig, run: Path) -> tuple[str, ..
     except DataError:
         gone = printable(config.data)
         return (
-            f"the training data of {shown}, {gone}, cannot be read, so nothing was compared with them",
+            f"the training data of {shown}, {gone}, cannot be read, so these images were not compared with them",
         )
-    both = [mine[node] for node in _inodes(trained.images) if node in mine]
+    both = [given[node] for node in _inodes(trained.images) if node in given]
     if both:
         raise DataError(
             f"{shown} was trained on {counted(len(both), 'image')} of these {len(split.labels)}: {listed(both)}; "
@@ -232,7 +232,7 @@ def _refuse_trained(split: Split, config: RunConfig, run: Path) -> tuple[str, ..
 
 
 def _inodes(images: ImageSource) -> dict[tuple[int, int], str]:
-    """The files themselves, whatever links or folders lead to them, with their names."""
+    """Device and inode of each file, which are the same under any path, with its name."""
     found: dict[tuple[int, int], str] = {}
     if not isinstance(images, Files):
         return found
@@ -246,6 +246,6 @@ def _inodes(images: ImageSource) -> dict[tuple[int, int], str]:
 def _shared_note(shared: list[str], classes: int) -> str:
     number = "all" if len(shared) == classes else f"{len(shared)} of the"
     return (
-        f"the run was trained on {number} {counted(classes, 'class', 'classes')} drawn from, so this is no "
+        f"the run was trained on {number} {counted(classes, 'class', 'classes')} drawn from, so this is not a "
         f"few-shot result for them: {listed(shared)}"
     )
