@@ -209,11 +209,11 @@ DEFECTS = {
     ),
     "a third layer": (
         lambda t: t | {STUDENT + "head.head.4.weight": torch.ones(3)},
-        "head.4.weight is too many",
+        "head.4.weight is unexpected",
     ),
     "a classifier inside": (
         lambda t: t | {STUDENT + "net.fc.weight": torch.ones(3, 512)},
-        "net.fc.weight is too",
+        "net.fc.weight is unexpected",
     ),
     "another part": (
         lambda t: t | {STUDENT + "neck.weight": torch.ones(3)},
@@ -324,7 +324,7 @@ def test_other_files_and_folders_are_refused(published, tmp_path, capsys, monkey
     refused(capsys, 4, "text.pth", "damaged", argv=["import-cone", "text.pth", "--out", "run"])
     refused(capsys, 4, "cone.txt", ".pth", argv=["import-cone", "cone.txt", "--out", "run"])
     refused(capsys, 4, "6 names", "7 classes", argv=[*good, "--classes", "six.txt"])
-    refused(capsys, 2, "cat at places 1 and 3", argv=[*good, "--classes", "twice.txt"])
+    refused(capsys, 2, "cat at positions 1 and 3", argv=[*good, "--classes", "twice.txt"])
     refused(capsys, 2, "place 2", argv=[*good, "--classes", "gap.txt"])
     refused(capsys, 2, "map.json", "list", argv=[*good, "--classes", "map.json"])
     refused(capsys, 2, "numbers.json", "strings", argv=[*good, "--classes", "numbers.json"])

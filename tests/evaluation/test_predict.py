@@ -126,6 +126,9 @@ def fresh(*argv):
         ("predict run photos --tta five", 2, "--tta five"),
         ("fewshot nowhere photos", 4, "The run nowhere does not exist"),
         ("fewshot run photos --ways 1", 2, "--ways"),
+        ("evaluate run nowhere", 3, "The data 'nowhere' are missing"),
+        ("fewshot run nowhere", 3, "The data 'nowhere' are missing"),
+        ("predict run nowhere", 3, "nowhere does not exist"),
         ("import-cone nowhere.pth", 4, "nowhere.pth"),
     ],
 )

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 USAGE = "nearkin evaluate RUN... [DATA] [--split NAME] [--tta NAME] [--weights NAME] [--json]"
 
-MARKS = ("model.json", "config.yaml")  # a run that is not finished is a RUN, too; an error says so
+MARKS = ("model.json", "config.yaml")  # an unfinished run is a RUN, too, and gives an error
 KEPT = "not run again: its predictions were kept (--no-cache runs it)"
 SHOWN = 20  # classes up to which everything is shown, and lines shown of more
 
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--weights", metavar="NAME", help="of an ensemble: equal, or by validation [equal]"
     )
-    parser.flag("cache", "keep what each model says in its run folder [true]")
+    parser.flag("cache", "store the probabilities in the run folder [true]")
     parser.add_argument("--device", metavar="NAME", help="auto, cpu, cuda or mps [auto]")
     parser.add_argument("--workers", metavar="N", help="processes that load images [0]")
     parser.flag("json", "one JSON object on stdout")
@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
 
 
 def _runs_and_data(words: list[str]) -> tuple[list[str], str | None]:
-    """Every run folder among the words is a RUN; one other word may be DATA. A lone word is always a RUN."""
+    """Every run folder among the words is a RUN; one other word may be DATA. A single word is always a RUN."""
     if not words:
         raise ConfigError("Evaluate which run? Give the folder that train printed.")
     runs = [word for word in words if any((Path(word) / name).is_file() for name in MARKS)]
@@ -81,7 +81,7 @@ def _runs_and_data(words: list[str]) -> tuple[list[str], str | None]:
             f"{printable(others[0])} and {printable(others[1])} are no run folders (no model.json), and only "
             "one word can be DATA; give the folders that train printed."
         )
-    if not runs:  # the model of the first will be missed
+    if not runs:  # evaluate will report that the first is no run folder
         return words[:1], None
     return runs, others[0] if others else None
 
@@ -128,7 +128,7 @@ def _matrix(result: Evaluation) -> list[str]:
 
 def _confused(result: Evaluation) -> list[str]:
     wrong = [row for row in result.confusion if row.true != row.predicted]
-    lines = [f"{'most confused: true class':<24} {'predicted':<24} {'images':>7}"]
+    lines = [f"{'most confused: true class':<25} {'predicted':<24} {'images':>7}"]
     for row in sorted(wrong, key=lambda row: -row.images)[:SHOWN]:
         true, predicted = printable(row.true), printable(row.predicted)
         lines.append(f"{true:<24.24}  {predicted:<24.24} {row.images:>7}")

@@ -368,7 +368,7 @@ class EvaluationSplit(NamedTuple):
 
 
 def load_for_evaluation(
-    data: str,
+    data: str | Listing,
     *,
     classes: tuple[str, ...],
     channels: int,
@@ -392,12 +392,12 @@ def load_for_evaluation(
     Raises BadImages for unreadable images under the policy `error`; DataError when the split is not there
     or has a class that the model does not know.
     """
-    listing = resolve(data)
+    listing = resolve(data) if isinstance(data, str) else data
     if not own and tuple(listing.parts) == ("train",):
         listing = listing._replace(parts={"test": listing.parts["train"]})
     carved = own and "val" not in listing.parts and "train" in listing.parts and val_split > 0
     there = [name for name in SPLITS if name in listing.parts or (carved and name == "val")]
-    name = _choose(split, there, data)
+    name = _choose(split, there, listing.data)
     parts = _opened(listing, channels)
     if carved and name in ("train", "val"):
         parts = hold_out(parts, val_split, seed)

@@ -17,7 +17,9 @@ from torch import Tensor
 from nearkin.config import CONFIG_FILE, RunConfig, read_yaml, validate
 from nearkin.data.dataset import EvaluationSplit, Split, load_for_evaluation
 from nearkin.data.images import Files
-from nearkin.distributed import Runtime
+from nearkin.data.look import Ranks
+from nearkin.data.sources.listing import Listing
+from nearkin.distributed import Runtime, launched
 from nearkin.errors import ConfigError, DivergedError, ModelError, printable
 from nearkin.evaluation.evaluator import Evaluator, Probabilities, gathered
 from nearkin.evaluation.metrics import reduced
@@ -240,7 +242,7 @@ class Ensemble:
         self._loaded: dict[tuple[Any, ...], LoadedSplit] = {}
 
     def predict(
-        self, data: str | None, split: str | None, weights: Sequence[float] | None = None
+        self, data: Listing | None, split: str | None, weights: Sequence[float] | None = None
     ) -> EnsemblePredictions:
         """data: None for the members' own, which must then be the same images. weights: None for equal ones.
 
@@ -257,7 +259,7 @@ class Ensemble:
         return self._predict(None, "val", None, advice)
 
     def _predict(
-        self, data: str | None, split: str | None, weights: Sequence[float] | None, advice: str
+        self, data: Listing | None, split: str | None, weights: Sequence[float] | None, advice: str
     ) -> EnsemblePredictions:
         loaded = [self._load(member, data, split) for member in self.members]
         first = loaded[0]
@@ -303,7 +305,7 @@ class Ensemble:
         ]
         return found[-1], tuple(found[: len(sources)])
 
-    def _load(self, member: Member, data: str | None, split: str | None) -> LoadedSplit:
+    def _load(self, member: Member, data: Listing | None, split: str | None) -> LoadedSplit:
         """The split for a member, read once for all members that need the same."""
         config = member.config
         options: dict[str, Any] = {
@@ -318,10 +320,12 @@ class Ensemble:
                 "seed": config.seed,
                 "images_per_class": config.images_per_class,
             }
-        where = config.data if data is None else data
-        key = (where, *options.values())
+        source = config.data if data is None else data
+        key = (config.data if data is None else data.data, *options.values())
         if key not in self._loaded:
-            found = load_for_evaluation(where, classes=self.classes, **options)
+            collect = self._runtime.collect_patiently
+            ranks = Ranks.on_node(self._runtime.rank, launched().per_node, collect)
+            found = load_for_evaluation(source, classes=self.classes, ranks=ranks, **options)
             labels = found.split.labels.tobytes()
             self._loaded[key] = LoadedSplit(found, fingerprint(found.split), labels)
         return self._loaded[key]

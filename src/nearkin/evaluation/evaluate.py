@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nearkin.data.sources.resolve import resolve
 from nearkin.errors import ConfigError
 from nearkin.evaluation.options import Device, Tta, Weights, check_choice, check_run
 from nearkin.evaluation.results import Evaluation, MemberMetrics, Metrics
 from nearkin.files import SaveFailed
 
 if TYPE_CHECKING:
+    from nearkin.data.sources.listing import Listing
     from nearkin.evaluation.ensemble import EnsemblePredictions
 
 
@@ -50,13 +52,13 @@ def evaluate(
     check_choice("device", device, Device)
     for one in runs:
         check_run(one)
-    data = None if data is None else str(data)
-    return _evaluate(runs, data, split, tta, weights, cache, device, workers)
+    listing = None if data is None else resolve(str(data))
+    return _evaluate(runs, listing, split, tta, weights, cache, device, workers)
 
 
 def _evaluate(
     runs: Sequence[Path],
-    data: str | None,
+    data: Listing | None,
     split: str | None,
     tta: Tta,
     weights: Weights,
@@ -78,7 +80,7 @@ def _evaluate(
             shares = likelihood_weights([member.own for member in validation.members])
         found = ensemble.predict(data, split, shares)
         metrics, notes = summarise(found.whole, ensemble.classes), _notes(found, validation)
-        name = _name(found.split.name, runs, data, tta, weights)
+        name = _name(found.split.name, runs, data and data.data, tta, weights)
         files = _write(runs[0], name, metrics, notes) if runtime.is_main else None
         confusion_file, classes_file = runtime.share(files) or (None, None)
     finally:

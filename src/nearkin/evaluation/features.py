@@ -22,7 +22,6 @@ from nearkin.data.loader import eval_loader, train_loader
 from nearkin.data.sampling import SampleKey
 from nearkin.data.sources.builtin import BUILTIN
 from nearkin.data.sources.listing import Listing, by_bytes
-from nearkin.data.sources.resolve import resolve
 from nearkin.data.transforms import TrainSpec, train_transform
 from nearkin.distributed import choose_device
 from nearkin.errors import DataError, ModelError, counted, listed, printable
@@ -93,14 +92,14 @@ def _features(bundle: Bundle, batches: Iterable[Batch]) -> NDArray[np.float32]:
 
 
 class Unseen(NamedTuple):
-    """Images that the run was not trained on. classes: the data's own names, which the labels number."""
+    """Images that the run was not trained on. classes: the data's own class names; a label is a place in them."""
 
     split: Split
     classes: tuple[str, ...]
     notes: tuple[str, ...]
 
 
-def measure(run: Path, data: str, protocol: EpisodeOptions) -> FewShot:
+def measure(run: Path, data: Listing, protocol: EpisodeOptions) -> FewShot:
     """The few-shot accuracy; see `nearkin.fewshot`."""
     bundle = load_bundle(run, torch.device(choose_device(protocol.device)))
     config: RunConfig = validate(RunConfig, read_yaml(run / CONFIG_FILE))
@@ -124,7 +123,7 @@ def measure(run: Path, data: str, protocol: EpisodeOptions) -> FewShot:
     accuracies = play(features, split.labels[rows], classes, protocol)
     return FewShot(
         run=str(run),
-        data=data,
+        data=data.data,
         split=split.name,
         **protocol.model_dump(include={"ways", "shots", "queries", "episodes", "copies", "seed"}),
         classes=len(names),
@@ -143,21 +142,21 @@ def play(
     protocol: EpisodeOptions,
 ) -> NDArray[np.float64]:
     """The accuracy of every episode, `[episodes]`. labels: `[N]`, of the rows of `features`."""
-    # Matrices of 125 rows: a second thread costs more than it saves, on busy cores ten times as much. The limit
-    # binds only libraries that are loaded by now, so scikit-learn may not be imported later.
+    # With matrices of 125 rows a second thread costs more than it saves, on busy cores ten times as much. The limit
+    # applies to libraries that are loaded already, so scikit-learn must be imported before.
     with threadpool_limits(1):
         episodes = draw(labels, classes, protocol)
         return np.array([accuracy(e, features.copies, features.plain) for e in episodes])
 
 
 def _unseen(
-    data: str, config: RunConfig, run: Path, bundle: Bundle, protocol: EpisodeOptions
+    data: Listing, config: RunConfig, run: Path, bundle: Bundle, protocol: EpisodeOptions
 ) -> Unseen:
-    """The images to draw from. Raises DataError when they are not there, or not all unseen by the run."""
-    own, listing = _same(data, config.data), resolve(data)
+    """The images to draw from. Raises DataError when they do not exist, or the run was trained on some of them."""
+    own = _same(data.data, config.data)
     if own:
-        _check_own_split(listing, config, protocol.split)
-    names = bundle.classes if own else _classes(listing)
+        _check_own_split(data, config, protocol.split)
+    names = bundle.classes if own else _classes(data)
     split, notes, _ = load_for_evaluation(
         data,
         classes=names,
@@ -169,14 +168,14 @@ def _unseen(
         images_per_class=config.images_per_class,
         bad_images=config.bad_images if own else protocol.bad_images,
     )
-    if not own and tuple(listing.parts) == ("train",):
+    if not own and tuple(data.parts) == ("train",):
         split = split._replace(name="all")
     notes += _refuse_trained(split, config, run)
     return Unseen(split, names, notes)
 
 
 def _same(data: str, trained: str) -> bool:
-    """Whether both name the same data. A built-in name is no folder of that name."""
+    """Whether both name the same data. A built-in name is not a folder of that name."""
     if data == trained or data in BUILTIN or trained in BUILTIN:
         return data == trained
     try:
@@ -195,18 +194,18 @@ def _check_own_split(listing: Listing, config: RunConfig, split: str | None) -> 
         raise DataError(f"The run was trained on all images of {shown}; give other data.")
     if split == "train":
         raise DataError(
-            f"The run was trained on the split train of {shown}, so its images tell nothing about new ones; "
+            f"The run was trained on the split train of {shown}, so its images do not measure accuracy on new ones; "
             "leave out --split, or give other data."
         )
 
 
 def _refuse_trained(split: Split, config: RunConfig, run: Path) -> tuple[str, ...]:
-    """Raises DataError when a file of `split` is one that the run was trained on, by whatever path.
+    """Raises DataError when the run was trained on a file of `split`, under any path.
 
-    Returns a note when the run's own data are no longer there to compare with.
+    Returns a note when the run's own data no longer exist.
     """
-    mine = _inodes(split.images)
-    if not mine or config.data in BUILTIN:
+    given = _inodes(split.images)
+    if not given or config.data in BUILTIN:
         return ()
     shown = printable(str(run))
     try:
@@ -216,14 +215,14 @@ def _refuse_trained(split: Split, config: RunConfig, run: Path) -> tuple[str, ..
             val_split=config.val_split,
             seed=config.seed,
             images_per_class=config.images_per_class,
-            check=None,  # of an unreadable file the name is all that is compared
+            check=None,  # of an unreadable file only the name is compared
         ).splits["train"]
     except DataError:
         gone = printable(config.data)
         return (
-            f"the training data of {shown}, {gone}, cannot be read, so nothing was compared with them",
+            f"the training data of {shown}, {gone}, cannot be read, so these images were not compared with them",
         )
-    both = [mine[node] for node in _inodes(trained.images) if node in mine]
+    both = [given[node] for node in _inodes(trained.images) if node in given]
     if both:
         raise DataError(
             f"{shown} was trained on {counted(len(both), 'image')} of these {len(split.labels)}: {listed(both)}; "
@@ -233,7 +232,7 @@ def _refuse_trained(split: Split, config: RunConfig, run: Path) -> tuple[str, ..
 
 
 def _inodes(images: ImageSource) -> dict[tuple[int, int], str]:
-    """The files themselves, whatever links or folders lead to them, with their names."""
+    """Device and inode of each file, which are the same under any path, with its name."""
     found: dict[tuple[int, int], str] = {}
     if not isinstance(images, Files):
         return found
@@ -247,6 +246,6 @@ def _inodes(images: ImageSource) -> dict[tuple[int, int], str]:
 def _shared_note(shared: list[str], classes: int) -> str:
     number = "all" if len(shared) == classes else f"{len(shared)} of the"
     return (
-        f"the run was trained on {number} {counted(classes, 'class', 'classes')} drawn from, so this is no "
+        f"the run was trained on {number} {counted(classes, 'class', 'classes')} drawn from, so this is not a "
         f"few-shot result for them: {listed(shared)}"
     )

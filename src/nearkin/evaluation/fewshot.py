@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal, TypedDict, Unpack
 
 from nearkin.config import EpisodeOptions, validate
+from nearkin.data.sources.resolve import resolve
 from nearkin.evaluation.options import Device, check_run
 from nearkin.evaluation.results import FewShot
 
@@ -38,6 +39,7 @@ def fewshot(run: str | Path, data: str | Path, **options: Unpack[EpisodeKeywords
     """
     checked: EpisodeOptions = validate(EpisodeOptions, options)
     check_run(Path(run))
+    listing = resolve(str(data))
     from nearkin.evaluation.features import measure
 
-    return measure(Path(run), str(data), checked)
+    return measure(Path(run), listing, checked)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from nearkin.data.sources.folders import find_images
 from nearkin.errors import DataError, printable
 from nearkin.evaluation.options import Device, Tta, check_choice, check_run
 from nearkin.evaluation.results import Prediction
@@ -78,17 +79,6 @@ def find_files(paths: str | Path | Iterable[str | Path]) -> FoundFiles:
         else:
             raise DataError(f"{printable(str(path))} does not exist; give image files or folders.")
     return FoundFiles(files, tuple(notes))
-
-
-def find_images(root: str) -> FoundFiles:
-    """Stands for `nearkin.data.sources.folders.find_images` until that exists."""
-    from nearkin.data.sources.folders import _Walk
-
-    walk = _Walk(root)
-    found = [os.path.join(root, path) for path in walk._images("")]  # noqa: PTH118
-    if not found:
-        raise DataError(f"The folder {printable(root)} holds no images.")
-    return FoundFiles(found, walk.notes())
 
 
 def _predictions(
