@@ -69,18 +69,18 @@ def _guarded(verb: str, argv: list[str]) -> int:
     except NearkinError as error:
         if debug and error.code != 75:
             raise
-        _tell("stopped" if error.code == 75 else "error", printable(str(error)))
+        _tell("stopped" if error.code == 75 else "error", printable(str(error)), error)
         return error.code
     except BrokenPipeError:
         return _closed_pipe()
-    except KeyboardInterrupt:
-        _tell("stopped", "interrupted.")
+    except KeyboardInterrupt as error:
+        _tell("stopped", "interrupted.", error)
         return 75
     except Exception as error:
         if debug:
             raise
         text = printable(f"{type(error).__name__}: {error}")
-        _tell("bug", f"{text} (please report it; run again with --debug for the place)")
+        _tell("bug", f"{text} (please report it; run again with --debug for the place)", error)
         return 1
 
 
@@ -95,5 +95,14 @@ def _closed_pipe() -> int:
     return 0
 
 
-def _tell(kind: str, text: str) -> None:
-    sys.stderr.write(f"nearkin: {kind}: {text}\n")
+def _tell(kind: str, text: str, error: BaseException) -> None:
+    """Print an error, once where several processes were launched together."""
+    from nearkin.process import launched
+
+    if launched().world_size > 1:
+        from nearkin.distributed import report_failure
+
+        report_failure(error)
+    if not getattr(error, "reported_elsewhere", False):
+        sys.stderr.write(f"nearkin: {kind}: {text}\n")
+        sys.stderr.flush()

@@ -44,16 +44,13 @@ def evaluate(
         raise ConfigError(f"--weights {printable(weights)} is none of equal, validation.")
     if tta not in COUNTS:
         raise unknown_tta(tta)
-    runtime = Runtime(device=choose_device(device), precision="fp32")
-    try:
+    with Runtime(device=choose_device(device), precision="fp32") as runtime:
         members = load_members(runs, runtime.device)
         jury = Jury(members, runtime, tta=tta, workers=workers, cache=cache)
         held = jury.ask_validation() if weights == "validation" and len(runs) > 1 else None
         answer = jury.ask(None if data is None else str(data), split)
         how = {"tta": tta, "weights": weights}
         return how | _report(jury, answer, _shares(held, len(runs)), _notes(answer, held))
-    finally:
-        runtime.close()
 
 
 def _shares(held: Answer | None, members: int) -> list[float]:

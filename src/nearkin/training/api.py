@@ -6,10 +6,9 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from nearkin.config import FREE_ON_RESUME, RunConfig, merge, validate
-from nearkin.data.loader import WorkersDied
 from nearkin.data.look import BadImages, write_bad_files
 from nearkin.distributed import Runtime, choose_device, choose_precision
 from nearkin.errors import ConfigError, DivergedError, NearkinError
@@ -95,12 +94,9 @@ def resolved(values: Mapping[str, Any]) -> RunConfig:
 
 def _with_runtime(config: RunConfig, work: Callable[[Runtime], T]) -> T:
     device = choose_device(config.device)
-    runtime = Runtime(device=device, precision=choose_precision(config.precision, device))
-    try:
-        with _named_failures():
-            return work(runtime)
-    finally:
-        runtime.close()
+    precision = choose_precision(config.precision, device)
+    with Runtime(device=device, precision=precision) as runtime, _named_failures():
+        return work(runtime)
 
 
 @contextmanager
@@ -110,10 +106,6 @@ def _named_failures() -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError) as error:
         text = str(error).lower()
-        if "dataloader worker (pid" in text:  # torch raises it wherever the main process stands
-            raise WorkersDied(
-                "A process that loads images died; resume the run, with fewer --workers if the memory is short."
-            ) from error
         if isinstance(error, MemoryError) or any(words in text for words in OUT_OF_MEMORY):
             raise DivergedError(
                 "The memory ran out; lower --batch-size, --image-size or --workers, or split the batch "
@@ -127,23 +119,17 @@ def _named_failures() -> Iterator[None]:
 
 
 def _create_folder(job: Prepared, runtime: Runtime) -> Path:
-    """On the first process; all others learn its name, or its error."""
-    made: Path | NearkinError | None = None
+    """On the first process; all others learn its name."""
+    made: Path | None = None
     if runtime.is_main:
         config = job.config
-        try:
-            made = run_folder.create(config.out, data=config.data, objective=config.objective)
-            run_folder.describe(made, config, job.dataset.classes, run_folder.command_line())
-            bad_files = made / run_folder.BAD_FILES
-            bad_files.unlink(missing_ok=True)  # of an earlier try
-            if job.dataset.bad:
-                write_bad_files(bad_files, job.dataset.bad)
-        except NearkinError as error:
-            made = error
-    made = runtime.share(made)
-    if isinstance(made, NearkinError):
-        raise made
-    return Path(str(made))
+        made = run_folder.create(config.out, data=config.data, objective=config.objective)
+        run_folder.describe(made, config, job.dataset.classes, run_folder.command_line())
+        bad_files = made / run_folder.BAD_FILES
+        bad_files.unlink(missing_ok=True)  # of an earlier try
+        if job.dataset.bad:
+            write_bad_files(bad_files, job.dataset.bad)
+    return cast("Path", runtime.share(made))
 
 
 def _listed(error: BadImages, config: RunConfig, runtime: Runtime) -> NearkinError:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from nearkin.config import RunConfig
-from nearkin.distributed import Runtime, choose_precision, launched
+from nearkin.distributed import Runtime, choose_precision
 from nearkin.network import Network
+from nearkin.process import launched
 
 NAMES = ("precision", "memory_format", "threads")
 ROUNDS = 3  # timed steps of each choice, in turn; the fastest counts

@@ -11,10 +11,10 @@ from scipy.special import gammaln
 from nearkin.config import RunConfig
 from nearkin.data.loader import SHARED_MEMORY, fitting_workers
 from nearkin.data.sampling import Draws, Sampler
-from nearkin.distributed import launched
 from nearkin.errors import ConfigError
 from nearkin.evaluation.model import Built
 from nearkin.network import check_eval_size
+from nearkin.process import launched
 from nearkin.training.optim import names_layers
 
 

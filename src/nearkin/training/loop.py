@@ -121,6 +121,7 @@ class Loop:
             if stop:
                 self._settle(last_batch, step)
                 self._save(leg, step)
+                self.runtime.barrier()  # the other processes must not end before the checkpoint is whole
                 raise Stopped(
                     f"Stopped at step {step} of {self.steps} on request; everything is saved."
                 )

@@ -19,8 +19,8 @@ from nearkin.data.cache import Contents, Where, make_pack, packed, room_in_memor
 from nearkin.data.dataset import Dataset, Split, load_dataset
 from nearkin.data.images import Files
 from nearkin.data.sampling import Draw, drawing
-from nearkin.distributed import Precision, Runtime, launched
-from nearkin.errors import ModelError, NearkinError, printable
+from nearkin.distributed import Precision, Runtime
+from nearkin.errors import ModelError, printable
 from nearkin.evaluation.model import (
     DESCRIPTION,
     WEIGHTS,
@@ -30,6 +30,7 @@ from nearkin.evaluation.model import (
     read_description,
 )
 from nearkin.network import load_weights
+from nearkin.process import launched
 from nearkin.training.autotune import NAMES, tuned
 from nearkin.training.checks import (
     check_built,
@@ -183,7 +184,7 @@ def same_options(stored: RunConfig, given: RunConfig) -> None:
 
 
 def _load(config: RunConfig, runtime: Runtime, classes: tuple[str, ...] | None) -> Dataset:
-    """The first process downloads and scans; the others learn how that went, then read what it left."""
+    """The first process downloads and scans; the others wait, then read what it left."""
 
     def load() -> Dataset:
         return load_dataset(
@@ -197,16 +198,8 @@ def _load(config: RunConfig, runtime: Runtime, classes: tuple[str, ...] | None) 
             workers=max(1, os.cpu_count() or 1),
         )
 
-    dataset: Dataset | None = None
-    problem: NearkinError | None = None
-    if runtime.is_main:
-        try:
-            dataset = load()
-        except NearkinError as error:
-            problem = error
-    problem, *_ = runtime.collect_patiently(problem)
-    if problem is not None:
-        raise problem
+    dataset = load() if runtime.is_main else None
+    runtime.barrier()
     return load() if dataset is None else dataset
 
 

@@ -19,7 +19,7 @@ from nearkin.files import write_atomic
 
 BAD_FILES = "bad_files.csv"
 LOCK = ".lock"
-PACKAGES = ("nearkin", "torch", "torchvision", "timm", "lightning-fabric", "numpy", "pillow")
+PACKAGES = ("nearkin", "torch", "torchvision", "timm", "numpy", "pillow")
 
 
 def create(out: Path | None, *, data: str, objective: str) -> Path:

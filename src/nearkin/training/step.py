@@ -94,7 +94,7 @@ class Stepper:
         if config.compile:
             for network in [self.network] + ([self.teacher.network] if self.teacher else []):
                 network.compile_backbone()
-        self._raw_optimizer = build_optimizer(
+        self.optimizer = build_optimizer(
             self.network,
             config.optimizer,
             lr=float(config.lr),
@@ -104,7 +104,7 @@ class Stepper:
             decay_all=config.decay_all,
             layer_decay=float(config.layer_decay),
         )
-        self._wrapped, self.optimizer = self.runtime.wrap(self.network, self._raw_optimizer)
+        self._wrapped = self.runtime.wrap(self.network)
 
     def step(self, batch: Batch, progress: Progress, step: int) -> Loss:
         """One optimiser step on this rank's block of global batch number `step`."""
@@ -170,7 +170,7 @@ class Stepper:
         tensors = {
             "network": self.network.state_dict(),
             "objective": self.objective.state_dict(),
-            "optimizer": optimizer_tensors(self._raw_optimizer, self.network),
+            "optimizer": optimizer_tensors(self.optimizer, self.network),
         }
         if self.teacher is not None:
             tensors["teacher"] = self.teacher.state_dict()
@@ -182,7 +182,7 @@ class Stepper:
         """Put back what `tensors` gave, after `begin` of the same stage."""
         self.network.load_state_dict(tensors["network"])
         self.objective.load_state_dict(tensors["objective"])
-        load_optimizer_tensors(self._raw_optimizer, self.network, tensors["optimizer"])
+        load_optimizer_tensors(self.optimizer, self.network, tensors["optimizer"])
         if self.teacher is not None:
             self.teacher.load_state_dict(tensors["teacher"])
         if self.ema is not None:
@@ -198,7 +198,7 @@ class Stepper:
             floor=config.min_lr_ratio,
         )
         self._lr = float(config.lr) * self.stage.lr * factor
-        set_lr(self._raw_optimizer, self._lr)
+        set_lr(self.optimizer, self._lr)
 
     def _place(self, batch: Batch, step: int) -> Batch:
         config, batch = self.config, self._transfer(batch)
@@ -231,8 +231,7 @@ class Stepper:
         torch.manual_seed((self.config.seed + step + (offset << 40)) % (1 << 63))
         views = self.stage.student_views
         self.network.key.set(self.config.seed, step, offset, views)
-        outputs: Outputs = self._wrapped(batch.images[:views].flatten(0, 1))
-        return outputs
+        return self.runtime.forward(self._wrapped, batch.images[:views].flatten(0, 1))
 
     def _taught(self, batch: Batch, step: int, number: int) -> Outputs | None:
         """What the teacher says, if the stage has one."""
@@ -265,10 +264,7 @@ class Stepper:
         return Outputs(*(None if o is None else self.runtime.gather(o, views) for o in outputs))  # type: ignore[arg-type]
 
     def _apply(self) -> None:
-        if self.config.clip_grad is not None:
-            self.runtime.clip(self._wrapped, self.optimizer, self.config.clip_grad)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.runtime.step(self.optimizer, self.config.clip_grad)
 
     def _follow(self, whole: MicroBatch, progress: Progress) -> None:
         """After the optimiser: the teacher, the averaged copy and the bank."""

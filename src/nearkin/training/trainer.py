@@ -15,7 +15,7 @@ from nearkin.data.loader import PATIENCE, train_loader
 from nearkin.data.sampling import TrainOrder
 from nearkin.data.transforms import TrainSpec, train_transform
 from nearkin.distributed import Runtime
-from nearkin.errors import ConfigError, NearkinError
+from nearkin.errors import ConfigError
 from nearkin.evaluation.evaluator import Evaluator
 from nearkin.evaluation.geometry import geometry
 from nearkin.evaluation.metrics import summarise, write_predictions
@@ -68,6 +68,7 @@ class Trainer:
         quiet, silent = self.quiet or level != "info", self.quiet or level == "error"
         with Bar(self.steps, quiet=quiet, silent=silent) as bar, stop_signals_recorded():
             self.bar = bar
+            self.runtime.failures.callback = self._record_end
             self._say(self._summary())
             snapshot = self._snapshot()
             loop = Loop(
@@ -81,11 +82,7 @@ class Trainer:
                 told=bar.told,
                 warn=self._warn,
             )
-            try:
-                return self._finish(loop.run(route, snapshot))
-            except Exception as error:
-                self._ended(error)
-                raise
+            return self._finish(loop.run(route, snapshot))
 
     def _assemble(self) -> None:
         network, objective = self.job.built.network, self.job.built.objective
@@ -207,12 +204,12 @@ class Trainer:
             self.journal.log(f"finished at step {step}")
         return to_result(self.folder, metrics)
 
-    def _ended(self, error: Exception) -> None:
+    def _record_end(self, message: str, code: int) -> None:
+        """Record the error that ends the run, of this process or another."""
         if self.journal is not None:
-            code = error.code if isinstance(error, NearkinError) else 1
             state = {75: "stopped", 6: "diverged"}.get(code, "failed")
             best = self.saver.best
-            self.journal.log(f"{state}: {error}")
+            self.journal.log(f"{state}: {message}")
             step = self.stepper.steps_done
             epoch = step // max(1, self.steps_per_epoch)
             self.journal.status(
@@ -221,7 +218,7 @@ class Trainer:
                 steps=self.steps,
                 epoch=epoch,
                 best=best and best._asdict(),
-                message=str(error),
+                message=message,
             )
 
     def _say(self, text: str) -> None:
