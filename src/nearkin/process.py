@@ -148,6 +148,18 @@ def launched() -> Launch:
     )
 
 
+def cores() -> int:
+    """CPU cores for this process: its share of those that the processes of its node may use, at least 1.
+
+    With `srun --cpus-per-task` the scheduler has already divided them.
+    """
+    given = os.environ.get("SLURM_CPUS_PER_TASK")
+    if given is not None and "SLURM_PROCID" in os.environ:
+        return int(given)
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, (usable or 1) // launched().per_node)
+
+
 # Of glibc's malloc.h; torch asks malloc for every tensor on a CPU.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 

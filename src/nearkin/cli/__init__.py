@@ -100,7 +100,7 @@ def _tell(kind: str, text: str, error: BaseException) -> None:
     from nearkin.process import launched
 
     if launched().world_size > 1:
-        from nearkin.distributed import report_failure
+        from nearkin.failures import report_failure
 
         report_failure(error)
     if not getattr(error, "reported_elsewhere", False):

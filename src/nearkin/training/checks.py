@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -160,6 +161,15 @@ class CollapseWatch:
     def __init__(self) -> None:
         self._stage, self._told = "", False
         self._since: dict[str, int] = {}
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"stage": self._stage, "warned": self._told, "epochs": self._since}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Restore `state`."""
+        self._stage, self._told = state["stage"], state["warned"]
+        self._since = dict(state["epochs"])
 
     def look(
         self, stage: str, epoch: int, means: Mapping[str, float], collapsed: Mapping[str, float]

@@ -112,7 +112,7 @@ def resolve_training(
         "memory_format": _memory_format(config, device),
         "device": device,
         "precision": precision,
-        "threads": 1 if small or ranks > 1 else cores,
+        "threads": 1 if small else cores,
         "workers": min(8, cores) if files else 0,
     }
     return _fill(config, values)

@@ -23,7 +23,8 @@ from nearkin.evaluation.model import FORMAT, Description, save_bundle
 from nearkin.objectives import Stage
 from nearkin.process import stop_signals_recorded
 from nearkin.training.checkpoint.saver import Saver, same_run
-from nearkin.training.checkpoint.store import Snapshot, Store
+from nearkin.training.checkpoint.snapshot import Snapshot
+from nearkin.training.checkpoint.store import Store
 from nearkin.training.console import Bar
 from nearkin.training.defaults import eval_spec
 from nearkin.training.loop import Loop, legs
@@ -68,21 +69,20 @@ class Trainer:
         quiet, silent = self.quiet or level != "info", self.quiet or level == "error"
         with Bar(self.steps, quiet=quiet, silent=silent) as bar, stop_signals_recorded():
             self.bar = bar
-            self.runtime.failures.callback = self._record_end
             self._say(self._summary())
             snapshot = self._snapshot()
-            loop = Loop(
+            self.loop = Loop(
                 self.config,
                 self.runtime,
                 self.stepper,
                 self.saver,
                 self.journal,
+                bar,
                 loader=self._loader,
                 validate=self._validate,
-                told=bar.told,
-                warn=self._warn,
             )
-            return self._finish(loop.run(route, snapshot))
+            self.runtime.failures.callback = self._record_end
+            return self._finish(self.loop.run(route, snapshot))
 
     def _assemble(self) -> None:
         network, objective = self.job.built.network, self.job.built.objective
@@ -207,7 +207,8 @@ class Trainer:
     def _record_end(self, message: str, code: int) -> None:
         """Record the error that ends the run, of this process or another."""
         if self.journal is not None:
-            state = {75: "stopped", 6: "diverged"}.get(code, "failed")
+            state = "diverged" if self.loop.diverged else "failed"
+            state = "stopped" if code == 75 else state
             best = self.saver.best
             self.journal.log(f"{state}: {message}")
             step = self.stepper.steps_done
