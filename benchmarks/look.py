@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from nearkin.data.images import Files
 from nearkin.data.look import look
 from nearkin.data.remembered import STORE
 from nearkin.data.sources.folders import list_folder
+from nearkin.data.sources.listing import FileList
 from nearkin.files import CACHE
 
 FILES = int(os.environ.get("NEARKIN_BENCH_FILES", "20000"))
@@ -80,13 +82,14 @@ def starts(root: Path, store: Path, what: str) -> list[Row]:
     """A first and a later start on the images of `root` beside other passes over them."""
     from timm.data.readers.reader_image_folder import ReaderImageFolder
 
-    part = list_folder(str(root)).parts["train"]
-    files = Files(part.images)
-    paths = list(part.images)
+    def files_of_root() -> FileList:
+        return cast("FileList", list_folder(str(root)).parts["train"].images)
+
+    files = Files(files_of_root())
+    paths = [str(path) for path in files_of_root()]
 
     def start() -> None:
-        listed = list_folder(str(root)).parts["train"]
-        look({"train": Files(listed.images)}, "full")
+        look({"train": Files(files_of_root())}, "full")
 
     def first() -> None:
         store.unlink(missing_ok=True)
@@ -103,7 +106,7 @@ def starts(root: Path, store: Path, what: str) -> list[Row]:
             "later": start,
             "decode": lambda: on_all_cores(lambda path: decoded(path, 3), paths),
             "verify": lambda: on_all_cores(verified, paths),
-            "timm": lambda: ReaderImageFolder(str(root)),
+            "timm": lambda: ReaderImageFolder(str(root)),  # type: ignore[no-untyped-call]
         },
         RUNS,
     )

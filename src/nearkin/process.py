@@ -1,10 +1,11 @@
-"""Signals, child processes, and memory settings of the process. Imports no torch."""
+"""The process and its siblings: launch, signals, child processes, memory settings. Imports no torch."""
 
 from __future__ import annotations
 
 import ctypes
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 from nearkin.errors import Stopped
 
@@ -99,6 +100,64 @@ def exit_if_importing_main() -> None:
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         os._exit(1)
+
+
+class Launch(NamedTuple):
+    """The processes that torchrun or srun started, and this one among them.
+
+    per_node: processes on each node. address, port: of the TCP store that process 0 or torchrun's agent holds.
+    """
+
+    nodes: int = 1
+    per_node: int = 1
+    rank: int = 0
+    local_rank: int = 0
+    address: str = "127.0.0.1"
+    port: int = 0
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.per_node
+
+
+def launched() -> Launch:
+    """Read the environment that torchrun or srun set; one process without either."""
+    env = os.environ
+    if "TORCHELASTIC_RUN_ID" in env and "WORLD_SIZE" in env:
+        world, local = int(env["WORLD_SIZE"]), int(env["LOCAL_WORLD_SIZE"])
+        address, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
+        rank, local_rank = int(env["RANK"]), int(env["LOCAL_RANK"])
+        return Launch(max(1, world // local), local, rank, local_rank, address, port)
+    tasks = int(env.get("SLURM_NTASKS", "1"))
+    interactive = env.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    if tasks == 1 or "SLURM_PROCID" not in env or interactive:
+        return Launch()
+    nodes = int(env.get("SLURM_NNODES", "1"))
+    # "gpu[007-009,12],cpu1" -> "gpu007"
+    first = re.sub(r"\[(\w+)[^]]*\]", r"\1", env.get("SLURM_NODELIST", "127.0.0.1")).split(",")[0]
+    port = 15_000 + int(
+        env.get("SLURM_JOB_ID", "0")[-4:]
+    )  # the same on all nodes, another in each job
+    return Launch(
+        nodes,
+        tasks // nodes,
+        int(env["SLURM_PROCID"]),
+        int(env["SLURM_LOCALID"]),
+        env.get("MASTER_ADDR", first),
+        int(env.get("MASTER_PORT", port)),
+    )
+
+
+def cores() -> int:
+    """CPU cores for this process: its share of those that the processes of its node may use, at least 1.
+
+    With `srun --cpus-per-task` the scheduler has already divided them.
+    """
+    given = os.environ.get("SLURM_CPUS_PER_TASK")
+    if given is not None and "SLURM_PROCID" in os.environ:
+        return int(given)
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, (usable or 1) // launched().per_node)
 
 
 # Of glibc's malloc.h; torch asks malloc for every tensor on a CPU.

@@ -41,6 +41,19 @@ def test_each_stage_is_watched_anew():
         assert [text is not None for text in texts] == [False, False, True, False], stage
 
 
+def test_a_restored_watch_goes_on_where_it_was():
+    whole = CollapseWatch()
+    texts = [whole.look("joint", n, STUCK, COLLAPSED) for n in range(5)]
+    for stop in range(5):
+        watch = CollapseWatch()
+        for n in range(stop):
+            watch.look("joint", n, STUCK, COLLAPSED)
+        state = json.loads(json.dumps(watch.state()))
+        watch = CollapseWatch()
+        watch.load(state)
+        assert [watch.look("joint", n, STUCK, COLLAPSED) for n in range(stop, 5)] == texts[stop:]
+
+
 def test_train_says_so(tmp_path, monkeypatch, capfd):
     """A real run whose projection gives the same row for everything."""
     import nearkin

@@ -188,12 +188,13 @@ def test_automatic_workers_are_as_many_as_fit_into_shared_memory(run):
 
 
 @pytest.mark.slow
-def test_evaluation_says_that_shared_memory_is_full(tmp_path, run):
+@pytest.mark.parametrize("size", ["64k", "2m"])
+def test_evaluation_says_that_shared_memory_is_full(tmp_path, run, size):
     words, folder = run
     words[words.index("--epochs") + 1] = "1"
     assert finish(start(command, words, log=tmp_path / "log")) == [0]
     done = in_small_shared_memory(
-        "64k", "evaluate", str(folder), "--split", "train", "--workers", "2"
+        size, "evaluate", str(folder), "--split", "train", "--workers", "2", "--tta", "tencrop"
     )
     assert done.returncode == 75
     assert done.stderr.count("\n") == 1

@@ -61,7 +61,7 @@ class RandAugment(Drawing):
     magnitude: int
     count: int = 2
 
-    def draw(self, _: torch.Size, generator: torch.Generator | None = None) -> Drawn:
+    def draw(self, shape: torch.Size, generator: torch.Generator | None = None) -> Drawn:  # noqa: ARG002
         drawn: list[int] = []
         for _ in range(self.count):
             number = int(torch.randint(len(NAMES), (), generator=generator))

@@ -7,7 +7,7 @@ import random
 import shutil
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_start_method, parent_process
 from multiprocessing.synchronize import Event as EventType
@@ -248,7 +248,7 @@ def _batches(
         views,
         batch_sampler=order,  # type: ignore[arg-type]  # any iterable of keys will do
         num_workers=workers,
-        collate_fn=_share,
+        collate_fn=_share,  # type: ignore[arg-type]  # of whole batches
         worker_init_fn=partial(_start_worker, started) if started else None,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # otherwise each loader would draw from the global state
@@ -256,13 +256,28 @@ def _batches(
         prefetch_factor=PREFETCH if workers else None,
     )
     with _deaths_explained(started):
-        with stop_signals_blocked() if workers else nullcontext():
-            batches = iter(loader)
-        with _deaths_reported_by_next():
-            while (made := _next(batches, patience)) is not None:
-                if isinstance(made, NearkinError):
-                    raise made
-                yield made
+        batches = _start(loader) if workers else iter(loader)
+        while (made := _next(batches, patience)) is not None:
+            if isinstance(made, NearkinError):
+                raise made
+            yield made
+
+
+def _start(loader: DataLoader[Batch | NearkinError]) -> Iterator[Batch | NearkinError]:
+    """Start the workers.
+
+    torch's first loader sets a SIGCHLD handler that raises an error wherever the main process is, in the middle of a
+    step too. Without it `next` reports a death within `POLL` seconds, between two steps, where the run can be saved.
+    """
+    if SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free < 2**20:  # semaphores, too
+        raise _no_room(loader.num_workers)
+    in_main_thread = current_thread() is main_thread() and hasattr(signal, "SIGCHLD")
+    handler = signal.getsignal(signal.SIGCHLD) if in_main_thread else None
+    with stop_signals_blocked():
+        batches = iter(loader)
+    if in_main_thread:
+        signal.signal(signal.SIGCHLD, handler)
+    return batches
 
 
 def _next(batches: Iterator[Batch | NearkinError], patience: float) -> Batch | NearkinError | None:
@@ -286,14 +301,18 @@ def _share(made: Batch | NearkinError) -> Batch | NearkinError:
     if worker is None or isinstance(made, NearkinError):
         return made
     try:
-        return Batch(*(tensor.share_memory_() for tensor in made))
+        return Batch(*(tensor.share_memory_() for tensor in made))  # type: ignore[no-untyped-call]
     except RuntimeError as error:
         if "shared memory" not in str(error):
             raise
-        return WorkersDied(
-            f"{SHARED_MEMORY} has no room for the batches of --workers {worker.num_workers}; lower --workers or "
-            "--batch-size, use --workers 0, or enlarge it (docker run --shm-size 1g), and continue with --resume."
-        )
+        return _no_room(worker.num_workers)
+
+
+def _no_room(workers: int) -> WorkersDied:
+    return WorkersDied(
+        f"{SHARED_MEMORY} has no room for the batches of --workers {workers}; lower --workers or --batch-size, use "
+        "--workers 0, or enlarge it (docker run --shm-size 1g), and continue with --resume."
+    )
 
 
 def _start_worker(started: EventType, _: int) -> None:
@@ -315,23 +334,6 @@ def _exit_for_parent() -> None:
     while parent is None or signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
         pass
     os._exit(0)
-
-
-@contextmanager
-def _deaths_reported_by_next() -> Iterator[None]:
-    """Replace torch's SIGCHLD handler, set by the first loader with workers.
-
-    It raises an error wherever the main process is, in the middle of a step too. Without it `next` reports a death
-    within `POLL` seconds, between two steps, where the run can still be saved.
-    """
-    if not hasattr(signal, "SIGCHLD") or current_thread() is not main_thread():
-        yield
-        return
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, handler)
 
 
 @contextmanager

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from nearkin.data.loader import SHARED_MEMORY, fitting_workers
 from nearkin.data.sampling import Draws, Sampler
-from nearkin.distributed import launched
 from nearkin.errors import ConfigError
 from nearkin.evaluation.model import Built
 from nearkin.network import check_eval_size
+from nearkin.process import launched
 from nearkin.settings import Settings
 from nearkin.training.optim import names_layers
 
