@@ -1,4 +1,4 @@
-"""Judging a model, and what validation, checkpoints and the end of a run take of it."""
+"""Evaluation of a model, and the share of a run that validation, checkpoints and its end take."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from nearkin.training.metrics_log import METRICS, read_metrics
 RUNS = 7  # a TenCrop takes ten times as long as what it is compared with
 MODEL, SIDE, PIXELS = "resnet18", 64, (160, 120)
 IMAGES = 192  # whole batches with one view and with ten
-RUN: dict[str, Any] = {}  # options of the run whose shares are told: none, the default run
+RUN: dict[str, Any] = {}  # options of the run whose shares are measured: the default run
 
 
 def pictures(folder: Path) -> Path:
-    """JPEG files in class folders: a few to train on, `IMAGES` to judge."""
+    """JPEG files in class folders: a few to train on, `IMAGES` to evaluate."""
     draw = np.random.default_rng(0)
     for split, count in (("train", 16), ("test", IMAGES)):
         for number in range(count):
@@ -42,14 +42,14 @@ def pictures(folder: Path) -> Path:
 
 
 def trained(data: Path, run: Path, seed: int) -> Path:
-    """A run folder to judge. What its model has learnt does not matter here."""
+    """A run folder to evaluate. Its accuracy does not matter here."""
     options: dict[str, Any] = {"model": MODEL, "image_size": SIDE, "epochs": 1, "workers": 0}
     threads = torch.get_num_threads()
     train(data, "ce", out=run, seed=seed, val_split=0, batch_size=16, threads=threads, **options)
     return run
 
 
-def judging(place: Path) -> list[Row]:
+def evaluation(place: Path) -> list[Row]:
     data = pictures(place / "data")
     runs = [trained(data, place / f"run{seed}", seed) for seed in range(2)]
 
@@ -62,14 +62,14 @@ def judging(place: Path) -> list[Row]:
         "one": partial(evaluate, runs[0], cache=False),
         "ten": partial(evaluate, runs[0], tta="tencrop", cache=False),
         "first": first,
-        "again": partial(evaluate, runs),  # right after `first`, which left its predictions
+        "again": partial(evaluate, runs),  # after `first`, which stored its predictions
     }
     seconds = alternate(calls, RUNS)
     return [
         fastest(seconds, "one", f"nearkin evaluate of {IMAGES} files, one view"),
         ratio(seconds, "ten", "one", "TenCrop against one view", 10.5),
-        fastest(seconds, "first", "ensemble of two runs, nothing kept"),
-        ratio(seconds, "again", "first", "the ensemble again, from kept predictions", 0.5),
+        fastest(seconds, "first", "ensemble of two runs, nothing cached"),
+        ratio(seconds, "again", "first", "the ensemble again, from cached predictions", 0.5),
     ]
 
 
@@ -94,13 +94,14 @@ def watched(owner: Any, name: str, spent: dict[str, float]) -> Iterator[None]:
 
 
 def shares(run: Path) -> list[Row]:
-    """Of one run in this process, from the call to its result: what is not training."""
+    """The parts of one run in this process that are not training."""
     spent: dict[str, float] = {}
     with (
         watched(prepare, "prepare", spent),
         watched(Saver, "save", spent),
         watched(Evaluator, "predictions", spent),
         watched(trainer, "write_predictions", spent),
+        watched(trainer, "write_tables", spent),
         watched(trainer, "save_bundle", spent),
     ):
         start = time.perf_counter()
@@ -108,7 +109,7 @@ def shares(run: Path) -> list[Row]:
         whole = time.perf_counter() - start
     events = read_metrics(run / METRICS)
     looked = sum(e["clock"]["seconds"] for e in events if e["kind"] == "validation")
-    files = spent["write_predictions"] + spent["save_bundle"]
+    files = sum(spent[name] for name in ("write_predictions", "write_tables", "save_bundle"))
 
     def share(what: str, seconds: float, target: float | None = None) -> Row:
         return Row(f"its {what}", 100 * seconds / whole, None, target, False, "%")
@@ -128,11 +129,11 @@ def table() -> Table:
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as name:
         try:
-            rows = judging(Path(name)) + shares(Path(name) / "default")
+            rows = evaluation(Path(name)) + shares(Path(name) / "default")
         finally:
             torch.set_num_threads(threads)  # a run chooses its own
     setting = (
         f"{IMAGES} JPEG files of {PIXELS[0]} x {PIXELS[1]} in batches of 64 views, {MODEL} at {SIDE} px, "
-        f"{threads} threads; files are checked, decoded and judged; shares of one default run, which takes one thread"
+        f"{threads} threads; files are checked, decoded and evaluated; shares of one default run on one thread"
     )
     return Table("Evaluation", setting, rows)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from nearkin.evaluation.evaluate import evaluate
     from nearkin.evaluation.fewshot import fewshot
     from nearkin.evaluation.predict import predict
+    from nearkin.evaluation.results import Evaluation, FewShot, Prediction
     from nearkin.training.api import Result, train
 
 __version__ = "0.1.0"
@@ -30,6 +31,9 @@ _HOME = {
     "evaluate": "nearkin.evaluation.evaluate",
     "predict": "nearkin.evaluation.predict",
     "fewshot": "nearkin.evaluation.fewshot",
+    "Evaluation": "nearkin.evaluation.results",
+    "FewShot": "nearkin.evaluation.results",
+    "Prediction": "nearkin.evaluation.results",
     "NearkinError": "nearkin.errors",
     "ConfigError": "nearkin.errors",
     "DataError": "nearkin.errors",
@@ -42,8 +46,11 @@ __all__ = [
     "ConfigError",
     "DataError",
     "DivergedError",
+    "Evaluation",
+    "FewShot",
     "ModelError",
     "NearkinError",
+    "Prediction",
     "Result",
     "Stopped",
     "__version__",

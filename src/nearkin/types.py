@@ -52,12 +52,16 @@ class Loss(NamedTuple):
 
 
 class Predictions(NamedTuple):
-    """What a model says of a split, on the CPU, in the order of the split.
+    """The most probable classes of each image of a split, on the CPU, in the order of the split. K = min(5, C).
 
-    probabilities: `[N, C]` float32. labels: `[N]` int64. index: `[N]` int64, the row in the split.
+    top: `[N, K]` int64 class numbers, most probable first. probabilities: `[N, K]` their probabilities.
+    own: `[N]` probability of the label; NaN where a probability of the image is not finite.
+    labels: `[N]` int64. index: `[N]` int64, the row in the split.
     """
 
+    top: Tensor
     probabilities: Tensor
+    own: Tensor
     labels: Tensor
     index: Tensor  # type: ignore[assignment]  # the field hides tuple.index
 

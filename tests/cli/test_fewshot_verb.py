@@ -105,7 +105,7 @@ def test_the_same_words_give_the_same_numbers(here, capsys):
 
 def test_from_python(here):
     found = nearkin.fewshot("flat", here / "new", **SMALL)
-    assert found["eligible"] == 3
+    assert found.eligible == 3
     with pytest.raises(ConfigError, match="--shot"):
         nearkin.fewshot("flat", "new", shot=5)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -59,6 +61,10 @@ def test_flip_and_none_are_the_evaluation_transform():
         tta_views("tencorp", spec)
 
 
+def weights_of(probabilities, labels):
+    return likelihood_weights([rows[torch.arange(len(labels)), labels] for rows in probabilities])
+
+
 def test_weights_minimise_the_log_loss():
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, 3, (80,), generator=generator)
@@ -70,21 +76,21 @@ def test_weights_minimise_the_log_loss():
     def loss(weights):
         return float(-mixed(parts, weights)[torch.arange(80), labels].log().mean())
 
-    found = likelihood_weights(parts, labels)
+    found = weights_of(parts, labels)
     assert sum(found) == pytest.approx(1.0)
     grid = [(a / 50, b / 50, (50 - a - b) / 50) for a in range(51) for b in range(51 - a)]
     assert loss(found) <= min(loss(weights) for weights in grid) + 1e-6
     assert max(found) > 0.4  # not simply equal
-    assert likelihood_weights([parts[0]], labels) == [1.0]
+    assert weights_of([parts[0]], labels) == [1.0]
     with pytest.raises(DivergedError, match="not finite"):
-        likelihood_weights([parts[0], parts[1] * torch.nan], labels)
+        weights_of([parts[0], parts[1] * torch.nan], labels)
 
 
 def test_of_equal_members_none_is_preferred_and_a_useless_one_gets_nothing():
     right = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.7, 0.3]])
     labels = torch.tensor([0, 1, 0])
-    assert likelihood_weights([right, right], labels) == pytest.approx([0.5, 0.5])
-    assert likelihood_weights([right, 1 - right], labels) == pytest.approx([1, 0], abs=1e-4)
+    assert weights_of([right, right], labels) == pytest.approx([0.5, 0.5])
+    assert weights_of([right, 1 - right], labels) == pytest.approx([1, 0], abs=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -113,35 +119,36 @@ def test_an_ensemble_is_the_mean_of_the_probabilities(runs):
     both = nearkin.evaluate([runs["a"], runs["c"]])
     kept = [next((runs[n] / "cache").iterdir()) for n in ("a", "c")]
     probabilities = sum(load_file(file)["probabilities"].double() for file in kept) / 2
-    labels = np.repeat(range(10), [row["support"] for row in both["per_class"]])
-    assert both["n"] == 360 == len(probabilities)
-    assert [m["weight"] for m in both["members"]] == [0.5, 0.5]
+    labels = np.repeat(range(10), [row.support for row in both.per_class])
+    assert both.n == 360 == len(probabilities)
+    assert [m.weight for m in both.members] == [0.5, 0.5]
     alone = nearkin.evaluate(runs["a"])
-    assert both["members"][0]["top1"] == alone["top1"]
-    assert alone["members"][0]["cached"]
+    assert both.members[0].top1 == alone.top1
+    assert alone.members[0].cached
     predicted = np.bincount(probabilities.argmax(1), minlength=10)
-    assert predicted.tolist() == np.array(both["confusion"]).sum(0).tolist()
+    counts = Counter()
+    for row in both.confusion:
+        counts[int(row.predicted)] += row.images
+    assert predicted.tolist() == [counts[c] for c in range(10)]
     assert sorted(labels.tolist()) == labels.tolist()
 
 
 def test_each_model_runs_once(runs, monkeypatch):
     forget(*runs.values())
     looks = []
-    plain = members.Evaluator.predictions
+    plain = members.Evaluator.probabilities
 
     def counted(self, *args):
         looks.append(args)
-        return plain(self, *args)
+        yield from plain(self, *args)
 
-    monkeypatch.setattr(members.Evaluator, "predictions", counted)
+    monkeypatch.setattr(members.Evaluator, "probabilities", counted)
     first = nearkin.evaluate([runs["a"], runs["b"]])
-    assert [m["cached"] for m in first["members"]] == [False, False]
+    assert [m.cached for m in first.members] == [False, False]
     second = nearkin.evaluate([runs["a"], runs["b"]])
-    assert [m["cached"] for m in second["members"]] == [True, True]
+    assert [m.cached for m in second.members] == [True, True]
     assert len(looks) == 2
-    assert {k: v for k, v in first.items() if k != "members"} == {
-        k: v for k, v in second.items() if k != "members"
-    }
+    assert replace(first, members=()) == replace(second, members=())
     nearkin.evaluate(runs["a"], tta="flip")
     nearkin.evaluate(runs["a"], split="val")
     nearkin.evaluate(runs["a"], cache=False)
@@ -150,28 +157,28 @@ def test_each_model_runs_once(runs, monkeypatch):
 
 def test_a_damaged_or_foreign_file_in_the_cache_is_no_answer(runs):
     forget(runs["a"])
-    right = nearkin.evaluate(runs["a"])["top1"]
+    right = nearkin.evaluate(runs["a"]).top1
     (file,) = (runs["a"] / "cache").iterdir()
     good = load_file(file)["probabilities"]
-    for bad in (good[:-1], good * 2, good.double(), good.log()):
+    for bad in (good[:-1], good * 2, good.half(), good.log()):
         save_file({"probabilities": bad.contiguous()}, file)
         again = nearkin.evaluate(runs["a"])
-        assert again["top1"] == right
-        assert not again["members"][0]["cached"]
-        assert any(file.name in note and "made anew" in note for note in again["notes"])
+        assert again.top1 == right
+        assert not again.members[0].cached
+        assert any(file.name in note and "made anew" in note for note in again.notes)
     file.write_bytes(b"no tensors")
     again = nearkin.evaluate(runs["a"])
-    assert again["top1"] == right
-    assert len(again["notes"]) == 1
+    assert again.top1 == right
+    assert len(again.notes) == 1
     mended = nearkin.evaluate(runs["a"])
-    assert mended["members"][0]["cached"]
-    assert mended["notes"] == []
+    assert mended.members[0].cached
+    assert mended.notes == ()
     # Another model of the same shape must not find what the first has said.
     weights = runs["a"] / "model.safetensors"
     kept = weights.read_bytes()
     tensors = load_file(weights)
     save_file({n: t + 0.01 if t.is_floating_point() else t for n, t in tensors.items()}, weights)
-    assert not nearkin.evaluate(runs["a"])["members"][0]["cached"]
+    assert not nearkin.evaluate(runs["a"]).members[0].cached
     weights.write_bytes(kept)
 
 
@@ -179,8 +186,8 @@ def test_a_cache_that_cannot_be_written_is_a_note(runs):
     forget(runs["a"])
     (runs["a"] / "cache").write_text("in the way")
     result = nearkin.evaluate(runs["a"])
-    assert result["n"] == 360
-    assert any("not kept" in note for note in result["notes"])
+    assert result.n == 360
+    assert any("not kept" in note for note in result.notes)
     (runs["a"] / "cache").unlink()
 
 
@@ -190,7 +197,7 @@ def test_nothing_is_kept_outside_the_run_folder(runs, tmp_path):
     result = nearkin.evaluate(runs["a"])
     (runs["a"] / "cache").unlink()
     assert list(tmp_path.iterdir()) == []
-    assert any("is a link" in note for note in result["notes"])
+    assert any("is a link" in note for note in result.notes)
 
 
 @pytest.fixture
@@ -213,7 +220,7 @@ def test_runs_on_other_data_of_the_same_names_are_no_ensemble(twins):
     runs, (one, _) = twins
     with pytest.raises(ConfigError, match="other images in their split test.*give DATA"):
         nearkin.evaluate(runs)
-    assert nearkin.evaluate(runs, one)["n"] == 16
+    assert nearkin.evaluate(runs, one).n == 16
     with pytest.raises(ConfigError, match="other images in their split val"):
         nearkin.evaluate(runs, one, weights="validation")
 
@@ -221,12 +228,12 @@ def test_runs_on_other_data_of_the_same_names_are_no_ensemble(twins):
 def test_other_images_of_the_same_names_and_sizes_are_not_taken_from_the_cache(twins):
     (run, _), (one, two) = twins
     said = {data: nearkin.evaluate(run, data) for data in (one, two)}
-    assert not said[two]["members"][0]["cached"]
-    assert said[one]["log_loss"] != said[two]["log_loss"]
-    assert nearkin.evaluate(run, one)["members"][0]["cached"]
+    assert not said[two].members[0].cached
+    assert said[one].log_loss != said[two].log_loss
+    assert nearkin.evaluate(run, one).members[0].cached
     picture = two / "test" / "cat" / "0.bmp"
     picture.write_bytes((one / "test" / "cat" / "0.bmp").read_bytes())  # the same size, a new time
-    assert not nearkin.evaluate(run, two)["members"][0]["cached"]
+    assert not nearkin.evaluate(run, two).members[0].cached
 
 
 def test_a_run_given_twice_is_a_slip(runs):
@@ -255,15 +262,15 @@ def test_validation_chooses_the_weights_and_nothing_else(runs):
     from nearkin.data.dataset import load_dataset
 
     labels = torch.from_numpy(load_dataset("digits", seed=0).splits["val"].labels)
-    expected = likelihood_weights(said, labels)
-    assert [m["weight"] for m in result["members"]] == pytest.approx(expected)
+    expected = weights_of(said, labels)
+    assert [m.weight for m in result.members] == pytest.approx(expected)
     with pytest.raises(
         ConfigError, match="other images in their split val.*or use --weights equal"
     ):
         nearkin.evaluate([runs["a"], runs["c"]], weights="validation")
-    assert result["notes"] == []
+    assert result.notes == ()
     same = nearkin.evaluate([runs["a"], runs["b"]], weights="validation", split="val")
-    assert any("chosen on this very split" in note for note in same["notes"])
+    assert any("chosen on this very split" in note for note in same.notes)
 
 
 def test_members_with_other_classes_are_refused_and_with_another_order_are_mapped(runs, tmp_path):
@@ -282,13 +289,13 @@ def test_members_with_other_classes_are_refused_and_with_another_order_are_mappe
         tensors[name] = tensors[name][order].contiguous()
     save_file(tensors, other / "model.safetensors")
     both = nearkin.evaluate([runs["a"], other])
-    assert both["members"][0]["top1"] == both["members"][1]["top1"] == both["top1"]
+    assert both.members[0].top1 == both.members[1].top1 == both.top1
 
 
 def test_views_are_averaged(runs):
     plain, flipped, ten = (nearkin.evaluate(runs["a"], tta=t) for t in ("none", "flip", "tencrop"))
-    assert plain["n"] == flipped["n"] == ten["n"]
-    assert len({plain["log_loss"], flipped["log_loss"], ten["log_loss"]}) == 3
+    assert plain.n == flipped.n == ten.n
+    assert len({plain.log_loss, flipped.log_loss, ten.log_loss}) == 3
 
 
 def test_the_command_line(runs, capsys, tmp_path):

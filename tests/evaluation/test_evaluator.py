@@ -40,13 +40,13 @@ def untrained(tmp_path_factory):
 
 
 def measured(folder, data, split, out, tta):
-    """What each process says; the first writes it down. Nothing kept: that would answer for the other processes."""
+    """Evaluate in each process; the first writes the result. No cache, which would replace the other processes."""
     import os
 
     torch.set_num_threads(1)
     result = evaluate(folder, data, split=split, tta=tta, cache=False)
     if os.environ.get("RANK", "0") == "0":
-        out.write_text(json.dumps(result))
+        out.write_text(json.dumps(result.to_dict() | {"confusion": result.confusion}))
 
 
 def on(processes, folder, data, split, tmp_path, tta="none"):
@@ -84,22 +84,22 @@ def test_predict_agrees_with_evaluate(untrained, tmp_path):
         for n in range(3)
     ]
     result = evaluate(untrained, tmp_path / "few")
-    guesses = list(predict(untrained, files))
-    right = sum(guess.label == file.parent.name for guess, file in zip(guesses, files, strict=True))
-    assert result["n"] == 9
-    assert result["top1"] == pytest.approx(right / 9)
+    predictions = list(predict(untrained, files))
+    right = sum(one.label == file.parent.name for one, file in zip(predictions, files, strict=True))
+    assert result.n == 9
+    assert result.top1 == pytest.approx(right / 9)
     for tta in ("flip", "tencrop"):
         viewed = list(predict(untrained, files, tta=tta))
-        right = sum(g.label == f.parent.name for g, f in zip(viewed, files, strict=True))
-        assert evaluate(untrained, tmp_path / "few", tta=tta)["top1"] == pytest.approx(right / 9)
-        assert viewed[0].probability != guesses[0].probability
+        right = sum(one.label == f.parent.name for one, f in zip(viewed, files, strict=True))
+        assert evaluate(untrained, tmp_path / "few", tta=tta).top1 == pytest.approx(right / 9)
+        assert viewed[0].probability != predictions[0].probability
     again = next(predict(untrained, [files[4]]))
-    assert again.probability == pytest.approx(guesses[4].probability, rel=1e-5)
+    assert again.probability == pytest.approx(predictions[4].probability, rel=1e-5)
 
 
 @pytest.fixture
-def court(untrained):
-    """A network that tells how many images each pass had, a judge, and a split that tells which rows were read."""
+def counted(untrained):
+    """A network that records the images of each pass, an Evaluator, and a split that records the rows that are read."""
     runtime = Runtime(device="cpu", precision="fp32")
     bundle = load_bundle(untrained, runtime.device)
     split = load_dataset("digits").splits["val"].take(np.arange(37))
@@ -114,28 +114,30 @@ def court(untrained):
             read.append(row)
             return split.images.read(row)
 
-    judge = Evaluator(runtime, bundle.description.transform, batch_size=20, workers=0)
-    yield bundle.network, judge, split._replace(images=Watched()), passes, read
+    evaluator = Evaluator(runtime, bundle.description.transform, batch_size=20, workers=0)
+    yield bundle.network, evaluator, split._replace(images=Watched()), passes, read
     runtime.close()
 
 
-def test_one_pass_gives_predictions_and_embeddings(court):
-    network, judge, split, passes, read = court
-    predictions, embeddings = judge.look(network, split)
+def test_one_pass_gives_predictions_and_embeddings(counted):
+    network, evaluator, split, passes, read = counted
+    predictions, embeddings = evaluator.predictions_and_embeddings(network, split)
     assert passes == [20, 17]
     assert read == list(range(37))
     with torch.no_grad():
         outputs = network(torch.stack([split.images.read(row) for row in range(37)]))
     torch.testing.assert_close(embeddings, outputs.embedding, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(
-        predictions.probabilities, outputs.logits.softmax(1), rtol=1e-4, atol=1e-5
-    )
+    probabilities = outputs.logits.softmax(1)
+    expected = probabilities.gather(1, predictions.top)
+    torch.testing.assert_close(predictions.probabilities, expected, rtol=1e-4, atol=1e-5)
+    own = probabilities[torch.arange(37), torch.from_numpy(split.labels)]
+    torch.testing.assert_close(predictions.own, own, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("tta", "views"), [("none", 1), ("flip", 2), ("tencrop", 10)])
-def test_views_read_every_image_once_and_need_no_larger_batch(court, tta, views):
-    network, judge, split, passes, read = court
-    judge.predictions(network, split, tta)
+def test_views_read_every_image_once_and_need_no_larger_batch(counted, tta, views):
+    network, evaluator, split, passes, read = counted
+    evaluator.predictions(network, split, tta)
     assert read == list(range(37))
     assert sum(passes) == views * 37
     assert max(passes) == 20

@@ -23,7 +23,7 @@ from nearkin.data.transforms import RandomPaddedCrop, eval_transform
 from nearkin.errors import DataError, ModelError
 from nearkin.evaluation import episodes
 from nearkin.evaluation.episodes import Episode, accuracy, classify, draw, eligible, estimate
-from nearkin.evaluation.fewshot import Features, extract, play
+from nearkin.evaluation.features import Features, extract, play
 from nearkin.evaluation.model import load_bundle
 
 COUNTS = (20, 4, 9, 30, 7, 8, 12)  # images of classes 0 to 6
@@ -251,22 +251,22 @@ def test_each_copy_counts():
 ONE_THREAD = """
 import numpy as np
 from threadpoolctl import threadpool_info
-from nearkin.evaluation import fewshot
-from nearkin.evaluation.fewshot import Features
+from nearkin.evaluation import features
+from nearkin.evaluation.features import Features
 from nearkin.config import EpisodeOptions
 
-solve, inside = fewshot.accuracy, set()
+solve, inside = features.accuracy, set()
 
 def spied(*parts):
     found = solve(*parts)
     inside.update(pool["num_threads"] for pool in threadpool_info())
     return found
 
-fewshot.accuracy = spied
+features.accuracy = spied
 rows = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
 labels = np.repeat(np.arange(3), 3)
 protocol = EpisodeOptions(ways=3, queries=2, episodes=2)
-fewshot.play(Features(rows, rows[:, None]), labels, np.arange(3), protocol)
+features.play(Features(rows, rows[:, None]), labels, np.arange(3), protocol)
 print(inside, max(pool["num_threads"] for pool in threadpool_info()))
 """
 
@@ -355,7 +355,7 @@ def test_features_depend_on_the_image_and_the_seed_alone(untrained, monkeypatch)
     assert np.allclose(some.copies, found.copies[[9, 2, 4]], atol=1e-6)
     assert np.allclose(some.plain, found.plain[[9, 2, 4]], atol=1e-6)
     assert np.allclose(taken(untrained, copies=1).copies, found.copies[:, :1], atol=1e-6)
-    monkeypatch.setattr("nearkin.evaluation.fewshot.BATCH", 4)
+    monkeypatch.setattr("nearkin.evaluation.features.BATCH", 4)
     assert np.allclose(taken(untrained).copies, found.copies, atol=1e-6)
     other = taken(untrained, seed=1)
     assert np.array_equal(other.plain, found.plain)

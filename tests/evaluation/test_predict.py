@@ -1,119 +1,151 @@
-"""Collecting predictions, and the accuracy of the nearest neighbours against a loop."""
+"""nearkin.predict: one path or many, every image in a folder, and what is said of the rest."""
 
 from __future__ import annotations
 
-import math
-from collections import Counter
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-import torch
-from torch import Tensor
+from tests.pictures import write_image
 
-from nearkin.errors import DataError, DivergedError
-from nearkin.evaluation import evaluator as predict
-from nearkin.evaluation.evaluator import collect, knn_accuracy
-from nearkin.types import Batch
-
-
-def batches(images: Tensor, order: list[int], size: int) -> list[Batch]:
-    """Views x images x values; the label of image i is i % 3."""
-    index = torch.tensor(order)
-    return [Batch(images[:, part], part % 3, part) for part in index.split(size)]
+import nearkin
+from nearkin.cli import run as command
+from nearkin.config import EpisodeOptions
+from nearkin.errors import ConfigError, DataError, ModelError
+from nearkin.evaluation.fewshot import EpisodeKeywords
 
 
-@pytest.mark.parametrize("views", [1, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_every_image_once_in_the_order_of_the_split(views: int, dtype: torch.dtype) -> None:
-    images = torch.randn(views, 11, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
-    order = [7, 3, 10, 0, 5, 1, 9, 2, 8, 4, 6]
-    given = batches(images, order, size=4)
-    assert [len(batch.index) for batch in given] == [4, 4, 3]
-    found = collect(given, lambda x: x.flatten(0, 1))
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    assert found.probabilities.dtype == wide
-    assert found.index.tolist() == list(range(11))
-    assert found.labels.tolist() == [i % 3 for i in range(11)]
-    for image, row in enumerate(found.probabilities.tolist()):
-        for c, value in enumerate(row):
-            expected = 0.0
-            for view in images[:, image].double().tolist():
-                expected += math.exp(view[c]) / sum(map(math.exp, view)) / views
-            assert value == pytest.approx(expected, rel=1e-12 if dtype == torch.float64 else 1e-5)
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """A run on digits after no step at all."""
+    out = tmp_path_factory.mktemp("predict") / "run"
+    options = {"epochs": 0, "model": "test_resnet", "threads": 1, "out": out}
+    return nearkin.train("digits", "ce", **options).run
 
 
-def test_the_batches_do_not_change_the_predictions() -> None:
-    images = torch.randn(1, 9, 5, generator=torch.Generator().manual_seed(1))
-    whole, parts = (
-        collect(batches(images, list(range(9)), size), lambda x: x.flatten(0, 1)) for size in (9, 2)
-    )
-    assert torch.equal(whole.probabilities, parts.probabilities)
+@pytest.fixture
+def photos(tmp_path):
+    """A folder as a camera, a browser and three systems leave it: 4 images and much else."""
+    root = tmp_path / "photos"
+    for name in ("1.jpg", "deep/2.png", "deep/deeper/3.bmp"):
+        write_image(root / name, 1, size=(8, 8), mode="L")
+    shutil.copy(root / "1.jpg", root / "4.JPG")
+    hidden = (".ipynb_checkpoints/5.jpg", "__MACOSX/6.jpg", "@eaDir/7.jpg", ".8.jpg")
+    for name in hidden:
+        (root / name).parent.mkdir(exist_ok=True)
+        shutil.copy(root / "1.jpg", root / name)
+    (root / "9.jpg").mkdir()  # a folder with the name of a file
+    (root / "notes.txt").write_text("no image")
+    return root
 
 
-def test_no_gradient_is_kept() -> None:
-    weight = torch.ones(4, 3, requires_grad=True)
-    found = collect(batches(torch.ones(1, 2, 4), [0, 1], 2), lambda x: x.flatten(0, 1) @ weight)
-    assert not found.probabilities.requires_grad
+def test_a_folder_is_searched_with_the_rules_of_train(digits, photos, capsys):
+    found = [Path(one.path).relative_to(photos) for one in nearkin.predict(digits, photos)]
+    names = ["1.jpg", "4.JPG", "deep/2.png", "deep/deeper/3.bmp"]
+    assert list(map(str, found)) == names
+    assert command(["predict", str(digits), str(photos), "--json"]) == 0
+    shown = capsys.readouterr()
+    rows = json.loads(shown.out)["predictions"]
+    assert [row["path"] for row in rows] == [str(photos / name) for name in names]
+    notes = [line for line in shown.err.splitlines() if line.startswith("note: ")]
+    assert any("4 hidden" in note and str(photos) in note for note in notes)
+    assert any("ignored" in note and "hidden" not in note for note in notes), "notes.txt"
 
 
-def test_nothing_and_twice_are_errors() -> None:
-    with pytest.raises(DataError, match="no images"):
-        collect([], lambda x: x)
-    with pytest.raises(DataError, match="twice"):
-        collect(batches(torch.ones(1, 3, 2), [0, 1, 0], 2), lambda x: x.flatten(0, 1))
+def test_a_file_that_is_named_gets_a_row_whatever_its_name(digits, photos, capsys):
+    files = [photos / "notes.txt", photos / ".8.jpg"]
+    text, image = nearkin.predict(digits, files)
+    assert text.error
+    assert (text.label, text.probability, text.top5) == (None, None, ())
+    assert image.label in map(str, range(10))
+    assert image.error is None
+    assert command(["predict", str(digits), *map(str, files)]) == 3
+    shown = capsys.readouterr()
+    assert len(shown.out.splitlines()) == 3
+    assert "1 of 2 files" in shown.err
 
 
-def neighbours(keys: Tensor, key_labels: Tensor, queries: Tensor, labels: Tensor, k: int) -> float:
-    """The definition: cosines, the k largest, one vote each, ties by the sum of cosines."""
-
-    def cosine(a: list[float], b: list[float]) -> float:
-        return sum(x * y for x, y in zip(a, b, strict=True)) / (math.hypot(*a) * math.hypot(*b))
-
-    hits = 0
-    for query, label in zip(queries.double().tolist(), labels.tolist(), strict=True):
-        cosines = [cosine(query, key) for key in keys.double().tolist()]
-        near = sorted(zip(cosines, key_labels.tolist(), strict=True), reverse=True)[:k]
-        votes = Counter(c for _, c in near)
-        weight: Counter[int] = Counter()
-        for value, c in near:
-            weight[c] += value
-        hits += max(votes, key=lambda c: (votes[c], weight[c])) == label
-    return hits / len(labels)
+@pytest.mark.parametrize("kind", [str, Path, lambda path: [path], lambda path: iter([str(path)])])
+def test_one_path_or_many(digits, photos, kind):
+    (one,) = nearkin.predict(digits, kind(photos / "1.jpg"))
+    assert one.path == str(photos / "1.jpg")
+    assert one.top5[0] == (one.label, one.probability)
+    assert len(one.top5) == 5
+    assert isinstance(one, nearkin.Prediction)
+    assert one.to_dict()["class"] == one.label
+    with pytest.raises(AttributeError, match="cannot assign"):
+        one.label = "other"
 
 
-@pytest.mark.parametrize("k", [1, 2, 5, 20, 1000])
-@pytest.mark.parametrize("chunk", [1, 200, 2**24])
-def test_knn_equals_the_loop(monkeypatch: pytest.MonkeyPatch, k: int, chunk: int) -> None:
-    monkeypatch.setattr(predict, "CHUNK", chunk)
-    generator = torch.Generator().manual_seed(k)
-    keys, queries = (torch.randn(n, 3, generator=generator) for n in (41, 37))
-    keys *= torch.rand(41, 1, generator=generator) * 9 + 0.1  # the length plays no part
-    key_labels, labels = (torch.randint(4, (n,), generator=generator) for n in (41, 37))
-    expected = neighbours(keys, key_labels, queries, labels, k)
-    assert knn_accuracy(keys, key_labels, queries, labels, k) == expected
-    if k < 41:
-        assert 0 < expected < 1
+def test_errors_come_before_the_first_prediction(digits, photos, tmp_path):
+    with pytest.raises(DataError, match=r"nothing.jpg does not exist"):
+        nearkin.predict(digits, tmp_path / "nothing.jpg")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no images"):
+        nearkin.predict(digits, tmp_path / "empty")
+    with pytest.raises(ConfigError, match="--tta tencorp .*Did you mean tencrop"):
+        nearkin.predict(digits, photos, tta="tencorp")
+    with pytest.raises(ConfigError, match="--device gpu is none of auto, cpu"):
+        nearkin.predict(digits, photos, device="gpu")
+    with pytest.raises(ModelError, match="photos is no run folder"):
+        nearkin.predict(photos, photos)
 
 
-def test_knn_breaks_a_tie_by_the_nearer_class() -> None:
-    keys = torch.tensor([[1.0, 0.2], [1.0, 0.1], [0.0, 1.0]])
-    query = torch.tensor([[1.0, 0.0]])
-    assert knn_accuracy(keys, torch.tensor([0, 5, 1]), query, torch.tensor([5]), k=2) == 1
-    assert knn_accuracy(keys, torch.tensor([5, 0, 1]), query, torch.tensor([5]), k=2) == 0
-    # Two votes win over one, however near.
-    assert knn_accuracy(keys, torch.tensor([1, 5, 1]), query, torch.tensor([1]), k=3) == 1
+LIGHT = """
+import sys
+from nearkin.cli import run
+code = run(sys.argv[1:])
+heavy = [name for name in ("torch", "timm", "PIL", "lightning_fabric") if name in sys.modules]
+print(code, *heavy)
+"""
 
 
-def test_knn_counts_a_class_that_training_lacks_as_wrong() -> None:
-    keys = torch.eye(2)
-    assert knn_accuracy(keys, torch.tensor([0, 1]), keys, torch.tensor([0, 9]), k=1) == 0.5
+def fresh(*argv):
+    """The exit code, the heavy modules that were imported, and stderr, in a process of its own."""
+    words = [sys.executable, "-c", LIGHT, *map(str, argv)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    code, *heavy = done.stdout.splitlines()[-1].split()
+    return int(code), heavy, done.stderr
 
 
-def test_knn_refuses_what_cannot_be_compared() -> None:
-    rows, labels = torch.ones(2, 3), torch.zeros(2, dtype=torch.int64)
-    with pytest.raises(DataError, match="needs images"):
-        knn_accuracy(rows[:0], labels[:0], rows, labels)
-    with pytest.raises(DataError, match="needs images"):
-        knn_accuracy(rows, labels, rows[:0], labels[:0])
-    for first, second in ((rows * torch.nan, rows), (rows, rows * torch.inf)):
-        with pytest.raises(DivergedError, match="not finite"):
-            knn_accuracy(first, labels, second, labels)
+@pytest.mark.parametrize(
+    ("words", "code", "text"),
+    [
+        ("evaluate nowhere", 4, "The run nowhere does not exist"),
+        ("evaluate photos", 4, "photos is no run folder"),
+        ("evaluate half", 4, "let its training end first"),
+        ("evaluate run --tta five", 2, "--tta five is none of none, flip, tencrop"),
+        ("evaluate run --weights best", 2, "--weights best is none of equal, validation"),
+        ("evaluate run --device gpu", 2, "--device gpu"),
+        ("evaluate run --workers x", 2, "--workers"),
+        ("predict nowhere photos", 4, "The run nowhere does not exist"),
+        ("predict file photos", 4, "is a file, not a run folder"),
+        ("predict run photos --tta five", 2, "--tta five"),
+        ("fewshot nowhere photos", 4, "The run nowhere does not exist"),
+        ("fewshot run photos --ways 1", 2, "--ways"),
+        ("evaluate run nowhere", 3, "The data 'nowhere' are missing"),
+        ("fewshot run nowhere", 3, "The data 'nowhere' are missing"),
+        ("predict run nowhere", 3, "nowhere does not exist"),
+        ("import-cone nowhere.pth", 4, "nowhere.pth"),
+    ],
+)
+def test_bad_words_are_refused_without_torch(tmp_path, monkeypatch, words, code, text):
+    monkeypatch.chdir(tmp_path)
+    for name, file in (("run", "model.json"), ("half", "config.yaml"), ("photos", "a.jpg")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text("{}")
+    (tmp_path / "file").write_text("")
+    found, heavy, err = fresh(*words.split())
+    assert (found, heavy) == (code, []), err
+    assert text in err
+
+
+def test_one_process_needs_no_fabric(digits, photos):
+    assert fresh("predict", digits, photos / "1.jpg")[:2] == (0, ["torch", "timm", "PIL"])
+
+
+def test_the_typed_options_of_fewshot_are_all_options():
+    assert EpisodeKeywords.__annotations__.keys() == EpisodeOptions.model_fields.keys()

@@ -173,8 +173,8 @@ def test_a_run_that_is_tested_at_another_size(tmp_path):
     from nearkin import evaluate
 
     again = evaluate(out, "digits")
-    assert again["top1"] == pytest.approx(result.metrics["top1"])
-    assert again["log_loss"] == pytest.approx(result.metrics["log_loss"], rel=1e-4)
+    assert again.top1 == pytest.approx(result.metrics["top1"])
+    assert again.log_loss == pytest.approx(result.metrics["log_loss"], rel=1e-4)
 
 
 @pytest.fixture(scope="module")

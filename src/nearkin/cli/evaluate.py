@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from nearkin.cli import is_first
 from nearkin.cli.arguments import Parser, show_help, whole_number
 from nearkin.errors import ConfigError, printable
 
+if TYPE_CHECKING:
+    from nearkin.evaluation.results import Evaluation
+
 USAGE = "nearkin evaluate RUN... [DATA] [--split NAME] [--tta NAME] [--weights NAME] [--json]"
 
-MARKS = (
-    "model.json",
-    "config.yaml",
-)  # a run that is not finished is a RUN, too, and an error says so
+MARKS = ("model.json", "config.yaml")  # an unfinished run is a RUN, too, and gives an error
 KEPT = "not run again: its predictions were kept (--no-cache runs it)"
+SHOWN = 20  # classes up to which everything is shown, and lines shown of more
 
 
 def main(argv: list[str]) -> int:
@@ -34,7 +35,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--weights", metavar="NAME", help="of an ensemble: equal, or by validation [equal]"
     )
-    parser.flag("cache", "keep what each model says in its run folder [true]")
+    parser.flag("cache", "store the probabilities in the run folder [true]")
     parser.add_argument("--device", metavar="NAME", help="auto, cpu, cuda or mps [auto]")
     parser.add_argument("--workers", metavar="N", help="processes that load images [0]")
     parser.flag("json", "one JSON object on stdout")
@@ -58,12 +59,11 @@ def main(argv: list[str]) -> int:
     )
     if not is_first():
         return 0
-    for note in result["notes"]:
+    for note in result.notes:
         sys.stderr.write(f"note: {printable(note)}\n")
     if given.get("json"):
-        record = {"run": result["run"], "test_top1": None} | result
-        if result["split"] == "test":
-            record["test_top1"] = result["top1"]
+        test_top1 = result.top1 if result.split == "test" else None
+        record = {"run": result.run, "test_top1": test_top1} | result.to_dict()
         sys.stdout.write(json.dumps(record, allow_nan=False) + "\n")
     else:
         sys.stdout.write(table(result))
@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
 
 
 def _runs_and_data(words: list[str]) -> tuple[list[str], str | None]:
-    """Every run folder among the words is a RUN; one other word may be DATA. A lone word is always a RUN."""
+    """Every run folder among the words is a RUN; one other word may be DATA. A single word is always a RUN."""
     if not words:
         raise ConfigError("Evaluate which run? Give the folder that train printed.")
     runs = [word for word in words if any((Path(word) / name).is_file() for name in MARKS)]
@@ -81,46 +81,73 @@ def _runs_and_data(words: list[str]) -> tuple[list[str], str | None]:
             f"{printable(others[0])} and {printable(others[1])} are no run folders (no model.json), and only "
             "one word can be DATA; give the folders that train printed."
         )
-    if not runs:  # the model of the first will be missed
+    if not runs:  # evaluate will report that the first is no run folder
         return words[:1], None
     return runs, others[0] if others else None
 
 
-def table(result: dict[str, Any]) -> str:
-    """The metrics as text: totals, then a line per class."""
+def table(result: Evaluation) -> str:
+    """The metrics as text: totals, a line per class, the confusion matrix. Of many classes only the worst are shown."""
     lines = [
         *_members(result),
-        f"split      {result['split']} ({result['n']} images)",
-        f"top-1      {100 * result['top1']:.2f} %",
-        f"top-5      {100 * result['top5']:.2f} %",
-        f"log loss   {result['log_loss']:.4f}",
-        f"ECE        {100 * result['ece']:.2f} %",
+        f"split      {result.split} ({result.n} images)",
+        f"top-1      {100 * result.top1:.2f} %",
+        f"top-5      {100 * result.top5:.2f} %",
+        f"log loss   {result.log_loss:.4f}",
+        f"ECE        {100 * result.ece:.2f} %",
         "",
-        f"{'class':<24} {'precision':>9} {'recall':>9} {'F1':>9} {'images':>7}",
+        *_classes(result),
+        "",
+        *(_matrix(result) if len(result.per_class) <= SHOWN else _confused(result)),
     ]
-    rows = [
-        *result["per_class"],
-        {"class": "macro mean", "support": result["n"], **result["macro"]},
-    ]
-    for row in rows:
-        values = " ".join(f"{100 * row[key]:8.2f}%" for key in ("precision", "recall", "f1"))
-        lines.append(f"{printable(row['class']):<24.24} {values} {row['support']:>7}")
-    lines += ["", "confusion matrix (rows: true class, columns: predicted)"]
-    width = max(len(str(value)) for row in result["confusion"] for value in row) + 1
-    for row in result["confusion"]:
-        lines.append("".join(f"{value:>{width}}" for value in row))
     return "\n".join(lines) + "\n"
 
 
-def _members(result: dict[str, Any]) -> list[str]:
+def _classes(result: Evaluation) -> list[str]:
+    rows, title, file = list(result.per_class), "class", None
+    if len(rows) > SHOWN:
+        title, file = "class (lowest F1)", result.classes_file
+        rows = sorted((row for row in rows if row.support), key=lambda row: row.f1)[:SHOWN]
+    lines = [f"{title:<24} {'precision':>9} {'recall':>9} {'F1':>9} {'images':>7}"]
+    for name, *values, support in (*rows, ("macro mean", *result.macro, result.n)):
+        shown = " ".join(f"{100 * value:8.2f}%" for value in values)
+        lines.append(f"{printable(name):<24.24} {shown} {support:>7}")
+    return [*lines, *_where(file)]
+
+
+def _matrix(result: Evaluation) -> list[str]:
+    counts = {(row.true, row.predicted): row.images for row in result.confusion}
+    names = [row.name for row in result.per_class]
+    width = max(len(str(count)) for count in counts.values()) + 1
+    lines = ["confusion matrix (rows: true class, columns: predicted)"]
+    for true in names:
+        row = (counts.get((true, predicted), 0) for predicted in names)
+        lines.append("".join(f"{count:>{width}}" for count in row))
+    return lines
+
+
+def _confused(result: Evaluation) -> list[str]:
+    wrong = [row for row in result.confusion if row.true != row.predicted]
+    lines = [f"{'most confused: true class':<25} {'predicted':<24} {'images':>7}"]
+    for row in sorted(wrong, key=lambda row: -row.images)[:SHOWN]:
+        true, predicted = printable(row.true), printable(row.predicted)
+        lines.append(f"{true:<24.24}  {predicted:<24.24} {row.images:>7}")
+    return [*lines, *_where(result.confusion_file)]
+
+
+def _where(file: Path | None) -> list[str]:
+    return [] if file is None else [f"all of them: {printable(str(file))}"]
+
+
+def _members(result: Evaluation) -> list[str]:
     """A line per model: its own top-1, its weight in an ensemble, and whether it had to be run."""
-    if len(result["members"]) == 1:
-        return [f"model      {KEPT}"] if result["members"][0]["cached"] else []
-    width = max(len(printable(member["run"])) for member in result["members"])
+    if len(result.members) == 1:
+        return [f"model      {KEPT}"] if result.members[0].cached else []
+    width = max(len(printable(member.run)) for member in result.members)
     lines = [f"{'model':<{width}} {'weight':>7} {'top-1':>8}"]
-    for member in result["members"]:
-        kept = f"  {KEPT}" if member["cached"] else ""
+    for member in result.members:
+        kept = f"  {KEPT}" if member.cached else ""
         lines.append(
-            f"{printable(member['run']):<{width}} {member['weight']:>7.3f} {100 * member['top1']:>6.2f} %{kept}"
+            f"{printable(member.run):<{width}} {member.weight:>7.3f} {100 * member.top1:>6.2f} %{kept}"
         )
     return [*lines, ""]

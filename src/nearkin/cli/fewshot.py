@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any
+from typing import TYPE_CHECKING
 
 from nearkin.cli import is_first
 from nearkin.cli.arguments import Parser, show_help
 from nearkin.config import EpisodeOptions
 from nearkin.errors import ConfigError, printable
 
+if TYPE_CHECKING:
+    from nearkin.evaluation.results import FewShot
+
 USAGE = "nearkin fewshot RUN DATA [--ways 5] [--shots 1] [--json]"
-ABOUT = "How well the model's features tell classes apart that it has not seen, from a few images of each."
+ABOUT = "Few-shot accuracy of the model's features: new classes, learned from a few images of each."
 
 
 def main(argv: list[str]) -> int:
@@ -35,10 +38,10 @@ def main(argv: list[str]) -> int:
     result = fewshot(run, data, **given)
     if not is_first():
         return 0
-    for note in result["notes"]:
+    for note in result.notes:
         sys.stderr.write(f"warning: {printable(note)}\n")
     if as_json:
-        record = {"run": result["run"], "test_top1": None} | result
+        record = {"run": result.run, "test_top1": None} | result.to_dict()
         sys.stdout.write(json.dumps(record, allow_nan=False) + "\n")
     else:
         sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]  # ± in any locale
@@ -46,12 +49,11 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def line(result: dict[str, Any]) -> str:
+def line(result: FewShot) -> str:
     """The mean with its interval, in percent, and what it is the mean of."""
     return (
-        f"{result['ways']}-way {result['shots']}-shot: "
-        f"{100 * result['mean']:.2f} ± {100 * result['interval']:.2f} % "
-        f"({result['episodes']} episodes, {result['queries']} queries a class, 95 % interval; "
-        f"{result['eligible']} of {result['classes']} classes have "
-        f"{result['shots'] + result['queries']} images)\n"
+        f"{result.ways}-way {result.shots}-shot: "
+        f"{100 * result.mean:.2f} ± {100 * result.interval:.2f} % "
+        f"({result.episodes} episodes, {result.queries} queries a class, 95 % interval; "
+        f"{result.eligible} of {result.classes} classes have {result.shots + result.queries} images)\n"
     )

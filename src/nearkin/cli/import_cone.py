@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nearkin.cli.arguments import Parser, show_help
-from nearkin.errors import ConfigError, printable
+from nearkin.errors import ConfigError, ModelError, printable
 
 if TYPE_CHECKING:
     from nearkin.contrib.cone_import import Imported
@@ -40,11 +40,14 @@ def main(argv: list[str]) -> int:
     out = Path(given["out"]) if "out" in given else None
     if out is not None and out.exists():  # before gigabytes are read
         raise ConfigError(f"The run folder {printable(str(out))} exists; choose another --out.")
+    file = Path(given["file"])
+    if not file.exists():
+        raise ModelError(f"The checkpoint {printable(str(file))} does not exist.")
     from nearkin.contrib.cone_import import read_class_names, read_cone_checkpoint
 
     names = read_class_names(Path(given["classes"])) if "classes" in given else None
-    imported = read_cone_checkpoint(Path(given["file"]), names)
-    run = _write(imported, out, Path(given["file"]).stem)
+    imported = read_cone_checkpoint(file, names)
+    run = _write(imported, out, file.stem)
     _report(run, imported, as_json=given.get("json", False))
     return 0
 

@@ -13,16 +13,14 @@ from nearkin.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from nearkin.evaluation.predict import Guess
+    from nearkin.evaluation.results import Prediction
 
 USAGE = "nearkin predict RUN IMAGES... [--tta NAME] [--json]"
 COLUMNS = ("path", "class", "probability", "top5", "error")
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(
-        USAGE, "The class of each image, as CSV on stdout; folders are searched through."
-    )
+    parser = Parser(USAGE, "The class of each image, as CSV on stdout; folders are searched.")
     parser.add_argument("run", nargs="?", metavar="RUN", help="the folder that train printed")
     parser.add_argument("images", nargs="*", metavar="IMAGES", help="image files and folders")
     parser.add_argument("--tta", metavar="NAME", help="views: none, flip or tencrop [none]")
@@ -35,47 +33,38 @@ def main(argv: list[str]) -> int:
         return 0
     if not given.get("run") or not given.get("images"):
         raise ConfigError("Predict what? Give a run folder, then image files or folders.")
-    from nearkin.evaluation.predict import predict
+    from nearkin.evaluation.predict import check_arguments, find_files, predict
 
-    guesses = predict(
-        given["run"],
-        given["images"],
-        tta=given.get("tta", "none"),
-        device=given.get("device", "auto"),
-    )
-    # Paths are bytes; those that are not UTF-8 come out as they went in.
+    run, tta, device = given["run"], given.get("tta", "none"), given.get("device", "auto")
+    check_arguments(run, tta, device)  # before a folder of many images is searched
+    found = find_files(given["images"])
+    for note in found.notes:
+        sys.stderr.write(f"note: {note}\n")
+    predictions = predict(run, found.files, tta=tta, device=device)
+    # Paths are bytes; those that are not UTF-8 are written as they are.
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]
     write = _write_json if given.get("json") else _write_csv
-    bad, total = write(guesses, sys.stdout, given["run"])
+    bad, total = write(predictions, sys.stdout, run)
     if bad:
         sys.stdout.flush()
         raise DataError(f"{bad} of {total} files could not be read; their rows say why.")
     return 0
 
 
-def _write_csv(guesses: Iterator[Guess], out: TextIO, _: str) -> tuple[int, int]:
+def _write_csv(predictions: Iterator[Prediction], out: TextIO, _: str) -> tuple[int, int]:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(COLUMNS)
     bad = total = 0
-    for guess in guesses:
-        top5 = json.dumps([[name, round(p, 6)] for name, p in guess.top5]) if guess.top5 else ""
-        probability = "" if guess.probability is None else f"{guess.probability:.6f}"
-        writer.writerow([guess.path, guess.label or "", probability, top5, guess.error])
-        bad, total = bad + bool(guess.error), total + 1
+    for one in predictions:
+        top5 = json.dumps([[name, round(p, 6)] for name, p in one.top5]) if one.top5 else ""
+        probability = "" if one.probability is None else f"{one.probability:.6f}"
+        writer.writerow([one.path, one.label or "", probability, top5, one.error or ""])
+        bad, total = bad + bool(one.error), total + 1
     return bad, total
 
 
-def _write_json(guesses: Iterator[Guess], out: TextIO, run: str) -> tuple[int, int]:
-    rows = [
-        {
-            "path": guess.path,
-            "class": guess.label,
-            "probability": guess.probability,
-            "top5": [{"class": name, "probability": p} for name, p in guess.top5],
-            "error": guess.error or None,
-        }
-        for guess in guesses
-    ]
+def _write_json(predictions: Iterator[Prediction], out: TextIO, run: str) -> tuple[int, int]:
+    rows = [one.to_dict() for one in predictions]
     record = {"run": run, "test_top1": None, "predictions": rows}
     out.write(json.dumps(record, allow_nan=False) + "\n")
     return sum(row["error"] is not None for row in rows), len(rows)

@@ -1,1 +1,1 @@
-"""Models of others, read into nearkin's form."""
+"""Importers of other projects' checkpoints."""

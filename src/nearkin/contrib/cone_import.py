@@ -1,4 +1,4 @@
-"""The CoNe authors' checkpoint as a nearkin model, with the same logits. Nothing of it is run."""
+"""Imports a checkpoint of the CoNe authors as a nearkin model with the same logits. No code of it is executed."""
 
 from __future__ import annotations
 
@@ -20,8 +20,12 @@ from nearkin.network import read_tensors
 from nearkin.objectives.cone import CoNe
 
 STUDENT = "encoder_q."
-BESIDE = ("encoder_k.", "queue")  # the teacher and the bank, which inference does not need
-ROOMS = {"net.": "backbone.", "head.head.": "heads.projection.", "fc.": "heads.classifier."}
+IGNORED = ("encoder_k.", "queue")  # the teacher and the bank, which inference does not need
+PREFIXES = {  # in the checkpoint -> in nearkin
+    "net.": "backbone.",
+    "head.head.": "heads.projection.",
+    "fc.": "heads.classifier.",
+}
 BIAS, MEAN = "heads.projection.0.bias", "heads.projection.1.running_mean"
 COUNTER = ".num_batches_tracked"
 # torchvision's ResNets: blocks of the four stages, whether a block has three convolutions -> name in timm.
@@ -36,7 +40,7 @@ LARGEST_LIST = 16 << 20
 
 
 class Imported(NamedTuple):
-    """A model ready to be saved: its description, its weights by our names, and a run's config.yaml for it."""
+    """A model ready to be saved: its description, its weights by nearkin's names, and the content of config.yaml."""
 
     description: Description
     weights: dict[str, Tensor]
@@ -47,13 +51,13 @@ def read_cone_checkpoint(file: Path, classes: tuple[str, ...] | None = None) -> 
     """The student of a checkpoint that the published CoNe code wrote: ResNet, projection head and classifier.
 
     file: `.pth`, `.pt`, `.bin` or `.safetensors` with entries `[module.]encoder_q.net.*` (torchvision's names),
-    `.head.head.{0,1,3}.*` and `.fc.*`; depth, widths and the number of classes C are read off the tensors.
-    The published first layer W x + b of the head comes before BatchNorm, ours has no bias; running_mean - b in
-    place of running_mean gives the same output in eval mode.
+    `.head.head.{0,1,3}.*` and `.fc.*`; depth, widths and the number of classes C follow from the tensors.
+    The published head has a bias b in front of BatchNorm, nearkin's has none; running_mean - b in place of
+    running_mean gives the same output in eval mode.
     classes: C names in the order of the classifier's rows; by default "000", "001", ..., of equal length.
 
-    Raises ModelError when the file is something else, lacks an entry, has one too many, one of another shape or
-    one that is not finite, or when the number of `classes` is not C.
+    Raises ModelError when the file is no such checkpoint, when an entry is missing, unexpected, of another shape or not
+    finite, or when the number of `classes` is not C.
     Source: published code; methods page of cone.
     """
     given = _student(read_tensors(file), file)
@@ -89,9 +93,9 @@ def read_cone_checkpoint(file: Path, classes: tuple[str, ...] | None = None) -> 
 
 
 def read_class_names(file: Path) -> tuple[str, ...]:
-    """Class names in the order of their indices: one a line, or in a `.json` file a list of strings.
+    """Class names in the order of their numbers: one a line, or a list of strings in a `.json` file.
 
-    Raises ConfigError when the file cannot be read or is no such list, or a name is empty or comes twice.
+    Raises ConfigError when the file cannot be read or is no such list, or a name is empty or repeated.
     """
     shown = printable(str(file))
     try:
@@ -110,17 +114,19 @@ def read_class_names(file: Path) -> tuple[str, ...]:
     seen: dict[str, int] = {}
     for number, name in enumerate(stripped, 1):
         if not name:
-            raise ConfigError(f"{shown} has no name at place {number}; write one name a line.")
+            raise ConfigError(
+                f"{shown} has an empty name at position {number}; write one name a line."
+            )
         if name in seen:
             raise ConfigError(
-                f"{shown} has the class {printable(name)} at places {seen[name]} and {number}."
+                f"{shown} has the class {printable(name)} at positions {seen[name]} and {number}."
             )
         seen[name] = number
     return stripped
 
 
 def _student(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """The student's tensors by our names; all others must be the teacher's or the bank's."""
+    """The student's tensors by nearkin's names; all others must belong to the teacher or the bank."""
     shown = printable(str(file))
     if not any(name.startswith(STUDENT) for name in tensors):
         first = printable(next(iter(tensors)))[:80]
@@ -130,20 +136,20 @@ def _student(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
         )
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if name.startswith(BESIDE):
+        if name.startswith(IGNORED):
             continue
         inner = name.removeprefix(STUDENT)
-        theirs = next((room for room in ROOMS if inner.startswith(room)), None)
-        if inner == name or theirs is None:
+        prefix = next((prefix for prefix in PREFIXES if inner.startswith(prefix)), None)
+        if inner == name or prefix is None:
             raise ModelError(
-                f"{shown} is no CoNe checkpoint: nothing in its structure is called {printable(name)[:80]}."
+                f"{shown} is no CoNe checkpoint: it has the unexpected entry {printable(name)[:80]}."
             )
-        found[ROOMS[theirs] + inner.removeprefix(theirs)] = tensor
+        found[PREFIXES[prefix] + inner.removeprefix(prefix)] = tensor
     return found
 
 
 def _resnet(given: Mapping[str, Tensor], file: Path) -> str:
-    """Which ResNet the names of the backbone's blocks spell out."""
+    """timm's name of the ResNet with these blocks."""
     numbers = [re.match(r"backbone\.layer([1-4])\.([0-9]{1,3})\.", name) for name in given]
     blocks = {(int(m[1]), int(m[2])) for m in numbers if m}
     counts = tuple(sum(layer == stage for layer, _ in blocks) for stage in (1, 2, 3, 4))
@@ -162,7 +168,9 @@ def _matrix(given: Mapping[str, Tensor], name: str, file: Path) -> tuple[int, in
     shape = given[name].shape if name in given else ()
     if len(shape) != 2 or min(shape) < 1:
         what = f"has the shape {_shape(given[name])}" if name in given else "is missing"
-        raise ModelError(f"{printable(str(file))} is no CoNe checkpoint: {_theirs(name)} {what}.")
+        raise ModelError(
+            f"{printable(str(file))} is no CoNe checkpoint: {_published_name(name)} {what}."
+        )
     return shape[0], shape[1]
 
 
@@ -172,43 +180,43 @@ def _names(classes: tuple[str, ...] | None, count: int, file: Path) -> tuple[str
         return tuple(f"{number:0{width}d}" for number in range(count))
     if len(classes) != count:
         raise ModelError(
-            f"--classes gives {len(classes)} names, but {printable(str(file))} tells {count} classes; "
-            "give one name for each, in their order."
+            f"--classes gives {len(classes)} names, but {printable(str(file))} has {count} classes; "
+            "give one name for each, in the order of the classifier."
         )
     return classes
 
 
 def _check(given: Mapping[str, Tensor], own: Mapping[str, Tensor], problem: str) -> None:
-    """Every tensor that the network needs is there, none is too many, each has its shape and kind."""
-    wanted = {name: own[name] for name in own if name.startswith(tuple(ROOMS.values()))}
+    """Raises ModelError unless `given` holds exactly the tensors of the network, with the same shapes and types."""
+    wanted = {name: own[name] for name in own if name.startswith(tuple(PREFIXES.values()))}
     wanted[BIAS] = own[MEAN]
     missing = [name for name in wanted if name not in given and not name.endswith(COUNTER)]
     if missing:
-        raise ModelError(f"{problem}: {_theirs(missing[0])} is missing.")
+        raise ModelError(f"{problem}: {_published_name(missing[0])} is missing.")
     for name, tensor in given.items():
         if name not in wanted:
-            raise ModelError(f"{problem}: {_theirs(name)} is too many.")
+            raise ModelError(f"{problem}: {_published_name(name)} is unexpected.")
         if tensor.shape != wanted[name].shape:
             shapes = f"{_shape(tensor)} instead of {_shape(wanted[name])}"
-            raise ModelError(f"{problem}: {_theirs(name)} has the shape {shapes}.")
+            raise ModelError(f"{problem}: {_published_name(name)} has the shape {shapes}.")
         if tensor.is_floating_point() != wanted[name].is_floating_point():
-            raise ModelError(f"{problem}: {_theirs(name)} has the type {tensor.dtype}.")
+            raise ModelError(f"{problem}: {_published_name(name)} has the type {tensor.dtype}.")
 
 
 def _check_values(weights: Mapping[str, Tensor], file: Path) -> None:
     for name, tensor in weights.items():
         if not bool(torch.isfinite(tensor).all()):
             raise ModelError(
-                f"{printable(str(file))} holds values that are not finite, first in {_theirs(name)}."
+                f"{printable(str(file))} holds values that are not finite, first in {_published_name(name)}."
             )
         if name.endswith("running_var") and bool((tensor < 0).any()):
             raise ModelError(
-                f"{printable(str(file))} holds a negative variance in {_theirs(name)}."
+                f"{printable(str(file))} holds a negative variance in {_published_name(name)}."
             )
 
 
 def _config(spec: ModelSpec) -> RunConfig:
-    """What evaluate reads: the data set's name and the model. It was never trained here."""
+    """The configuration that `evaluate` reads: data set and model, no training."""
     sizes = {name: spec.options[name] for name in ("hidden", "embedding")}
     return RunConfig(
         data="imagenet",
@@ -222,11 +230,10 @@ def _config(spec: ModelSpec) -> RunConfig:
     )
 
 
-def _theirs(name: str) -> str:
-    """An entry under the name that the checkpoint has for it."""
-    ours = next((room for room in ROOMS.values() if name.startswith(room)), "")
-    room = next((theirs for theirs, mine in ROOMS.items() if mine == ours), "")
-    return STUDENT + printable(room + name.removeprefix(ours))[:80]
+def _published_name(name: str) -> str:
+    """The name of a tensor in the checkpoint, for messages."""
+    published, own = next((pair for pair in PREFIXES.items() if name.startswith(pair[1])), ("", ""))
+    return STUDENT + printable(published + name.removeprefix(own))[:80]
 
 
 def _shape(tensor: Tensor) -> str:

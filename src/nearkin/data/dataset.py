@@ -359,7 +359,7 @@ def _short_classes(train: ChosenSplit, most: int) -> tuple[str, ...]:
     return (f"{number} fewer than {most} training images: {listed(few)}",)
 
 
-class Evaluation(NamedTuple):
+class EvaluationSplit(NamedTuple):
     """A split to evaluate a model on. notes: what a person should know. bad: the images left out."""
 
     split: Split
@@ -368,7 +368,7 @@ class Evaluation(NamedTuple):
 
 
 def load_for_evaluation(
-    data: str,
+    data: str | Listing,
     *,
     classes: tuple[str, ...],
     channels: int,
@@ -381,7 +381,7 @@ def load_for_evaluation(
     check: Check = "auto",
     ranks: Ranks = ALONE,
     quiet: bool = True,
-) -> Evaluation:
+) -> EvaluationSplit:
     """One split of DATA. split: by default test, else val.
 
     own: DATA is what the model was trained on; then `val_split`, `seed` and `images_per_class` of that run
@@ -392,12 +392,12 @@ def load_for_evaluation(
     Raises BadImages for unreadable images under the policy `error`; DataError when the split is not there
     or has a class that the model does not know.
     """
-    listing = resolve(data)
+    listing = resolve(data) if isinstance(data, str) else data
     if not own and tuple(listing.parts) == ("train",):
         listing = listing._replace(parts={"test": listing.parts["train"]})
     carved = own and "val" not in listing.parts and "train" in listing.parts and val_split > 0
     there = [name for name in SPLITS if name in listing.parts or (carved and name == "val")]
-    name = _choose(split, there, data)
+    name = _choose(split, there, listing.data)
     parts = _opened(listing, channels)
     if carved and name in ("train", "val"):
         parts = hold_out(parts, val_split, seed)
@@ -406,7 +406,7 @@ def load_for_evaluation(
     chosen = Chosen(listing.name, {name: parts[name]}, listing.notes)
     chosen = looked(chosen, check, bad_images, ranks=ranks, quiet=quiet)
     found = to_split(name, chosen.parts[name], classes)
-    return Evaluation(found, (*chosen.notes, *missing_classes(found, classes)), chosen.bad)
+    return EvaluationSplit(found, (*chosen.notes, *missing_classes(found, classes)), chosen.bad)
 
 
 def _choose(split: str | None, there: list[str], data: str) -> str:

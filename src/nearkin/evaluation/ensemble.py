@@ -1,11 +1,12 @@
-"""Several models on one split: their kept predictions, weights and mean probabilities."""
+"""Several models on one split: cached predictions, weights and the mean of the probabilities."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,23 +15,28 @@ import torch
 from torch import Tensor
 
 from nearkin.config import CONFIG_FILE, RunConfig, read_yaml, validate
-from nearkin.data.dataset import Evaluation, Split, load_for_evaluation
+from nearkin.data.dataset import EvaluationSplit, Split, load_for_evaluation
 from nearkin.data.images import Files
-from nearkin.distributed import Runtime
+from nearkin.data.look import Ranks
+from nearkin.data.sources.listing import Listing
+from nearkin.distributed import Runtime, launched
 from nearkin.errors import ConfigError, DivergedError, ModelError, printable
-from nearkin.evaluation.evaluator import Evaluator
+from nearkin.evaluation.evaluator import Evaluator, Probabilities, gathered
+from nearkin.evaluation.metrics import reduced
 from nearkin.evaluation.model import DESCRIPTION, FORMAT, WEIGHTS, Bundle, load_bundle
-from nearkin.evaluation.tta import Tta
+from nearkin.evaluation.options import Tta
 from nearkin.files import SaveFailed, write_atomic
 from nearkin.network import read_safetensors
+from nearkin.types import Predictions
 
 FOLDER = "cache"
 NAME = "probabilities"
+LARGEST = 2**27  # probabilities in a cache file and in memory, per member: 512 MiB in float32
 PACKAGES = ("nearkin", "torch", "timm", "torchvision", "pillow")  # what turns files into numbers
 
 
 def cache_key(run: Path, split: Split, images: str, tta: str, device: torch.device) -> str:
-    """SHA-256 of all that the probabilities depend on: model, transform, views, images, versions, device.
+    """SHA-256 of everything that the probabilities depend on: model, transform, views, images, versions, device.
 
     images: `fingerprint` of the split.
     """
@@ -44,8 +50,8 @@ def cache_key(run: Path, split: Split, images: str, tta: str, device: torch.devi
 
 
 def fingerprint(split: Split) -> str:
-    """SHA-256 of which images a split holds, in order. Of arrays all pixels; of files the place, the size and the time
-    of the last change, since two files may well have one name and one size."""
+    """SHA-256 of the images of a split, in order: all pixels of arrays; place, size and time of change of files, since
+    two files may have one name and one size."""
     digest = hashlib.sha256()
     images = split.images
     if isinstance(images, Files):
@@ -66,35 +72,37 @@ def _changed(path: str) -> int:
         return -1
 
 
-class Found(NamedTuple):
-    """Probabilities `[N, C]` float32 if they were kept; else why a file that is there was not taken, if one is."""
+class Cached(NamedTuple):
+    """Probabilities `[N, C]` from a cache file, or None; note: why a file that exists was not used."""
 
     probabilities: Tensor | None
     note: str | None = None
 
 
-def read_cached(run: Path, key: str, shape: tuple[int, int]) -> Found:
-    """What is kept under `key`. Anything but N rows of C probabilities is left aside."""
+def read_cached(run: Path, key: str, shape: tuple[int, int]) -> Cached:
+    """The probabilities stored under `key`. Anything but N rows of C probabilities is not used."""
     path = run / FOLDER / f"{key}.safetensors"
     try:
         if not path.is_file():
-            return Found(None)
-        kept = read_safetensors(path).get(NAME)
+            return Cached(None)
+        stored = read_safetensors(path).get(NAME)
     except (OSError, ModelError):
-        kept = None
-    if kept is None or kept.shape != shape or kept.dtype != torch.float32 or not _sound(kept):
+        stored = None
+    if stored is None or stored.shape != shape or not _are_probabilities(stored):
         shown = printable(str(path))
-        return Found(None, f"{shown} does not hold this model's predictions; it was made anew")
-    return Found(kept)
+        return Cached(None, f"{shown} does not hold this model's predictions; it was made anew")
+    return Cached(stored)
 
 
-def _sound(rows: Tensor) -> bool:
+def _are_probabilities(rows: Tensor) -> bool:
+    if rows.dtype not in (torch.float32, torch.float64):
+        return False
     total = rows.sum(1)
     return bool((rows >= 0).all()) and torch.allclose(total, torch.ones_like(total), atol=1e-3)
 
 
 def write_cached(run: Path, key: str, probabilities: Tensor) -> str | None:
-    """Keep them, or say why that was not possible: a cache is no reason to fail."""
+    """Store them, or return why that was not possible: evaluation goes on without a cache."""
     from safetensors.torch import save
 
     folder = run / FOLDER
@@ -102,7 +110,7 @@ def write_cached(run: Path, key: str, probabilities: Tensor) -> str | None:
         return f"{printable(str(folder))} is a link, so the predictions were not kept there"
     try:
         folder.mkdir(exist_ok=True)
-        data = save({NAME: probabilities.float().contiguous()})
+        data = save({NAME: probabilities.contiguous()})
         write_atomic(folder / f"{key}.safetensors", data)
     except OSError as error:
         return (
@@ -114,34 +122,34 @@ def write_cached(run: Path, key: str, probabilities: Tensor) -> str | None:
 
 
 STEPS = 10_000
-CLOSE = 1e-6  # nats between the log loss found and the least possible
+CLOSE = 1e-6  # nats between the log loss found and the smallest possible
 LEAST = 1e-12
 
 
 def mixed(probabilities: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """sum_m w_m p_m, `[N, C]` in float64, from each member's `[N, C]`; weights sum to 1."""
-    parts = [w * p.double() for w, p in zip(weights, probabilities, strict=True)]
+    """sum_m w_m p_m, `[N, C]` in float64 on the CPU, from each member's `[N, C]`; weights sum to 1."""
+    parts = [w * p.cpu().double() for w, p in zip(weights, probabilities, strict=True)]
     return torch.stack(parts).sum(0)
 
 
-def likelihood_weights(probabilities: Sequence[Tensor], labels: Tensor) -> list[float]:
-    """The weights >= 0 with sum 1 that minimise the log loss of the mixture on `labels` `[N]`, L(w) = -mean_i ln q_i,
-    q_i = sum_m w_m p_m(y_i), with p_m(y_i) at least 1e-12.
+def likelihood_weights(own: Sequence[Tensor]) -> list[float]:
+    """The weights >= 0 with sum 1 that minimise the log loss of the mixture, L(w) = -mean_i ln q_i, q_i = sum_m w_m
+    p_m(y_i).
 
+    own: each member's probabilities of the labels, p_m(y_i), `[N]`; raised to at least 1e-12.
     w_m <- w_m r_m, r_m = mean_i p_m(y_i) / q_i: expectation maximisation from equal weights, in float64. L is convex,
     so L(w) - min L <= max_m r_m - 1; the steps end when that is at most 1e-6 nats (or after 10 000).
-    Source: Dempster et al. 1977; to weigh so is our choice.
+    Source: Dempster et al. 1977.
 
     Raises DivergedError when a probability is not finite.
     """
-    rows = torch.arange(len(labels))
-    own = torch.stack([p.double()[rows, labels] for p in probabilities])
-    if not bool(own.isfinite().all()):
+    rows = torch.stack([p.double() for p in own])
+    if not bool(rows.isfinite().all()):
         raise DivergedError("A model's probabilities on validation are not finite; leave it out.")
-    own = own.clamp(min=LEAST)
-    weights = own.new_full((len(own),), 1 / len(own))
+    rows = rows.clamp(min=LEAST)
+    weights = rows.new_full((len(rows),), 1 / len(rows))
     for _ in range(STEPS):
-        ratios = (own / (weights @ own)).mean(1)
+        ratios = (rows / (weights @ rows)).mean(1)
         if float(ratios.max()) <= 1 + CLOSE:
             break
         weights = weights * ratios
@@ -159,63 +167,71 @@ def same_classes(own: Sequence[str], wanted: Sequence[str], name: str) -> None:
         )
 
 
-def columns(probabilities: Tensor, own: Sequence[str], wanted: Sequence[str]) -> Tensor:
-    """The columns of a member with classes `own` in the order of `wanted`, which holds the same ones."""
-    places = {c: number for number, c in enumerate(own)}
-    return probabilities[:, [places[c] for c in wanted]]
-
-
 BATCH = 64
 
 
 class Member(NamedTuple):
-    """A run with its model and its configuration."""
+    """A run with its model and its configuration. order: for each class of the first member, its own number; None
+    where the classes have the same order."""
 
     run: Path
     bundle: Bundle
     config: RunConfig
+    order: Tensor | None
 
 
-class Opinion(NamedTuple):
-    """What a member says: probabilities `[N, C]` in the first member's order of classes. notes: for a person."""
+class LoadedSplit(NamedTuple):
+    """A split and what identifies it: `fingerprint` of its images, its labels as bytes."""
 
-    probabilities: Tensor
-    cached: bool
-    notes: tuple[str, ...]
-
-
-class Loaded(NamedTuple):
-    """A split that was read, and what tells it from others: `fingerprint` of its images, its labels as bytes."""
-
-    found: Evaluation
+    found: EvaluationSplit
     images: str
     labels: bytes
 
 
-class Answer(NamedTuple):
-    """What the members say of one split. images: its `fingerprint`."""
+class Source(NamedTuple):
+    """The probabilities of one member, this process's share; cached: whether they come from a file."""
 
-    found: Evaluation
+    batches: Iterator[Probabilities]
+    cached: bool
+    notes: tuple[str, ...]
+
+
+class EnsemblePredictions(NamedTuple):
+    """Predictions of the ensemble and of each member for one split.
+
+    images: `fingerprint` of the split. cached: for each member, whether its probabilities came from a file.
+    notes: sentences for a person.
+    """
+
+    split: Split
     images: str
-    opinions: tuple[Opinion, ...]
+    whole: Predictions
+    members: tuple[Predictions, ...]
+    cached: tuple[bool, ...]
+    notes: tuple[str, ...]
 
 
 def load_members(runs: Sequence[Path], device: torch.device) -> list[Member]:
-    """Raises ModelError when a run has no finished model, ConfigError when one is given twice."""
+    """Raises ModelError when a run has no finished model or other classes, ConfigError when one is given twice."""
     places = [run.resolve() for run in runs]
     for number, run in enumerate(runs):
         if places[number] in places[:number]:
             raise ConfigError(f"The run {printable(str(run))} is given twice; give every run once.")
-    members = []
+    members: list[Member] = []
     for run in runs:
         bundle = load_bundle(run, device)
         config: RunConfig = validate(RunConfig, read_yaml(run / CONFIG_FILE))
-        members.append(Member(run, bundle, config))
+        wanted = members[0].bundle.classes if members else bundle.classes
+        same_classes(bundle.classes, wanted, str(run))
+        places_of = {name: number for number, name in enumerate(bundle.classes)}
+        same = bundle.classes == wanted
+        order = None if same else torch.tensor([places_of[name] for name in wanted])
+        members.append(Member(run, bundle, config, order))
     return members
 
 
-class Jury:
-    """Asks every member about one split, each model once."""
+class Ensemble:
+    """The mean of the probabilities of several models; each model runs on a split once."""
 
     def __init__(
         self, members: Sequence[Member], runtime: Runtime, *, tta: Tta, workers: int, cache: bool
@@ -223,27 +239,28 @@ class Jury:
         self.members, self._runtime = members, runtime
         self._tta, self._workers, self._cache = tta, workers, cache
         self.classes = members[0].bundle.classes
-        self._loaded: dict[tuple[Any, ...], Loaded] = {}
-        for member in members:
-            same_classes(member.bundle.classes, self.classes, str(member.run))
+        self._loaded: dict[tuple[Any, ...], LoadedSplit] = {}
 
-    def ask(self, data: str | None, split: str | None) -> Answer:
-        """data: None for the members' own, which must then be the same images.
+    def predict(
+        self, data: Listing | None, split: str | None, weights: Sequence[float] | None = None
+    ) -> EnsemblePredictions:
+        """data: None for the members' own, which must then be the same images. weights: None for equal ones.
 
-        Raises DataError for data or a split that are not there, ConfigError when the members' own images differ.
+        Raises DataError for data or a split that do not exist, ConfigError when the members' own images differ.
         """
         advice = "give DATA that none of them was trained on"
-        return self._ask(data, split, advice)
+        return self._predict(data, split, weights, advice)
 
-    def ask_validation(self) -> Answer:
-        """The members' own validation split. Raises as `ask`: where it is the same images for all, none has trained on
-        it."""
+    def predict_validation(self) -> EnsemblePredictions:
+        """The members' own validation split, which no member was trained on. Raises as `predict`."""
         advice = (
             "train them on the same data with one --seed and --val-split, or use --weights equal"
         )
-        return self._ask(None, "val", advice)
+        return self._predict(None, "val", None, advice)
 
-    def _ask(self, data: str | None, split: str | None, advice: str) -> Answer:
+    def _predict(
+        self, data: Listing | None, split: str | None, weights: Sequence[float] | None, advice: str
+    ) -> EnsemblePredictions:
         loaded = [self._load(member, data, split) for member in self.members]
         first = loaded[0]
         for member, one in zip(self.members, loaded, strict=True):
@@ -252,13 +269,44 @@ class Jury:
                     f"{printable(str(self.members[0].run))} and {printable(str(member.run))} have other images in "
                     f"their split {first.found.split.name}: other data, --seed or --val-split; {advice}."
                 )
-        opinions = tuple(
-            self._opinion(member, one) for member, one in zip(self.members, loaded, strict=True)
+        sources = [
+            self._source(member, one) for member, one in zip(self.members, loaded, strict=True)
+        ]
+        whole, members = self._combined([source.batches for source in sources], weights)
+        return EnsemblePredictions(
+            first.found.split,
+            first.images,
+            whole,
+            members,
+            tuple(source.cached for source in sources),
+            (*first.found.notes, *(note for source in sources for note in source.notes)),
         )
-        return Answer(first.found, first.images, opinions)
 
-    def _load(self, member: Member, data: str | None, split: str | None) -> Loaded:
-        """What the member is asked about, read once for all members that need the same."""
+    def _combined(
+        self, sources: Sequence[Iterator[Probabilities]], weights: Sequence[float] | None
+    ) -> tuple[Predictions, tuple[Predictions, ...]]:
+        """The predictions of the mixture and of each member. All members advance batch by batch, so that memory does
+        not grow with images x classes."""
+        shares = weights or [1 / len(sources)] * len(sources)
+
+        def rows() -> Iterator[tuple[Tensor, ...]]:
+            for batches in zip(*sources, strict=True):
+                parts = [reduced(*batch) for batch in batches]
+                labels, index = parts[0].labels, parts[0].index
+                if len(parts) > 1:
+                    mixture = mixed([batch.probabilities for batch in batches], shares)
+                    parts.append(reduced(mixture, labels.cpu(), index.cpu()))
+                yield (*(column for part in parts for column in part[:3]), labels, index)
+
+        *columns, labels, index = gathered(self._runtime, rows())
+        found = [
+            Predictions(*part, labels, index)
+            for part in zip(columns[::3], columns[1::3], columns[2::3], strict=True)
+        ]
+        return found[-1], tuple(found[: len(sources)])
+
+    def _load(self, member: Member, data: Listing | None, split: str | None) -> LoadedSplit:
+        """The split for a member, read once for all members that need the same."""
         config = member.config
         options: dict[str, Any] = {
             "channels": member.bundle.description.spec.channels,
@@ -272,29 +320,57 @@ class Jury:
                 "seed": config.seed,
                 "images_per_class": config.images_per_class,
             }
-        where = config.data if data is None else data
-        key = (where, *options.values())
+        source = config.data if data is None else data
+        key = (config.data if data is None else data.data, *options.values())
         if key not in self._loaded:
-            found = load_for_evaluation(where, classes=self.classes, **options)
+            collect = self._runtime.collect_patiently
+            ranks = Ranks.on_node(self._runtime.rank, launched().per_node, collect)
+            found = load_for_evaluation(source, classes=self.classes, ranks=ranks, **options)
             labels = found.split.labels.tobytes()
-            self._loaded[key] = Loaded(found, fingerprint(found.split), labels)
+            self._loaded[key] = LoadedSplit(found, fingerprint(found.split), labels)
         return self._loaded[key]
 
-    def _opinion(self, member: Member, loaded: Loaded) -> Opinion:
-        split, own = loaded.found.split, member.bundle.classes
-        found, key = Found(None), ""
-        if self._cache and self._runtime.is_main:
-            device = self._runtime.device
-            key = cache_key(member.run, split, loaded.images, self._tta, device)
-            found = read_cached(member.run, key, (len(split.labels), len(own)))
-        notes = [found.note]
-        said = self._runtime.share(found.probabilities)
-        cached = said is not None
-        if said is None:
-            spec = member.bundle.description.transform
-            judge = Evaluator(self._runtime, spec, batch_size=BATCH, workers=self._workers)
-            said = judge.predictions(member.bundle.network, split, self._tta).probabilities
-            if key:
-                notes.append(write_cached(member.run, key, said))
-        ordered = columns(said, own, self.classes)
-        return Opinion(ordered, cached, tuple(note for note in notes if note))
+    def _source(self, member: Member, loaded: LoadedSplit) -> Source:
+        """Where the member's probabilities come from: a cache file, or the network. With a cache, and up to `LARGEST`
+        values, the network runs at once and the probabilities are stored."""
+        split, runtime = loaded.found.split, self._runtime
+        spec, network = member.bundle.description.transform, member.bundle.network
+        evaluator = Evaluator(runtime, spec, batch_size=BATCH, workers=self._workers)
+        shape = (len(split.labels), len(self.classes))
+        use_cache, key, cached = self._cache and math.prod(shape) <= LARGEST, "", Cached(None)
+        if use_cache and runtime.is_main:
+            key = cache_key(member.run, split, loaded.images, self._tta, runtime.device)
+            cached = read_cached(member.run, key, shape)
+        notes = [cached.note]
+        if self._cache and not use_cache:
+            notes.append(
+                f"the predictions were not kept: {shape[0]} images x {shape[1]} classes are too many"
+            )
+        stored = runtime.share(cached.probabilities)
+        was_stored = stored is not None
+        batches = evaluator.probabilities(network, split, self._tta)
+        if use_cache and stored is None:
+            stored = gathered(runtime, batches)[0]
+            if runtime.is_main:
+                notes.append(write_cached(member.run, key, stored))
+        if stored is not None:
+            labels, size = torch.from_numpy(split.labels), evaluator.batch_size(self._tta)
+            batches = _stored_batches(stored, labels, evaluator.share(split), size)
+        if member.order is not None:
+            batches = _reordered(batches, member.order)
+        return Source(batches, was_stored, tuple(note for note in notes if note))
+
+
+def _stored_batches(
+    rows: Tensor, labels: Tensor, share: range, size: int
+) -> Iterator[Probabilities]:
+    """The rows `share` of `rows` `[N, C]`, in the same batches as those of a network."""
+    for start in range(0, len(share), size):
+        index = torch.tensor(share[start : start + size])
+        yield Probabilities(rows[index], labels[index], index)
+
+
+def _reordered(batches: Iterator[Probabilities], order: Tensor) -> Iterator[Probabilities]:
+    for batch in batches:
+        columns = order.to(batch.probabilities.device)
+        yield batch._replace(probabilities=batch.probabilities[:, columns])

@@ -1,4 +1,4 @@
-"""Few-shot episodes: which images, a classifier for each, and the mean with its interval. No network in here."""
+"""Few-shot episodes: draws images, fits a classifier for each episode, and averages. Uses no network."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ from nearkin.data.sampling import keyed_rng
 from nearkin.errors import DataError
 
 Rows = NDArray[np.int64]
-TOLERANCE = (
-    1e-6  # largest gradient entry of the mean loss at which a classifier counts as converged
-)
+TOLERANCE = 1e-6  # largest entry of the gradient of the mean loss at convergence
 ITERATIONS = 1000
 
 
@@ -30,7 +28,7 @@ class Episode(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """mean: of the episodes' accuracies, in [0, 1]. std: theirs, with n - 1. interval: half of the 95 % interval."""
+    """mean, std (with n - 1): of the episodes' accuracies, in [0, 1]. interval: half of the 95 % interval."""
 
     mean: float
     std: float
@@ -38,7 +36,7 @@ class Estimate(NamedTuple):
 
 
 def eligible(labels: Rows, protocol: EpisodeOptions) -> Rows:
-    """The classes that have the images for an episode, in rising order. labels: `[N]` class numbers.
+    """The classes with enough images for an episode, in rising order. labels: `[N]` class numbers.
 
     Raises DataError when they are fewer than the ways.
     """
@@ -62,7 +60,7 @@ def draw(labels: Rows, classes: Rows, protocol: EpisodeOptions) -> Iterator[Epis
 
     Ways, support and queries are drawn without replacement. Pure: the classes of episode e are the first of a
     permutation keyed by (seed, e), the images of class c the first of one keyed by (seed, e, c). So fewer ways
-    give the same episodes with their last classes left out. Source: our choice.
+    give the same episodes without their last classes.
     """
     rows = {int(c): np.flatnonzero(labels == c) for c in classes}
     for number in range(protocol.episodes):
@@ -85,8 +83,8 @@ def classify(
     the penalty, by scikit-learn's L-BFGS in float64 (with two classes that is binary logistic regression).
     Source: few-shot protocol of SCHaNe's code, as in RFS (Tian et al. 2020, section 3).
     """
-    # Pooled features share a large mean. The free intercept takes it up, so W stays the same without it, and the
-    # solver needs half as many steps.
+    # Pooled features share a large mean. The free intercept absorbs it, so W is the same without it, and the solver
+    # needs half as many steps.
     centre = support.mean(0, dtype=np.float64)
     model = LogisticRegression(C=1.0, solver="lbfgs", tol=TOLERANCE, max_iter=ITERATIONS)
     predicted: NDArray[np.int64] = model.fit(support - centre, labels).predict(queries - centre)
@@ -96,20 +94,20 @@ def classify(
 def accuracy(
     episode: Episode, support: NDArray[np.floating], queries: NDArray[np.floating]
 ) -> float:
-    """The share of the episode's queries that are classified rightly, in [0, 1].
+    """The share of the episode's queries that are classified correctly, in [0, 1].
 
-    support: features `[N, copies, d]` of every image where it is labelled, queries: `[N, d]` where it is not.
+    support: features `[N, copies, d]` that an image has in the support, queries: `[N, d]` that it has as a query.
     """
     ways, shots = episode.support.shape
     copies, dim = support.shape[1:]
-    known = support[episode.support].reshape(-1, dim)
+    support_rows = support[episode.support].reshape(-1, dim)
     labels = np.repeat(np.arange(ways), shots * copies)
-    asked = queries[episode.queries].reshape(-1, dim)
+    query_rows = queries[episode.queries].reshape(-1, dim)
     truth = np.repeat(np.arange(ways), episode.queries.shape[1])
-    return float((classify(known, labels, asked) == truth).mean())
+    return float((classify(support_rows, labels, query_rows) == truth).mean())
 
 
 def estimate(accuracies: NDArray[np.float64]) -> Estimate:
-    """Mean, deviation s (with n - 1) and 1.96 s / sqrt(n) of the accuracies `[n]`, n >= 2."""
+    """Mean, standard deviation s (with n - 1) and 1.96 s / sqrt(n) of the accuracies `[n]`, n >= 2."""
     std = float(accuracies.std(ddof=1))
     return Estimate(float(accuracies.mean()), std, 1.96 * std / math.sqrt(len(accuracies)))

@@ -1,19 +1,23 @@
-"""Exact metrics of one trained model, or of several as an ensemble."""
+"""`nearkin.evaluate`: exact metrics of one trained model, or of several as an ensemble."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING
 
-import torch
+from nearkin.data.sources.resolve import resolve
+from nearkin.errors import ConfigError
+from nearkin.evaluation.options import Device, Tta, Weights, check_choice, check_run
+from nearkin.evaluation.results import Evaluation, MemberMetrics, Metrics
+from nearkin.files import SaveFailed
 
-from nearkin.distributed import Runtime, choose_device
-from nearkin.errors import ConfigError, printable
-from nearkin.evaluation.ensemble import Answer, Jury, likelihood_weights, load_members, mixed
-from nearkin.evaluation.metrics import summarise
-from nearkin.evaluation.tta import COUNTS, Tta, unknown_tta
-from nearkin.types import Predictions
+if TYPE_CHECKING:
+    from nearkin.data.sources.listing import Listing
+    from nearkin.evaluation.ensemble import EnsemblePredictions
 
 
 def evaluate(
@@ -22,17 +26,20 @@ def evaluate(
     *,
     split: str | None = None,
     tta: Tta = "none",
-    weights: Literal["equal", "validation"] = "equal",
+    weights: Weights = "equal",
     cache: bool = True,
-    device: str = "auto",
+    device: Device = "auto",
     workers: int = 0,
-) -> dict[str, Any]:
+) -> Evaluation:
     """Exact metrics of the model in a run folder, or of several as an ensemble: the mean of their probabilities.
 
     data: by default the runs' own, with the same splits. split: by default test, else val; the result names it.
     tta: none, flip or tencrop; the probabilities of the views are averaged. weights: of an ensemble, equal or those
-    that minimise the log loss on the validation split, which no member was trained on. cache: keep what each model
-    says of a split in its run folder.
+    that minimise the log loss on the validation split, which no member was trained on. cache: store the probabilities
+    of each model in its run folder. Computes in float32 without autocast, whatever the precision of the training.
+
+    Writes `confusion-NAME.csv` and `classes-NAME.csv` into the first run folder. NAME is the split, followed by a hash
+    unless one run is evaluated on its own data without test-time augmentation.
 
     Raises ModelError when a run has no finished model or knows other classes, DataError when data or split do not
     fit its classes, ConfigError for options that do not fit together.
@@ -40,62 +47,91 @@ def evaluate(
     runs = [Path(run)] if isinstance(run, str | Path) else [Path(one) for one in run]
     if not runs:
         raise ConfigError("Evaluate which run? Give at least one run folder.")
-    if weights not in ("equal", "validation"):
-        raise ConfigError(f"--weights {printable(weights)} is none of equal, validation.")
-    if tta not in COUNTS:
-        raise unknown_tta(tta)
+    check_choice("tta", tta, Tta)
+    check_choice("weights", weights, Weights)
+    check_choice("device", device, Device)
+    for one in runs:
+        check_run(one)
+    listing = None if data is None else resolve(str(data))
+    return _evaluate(runs, listing, split, tta, weights, cache, device, workers)
+
+
+def _evaluate(
+    runs: Sequence[Path],
+    data: Listing | None,
+    split: str | None,
+    tta: Tta,
+    weights: Weights,
+    cache: bool,
+    device: Device,
+    workers: int,
+) -> Evaluation:
+    from nearkin.distributed import Runtime, choose_device
+    from nearkin.evaluation.ensemble import Ensemble, likelihood_weights, load_members
+    from nearkin.evaluation.metrics import summarise
+
     runtime = Runtime(device=choose_device(device), precision="fp32")
     try:
         members = load_members(runs, runtime.device)
-        jury = Jury(members, runtime, tta=tta, workers=workers, cache=cache)
-        held = jury.ask_validation() if weights == "validation" and len(runs) > 1 else None
-        answer = jury.ask(None if data is None else str(data), split)
-        how = {"tta": tta, "weights": weights}
-        return how | _report(jury, answer, _shares(held, len(runs)), _notes(answer, held))
+        ensemble = Ensemble(members, runtime, tta=tta, workers=workers, cache=cache)
+        shares, validation = [1 / len(runs)] * len(runs), None
+        if weights == "validation" and len(runs) > 1:
+            validation = ensemble.predict_validation()
+            shares = likelihood_weights([member.own for member in validation.members])
+        found = ensemble.predict(data, split, shares)
+        metrics, notes = summarise(found.whole, ensemble.classes), _notes(found, validation)
+        name = _name(found.split.name, runs, data and data.data, tta, weights)
+        files = _write(runs[0], name, metrics, notes) if runtime.is_main else None
+        confusion_file, classes_file = runtime.share(files) or (None, None)
     finally:
         runtime.close()
+    return Evaluation(
+        **vars(metrics),
+        run=str(runs[0]),
+        split=found.split.name,
+        tta=tta,
+        weights=weights,
+        members=_members(runs, found, shares),
+        notes=tuple(dict.fromkeys(notes)),
+        confusion_file=confusion_file,
+        classes_file=classes_file,
+    )
 
 
-def _shares(held: Answer | None, members: int) -> list[float]:
-    """The weight of each member: equal, or what `held`, a split that none has seen, says."""
-    if held is None:
-        return [1 / members] * members
-    labels = torch.from_numpy(held.found.split.labels)
-    return likelihood_weights([one.probabilities for one in held.opinions], labels)
+def _members(
+    runs: Sequence[Path], found: EnsemblePredictions, shares: Sequence[float]
+) -> tuple[MemberMetrics, ...]:
+    top1 = [float((one.top[:, 0] == one.labels).double().mean()) for one in found.members]
+    columns = zip(map(str, runs), shares, top1, found.cached, strict=True)
+    return tuple(MemberMetrics(*column) for column in columns)
 
 
-def _notes(answer: Answer, held: Answer | None) -> list[str]:
-    """What a person should know, each thing once."""
-    asked = [held, answer] if held is not None else [answer]
-    notes = [*answer.found.notes]
-    notes += [note for one in asked for opinion in one.opinions for note in opinion.notes]
-    if held is not None and held.images == answer.images:
+def _notes(found: EnsemblePredictions, validation: EnsemblePredictions | None) -> list[str]:
+    """What a person should know."""
+    notes = [*(validation.notes if validation else ()), *found.notes]
+    if validation is not None and validation.images == found.images:
         notes.append(
-            "the weights were chosen on this very split, so the ensemble's numbers flatter it; "
-            "judge it on a test split or on other DATA"
+            "the weights were chosen on this very split, so the ensemble's numbers are too good; "
+            "evaluate it on a test split or on other DATA"
         )
-    return list(dict.fromkeys(notes))
+    return notes
 
 
-def _report(
-    jury: Jury, answer: Answer, shares: Sequence[float], notes: Sequence[str]
-) -> dict[str, Any]:
-    split = answer.found.split
-    labels, index = torch.from_numpy(split.labels), torch.arange(len(split.labels))
-    whole = mixed([one.probabilities for one in answer.opinions], shares)
-    members = [
-        {
-            "run": str(member.run),
-            "weight": share,
-            "top1": summarise(Predictions(one.probabilities, labels, index), jury.classes)["top1"],
-            "cached": one.cached,
-        }
-        for member, one, share in zip(jury.members, answer.opinions, shares, strict=True)
-    ]
-    head = {
-        "run": str(jury.members[0].run),
-        "split": split.name,
-        "notes": list(notes),
-        "members": members,
-    }
-    return head | summarise(Predictions(whole, labels, index), jury.classes)
+def _name(split: str, runs: Sequence[Path], data: str | None, tta: str, weights: str) -> str:
+    """The name in the evaluation's files: the split, and a hash of everything else that is not the default."""
+    if len(runs) == 1 and data is None and tta == "none":
+        return split
+    where = None if data is None else os.path.realpath(data)
+    key = json.dumps([[os.path.realpath(run) for run in runs], where, tta, weights])
+    return f"{split}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+
+
+def _write(run: Path, name: str, metrics: Metrics, notes: list[str]) -> tuple[Path, Path] | None:
+    """The tables of the evaluation; a folder that cannot be written is a note."""
+    from nearkin.evaluation.metrics import write_tables
+
+    try:
+        return write_tables(run, name, metrics)
+    except SaveFailed as error:
+        notes.append(str(error))
+        return None

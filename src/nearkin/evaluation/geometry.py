@@ -1,4 +1,4 @@
-"""What the embeddings of a split look like: six numbers that tell collapse and crowding from order."""
+"""Six numbers that describe the embeddings of a split, and show collapse."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ SPECTRUM = 512  # the spectrum costs the cube of the smaller of rows and width
 
 @torch.no_grad()
 def geometry(embeddings: Tensor, labels: Tensor) -> dict[str, float | None]:
-    """Of unit rows z, in float64; None where no pair of the kind exists.
+    """Computed from rows z of unit length, in float64; None where no pair of the kind exists.
 
     intra_cosine, inter_cosine: means of z_i . z_j over pairs of one class and of two.
     alignment: mean |z_i - z_j|^2 over pairs of one class, 2 - 2 intra_cosine where no row is zero (Wang and Isola 2020,
-        equation 1; pairs are of a class, since an evaluation sees each image once).
+        equation 1; there the pairs are two views of an image).
     uniformity: log mean over pairs of e^(-2 |z_i - z_j|^2), 0 when all are equal (the same, equation 2).
     effective_rank: exp of the entropy of the singular values of the centred rows over their sum (Roy and Vetterli
         2007), 0 when all are equal.
     isotropy: min over c of Z(c) / max over c of Z(c), Z(c) = sum_i e^(c . z_i), c over the eigenvectors of Z'Z with
-        both signs, in (0, 1] (Mu and Viswanath 2018, section 2; both signs, since an eigenvector has none, is ours).
+        both signs, in (0, 1] (Mu and Viswanath 2018, section 2; there with one arbitrary sign).
 
     embeddings: `[N, d]` of any length; a zero row stays zero. labels: `[N]` class numbers. At most 2 000 evenly spread
-    rows are taken, and for effective_rank and isotropy at most 512 of these where d > 512 (our choice).
+    rows are taken, and for effective_rank and isotropy at most 512 of these where d > 512.
 
     Raises DivergedError when an embedding is not finite.
     """
@@ -85,15 +85,15 @@ def _effective_rank(z: Tensor) -> float:
     largest = float(values.max())
     if largest <= (EQUAL * len(z)) ** 2:
         return 0.0
-    # Rounding leaves about 1e-16 of the largest where there is nothing; its root would count.
+    # Rounding leaves about 1e-16 of the largest in place of zero; the root of that would count.
     singular = values.where(values > 1e-14 * largest, 0.0).sqrt()
     share = singular / singular.sum()
     return float((-torch.xlogy(share, share).sum()).exp())
 
 
 def _isotropy(z: Tensor) -> float:
-    # z c for every eigenvector c. With fewer rows than dimensions they come from z z'; the other c all have Z = N,
-    # which is never the largest and, with rows that are independent, not the least.
+    # z c for every eigenvector c. With fewer rows than dimensions they come from z z'; the remaining c have Z = N,
+    # which is never the largest and, for independent rows, not the smallest.
     values, vectors = torch.linalg.eigh(_gram(z))
     along = z @ vectors if len(z) >= z.shape[1] else vectors * values.clamp(min=0).sqrt()
     log_sums = torch.cat([along.logsumexp(0), (-along).logsumexp(0)])
@@ -101,5 +101,5 @@ def _isotropy(z: Tensor) -> float:
 
 
 def _gram(z: Tensor) -> Tensor:
-    """The smaller of z'z and z z': both have the squares of the singular values."""
+    """The smaller of z'z and z z': the eigenvalues of both are the squares of the singular values."""
     return z.T @ z if len(z) >= z.shape[1] else z @ z.T

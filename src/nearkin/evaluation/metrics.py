@@ -1,70 +1,114 @@
-"""Metrics of a whole split, computed once, exactly, in float64; and the predictions as a table."""
+"""Exact metrics of a split, from the few numbers that each image needs, and the tables of an evaluation."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from nearkin.errors import DataError, DivergedError, ModelError
+from nearkin.errors import DataError, DivergedError
+from nearkin.evaluation.results import Averages, ClassMetrics, Confused, Metrics
 from nearkin.files import write_atomic
 from nearkin.types import Predictions
 
+TOP = 5
 BINS = 15
 SMALLEST = 1e-12
-COLUMNS = ("path", "label", "predicted", "probability", "top5")
 
 
-def summarise(predictions: Predictions, classes: Sequence[str]) -> dict[str, Any]:
-    """Every metric of a split as plain numbers for JSON; fractions in [0, 1], nothing rounded.
+def ranked(probabilities: Tensor) -> tuple[Tensor, Tensor]:
+    """The min(5, C) most probable classes of each row of `[B, C]` and their probabilities, both `[B, min(5, C)]`.
 
-    n: images. top1: share whose most probable class is the label. top5: share whose label is among
-    the min(5, C) most probable, so 1 for C <= 5; of equally probable classes the lower number comes
-    first. per_class: in class order precision, recall, f1 and support; 0 where the denominator is
-    0. macro: their mean over the classes that occur in the split (our choice: the recall of an
-    absent class is no number). confusion: `[C][C]` counts, row = label, column = predicted.
-    log_loss: -mean ln max(p_label, 1e-12), in nats. ece: `calibration_error`.
-
-    Raises DataError for an empty split or a label outside the classes, ModelError when the number
-    of classes does not fit, DivergedError when a probability is not finite.
+    Of equally probable classes the lower number comes first: `argmax` returns the first maximum, `topk` promises no
+    order. A row that is not finite gives arbitrary classes.
     """
-    probabilities, labels = _checked(predictions, len(classes))
-    order = _ranked(probabilities)
-    confusion = _confusion(labels, order[:, 0], len(classes))
-    precision, recall, f1 = _rates(confusion)
-    support = confusion.sum(1)
+    rest, order = probabilities.clone(), []
+    for _ in range(min(TOP, probabilities.shape[1])):
+        order.append(rest.argmax(1, keepdim=True))
+        rest.scatter_(1, order[-1], -1.0)
+    top = torch.cat(order, 1)
+    return top, probabilities.gather(1, top)
+
+
+def reduced(probabilities: Tensor, labels: Tensor, index: Tensor) -> Predictions:
+    """What the metrics need of probabilities `[B, C]`: no more than `min(5, C)` classes an image are kept.
+
+    labels: `[B]` class numbers. index: `[B]` rows of the split.
+    """
+    top, values = ranked(probabilities)
+    own = probabilities.gather(1, labels[:, None]).squeeze(1)
+    own = own.where(probabilities.isfinite().all(1), torch.nan)
+    return Predictions(top, values, own, labels, index)
+
+
+def top1_and_log_loss(predictions: Predictions) -> tuple[float, float]:
+    """The share of images whose most probable class is the label, and -mean ln max(p_label, 1e-12) in nats.
+
+    Raises DataError for a split without images, DivergedError when a probability is not finite.
+    """
+    labels, own = predictions.labels, predictions.own.double()
+    if len(labels) == 0:
+        raise DataError("The split has no images to evaluate; choose another split.")
+    broken = int((~own.isfinite()).sum())
+    if broken:
+        raise DivergedError(
+            f"The probabilities of {broken} of {len(labels)} images are not finite; "
+            "use an earlier checkpoint or a lower learning rate."
+        )
+    hits = (predictions.top[:, 0] == labels).double().mean()
+    return float(hits), float(-own.clamp(min=SMALLEST).log().mean())
+
+
+def summarise(predictions: Predictions, classes: Sequence[str]) -> Metrics:
+    """Every metric of a split. Time and memory grow with the images and the classes, not with the square of either.
+
+    Precision, recall and F1 are scikit-learn's. Raises as `top1_and_log_loss`.
+    """
+    from sklearn.metrics import precision_recall_fscore_support
+
+    top1, log_loss = top1_and_log_loss(predictions)
+    labels, top = predictions.labels.numpy(), predictions.top.numpy()
+    numbers = np.arange(len(classes))
+    *rates, support = precision_recall_fscore_support(
+        labels, top[:, 0], labels=numbers, zero_division=0
+    )
     present = support > 0
-    own = probabilities[np.arange(len(labels)), labels]
-    return {
-        "n": len(labels),
-        "top1": float((order[:, 0] == labels).mean()),
-        "top5": float((order[:, :5] == labels[:, None]).any(1).mean()),
-        "macro": {
-            "precision": float(precision[present].mean()),
-            "recall": float(recall[present].mean()),
-            "f1": float(f1[present].mean()),
-        },
-        "log_loss": float(-np.log(np.maximum(own, SMALLEST)).mean()),
-        "ece": calibration_error(probabilities.max(1), order[:, 0] == labels),
-        "per_class": [
-            {"class": name, "precision": p, "recall": r, "f1": f, "support": s}
-            for name, p, r, f, s in zip(
+    return Metrics(
+        n=len(labels),
+        top1=top1,
+        top5=float((top == labels[:, None]).any(1).mean()),
+        log_loss=log_loss,
+        ece=calibration_error(
+            predictions.probabilities[:, 0].double().numpy(), top[:, 0] == labels
+        ),
+        macro=Averages(*(float(column[present].mean()) for column in rates)),
+        per_class=tuple(
+            ClassMetrics(*row)
+            for row in zip(
                 classes,
-                precision.tolist(),
-                recall.tolist(),
-                f1.tolist(),
-                support.tolist(),
+                *(column.tolist() for column in rates),
+                support.astype(np.int64).tolist(),
                 strict=True,
             )
-        ],
-        "confusion": confusion.tolist(),
-    }
+        ),
+        confusion=_confusion(labels, top[:, 0], classes),
+    )
+
+
+def _confusion(
+    labels: NDArray[np.int64], predicted: NDArray[np.int64], classes: Sequence[str]
+) -> tuple[Confused, ...]:
+    pairs, counts = np.unique(labels * len(classes) + predicted, return_counts=True)
+    true, false = (part.tolist() for part in np.divmod(pairs, len(classes)))
+    rows = zip(true, false, counts.tolist(), strict=True)
+    return tuple(Confused(classes[t], classes[p], count) for t, p, count in rows)
 
 
 def calibration_error(confidence: NDArray[np.float64], correct: NDArray[np.bool_]) -> float:
@@ -87,68 +131,48 @@ def write_predictions(
     """Write a CSV: path, label, predicted, its probability, and top5 as JSON in a cell.
 
     names: the path of every row of the split; `predictions.index` picks from them. top5: up to five
-    pairs `[class, probability]`, most probable first. UTF-8, where bytes of file names that are not
-    UTF-8 stay as they are: `open(path, newline="", encoding="utf-8", errors="surrogateescape")` and
-    the csv module give every text and number back exactly. Raises as `summarise` does, and
-    SaveFailed.
+    pairs `[class, probability]`, most probable first. Format as `write_csv`. Raises SaveFailed.
     """
-    probabilities, labels = _checked(predictions, len(classes))
-    order = _ranked(probabilities)[:, :5]
-    top = np.take_along_axis(probabilities, order, axis=1)
+    rows = zip(
+        predictions.index.tolist(),
+        predictions.labels.tolist(),
+        predictions.top.tolist(),
+        predictions.probabilities.tolist(),
+        strict=True,
+    )
+    write_csv(
+        path,
+        ("path", "label", "predicted", "probability", "top5"),
+        (
+            (
+                names[row],
+                classes[label],
+                classes[top[0]],
+                values[0],
+                json.dumps([[classes[c], value] for c, value in zip(top, values, strict=True)]),
+            )
+            for row, label, top, values in rows
+        ),
+    )
+
+
+def write_tables(folder: Path, name: str, metrics: Metrics) -> tuple[Path, Path]:
+    """Write `confusion-NAME.csv` (the counts that are not zero) and `classes-NAME.csv`. Raises SaveFailed."""
+    confusion, classes = folder / f"confusion-{name}.csv", folder / f"classes-{name}.csv"
+    write_csv(confusion, ("true", "predicted", "count"), metrics.confusion)
+    write_csv(classes, ("class", *ClassMetrics._fields[1:]), metrics.per_class)
+    return confusion, classes
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a CSV in UTF-8; bytes of file names that are not UTF-8 stay as they are. Raises SaveFailed.
+
+    `open(path, newline="", encoding="utf-8", errors="surrogateescape")` and the csv module give every text and number
+    back exactly.
+    """
     text = io.StringIO(newline="")
     # Quoted texts: a lone carriage return in a name would otherwise end the row for some readers.
     table = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
-    table.writerow(COLUMNS)
-    for row, label, best, values in zip(
-        predictions.index.tolist(), labels.tolist(), order.tolist(), top.tolist(), strict=True
-    ):
-        five = [[classes[number], value] for number, value in zip(best, values, strict=True)]
-        table.writerow([names[row], classes[label], classes[best[0]], values[0], json.dumps(five)])
+    table.writerow(header)
+    table.writerows(rows)
     write_atomic(path, text.getvalue().encode("utf-8", "surrogateescape"))
-
-
-def _checked(
-    predictions: Predictions, classes: int
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """The probabilities `[n, C]` in float64 and the labels `[n]`, or one clear error."""
-    probabilities = predictions.probabilities.double().numpy()
-    labels = predictions.labels.numpy()
-    if len(labels) == 0:
-        raise DataError("The split has no images to evaluate; choose another split.")
-    if probabilities.shape[1] != classes:
-        raise ModelError(
-            f"The model has {probabilities.shape[1]} classes and the data have {classes}; "
-            "evaluate it on data with its own classes."
-        )
-    if labels.min() < 0 or labels.max() >= classes:
-        raise DataError(
-            f"A label lies outside the {classes} classes; check the class map of the data."
-        )
-    broken = int((~np.isfinite(probabilities)).any(1).sum())
-    if broken:
-        raise DivergedError(
-            f"The probabilities of {broken} of {len(labels)} images are not finite; "
-            "use an earlier checkpoint or a lower learning rate."
-        )
-    return probabilities, labels
-
-
-def _ranked(probabilities: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Class numbers `[n, C]`, most probable first; the lower number first among equals."""
-    return np.argsort(-probabilities, axis=1, kind="stable")
-
-
-def _confusion(
-    labels: NDArray[np.int64], predicted: NDArray[np.int64], classes: int
-) -> NDArray[np.int64]:
-    cells = np.bincount(labels * classes + predicted, minlength=classes**2)
-    return cells.reshape(classes, classes)
-
-
-def _rates(confusion: NDArray[np.int64]) -> tuple[NDArray[np.float64], ...]:
-    """Precision, recall, F1 `[C]`: hits / predicted, hits / labelled, 2 hits / both; 0 / 0 = 0."""
-    hits, labelled, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
-    return tuple(
-        above / np.maximum(below, 1)
-        for above, below in ((hits, predicted), (hits, labelled), (2 * hits, labelled + predicted))
-    )

@@ -1,4 +1,4 @@
-"""A model that travels: weights in safetensors, and in JSON what it takes to use them."""
+"""A model on disk: weights in safetensors, and in JSON everything else that its use needs."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from torch import Tensor
 from nearkin.config import ModelOptions, validate
 from nearkin.data.transforms import EvalSpec
 from nearkin.errors import ConfigError, ModelError, printable
+from nearkin.evaluation.options import DESCRIPTION as DESCRIPTION
+from nearkin.evaluation.options import check_run
 from nearkin.files import write_atomic
-from nearkin.network import Network, build_backbone, read_safetensors
+from nearkin.network import Network, build_backbone, default_memory_format, read_safetensors
 from nearkin.objectives import Objective, get
 
 FORMAT = 1
-WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
+WEIGHTS = "model.safetensors"
 
 
 class ModelSpec(BaseModel):
@@ -39,7 +41,7 @@ class ModelSpec(BaseModel):
 
 
 class Description(BaseModel):
-    """model.json."""
+    """`model.json`. metrics: totals of the final evaluation; tables are in files beside it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -129,13 +131,18 @@ def save_bundle(folder: Path, description: Description, weights: dict[str, Tenso
 
 
 def load_bundle(run: Path, device: torch.device) -> Bundle:
-    """The model of a run folder, in eval mode. Raises ModelError when it is missing, damaged or from the future."""
+    """The model of a run folder, in eval mode, in float32 (float64 where its weights are).
+
+    Raises ModelError when it is missing, damaged or written by a newer version.
+    """
     description = read_description(run)
     try:
         built = build(description.spec)
     except ConfigError as error:
         raise ModelError(f"The model of {printable(str(run))} cannot be built: {error}") from None
     tensors = read_safetensors(run / WEIGHTS)
+    if any(tensor.dtype == torch.float64 for tensor in tensors.values()):
+        built.network.double()
     try:
         built.network.load_state_dict(tensors)
     except RuntimeError:
@@ -144,16 +151,15 @@ def load_bundle(run: Path, device: torch.device) -> Bundle:
         ) from None
     built.network.activate(description.heads, freeze_backbone=False)
     built.network.to(device).eval()
+    side = description.spec.image_size
+    built.network.set_memory_format(default_memory_format(built.network.backbone, device.type, side))
     return Bundle(built.network, description)
 
 
 def read_description(run: Path) -> Description:
-    """model.json of a run folder."""
+    """`model.json` of a run folder. Raises ModelError as `load_bundle`."""
     path = run / DESCRIPTION
-    if not path.is_file():
-        finished = "has no finished model (no model.json); let its training end first"
-        what = finished if run.is_dir() else "does not exist; give the folder that train printed"
-        raise ModelError(f"The run {printable(str(run))} {what}.")
+    check_run(run)
     try:
         raw = json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
         version = raw.get("format") if isinstance(raw, dict) else None

@@ -1,100 +1,119 @@
-"""The class of each image file."""
+"""`nearkin.predict`: the class of each image file."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-
-from nearkin.data.decode import BadImage, read_image
-from nearkin.data.sources.folders import IMAGE_SUFFIXES
-from nearkin.distributed import choose_device
+from nearkin.data.sources.folders import find_images
 from nearkin.errors import DataError, printable
-from nearkin.evaluation.ensemble import BATCH
-from nearkin.evaluation.evaluator import mean_probabilities
-from nearkin.evaluation.model import Bundle, load_bundle
-from nearkin.evaluation.tta import COUNTS, Tta, tta_views, unknown_tta
+from nearkin.evaluation.options import Device, Tta, check_choice, check_run
+from nearkin.evaluation.results import Prediction
 
+if TYPE_CHECKING:
+    import torch
 
-class Guess(NamedTuple):
-    """What the model says of one file; `error` says why it says nothing."""
-
-    path: str
-    label: str | None
-    probability: float | None
-    top5: tuple[tuple[str, float], ...]
-    error: str = ""
+    from nearkin.evaluation.model import Bundle
 
 
 def predict(
     run: str | Path,
-    paths: Iterable[str | Path],
+    paths: str | Path | Iterable[str | Path],
     *,
     tta: Tta = "none",
-    device: str = "auto",
-) -> Iterator[Guess]:
-    """The class of each image file, folders searched through; an unreadable file gives a Guess with `error`.
+    device: Device = "auto",
+) -> Iterator[Prediction]:
+    """The class of each image file: of one path or many; folders are searched with the rules of `train`.
 
-    tta: as in `evaluate`.
+    A file that cannot be read gives a Prediction with `error`. tta, precision: as in `evaluate`.
 
     Raises ModelError when `run` has no finished model, DataError when a path does not exist or holds no images,
-    ConfigError for other views.
+    ConfigError for an unknown `tta` or `device`: at once, before the first Prediction.
     """
-    if tta not in COUNTS:
-        raise unknown_tta(tta)
+    check_arguments(run, tta, device)
+    files = find_files(paths).files
+    import torch
+
+    from nearkin.distributed import choose_device
+    from nearkin.evaluation.ensemble import BATCH
+    from nearkin.evaluation.model import load_bundle
+    from nearkin.evaluation.tta import COUNTS
+
     chosen = torch.device(choose_device(device))
     bundle = load_bundle(Path(run), chosen)
     size = BATCH // COUNTS[tta]
-    files = [file for path in paths for file in _files(Path(path))]
     parts = (files[start : start + size] for start in range(0, len(files), size))
-    return (guess for part in parts for guess in _guesses(bundle, part, tta, chosen))
+    return (one for part in parts for one in _predictions(bundle, part, tta, chosen))
 
 
-def _files(path: Path) -> Iterator[Path]:
-    if not path.is_dir():
-        if not os.path.lexists(path):
+def check_arguments(run: str | Path, tta: str, device: str) -> None:
+    """Raises what `predict` raises for these arguments."""
+    check_choice("tta", tta, Tta)
+    check_choice("device", device, Device)
+    check_run(Path(run))
+
+
+class FoundFiles(NamedTuple):
+    """Image files in order, and sentences about what the folders hold besides."""
+
+    files: list[str]
+    notes: tuple[str, ...]
+
+
+def find_files(paths: str | Path | Iterable[str | Path]) -> FoundFiles:
+    """The image files among `paths` and in folders among them. A path to a file is taken whatever its name.
+
+    Raises DataError when a path does not exist or a folder holds no images.
+    """
+    files: list[str] = []
+    notes: list[str] = []
+    for path in [paths] if isinstance(paths, str | Path) else paths:
+        if os.path.isdir(path):  # noqa: PTH112 - a Path would change how names are shown
+            found = find_images(str(path))
+            files += found.files
+            notes += [f"{printable(str(path))}: {note}" for note in found.notes]
+        elif os.path.lexists(path):
+            files.append(str(path))
+        else:
             raise DataError(f"{printable(str(path))} does not exist; give image files or folders.")
-        yield path
-        return
-    found = sorted(
-        file
-        for file in path.rglob("*")
-        if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
-    )
-    if not found:
-        raise DataError(f"The folder {printable(str(path))} holds no images.")
-    yield from found
+    return FoundFiles(files, tuple(notes))
 
 
-@torch.inference_mode()
-def _guesses(
-    bundle: Bundle, files: Sequence[Path], tta: Tta, device: torch.device
-) -> Iterator[Guess]:
-    spec = bundle.description.spec
+def _predictions(
+    bundle: Bundle, files: Sequence[str], tta: Tta, device: torch.device
+) -> Iterator[Prediction]:
+    """The predictions for one batch of files, in their order."""
+    import torch
+
+    from nearkin.data.decode import BadImage, read_image
+    from nearkin.evaluation.evaluator import mean_probabilities
+    from nearkin.evaluation.metrics import ranked
+    from nearkin.evaluation.tta import tta_views
+
     views = tta_views(tta, bundle.description.transform)
-    good, images, errors = [], [], {}
-    for file in files:
+    images: list[tuple[torch.Tensor, ...]] = []
+    errors: dict[int, str] = {}
+    for number, file in enumerate(files):
         try:
-            images.append(views(read_image(file, channels=spec.channels)))
-            good.append(file)
+            image = read_image(file, channels=bundle.description.spec.channels)
+            images.append(views(image))
         except BadImage as error:
-            errors[file] = error.reason
-    probabilities = {}
+            errors[number] = error.reason
+    tops: list[list[int]] = []
+    values: list[list[float]] = []
     if images:
         batch = torch.stack([view for same in zip(*images, strict=True) for view in same])
-        rows = mean_probabilities(bundle.network(batch.to(device)).logits, len(good))
-        probabilities = dict(zip(good, rows.cpu(), strict=True))
-    for file in files:
-        if file in errors:
-            yield Guess(str(file), None, None, (), errors[file])
-        else:
-            yield _guess(file, probabilities[file], bundle.classes)
-
-
-def _guess(file: Path, probabilities: torch.Tensor, classes: tuple[str, ...]) -> Guess:
-    values, order = probabilities.topk(min(5, len(classes)))
-    top5 = tuple((classes[c], v) for c, v in zip(order.tolist(), values.tolist(), strict=True))
-    return Guess(str(file), top5[0][0], top5[0][1], top5)
+        with torch.inference_mode():
+            logits = bundle.network(batch.to(device)).logits
+            tops, values = (c.tolist() for c in ranked(mean_probabilities(logits, len(images))))
+    rows = zip(tops, values, strict=True)
+    for number, file in enumerate(files):
+        if number in errors:
+            yield Prediction(file, None, None, (), errors[number])
+            continue
+        classes, probabilities = next(rows)
+        names = (bundle.classes[one] for one in classes)
+        top5 = tuple(zip(names, probabilities, strict=True))
+        yield Prediction(file, *top5[0], top5)

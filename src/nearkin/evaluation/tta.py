@@ -1,17 +1,15 @@
-"""Test-time augmentation: which views of an image are judged; their probabilities are averaged."""
+"""Test-time augmentation: the views of an image whose probabilities are averaged."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 from torch import Tensor
 
 from nearkin.data.transforms import EvalSpec, ResizeShortSide, Transform, eval_transform
-from nearkin.errors import ConfigError, nearest, printable
+from nearkin.evaluation.options import Tta, check_choice
 
-Tta = Literal["none", "flip", "tencrop"]
 COUNTS: dict[Tta, int] = {"none": 1, "flip": 2, "tencrop": 10}
 
 
@@ -20,12 +18,11 @@ def tta_views(name: Tta, spec: EvalSpec) -> Callable[[Tensor], tuple[Tensor, ...
 
     none: the evaluation transform. flip: that and its mirror image. tencrop: the four corners and the centre of the
     resized image, and their mirror images; where the evaluation keeps the whole short side, it is enlarged to
-    round(image_size * 256 / 224) first, so that the corners differ (our choice).
+    round(image_size * 256 / 224) first, so that the corners differ.
 
     Raises ConfigError for another name.
     """
-    if name not in COUNTS:
-        raise unknown_tta(name)
+    check_choice("tta", name, Tta)
     if name != "tencrop":
         return Single(eval_transform(spec), mirrored=name == "flip")
     size = spec.image_size
@@ -33,17 +30,9 @@ def tta_views(name: Tta, spec: EvalSpec) -> Callable[[Tensor], tuple[Tensor, ...
     return TenCrop(ResizeShortSide(max(resize, size + 2), spec.interpolation, spec.antialias), size)
 
 
-def unknown_tta(name: str) -> ConfigError:
-    """The error that names what there is."""
-    known = get_args(Tta)
-    return ConfigError(
-        f"--tta {printable(name)} is none of {', '.join(known)}.{nearest(name, known)}"
-    )
-
-
 @dataclass(frozen=True)
 class Single:
-    """The image as `transform` gives it, and its mirror image if `mirrored`."""
+    """The transformed image, and its mirror image if `mirrored`."""
 
     transform: Transform
     mirrored: bool
@@ -55,8 +44,7 @@ class Single:
 
 @dataclass(frozen=True)
 class TenCrop:
-    """Four corners and the centre of the resized image, then those of its mirror image (the views of an image and
-    of its mirror image are the same ten)."""
+    """Four corners and the centre of the resized image, then those of its mirror image."""
 
     resize: Transform
     size: int

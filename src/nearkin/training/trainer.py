@@ -18,7 +18,12 @@ from nearkin.distributed import Runtime
 from nearkin.errors import ConfigError, NearkinError
 from nearkin.evaluation.evaluator import Evaluator
 from nearkin.evaluation.geometry import geometry
-from nearkin.evaluation.metrics import summarise, write_predictions
+from nearkin.evaluation.metrics import (
+    summarise,
+    top1_and_log_loss,
+    write_predictions,
+    write_tables,
+)
 from nearkin.evaluation.model import FORMAT, Description, save_bundle
 from nearkin.objectives import Stage
 from nearkin.process import StopSignals, handled
@@ -162,9 +167,8 @@ class Trainer:
             value, embeddings = self.evaluator.knn(network, self.train_split, split)
             found: dict[str, Any] = {"metric": "val kNN", "value": value, "knn": value}
         else:
-            predictions, embeddings = self.evaluator.look(network, split)
-            summary = summarise(predictions, self.dataset.classes)
-            value, loss = summary["top1"], summary["log_loss"]
+            predictions, embeddings = self.evaluator.predictions_and_embeddings(network, split)
+            value, loss = top1_and_log_loss(predictions)
             found = {"metric": "val top-1", "value": value, "top1": value, "log_loss": loss}
         return found | geometry(embeddings, torch.from_numpy(split.labels))
 
@@ -177,8 +181,10 @@ class Trainer:
         split = self.dataset.splits.get("test", self.dataset.splits.get("val"))
         if split is not None:
             predictions = self.evaluator.predictions(network, split)
-            metrics = {"split": split.name} | summarise(predictions, self.dataset.classes)
+            found = summarise(predictions, self.dataset.classes)
+            metrics = {"split": split.name} | found.totals()
             if self.runtime.is_main:
+                write_tables(self.folder, split.name, found)
                 write_predictions(
                     self.folder / "predictions.csv",
                     predictions,

@@ -1,0 +1,251 @@
+"""Features of images that a run was not trained on, and their few-shot accuracy."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from time import perf_counter
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # scikit-learn needs it
+from torch.nn import functional as F
+
+from nearkin.config import CONFIG_FILE, EpisodeOptions, RunConfig, read_yaml, validate
+from nearkin.data.dataset import Split, load_dataset, load_for_evaluation
+from nearkin.data.images import Files, ImageSource
+from nearkin.data.loader import eval_loader, train_loader
+from nearkin.data.sampling import SampleKey
+from nearkin.data.sources.builtin import BUILTIN
+from nearkin.data.sources.listing import Listing, by_bytes
+from nearkin.data.transforms import TrainSpec, train_transform
+from nearkin.distributed import choose_device
+from nearkin.errors import DataError, ModelError, counted, listed, printable
+from nearkin.evaluation.episodes import accuracy, draw, eligible, estimate
+from nearkin.evaluation.model import Bundle, load_bundle
+from nearkin.evaluation.results import FewShot
+from nearkin.evaluation.tta import tta_views
+from nearkin.types import Batch
+
+BATCH = 64  # images that pass through the network at once
+
+
+class Features(NamedTuple):
+    """Rows of unit length in float32. plain: `[N, d]`, evaluation transform. copies: `[N, copies, d]`, augmented."""
+
+    plain: NDArray[np.float32]
+    copies: NDArray[np.float32]
+
+
+def extract(
+    bundle: Bundle,
+    split: Split,
+    rows: Sequence[int],
+    *,
+    copies: int,
+    flip: bool,
+    seed: int,
+    workers: int,
+) -> Features:
+    """The pooled features of the backbone, |f| = 1, without any head, for N `rows` of `split`, in their order.
+
+    Copy k of row i is drawn by the augmentation `light` (mirrored only if `flip`) from (seed, i, k), as training
+    draws its views: it depends neither on the workers, nor on the other rows, nor on the number of copies.
+    copies 0: the plain features are the only copy. Memory: 4 N (copies + 1) d bytes.
+
+    Raises ModelError when a feature is not finite, DataError when an image can no longer be read.
+    """
+    spec = bundle.description.transform
+    plain = eval_loader(split, tta_views("none", spec), rows, batch_size=BATCH, workers=workers)
+    found = _features(bundle, plain)
+    if copies == 0:
+        return Features(found[:, 0], found)
+    light = TrainSpec.of("light", image_size=spec.image_size, channels=spec.channels, flip=flip)
+    at_once = max(1, BATCH // copies)
+    order = [
+        [SampleKey(row, epoch=0, occurrence=0) for row in rows[start : start + at_once]]
+        for start in range(0, len(rows), at_once)
+    ]
+    transform = train_transform(light)
+    loader = train_loader(split, transform, order, views=copies, seed=seed, workers=workers)
+    return Features(found[:, 0], _features(bundle, loader))
+
+
+@torch.inference_mode()
+def _features(bundle: Bundle, batches: Iterable[Batch]) -> NDArray[np.float32]:
+    """`[N, V, d]` of batches of V views."""
+    device = next(bundle.network.parameters()).device
+    parts = []
+    for batch in batches:
+        pooled = bundle.network(batch.images.flatten(0, 1).to(device)).features.float()
+        if not pooled.isfinite().all():
+            raise ModelError("The model gives features that are not finite; train it anew.")
+        views, images = batch.images.shape[:2]
+        unit = F.normalize(pooled, dim=1).view(views, images, -1)
+        parts.append(unit.transpose(0, 1).cpu())
+    found: NDArray[np.float32] = torch.cat(parts).numpy()
+    return found
+
+
+class Unseen(NamedTuple):
+    """Images that the run was not trained on. classes: the data's own class names; a label is a place in them."""
+
+    split: Split
+    classes: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def measure(run: Path, data: Listing, protocol: EpisodeOptions) -> FewShot:
+    """The few-shot accuracy; see `nearkin.fewshot`."""
+    bundle = load_bundle(run, torch.device(choose_device(protocol.device)))
+    config: RunConfig = validate(RunConfig, read_yaml(run / CONFIG_FILE))
+    split, names, notes = _unseen(data, config, run, bundle, protocol)
+    classes = eligible(split.labels, protocol)
+    trained = set(bundle.classes)
+    shared = [names[c] for c in classes if names[c] in trained]
+    if shared:
+        notes += (_shared_note(shared, len(classes)),)
+    rows = np.flatnonzero(np.isin(split.labels, classes))
+    features = extract(
+        bundle,
+        split,
+        rows.tolist(),
+        copies=protocol.copies,
+        flip=config.flip is True,
+        seed=protocol.seed,
+        workers=protocol.workers,
+    )
+    start = perf_counter()
+    accuracies = play(features, split.labels[rows], classes, protocol)
+    return FewShot(
+        run=str(run),
+        data=data.data,
+        split=split.name,
+        **protocol.model_dump(include={"ways", "shots", "queries", "episodes", "copies", "seed"}),
+        classes=len(names),
+        eligible=len(classes),
+        shared=tuple(shared),
+        **estimate(accuracies)._asdict(),
+        episodes_per_second=protocol.episodes / (perf_counter() - start),
+        notes=notes,
+    )
+
+
+def play(
+    features: Features,
+    labels: NDArray[np.int64],
+    classes: NDArray[np.int64],
+    protocol: EpisodeOptions,
+) -> NDArray[np.float64]:
+    """The accuracy of every episode, `[episodes]`. labels: `[N]`, of the rows of `features`."""
+    # With matrices of 125 rows a second thread costs more than it saves, on busy cores ten times as much. The limit
+    # applies to libraries that are loaded already, so scikit-learn must be imported before.
+    with threadpool_limits(1):
+        episodes = draw(labels, classes, protocol)
+        return np.array([accuracy(e, features.copies, features.plain) for e in episodes])
+
+
+def _unseen(
+    data: Listing, config: RunConfig, run: Path, bundle: Bundle, protocol: EpisodeOptions
+) -> Unseen:
+    """The images to draw from. Raises DataError when they do not exist, or the run was trained on some of them."""
+    own = _same(data.data, config.data)
+    if own:
+        _check_own_split(data, config, protocol.split)
+    names = bundle.classes if own else _classes(data)
+    split, notes, _ = load_for_evaluation(
+        data,
+        classes=names,
+        channels=bundle.description.spec.channels,
+        split=protocol.split,
+        own=own,
+        val_split=config.val_split,
+        seed=config.seed,
+        images_per_class=config.images_per_class,
+        bad_images=config.bad_images if own else protocol.bad_images,
+    )
+    if not own and tuple(data.parts) == ("train",):
+        split = split._replace(name="all")
+    notes += _refuse_trained(split, config, run)
+    return Unseen(split, names, notes)
+
+
+def _same(data: str, trained: str) -> bool:
+    """Whether both name the same data. A built-in name is not a folder of that name."""
+    if data == trained or data in BUILTIN or trained in BUILTIN:
+        return data == trained
+    try:
+        return Path(data).samefile(trained)
+    except (OSError, ValueError):
+        return False
+
+
+def _classes(listing: Listing) -> tuple[str, ...]:
+    return tuple(by_bytes({name for part in listing.parts.values() for name in part.present()}))
+
+
+def _check_own_split(listing: Listing, config: RunConfig, split: str | None) -> None:
+    shown = printable(config.data)
+    if not {"val", "test"} & set(listing.parts) and config.val_split == 0:
+        raise DataError(f"The run was trained on all images of {shown}; give other data.")
+    if split == "train":
+        raise DataError(
+            f"The run was trained on the split train of {shown}, so its images do not measure accuracy on new ones; "
+            "leave out --split, or give other data."
+        )
+
+
+def _refuse_trained(split: Split, config: RunConfig, run: Path) -> tuple[str, ...]:
+    """Raises DataError when the run was trained on a file of `split`, under any path.
+
+    Returns a note when the run's own data no longer exist.
+    """
+    given = _inodes(split.images)
+    if not given or config.data in BUILTIN:
+        return ()
+    shown = printable(str(run))
+    try:
+        trained = load_dataset(
+            config.data,
+            channels=config.channels,
+            val_split=config.val_split,
+            seed=config.seed,
+            images_per_class=config.images_per_class,
+            check=None,  # of an unreadable file only the name is compared
+        ).splits["train"]
+    except DataError:
+        gone = printable(config.data)
+        return (
+            f"the training data of {shown}, {gone}, cannot be read, so these images were not compared with them",
+        )
+    both = [given[node] for node in _inodes(trained.images) if node in given]
+    if both:
+        raise DataError(
+            f"{shown} was trained on {counted(len(both), 'image')} of these {len(split.labels)}: {listed(both)}; "
+            "give images outside its training."
+        )
+    return ()
+
+
+def _inodes(images: ImageSource) -> dict[tuple[int, int], str]:
+    """Device and inode of each file, which are the same under any path, with its name."""
+    found: dict[tuple[int, int], str] = {}
+    if not isinstance(images, Files):
+        return found
+    for row in range(len(images)):
+        with suppress(OSError, ValueError):
+            stat = os.stat(images.path(row))  # noqa: PTH116 - a Path would normalise it
+            found[stat.st_dev, stat.st_ino] = images.name(row)
+    return found
+
+
+def _shared_note(shared: list[str], classes: int) -> str:
+    number = "all" if len(shared) == classes else f"{len(shared)} of the"
+    return (
+        f"the run was trained on {number} {counted(classes, 'class', 'classes')} drawn from, so this is not a "
+        f"few-shot result for them: {listed(shared)}"
+    )

@@ -1,0 +1,159 @@
+"""What evaluate, predict and fewshot return: frozen dataclasses whose `to_dict` gives plain values for JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Averages(NamedTuple):
+    """Means over the classes that occur in the split, in [0, 1]."""
+
+    precision: float
+    recall: float
+    f1: float
+
+
+class ClassMetrics(NamedTuple):
+    """Metrics of one class, in [0, 1]; 0 where the denominator is 0. support: images of the class."""
+
+    name: str
+    precision: float
+    recall: float
+    f1: float
+    support: int
+
+
+class Confused(NamedTuple):
+    """images: how many of the class `true` were classified as `predicted`."""
+
+    true: str
+    predicted: str
+    images: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """Metrics of a whole split; fractions in [0, 1], nothing rounded.
+
+    n: images. top1: share whose most probable class is the label. top5: share whose label is among the min(5, C) most
+    probable, so 1 for C <= 5. log_loss: -mean ln max(p_label, 1e-12), in nats. ece: expected calibration error.
+    macro: means over the classes with support > 0. per_class: in class order.
+    confusion: the counts of the confusion matrix that are not zero, in class order.
+    """
+
+    n: int
+    top1: float
+    top5: float
+    log_loss: float
+    ece: float
+    macro: Averages
+    per_class: tuple[ClassMetrics, ...]
+    confusion: tuple[Confused, ...]
+
+    def totals(self) -> dict[str, Any]:
+        """The values that do not grow with the number of classes."""
+        names = ("n", "top1", "top5", "log_loss", "ece")
+        return {name: getattr(self, name) for name in names} | {"macro": self.macro._asdict()}
+
+
+class MemberMetrics(NamedTuple):
+    """One run of an evaluation. weight: its share in the ensemble. cached: its predictions were read from a file."""
+
+    run: str
+    weight: float
+    top1: float
+    cached: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(Metrics):
+    """The metrics of one run, or of several as an ensemble, on `split`.
+
+    run: the first of `members`. notes: sentences for a person. confusion_file, classes_file: CSV files with
+    `confusion` and `per_class`; None where they could not be written, which `notes` says.
+    """
+
+    run: str
+    split: str
+    tta: str
+    weights: str
+    members: tuple[MemberMetrics, ...]
+    notes: tuple[str, ...]
+    confusion_file: Path | None
+    classes_file: Path | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON. The counts of the confusion matrix are in `confusion_file` only."""
+        files = {"confusion_file": self.confusion_file, "classes_file": self.classes_file}
+        return {
+            "run": self.run,
+            "split": self.split,
+            "tta": self.tta,
+            "weights": self.weights,
+            "members": [member._asdict() for member in self.members],
+            "notes": list(self.notes),
+            **self.totals(),
+            "per_class": [
+                {"class": row.name} | dict(zip(row._fields[1:], row[1:], strict=True))
+                for row in self.per_class
+            ],
+            **{name: None if file is None else str(file) for name, file in files.items()},
+        }
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The class of one image file: name and probability, and up to five (class, probability), most probable first.
+
+    error: why the file could not be read; then `label` and `probability` are None and `top5` is empty.
+    """
+
+    path: str
+    label: str | None
+    probability: float | None
+    top5: tuple[tuple[str, float], ...]
+    error: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "path": self.path,
+            "class": self.label,
+            "probability": self.probability,
+            "top5": [{"class": name, "probability": value} for name, value in self.top5],
+            "error": self.error,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class FewShot:
+    """The accuracy of few-shot episodes, in [0, 1].
+
+    mean, std (with n - 1): of the episodes' accuracies. interval: 1.96 std / sqrt(episodes). classes: of the data.
+    eligible: classes with enough images. shared: eligible classes that the run was trained on. notes: sentences for a
+    person. The other fields repeat the options.
+    """
+
+    run: str
+    data: str
+    split: str
+    ways: int
+    shots: int
+    queries: int
+    episodes: int
+    copies: int
+    seed: int
+    classes: int
+    eligible: int
+    shared: tuple[str, ...]
+    mean: float
+    std: float
+    interval: float
+    episodes_per_second: float
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self) | {"shared": list(self.shared), "notes": list(self.notes)}
