@@ -1,4 +1,4 @@
-"""Batches of images. What a batch holds depends on its keys alone, never on the worker that makes it."""
+"""Batches of images, made by worker processes. A batch is a function of its keys, whichever worker makes it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ Placed = tuple[int, int, Tensor]  # view, place in the batch, image
 
 
 class WorkersDied(NearkinError):
-    """A process that loads images ended before its work (exit 75: what was saved can be continued)."""
+    """A process that loads images ended early (exit 75: the saved run can be resumed)."""
 
     code = 75
 
@@ -88,14 +88,14 @@ def eval_loader(
 ) -> Iterator[Batch]:
     """Batches of the views of each of `rows`, in their order, none padded and none dropped: the last is smaller.
 
-    views: a decoded image -> what is judged of it, as many for every image. Raises as `train_loader`.
+    views: a decoded image -> its views, the same number for every image. Raises as `train_loader`.
     """
     order = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     return _batches(_PlainViews(split, views), order, workers, pin_memory, PATIENCE)
 
 
 class _Views(Dataset[Batch | DataError]):
-    """Makes whole batches, and gives an error back as a value: torch would lose its text and its class."""
+    """Makes whole batches. Returns a DataError as a value, since torch would lose its text and class."""
 
     def __init__(self, split: Split) -> None:
         self.split = split
