@@ -28,6 +28,7 @@ FLOORS = [
         "config",
         "settings",
         "distributed",
+        "failures",
     },
     {"bank", "teacher", "network"},
     {"objectives"},
@@ -88,18 +89,9 @@ def test_data_and_objectives_do_not_know_each_other():
             known = {
                 m.split(".")[1] for m in imports(ast.parse(path.read_text())) if "nearkin." in m
             }
-            assert known <= {"data", "types", "config", "errors", "files", "imports"}, path
-
-
-def test_only_the_runtime_imports_fabric():
-    users = {
-        str(path.relative_to(SOURCE))
-        for path in FILES
-        if any(
-            m.split(".")[0].startswith("lightning") for m in imports(ast.parse(path.read_text()))
-        )
-    }
-    assert users == {"distributed.py"}
+            assert known <= {"data", "types", "config", "errors", "files", "imports", "process"}, (
+                path
+            )
 
 
 def test_functional_imports_torch_only():

@@ -1,23 +1,25 @@
-"""Ranks, device and precision: launch, collectives, stop flags. The only file that imports Fabric."""
+"""Processes, device and precision of a run: collectives, mixed precision, stop flags."""
 
 from __future__ import annotations
 
-import logging
-import os
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from nearkin.errors import ConfigError, NearkinError
+from nearkin.errors import ConfigError
+from nearkin.failures import Failures, named
+from nearkin.process import exit_if_importing_main, launched
+from nearkin.types import Outputs
 
 if TYPE_CHECKING:
-    from lightning_fabric import Fabric
     from torch.optim import Optimizer
 
 
@@ -59,35 +61,8 @@ class _GatherRows(torch.autograd.Function):
 
 T = TypeVar("T")
 Precision = Literal["fp32", "bf16", "fp16", "fp64"]
-_FABRIC_PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed", "fp64": "64-true"}
-# A rank that hangs is noticed in minutes; gloo's own default is half an hour.
-PATIENCE = timedelta(minutes=5)
-LONG_PATIENCE = timedelta(days=2)
-
-
-class Launch(NamedTuple):
-    """How many processes were started for us, and by whom."""
-
-    by: Literal["torchrun", "slurm", "alone"]
-    nodes: int
-    per_node: int
-
-
-def launched() -> Launch:
-    """Read the environment that torchrun or srun set. Raises nothing: without either we are alone."""
-    env = os.environ
-    if "TORCHELASTIC_RUN_ID" in env and "WORLD_SIZE" in env:
-        world, local = int(env["WORLD_SIZE"]), int(env["LOCAL_WORLD_SIZE"])
-        return Launch("torchrun", max(1, world // local), local)
-    tasks = int(env.get("SLURM_NTASKS", "1"))
-    if (
-        tasks > 1
-        and "SLURM_PROCID" in env
-        and env.get("SLURM_JOB_NAME") not in ("bash", "interactive")
-    ):
-        nodes = int(env.get("SLURM_NNODES", "1"))
-        return Launch("slurm", nodes, tasks // nodes)
-    return Launch("alone", 1, 1)
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+LONG_TIMEOUT = timedelta(days=2)  # for waiting while one process scans or saves
 
 
 def choose_device(device: str) -> str:
@@ -118,70 +93,130 @@ def choose_precision(precision: str, device: str) -> Precision:
 
 
 class Runtime:
-    """The processes, the device and the precision of one run."""
+    """The processes, the device and the precision of one run.
+
+    A context manager: an exception that leaves the block on any process ends all processes of the run within seconds.
+    """
 
     def __init__(self, *, device: str, precision: Precision) -> None:
-        self.precision = precision
-        self._fabric = _start_fabric(device, precision)
+        exit_if_importing_main()
+        launch = launched()
+        self.rank, self.local_rank, self.world_size = (
+            launch.rank,
+            launch.local_rank,
+            launch.world_size,
+        )
+        self.is_main = launch.rank == 0
+        self.device = torch.device(device)
+        if device == "cuda":
+            self.device = torch.device("cuda", launch.local_rank)
+            torch.cuda.set_device(self.device)
+        self._set_precision(precision)
+        self.failures = Failures(launch)
         if self.world_size > 1:
-            self._patient = dist.new_group(backend="gloo", timeout=LONG_PATIENCE)
+            self.failures.watch()
+            self.failures.start_group(self.device)
+            group = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
+            self._patient_group = cast("dist.ProcessGroup", group)
+
+    def _set_precision(self, precision: Precision) -> None:
+        self.precision = precision
+        self._scaler = torch.amp.GradScaler(self.device.type) if precision == "fp16" else None
 
     def at(self, precision: Precision) -> Runtime:
         """The same processes and device with another precision."""
-        same = precision == self.precision
-        return self if same else Runtime(device=self.device.type, precision=precision)
+        if precision == self.precision:
+            return self
+        other = copy(self)
+        other._set_precision(precision)
+        return other
 
-    @property
-    def rank(self) -> int:
-        return int(self._fabric.global_rank)
+    def __enter__(self) -> Self:
+        return self
 
-    @property
-    def world_size(self) -> int:
-        return int(self._fabric.world_size)
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if error is None:
+            self.close()
+            return
+        cause = named(error)
+        self.failures.report(cause, own=cause is error)
+        if cause is not error:
+            raise cause from error
 
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-    @property
-    def device(self) -> torch.device:
-        device: torch.device = self._fabric.device
-        return device
+    def close(self) -> None:
+        """Leave the process group, so that a second run in this process can start its own."""
+        self.failures.stop_watching()
+        if self.world_size > 1:
+            dist.destroy_process_group()
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of parameters and buffers: float32, but for the proofs in float64."""
+        """Of parameters and buffers: float32; float64 in proofs."""
         return torch.float64 if self.precision == "fp64" else torch.float32
 
     def place(self, module: nn.Module) -> None:
         """Move a module to the device and the dtype of the run."""
         module.to(self.device, self.dtype)
 
-    def wrap(self, network: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
-        """The network under DDP and autocast, and its optimizer under the gradient scaler."""
+    def wrap(self, network: nn.Module) -> nn.Module:
+        """The network under DistributedDataParallel; with one process, itself."""
+        if self.world_size == 1:
+            return network
         with warnings.catch_warnings():
             # torch 2.15 renames the option to one that earlier versions do not know.
             warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")
-            wrapped = self._fabric.setup_module(network)
-        return wrapped, self._fabric.setup_optimizers(optimizer)  # type: ignore[return-value]
+            # Our statistics are the same on every process already, so DDP has no buffers to send.
+            return DistributedDataParallel(network, broadcast_buffers=False)
+
+    def forward(self, network: nn.Module, images: Tensor) -> Outputs:
+        """The network's outputs under autocast, converted to the dtype of the run."""
+        with self.autocast():
+            outputs = network(images)
+        return Outputs(*(None if each is None else each.to(self.dtype) for each in outputs))  # type: ignore[arg-type]
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """For what runs outside the wrapped network: the teacher and evaluation."""
-        return self._fabric.autocast()
+        """Mixed precision for bf16 and fp16; nothing for the others."""
+        dtype = _AUTOCAST.get(self.precision)
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
 
     def accumulating(self, network: nn.Module, unfinished: bool) -> AbstractContextManager[Any]:
-        """Keeps gradients on this rank while `unfinished` parts of the batch remain."""
-        return self._fabric.no_backward_sync(cast("Any", network), enabled=unfinished)
+        """Keeps gradients on this process while `unfinished` parts of the batch remain."""
+        if unfinished and isinstance(network, DistributedDataParallel):
+            return network.no_sync()
+        return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        self._fabric.backward(loss)
+        """Back-propagate `loss`, scaled for fp16."""
+        (loss if self._scaler is None else self._scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
 
-    def clip(self, network: nn.Module, optimizer: Optimizer, max_norm: float) -> None:
-        """Scale the gradient down to `max_norm`, never raising: a non-finite loss is reported by the loop."""
-        self._fabric.clip_gradients(network, optimizer, max_norm=max_norm, error_if_nonfinite=False)
+    def step(self, optimizer: Optimizer, max_norm: float | None) -> None:
+        """Clip the gradient to `max_norm` if given, take the optimiser's step and clear the gradient.
+
+        A gradient that is not finite raises nothing: the loop reports the loss.
+        """
+        if self._scaler is not None:
+            self._scaler.unscale_(optimizer)
+        if max_norm is not None:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, max_norm)
+        if self._scaler is None:
+            optimizer.step()
+        else:
+            self._scaler.step(optimizer)
+            self._scaler.update()
+        optimizer.zero_grad()
+
+    def scaler_state(self) -> dict[str, Any]:
+        """State of the fp16 gradient scaler; empty for the other precisions."""
+        return {} if self._scaler is None else self._scaler.state_dict()
+
+    def load_scaler_state(self, state: dict[str, Any]) -> None:
+        """Restore `scaler_state`."""
+        if self._scaler is not None:
+            self._scaler.load_state_dict(state)
 
     def gather(self, rows: Tensor, views: int = 1) -> Tensor:
-        """`[V * b, ...]` of each rank -> `[V * B, ...]`, view after view; the backward sums over ranks."""
+        """`[V * b, ...]` of each process -> `[V * B, ...]`, view after view; the backward sums over processes."""
         if self.world_size == 1:
             return rows
         gathered = gather_rows(rows)
@@ -190,128 +225,60 @@ class Runtime:
         parts = gathered.view(self.world_size, views, -1, *rows.shape[1:])
         return parts.transpose(0, 1).flatten(0, 2)
 
-    def share(self, value: Any) -> Any:
-        """What rank 0 holds, on every rank. Picklable objects of our own only."""
-        return self._fabric.broadcast(value) if self.world_size > 1 else value
+    def share(self, value: T) -> T:
+        """The value of process 0, on every process. Picklable objects of our own only."""
+        if self.world_size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, group=self._patient_group)
+        return values[0]
 
-    def collect(self, value: Any) -> list[Any]:
-        """What each rank holds, on every rank."""
+    def collect(self, value: T) -> list[T]:
+        """The values of all processes, on every process. Some may come hours later than others."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return values
-
-    def collect_patiently(self, value: Any) -> list[Any]:
-        """As `collect`, where some may work for hours before they come: a scan of all images, say."""
-        if self.world_size == 1:
-            return [value]
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=cast("dist.ProcessGroup", self._patient))
+        dist.all_gather_object(values, value, group=self._patient_group)
         return values
 
     def once_per_node(self, work: Callable[[], T]) -> T:
-        """What `work` gives on the first process of each node, on all processes of that node.
-
-        Raises its NearkinError on all of them.
-        """
-        node, made, problem = self._fabric.node_rank, None, None
-        if self._fabric.local_rank == 0:
-            try:
-                made = work()
-            except NearkinError as error:
-                problem = error
-        leads = self._fabric.local_rank == 0
-        told = self.collect_patiently((node, made, problem) if leads else None)
-        failed = next((one[2] for one in told if one is not None and one[2] is not None), None)
-        if failed is not None:
-            raise failed
-        if made is None:
-            made = next(one[1] for one in told if one is not None and one[0] == node)
-        return cast("T", made)
+        """The result of `work` on the first process of each node, on all processes of that node."""
+        mine = work() if self.local_rank == 0 else None
+        results = self.collect(mine)
+        # Not its copy: a cache folder is deleted with the object that made it.
+        return cast("T", mine if self.local_rank == 0 else results[self.rank - self.local_rank])
 
     def barrier(self) -> None:
-        self._fabric.barrier()
-
-    def scaler_state(self) -> dict[str, Any]:
-        """State of the fp16 gradient scaler; empty for the other precisions."""
-        return dict(self._fabric.strategy.precision.state_dict())
-
-    def load_scaler_state(self, state: dict[str, Any]) -> None:
-        self._fabric.strategy.precision.load_state_dict(state)
-
-    def close(self) -> None:
-        """Leave the process group, so that a second run in this process can start its own."""
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def _start_fabric(device: str, precision: Precision) -> Fabric:
-    from lightning_fabric import Fabric
-    from lightning_fabric.plugins.environments.lightning import LightningEnvironment
-    from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
-    from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-    from lightning_fabric.strategies.ddp import DDPStrategy
-
-    logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
-    launch = launched()
-    environments = {
-        "torchrun": TorchElasticEnvironment,
-        "slurm": SLURMEnvironment,
-        "alone": LightningEnvironment,
-    }
-    world = launch.nodes * launch.per_node
-    # Our statistics are the same on every rank already, so DDP has no buffers to send.
-    ddp = DDPStrategy(broadcast_buffers=False, timeout=PATIENCE)
-    fabric = Fabric(
-        accelerator=device,
-        devices=launch.per_node,
-        num_nodes=launch.nodes,
-        strategy=ddp if world > 1 else "auto",
-        precision=_FABRIC_PRECISION[precision],  # type: ignore[arg-type]
-        plugins=[environments[launch.by]()],
-    )
-    with _quiet():
-        fabric.launch()
-    return fabric
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Fabric announces every rank; our own first lines say it."""
-    level = logging.root.manager.disable
-    logging.disable(logging.INFO)
-    try:
-        yield
-    finally:
-        logging.disable(level)
+        """Wait for all processes."""
+        self.collect(None)
 
 
 class Flags:
-    """What any rank may ask of all: read one step later, so that no step waits for it.
+    """Stop and NaN flags, all-reduced and read one step later, so that no step waits for them.
 
-    On a GPU the flags travel on a stream of their own: reading those of the last step does not wait for this one.
+    On a GPU they are reduced and copied on a stream of their own: reading those of the last step does not wait for
+    this one.
     """
 
     def __init__(self, runtime: Runtime) -> None:
-        self._alone = runtime.world_size == 1
+        self._single = runtime.world_size == 1
         self._device = runtime.device
         self._stream = torch.cuda.Stream() if runtime.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._sent: tuple[Tensor, Any] | None = None
 
     def post(self, stop: bool, bad: Tensor) -> None:
-        """Send this rank's wish to stop and whether its loss is not finite (`[]` bool, on the device)."""
-        wish = torch.full((), stop, dtype=torch.bool, device=self._device)
-        flags = torch.stack([wish, bad]).to(torch.int32)
+        """Send whether this process should stop and whether its loss is not finite (`[]` bool, on the device)."""
+        stopping = torch.full((), stop, dtype=torch.bool, device=self._device)
+        flags = torch.stack([stopping, bad]).to(torch.int32)
         if self._stream is not None:
             self._sent = self._to_host(flags, self._stream)
-        elif self._alone:
+        elif self._single:
             self._sent = flags, None
         else:
             self._sent = flags, dist.all_reduce(flags, op=dist.ReduceOp.MAX, async_op=True)
 
     def read(self) -> tuple[bool, bool]:
-        """(stop, bad) of the last post, over all ranks; (False, False) before the first."""
+        """(stop, bad) of the last post, of any process; (False, False) before the first."""
         if self._sent is None:
             return False, False
         flags, arrival = self._sent
@@ -327,7 +294,7 @@ class Flags:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             flags.record_stream(stream)
-            if not self._alone:
+            if not self._single:
                 dist.all_reduce(flags, op=dist.ReduceOp.MAX)
             host = torch.empty(2, dtype=torch.int32, pin_memory=True)
             host.copy_(flags, non_blocking=True)

@@ -1,57 +1,163 @@
-"""Signals, and memory settings of the process. Imports no torch."""
+"""The process and its siblings: launch, signals, child processes, memory settings. Imports no torch."""
 
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 from nearkin.errors import Stopped
 
-ASKING = ("SIGTERM", "SIGINT", "SIGUSR1")
+# Signals that ask a run to stop. Windows has no SIGUSR1.
+STOP_SIGNALS = frozenset(
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
+)
 
 
 @contextmanager
-def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Within the block the asking signals go to `handler`; afterwards to whoever had them before."""
-    before: dict[int, Any] = {}
+def stop_handler(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Send the stop signals to `handler` within the block, then restore the earlier handlers."""
+    earlier: dict[int, Any] = {}
     # Python allows handlers in the main thread only; elsewhere (a notebook's worker) the caller decides.
     if threading.current_thread() is threading.main_thread():
-        for name in ASKING:
-            number = getattr(signal, name, None)
-            if number is not None:
-                before[number] = signal.signal(number, handler)
+        earlier = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
     try:
         yield
     finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
+        for number, previous in earlier.items():
+            signal.signal(number, previous)
 
 
 def interrupt(_: int, __: FrameType | None) -> None:
-    """For the time before the first step, when there is nothing to save yet."""
+    """Handler for the time before the first step, when there is nothing to save yet."""
     raise KeyboardInterrupt
 
 
-class StopSignals:
-    """Whether SIGTERM, SIGINT or SIGUSR1 asked to stop; a second SIGINT ends the process at once."""
+_received: list[tuple[int, float]] = []  # number and time of each stop signal
 
-    def __init__(self) -> None:
-        self.asked = False
-        self._interrupts = 0
 
-    def ask(self, number: int, _: FrameType | None) -> None:
-        """The handler: it only sets a flag, which the loop reads between two steps."""
-        self.asked = True
-        self._interrupts += number == signal.SIGINT
-        if self._interrupts > 1:
-            os._exit(Stopped.code)
+@contextmanager
+def stop_signals_recorded() -> Iterator[None]:
+    """Within the block a stop signal only sets a flag, which the loop reads between two steps.
+
+    A second SIGINT ends the process at once.
+    """
+    _received.clear()
+    try:
+        with stop_handler(_record):
+            yield
+    finally:
+        _received.clear()
+
+
+def _record(number: int, _: FrameType | None) -> None:
+    _received.append((number, time.monotonic()))
+    if sum(each == signal.SIGINT for each, _ in _received) > 1:
+        os._exit(Stopped.code)
+
+
+def stop_requested(seconds: float = 0.0) -> bool:
+    """Whether a stop signal has been recorded, at least `seconds` ago."""
+    return bool(_received) and time.monotonic() - _received[0][1] >= seconds
+
+
+@contextmanager
+def stop_signals_blocked() -> Iterator[None]:
+    """Processes started within the block inherit a mask that blocks the stop signals from their first instruction.
+
+    A signal to the whole process group (timeout, scancel, systemctl stop) then reaches the main process alone, which
+    decides what to do. Signals to this process are delivered at the end of the block. Does nothing on Windows.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    if multiprocessing.get_start_method() != "fork":
+        # Up to Python 3.12 its start unblocks SIGTERM and SIGINT in this thread.
+        from multiprocessing import resource_tracker
+
+        resource_tracker.ensure_running()
+    earlier = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
+
+
+def exit_if_importing_main() -> None:
+    """End a child process that is still importing the script of its parent.
+
+    With the start methods spawn and forkserver each child imports the script. Without `if __name__ == "__main__":` it
+    would train again; the parent reports the missing guard when its child ends (`nearkin.data.loader`).
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        os._exit(1)
+
+
+class Launch(NamedTuple):
+    """The processes that torchrun or srun started, and this one among them.
+
+    per_node: processes on each node. address, port: of the TCP store that process 0 or torchrun's agent holds.
+    """
+
+    nodes: int = 1
+    per_node: int = 1
+    rank: int = 0
+    local_rank: int = 0
+    address: str = "127.0.0.1"
+    port: int = 0
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.per_node
+
+
+def launched() -> Launch:
+    """Read the environment that torchrun or srun set; one process without either."""
+    env = os.environ
+    if "TORCHELASTIC_RUN_ID" in env and "WORLD_SIZE" in env:
+        world, local = int(env["WORLD_SIZE"]), int(env["LOCAL_WORLD_SIZE"])
+        address, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
+        rank, local_rank = int(env["RANK"]), int(env["LOCAL_RANK"])
+        return Launch(max(1, world // local), local, rank, local_rank, address, port)
+    tasks = int(env.get("SLURM_NTASKS", "1"))
+    interactive = env.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    if tasks == 1 or "SLURM_PROCID" not in env or interactive:
+        return Launch()
+    nodes = int(env.get("SLURM_NNODES", "1"))
+    # "gpu[007-009,12],cpu1" -> "gpu007"
+    first = re.sub(r"\[(\w+)[^]]*\]", r"\1", env.get("SLURM_NODELIST", "127.0.0.1")).split(",")[0]
+    port = 15_000 + int(
+        env.get("SLURM_JOB_ID", "0")[-4:]
+    )  # the same on all nodes, another in each job
+    return Launch(
+        nodes,
+        tasks // nodes,
+        int(env["SLURM_PROCID"]),
+        int(env["SLURM_LOCALID"]),
+        env.get("MASTER_ADDR", first),
+        int(env.get("MASTER_PORT", port)),
+    )
+
+
+def cores() -> int:
+    """CPU cores for this process: its share of those that the processes of its node may use, at least 1.
+
+    With `srun --cpus-per-task` the scheduler has already divided them.
+    """
+    given = os.environ.get("SLURM_CPUS_PER_TASK")
+    if given is not None and "SLURM_PROCID" in os.environ:
+        return int(given)
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, (usable or 1) // launched().per_node)
 
 
 # Of glibc's malloc.h; torch asks malloc for every tensor on a CPU.

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from nearkin.training.checkpoint.store import Snapshot, Store
+from nearkin.training.checkpoint.snapshot import Snapshot
+from nearkin.training.checkpoint.store import Store
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -22,8 +23,8 @@ def snapshot(step: int, best: int | None = None) -> Snapshot:
     return Snapshot(step, {"model": model, "bank": {"keys": draw.t()}}, state)
 
 
-def saved(folder: Path, *steps: int, keep: int = 2) -> Store:
-    store = Store(folder, keep)
+def saved(folder: Path, *steps: int) -> Store:
+    store = Store(folder)
     for step in steps:
         store.save(snapshot(step))
     return store

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from nearkin.errors import ModelError
+from nearkin.training import metrics_log
 from nearkin.training.metrics_log import Journal, read_metrics
 
 
@@ -153,6 +154,26 @@ def test_the_status_is_replaced_in_one_step(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_the_heartbeat_is_written_every_ten_seconds_and_never_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = 0.0
+    monkeypatch.setattr(metrics_log.time, "monotonic", lambda: seconds)
+
+    def fsync(_: int) -> None:
+        raise AssertionError("a heartbeat must not wait for the disk")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    journal, written = Journal(tmp_path), []
+    for step in range(25):
+        seconds = 100.0 + step
+        journal.status("running", step=step, steps=99, epoch=0)
+        written.append(json.loads((tmp_path / "status.json").read_text())["step"])
+    assert written == [0] * 10 + [10] * 10 + [20] * 5
+    journal.status("stopped", step=25, steps=99, epoch=0)
+    assert json.loads((tmp_path / "status.json").read_text())["step"] == 25
+
+
 def test_the_log_has_times_and_no_control_characters(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     journal.log("one\ntwo \x1b[31m\udcff")
@@ -164,7 +185,7 @@ def test_the_log_has_times_and_no_control_characters(tmp_path: Path) -> None:
 
 def everything(journal: Journal) -> None:
     record(journal, 1)
-    journal.status("running", step=1, steps=2, epoch=0)
+    journal.status("stopped", step=1, steps=2, epoch=0)
     journal.log("text")
 
 

@@ -79,7 +79,7 @@ def steps(options, folder, precision):
             if parameter.grad is not None:
                 gradients[name] = parameter.grad.clone()
 
-    stepper._raw_optimizer.register_step_pre_hook(keep)
+    stepper.optimizer.register_step_pre_hook(keep)
     for step, batch in enumerate(trainer._loader(leg.stage, 0, STEPS)):
         before = folder / f"before-{step}"
         if runtime.world_size == 1:

@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 from tests.processes import finish, ranks, start
 
+from nearkin.cli import run as command
+
 pytestmark = pytest.mark.timeout(300)
 
 
@@ -28,13 +30,10 @@ def look(data, out, where):
     """Prepare a run and write down what this process sees of its images."""
     from nearkin.config import RunConfig
     from nearkin.distributed import Runtime
-    from nearkin.errors import NearkinError
     from nearkin.training.prepare import prepare
 
-    runtime = Runtime(device="cpu", precision="fp32")
     options = {"model": "test_resnet", "image_size": 16, "batch_size": 16, "cache": where}
-    seen = {}
-    try:
+    with Runtime(device="cpu", precision="fp32") as runtime:
         job = prepare(RunConfig(data=str(data), objective="ce", **options), runtime)
         images = job.dataset.splits["train"].images
         folder = str(images.pack.folder)
@@ -42,10 +41,7 @@ def look(data, out, where):
         total = sum(int(images.read(row).to(torch.int64).sum()) for row in range(len(images)))
         seen = {"folder": folder, "sum": total, "there": os.path.isdir(folder)}
         runtime.barrier()
-    except NearkinError as error:
-        seen = {"error": str(error), "code": error.code}
     (out / f"{runtime.rank}.json").write_text(json.dumps(seen))
-    runtime.close()
 
 
 def seen(tmp_path, data, world, where="ram", **env):
@@ -70,10 +66,13 @@ def test_two_processes_read_what_one_has_built(tmp_path, data, where):
     assert os.path.isdir(one["folder"]) == (where == "disk")
 
 
-def test_all_processes_learn_why_there_is_none(tmp_path, data):
+def test_both_processes_end_when_there_is_none(tmp_path, data):
     (tmp_path / "file").write_text("")
     broken = {"NEARKIN_CACHE_DIR": str(tmp_path / "file" / "x")}
-    one, two = seen(tmp_path, data, 2, "disk", **broken)
-    assert one == two
-    assert one["code"] == 3
-    assert "cannot be made" in one["error"]
+    words = ["train", str(data), "--objective", "ce", "--model", "test_resnet", "--cache", "disk"]
+    words += ["--image-size", "16", "--batch-size", "16", "--quiet", "--out", str(tmp_path / "run")]
+    log = tmp_path / "log"
+    assert finish(*(start(command, words, env=env | broken, log=log) for env in ranks(2))) == [3, 3]
+    text = log.read_text()
+    assert text.count("\n") == 1
+    assert "cannot be made" in text

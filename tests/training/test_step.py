@@ -38,7 +38,7 @@ def test_the_gradient_is_clipped_to_its_limit(tmp_path, limit, clipped):
         gradients = [p.grad.norm() for p in trainer.stepper.network.parameters()]
         norms.append(torch.stack(gradients).norm().item())
 
-    trainer.stepper._raw_optimizer.register_step_pre_hook(measure)
+    trainer.stepper.optimizer.register_step_pre_hook(measure)
     first_step(trainer, leg)
     assert norms[0] == pytest.approx(limit, rel=1e-3) if clipped else 0.01 < norms[0] < limit
 

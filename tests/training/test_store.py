@@ -11,7 +11,8 @@ import torch
 from store_cases import FLOATS, assert_same, names, saved, snapshot, unexpected
 
 from nearkin.errors import DivergedError, ModelError
-from nearkin.training.checkpoint.store import Snapshot, Store
+from nearkin.training.checkpoint.snapshot import Snapshot, read
+from nearkin.training.checkpoint.store import Store
 
 
 def test_round_trip_gives_every_bit_back(tmp_path: Path) -> None:
@@ -20,7 +21,7 @@ def test_round_trip_gives_every_bit_back(tmp_path: Path) -> None:
     assert path == tmp_path / "run" / "checkpoints" / "step-0000000007"
     assert names(path) == ["bank.safetensors", "manifest.json", "model.safetensors", "state.json"]
     assert json.loads((path / "state.json").read_text())["format"] == 1
-    assert_same(store.load(path), snapshot(7))
+    assert_same(read(path), snapshot(7))
     assert_same(store.load_newest(unexpected), snapshot(7))
 
 
@@ -28,7 +29,7 @@ def test_shared_and_strided_tensors_are_stored_by_value(tmp_path: Path) -> None:
     base = torch.arange(12.0).reshape(3, 4).requires_grad_()
     tensors = {"a": base, "b": base, "row": base[1], "column": base[:, 1], "t": base.t()}
     store = Store(tmp_path)
-    loaded = store.load(store.save(Snapshot(1, {"m": tensors}, {}))).tensors["m"]
+    loaded = read(store.save(Snapshot(1, {"m": tensors}, {}))).tensors["m"]
     for name, tensor in tensors.items():
         assert torch.equal(loaded[name], tensor), name
     loaded["a"].add_(1)
@@ -40,13 +41,11 @@ def test_large_finite_numbers_are_published(tmp_path: Path) -> None:
     largest = {
         str(dtype): torch.full((9,), torch.finfo(dtype).max, dtype=dtype) for dtype in FLOATS
     }
-    assert_same(
-        store.load(store.save(Snapshot(1, {"m": largest}, {}))), Snapshot(1, {"m": largest}, {})
-    )
+    assert_same(read(store.save(Snapshot(1, {"m": largest}, {}))), Snapshot(1, {"m": largest}, {}))
 
 
 def test_nothing_there_is_none(tmp_path: Path) -> None:
-    assert Store(tmp_path / "missing").newest(unexpected) is None
+    assert Store(tmp_path / "missing").load_newest(unexpected) is None
     assert Store(tmp_path).load_newest(unexpected) is None
     assert names(tmp_path) == []
 
@@ -57,7 +56,7 @@ def test_newest_is_the_highest_step_never_the_latest_time(tmp_path: Path) -> Non
     os.utime(store.path("step", 9), (2**32, 2**32))
     (tmp_path / "step-12").mkdir()
     (tmp_path / "step-0000000099.bak").mkdir()
-    assert store.newest(unexpected) == store.path("step", 10)
+    assert_same(store.load_newest(unexpected), snapshot(10))
 
 
 def test_saving_a_step_again_keeps_the_first(tmp_path: Path) -> None:
@@ -77,10 +76,9 @@ def test_saving_a_damaged_step_again_replaces_it(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step-0000000003"]
 
 
-@pytest.mark.parametrize("keep", [1, 2, 3])
-def test_the_newest_stay(tmp_path: Path, keep: int) -> None:
-    saved(tmp_path, 1, 2, 10, 100, keep=keep)
-    assert names(tmp_path) == [f"step-{step:010d}" for step in (2, 10, 100)[-keep:]]
+def test_the_newest_stay(tmp_path: Path) -> None:
+    saved(tmp_path, 1, 2, 10, 100)
+    assert names(tmp_path) == [f"step-{step:010d}" for step in (10, 100)]
 
 
 def test_damaged_checkpoints_do_not_count_as_kept(tmp_path: Path) -> None:
@@ -105,7 +103,7 @@ def test_best_stays_while_a_kept_step_refers_to_it(tmp_path: Path) -> None:
             ]
     store.save(snapshot(6), "best")  # the newest stays before any step refers to it
     assert [path.name[-1] for path in store.paths("best")] == ["6", "4"]
-    assert_same(store.load(store.path("best", 4)), snapshot(4))
+    assert_same(read(store.path("best", 4)), snapshot(4))
 
 
 def test_every_best_stays_while_a_kept_step_is_unreadable(tmp_path: Path) -> None:
@@ -137,6 +135,4 @@ def test_no_number_that_is_not_finite_is_published(
 
 def test_no_checkpoint_at_all_says_so(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="nowhere cannot be used"):
-        Store(tmp_path).load(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="keep"):
-        Store(tmp_path, keep=0)
+        read(tmp_path / "nowhere")

@@ -13,7 +13,8 @@ import pytest
 from store_cases import assert_same, saved, snapshot, unexpected
 
 from nearkin.errors import ModelError
-from nearkin.training.checkpoint.store import Damaged, Snapshot, Store
+from nearkin.training.checkpoint.snapshot import Damaged, Snapshot, read
+from nearkin.training.checkpoint.store import Store
 
 
 def remake_manifest(folder: Path, **more: bytes) -> None:
@@ -37,16 +38,15 @@ def write_manifest(folder: Path, text: str) -> None:
 
 def damaged(store: Store, bad: int, good: int) -> None:
     """Step `bad` is noticed, both are named, and the bytes of step `good` are used."""
-    for load in (store.newest, store.load_newest):
-        said: list[str] = []
-        found = load(said.append)
-        assert len(said) == 1
-        assert f"step-{bad:010d}" in said[0]
-        assert f"step-{good:010d}" in said[0]
+    warnings: list[str] = []
+    found = store.load_newest(warnings.append)
+    assert len(warnings) == 1
+    assert f"step-{bad:010d}" in warnings[0]
+    assert f"step-{good:010d}" in warnings[0]
     assert isinstance(found, Snapshot)
     assert found.step == good
     with pytest.raises(Damaged, match=f"step-{bad:010d}"):
-        store.load(store.path("step", bad))
+        read(store.path("step", bad))
 
 
 def cases(folder: Path, count: int, seed: int) -> list[tuple[Path, int]]:
@@ -93,9 +93,8 @@ def test_only_damaged_checkpoints_are_an_error(tmp_path: Path) -> None:
     store = saved(tmp_path, 1, 2)
     for step in (1, 2):
         (store.path("step", step) / "manifest.json").unlink()
-    for load in (store.newest, store.load_newest):
-        with pytest.raises(ModelError, match=r"All 2 checkpoints .* manifest\.json"):
-            load(unexpected)
+    with pytest.raises(ModelError, match=r"All 2 checkpoints .* manifest\.json"):
+        store.load_newest(unexpected)
 
 
 def test_a_newer_format_is_refused_by_its_number_and_never_skipped(tmp_path: Path) -> None:
@@ -123,7 +122,7 @@ def test_a_state_that_is_none_is_refused(tmp_path: Path, state: bytes) -> None:
     store = saved(tmp_path, 2)
     remake_manifest(store.path("step", 2), state__json=state)
     with pytest.raises(Damaged, match=r"state\.json"):
-        store.load(store.path("step", 2))
+        read(store.path("step", 2))
 
 
 @pytest.mark.parametrize("name", ["../x.safetensors", "..", "/x", "a/b", "", ".x", "a\n", "a\\b"])
@@ -138,10 +137,10 @@ def test_a_manifest_cannot_lead_out_of_its_folder(tmp_path: Path, name: str) -> 
         path, json.dumps({"files": files | {"ok.safetensors": entry}}, separators=(",", ":"))
     )
     with pytest.raises(Damaged, match=r"ok\.safetensors: No such file"):
-        store.load(path)
+        read(path)
     write_manifest(path, json.dumps({"files": files | {name: entry}}, separators=(",", ":")))
     with pytest.raises(Damaged, match=r"manifest\.json"):
-        store.load(path)
+        read(path)
 
 
 def test_hostile_contents_are_refused(tmp_path: Path) -> None:
@@ -156,11 +155,11 @@ def test_hostile_contents_are_refused(tmp_path: Path) -> None:
     for text in (twice, manifest + " " * 2**20, manifest.replace(":", ": "), "[]", "[" * 10**5):
         write_manifest(path, text)
         with pytest.raises(Damaged, match=r"manifest\.json is not"):
-            store.load(path)
+            read(path)
 
     remake_manifest(path, evil__pkl=b"cos\nsystem\n.")
     with pytest.raises(Damaged, match=r"evil\.pkl"):
-        store.load(path)
+        read(path)
     (path / "evil.pkl").unlink()
 
     for start, stop in ((0, 2**40), (0, 8), (-4, 0)):  # declared larger than the file, or before it
@@ -168,7 +167,7 @@ def test_hostile_contents_are_refused(tmp_path: Path) -> None:
         data = struct.pack("<Q", len(header)) + header.encode() + bytes(4)
         remake_manifest(path, bank__safetensors=data)
         with pytest.raises(Damaged, match="no safetensors file"):
-            store.load(path)
+            read(path)
 
 
 def test_links_and_pipes_are_not_opened(tmp_path: Path) -> None:
@@ -179,8 +178,8 @@ def test_links_and_pipes_are_not_opened(tmp_path: Path) -> None:
     path.unlink()
     path.symlink_to(outside)
     with pytest.raises(Damaged, match="not a plain file"):
-        store.load(path.parent)
+        read(path.parent)
     path.unlink()
     os.mkfifo(path)  # opening it would wait for ever
     with pytest.raises(Damaged, match="not a plain file"):
-        store.load(path.parent)
+        read(path.parent)

@@ -19,6 +19,7 @@ from store_cases import assert_same, names, saved, snapshot, unexpected
 
 from nearkin.files import SaveFailed, write_atomic
 from nearkin.training.checkpoint import snapshot as snapshots
+from nearkin.training.checkpoint.snapshot import read
 from nearkin.training.checkpoint.store import Store
 
 CALLS = ("fsync", "mkdir", "rename", "replace", "rmdir", "unlink")
@@ -76,24 +77,24 @@ class Faults:
             self.fault()
 
 
-def two_steps(folder: Path, keep: int) -> None:
-    store = Store(folder, keep)
+def two_steps(folder: Path) -> None:
+    store = Store(folder)
     for step in (1, 2):
         store.save(snapshot(step), "best")
         store.save(snapshot(step, step))
 
 
-def third_step(folder: Path, keep: int) -> None:
+def third_step(folder: Path) -> None:
     """Publishes a best and a step, and retires an older one of each."""
-    store = Store(folder, keep)
+    store = Store(folder)
     store.save(snapshot(3), "best")
     store.save(snapshot(3, 3))
 
 
-def count_calls(folder: Path, keep: int) -> list[str]:
+def count_calls(folder: Path) -> list[str]:
     with pytest.MonkeyPatch.context() as patch:
         faults = Faults(patch)
-        third_step(folder, keep)
+        third_step(folder)
     return faults.calls
 
 
@@ -105,17 +106,16 @@ def digest(folder: Path) -> str:
     return total.hexdigest()
 
 
-def assert_survived(folder: Path, keep: int) -> None:
+def assert_survived(folder: Path) -> None:
     """Old or new, whole, with its best, no warning; and the next save leaves nothing over."""
-    store = Store(folder, keep)
+    store = Store(folder)
     newest = store.load_newest(unexpected)
     assert newest is not None
     assert newest.step in (2, 3)
     assert_same(newest, snapshot(newest.step, newest.step))
-    assert_same(store.load(store.path("best", newest.step)), snapshot(newest.step))
-    third_step(folder, keep)
-    kept = [2, 3][-keep:]
-    assert names(folder) == [f"{kind}-{step:010d}" for kind in ("best", "step") for step in kept]
+    assert_same(read(store.path("best", newest.step)), snapshot(newest.step))
+    third_step(folder)
+    assert names(folder) == [f"{kind}-{step:010d}" for kind in ("best", "step") for step in (2, 3)]
     assert_same(store.load_newest(unexpected), snapshot(3, 3))
 
 
@@ -126,7 +126,7 @@ def refusing(code: int) -> Callable[[], None]:
     return refuse
 
 
-def die_in_child(folder: Path, keep: int, number: int) -> int:
+def die_in_child(folder: Path, number: int) -> int:
     """The exit status of a process that dies at call `number` of the save, with no cleaning up."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons warn of threads
@@ -137,7 +137,7 @@ def die_in_child(folder: Path, keep: int, number: int) -> int:
             faults = Faults(pytest.MonkeyPatch())
             faults.chosen = lambda call: call == number
             faults.fault = lambda: os._exit(9)
-            third_step(folder, keep)
+            third_step(folder)
             status = 0
         finally:
             os._exit(status)
@@ -145,20 +145,19 @@ def die_in_child(folder: Path, keep: int, number: int) -> int:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("keep", [1, 2])
-def test_a_kill_at_every_call_leaves_the_old_or_the_new(tmp_path: Path, keep: int) -> None:
-    two_steps(tmp_path / "start", keep)
-    calls = count_calls(Path(shutil.copytree(tmp_path / "start", tmp_path / "count")), keep)
+def test_a_kill_at_every_call_leaves_the_old_or_the_new(tmp_path: Path) -> None:
+    two_steps(tmp_path / "start")
+    calls = count_calls(Path(shutil.copytree(tmp_path / "start", tmp_path / "count")))
     assert {"write", "fsync", "mkdir", "rename", "rmdir", "unlink"} == set(calls)
     seen = set()
     for number in range(len(calls)):
         folder = Path(shutil.copytree(tmp_path / "start", tmp_path / f"{number}"))
-        assert die_in_child(folder, keep, number) == 9
-        newest = Store(folder).newest(unexpected)
-        seen.add(newest and newest.name)
-        assert_survived(folder, keep)
+        assert die_in_child(folder, number) == 9
+        newest = Store(folder).load_newest(unexpected)
+        seen.add(newest and newest.step)
+        assert_survived(folder)
         shutil.rmtree(folder)
-    assert seen == {"step-0000000002", "step-0000000003"}
+    assert seen == {2, 3}
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EROFS])
@@ -166,8 +165,8 @@ def test_a_kill_at_every_call_leaves_the_old_or_the_new(tmp_path: Path, keep: in
 def test_a_refusal_at_every_call_leaves_the_old_untouched(
     tmp_path: Path, code: int, lasting: bool
 ) -> None:
-    two_steps(tmp_path / "start", 2)
-    calls = count_calls(Path(shutil.copytree(tmp_path / "start", tmp_path / "count")), 2)
+    two_steps(tmp_path / "start")
+    calls = count_calls(Path(shutil.copytree(tmp_path / "start", tmp_path / "count")))
     for number in range(len(calls)):
         folder = Path(shutil.copytree(tmp_path / "start", tmp_path / f"{number}"))
         old = [folder / f"{kind}-0000000002" for kind in ("best", "step")]
@@ -177,18 +176,18 @@ def test_a_refusal_at_every_call_leaves_the_old_untouched(
             faults.fault = refusing(code)
             faults.chosen = (lambda c: c >= number) if lasting else (lambda c: c == number)  # noqa: B023
             with pytest.raises(SaveFailed, match=os.strerror(code)) as error:
-                third_step(folder, 2)
+                third_step(folder)
         assert error.value.code == 75
         assert [digest(path) for path in old] == before
         assert lasting or "saved, but" in str(error.value) or not list(folder.glob(".tmp-*"))
-        assert_survived(folder, 2)
+        assert_survived(folder)
         shutil.rmtree(folder)
 
 
 def test_files_reach_the_disk_before_the_name_and_the_name_before_removals(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saved(tmp_path, 1, keep=1)
+    saved(tmp_path, 1, 2)
     events: list[tuple[str, str]] = []
     real = {"fsync": os.fsync, "rename": os.rename}
 
@@ -204,14 +203,14 @@ def test_files_reach_the_disk_before_the_name_and_the_name_before_removals(
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "rename", rename)
-    saved(tmp_path, 2, keep=1)
+    saved(tmp_path, 3)
     assert events == [
         ("fsync", "state.json"),
         ("fsync", "model.safetensors"),
         ("fsync", "bank.safetensors"),
         ("fsync", "manifest.json"),
-        ("fsync", ".tmp-step-0000000002"),
-        (".tmp-step-0000000002", "step-0000000002"),
+        ("fsync", ".tmp-step-0000000003"),
+        (".tmp-step-0000000003", "step-0000000003"),
         ("fsync", tmp_path.name),
         ("step-0000000001", ".tmp-step-0000000001"),
     ]
@@ -236,7 +235,8 @@ FULL_DISK = """
     from pathlib import Path
     import torch
     from nearkin.files import SaveFailed
-    from nearkin.training.checkpoint.store import Snapshot, Store
+    from nearkin.training.checkpoint.snapshot import Snapshot
+    from nearkin.training.checkpoint.store import Store
 
     def sized(step, numbers):
         return Snapshot(step, {"model": {"w": torch.full((numbers,), float(step))}}, {})

@@ -52,18 +52,20 @@ def run(argv: Sequence[str]) -> int:
     except NearkinError as error:
         if debug and error.code != 75:
             raise
-        _report("stopped" if error.code == 75 else "error", printable(str(error)))
+        _report("stopped" if error.code == 75 else "error", printable(str(error)), error)
         return error.code
     except BrokenPipeError:  # the reader of stdout, like `head`, has what it wanted
         return 0
-    except KeyboardInterrupt:
-        _report("stopped", "interrupted.")
+    except KeyboardInterrupt as error:
+        _report("stopped", "interrupted.", error)
         return 75
     except Exception as error:
         if debug:
             raise
         text = printable(f"{type(error).__name__}: {error}")
-        _report("bug", f"{text} (please report it; run again with --debug for the traceback)")
+        _report(
+            "bug", f"{text} (please report it; run again with --debug for the traceback)", error
+        )
         return 1
 
 
@@ -92,5 +94,14 @@ def is_first() -> bool:
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
-def _report(kind: str, text: str) -> None:
-    sys.stderr.write(f"nearkin: {kind}: {text}\n")
+def _report(kind: str, text: str, error: BaseException) -> None:
+    """Print an error, once where several processes were launched together."""
+    from nearkin.process import launched
+
+    if launched().world_size > 1:
+        from nearkin.failures import report_failure
+
+        report_failure(error)
+    if not getattr(error, "reported_elsewhere", False):
+        sys.stderr.write(f"nearkin: {kind}: {text}\n")
+        sys.stderr.flush()

@@ -12,7 +12,7 @@ from nearkin.cli import is_first
 from nearkin.cli.arguments import Parser, options_table, show_help
 from nearkin.config import FREE, RunConfig, merge, read_yaml, to_yaml, validate
 from nearkin.errors import ConfigError, printable
-from nearkin.process import handled, interrupt, keep_freed_memory
+from nearkin.process import interrupt, keep_freed_memory, stop_handler
 from nearkin.training.api import Result, continue_run, resolved, start_run
 from nearkin.training.run_folder import stored_options, stored_settings
 
@@ -21,7 +21,7 @@ USAGE = "nearkin train [DATA] [--objective NAME] [--objective.OPTION VALUE] [--m
 
 def main(argv: list[str]) -> int:
     keep_freed_memory()
-    with handled(interrupt):
+    with stop_handler(interrupt):
         return _main(argv)
 
 

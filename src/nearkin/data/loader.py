@@ -1,26 +1,42 @@
-"""Batches of images. What a batch holds depends on its keys alone, never on the worker that makes it."""
+"""Batches of images, made by worker processes. A batch is a function of its keys, whichever worker makes it."""
 
 from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from threading import Thread
+from functools import partial
+from multiprocessing import get_start_method, parent_process
+from multiprocessing.synchronize import Event as EventType
+from pathlib import Path
+from threading import Thread, current_thread, main_thread
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.multiprocessing import Event
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from nearkin.data.dataset import Split
 from nearkin.data.decode import BadImage
 from nearkin.data.sampling import SampleKey, sample_seed
 from nearkin.data.transforms import Pipeline, Transform
-from nearkin.errors import DataError, NearkinError
+from nearkin.errors import ConfigError, DataError, NearkinError, Stopped
+from nearkin.process import stop_requested, stop_signals_blocked
 from nearkin.types import Batch
+
+POLL = (
+    1.0  # seconds between two looks at signals and workers while the main process waits for a batch
+)
+PATIENCE = (
+    20.0  # seconds from a stop signal until a missing batch is given up; Slurm kills after 30
+)
+PREFETCH = 2  # batches that a worker makes ahead
+SHARED_MEMORY = Path("/dev/shm")
 
 # Decoded images are transformed together until they have this many bytes: draws in a row find their code in the
 # processor's caches, but photographs are large.
@@ -30,7 +46,7 @@ Placed = tuple[int, int, Tensor]  # view, place in the batch, image
 
 
 class WorkersDied(NearkinError):
-    """A process that loads images ended before its work (exit 75: what was saved can be continued)."""
+    """A process that loads images ended early (exit 75: the saved run can be resumed)."""
 
     code = 75
 
@@ -44,15 +60,21 @@ def train_loader(
     seed: int,
     workers: int,
     pin_memory: bool = False,
+    patience: float = 0.0,
 ) -> Iterator[Batch]:
     """One `Batch` for each list of keys in `order`: images uint8 `[views, b, C, H, W]`, labels and index `[b]`.
 
     Each view is made under a random state that `sample_seed` gives, so that 0, 1 or 4 workers make the same
     batches; the global random states are left as they were. index: the row in the split.
 
+    patience: seconds from a stop signal until `Stopped` is raised if the workers send no batch; other processes may
+    be in the middle of a step.
+
     Raises DataError when an image can no longer be read, WorkersDied when a worker ends early.
     """
-    return _batches(_TrainViews(split, transform, views, seed), order, workers, pin_memory)
+    return _batches(
+        _TrainViews(split, transform, views, seed), order, workers, pin_memory, patience
+    )
 
 
 def eval_loader(
@@ -66,14 +88,14 @@ def eval_loader(
 ) -> Iterator[Batch]:
     """Batches of the views of each of `rows`, in their order, none padded and none dropped: the last is smaller.
 
-    views: a decoded image -> what is judged of it, as many for every image. Raises as `train_loader`.
+    views: a decoded image -> its views, the same number for every image. Raises as `train_loader`.
     """
     order = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    return _batches(_PlainViews(split, views), order, workers, pin_memory)
+    return _batches(_PlainViews(split, views), order, workers, pin_memory, PATIENCE)
 
 
 class _Views(Dataset[Batch | DataError]):
-    """Makes whole batches, and gives an error back as a value: torch would lose its text and its class."""
+    """Makes whole batches. Returns a DataError as a value, since torch would lose its text and class."""
 
     def __init__(self, split: Split) -> None:
         self.split = split
@@ -203,59 +225,131 @@ def _borrowed_random_states() -> Iterator[None]:
         np.random.set_state(states[2])  # noqa: NPY002
 
 
+def fitting_workers(workers: int, batch_bytes: int) -> int:
+    """How many of `workers` have room for their batches in shared memory; all of them where there is no /dev/shm.
+
+    batch_bytes: of one batch of each loader that is open at the same time, over all processes of the machine.
+    """
+    if not SHARED_MEMORY.is_dir():
+        return workers
+    batches = shutil.disk_usage(SHARED_MEMORY).free // max(1, batch_bytes)
+    return max(0, min(workers, (batches - 1) // PREFETCH))  # one more batch is in use
+
+
 def _batches(
-    views: _Views, order: Iterable[Sequence[Any]], workers: int, pin_memory: bool
+    views: _Views,
+    order: Iterable[Sequence[Any]],
+    workers: int,
+    pin_memory: bool,
+    patience: float,
 ) -> Iterator[Batch]:
-    loader: DataLoader[Batch | DataError] = DataLoader(
+    started = Event() if workers else None
+    loader: DataLoader[Batch | NearkinError] = DataLoader(
         views,
         batch_sampler=order,  # type: ignore[arg-type]  # any iterable of keys will do
         num_workers=workers,
-        collate_fn=_as_it_is,
-        worker_init_fn=_obey_parent_only,
+        collate_fn=_share,  # type: ignore[arg-type]  # of whole batches
+        worker_init_fn=partial(_start_worker, started) if started else None,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # otherwise each loader would draw from the global state
+        timeout=POLL if workers else 0,
+        prefetch_factor=PREFETCH if workers else None,
     )
-    with _named_deaths():
-        yield from map(_batch, loader)
+    with _deaths_explained(started):
+        batches = _start(loader) if workers else iter(loader)
+        while (made := _next(batches, patience)) is not None:
+            if isinstance(made, NearkinError):
+                raise made
+            yield made
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch
+def _start(loader: DataLoader[Batch | NearkinError]) -> Iterator[Batch | NearkinError]:
+    """Start the workers.
 
-
-def _batch(made: Batch | DataError) -> Batch:
-    if isinstance(made, DataError):
-        raise made
-    return made
-
-
-def _obey_parent_only(_: int) -> None:
-    """The main process decides what a signal means; workers that died of it would spoil its last step.
-
-    SIGTERM is also how the main process ends a worker that it no longer needs, so a thread looks who sent
-    it. Where the system cannot tell (macOS, Windows), SIGTERM keeps ending the worker.
+    torch's first loader sets a SIGCHLD handler that raises an error wherever the main process is, in the middle of a
+    step too. Without it `next` reports a death within `POLL` seconds, between two steps, where the run can be saved.
     """
+    if SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free < 2**20:  # semaphores, too
+        raise _no_room(loader.num_workers)
+    in_main_thread = current_thread() is main_thread() and hasattr(signal, "SIGCHLD")
+    handler = signal.getsignal(signal.SIGCHLD) if in_main_thread else None
+    with stop_signals_blocked():
+        batches = iter(loader)
+    if in_main_thread:
+        signal.signal(signal.SIGCHLD, handler)
+    return batches
+
+
+def _next(batches: Iterator[Batch | NearkinError], patience: float) -> Batch | NearkinError | None:
+    while True:
+        try:
+            return next(batches, None)
+        except RuntimeError as error:  # torch has no class for it
+            if "DataLoader timed out" not in str(error):
+                raise
+        if stop_requested(patience):
+            raise Stopped("Stopped on request while waiting for images; continue with --resume.")
+
+
+def _share(made: Batch | NearkinError) -> Batch | NearkinError:
+    """In a worker, move the batch to shared memory.
+
+    Otherwise torch does it in a background thread of the worker, where an error is printed and lost, and the main
+    process waits for ever.
+    """
+    worker = get_worker_info()
+    if worker is None or isinstance(made, NearkinError):
+        return made
+    try:
+        return Batch(*(tensor.share_memory_() for tensor in made))  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        if "shared memory" not in str(error):
+            raise
+        return _no_room(worker.num_workers)
+
+
+def _no_room(workers: int) -> WorkersDied:
+    return WorkersDied(
+        f"{SHARED_MEMORY} has no room for the batches of --workers {workers}; lower --workers or --batch-size, use "
+        "--workers 0, or enlarge it (docker run --shm-size 1g), and continue with --resume."
+    )
+
+
+def _start_worker(started: EventType, _: int) -> None:
+    """Let the main process alone decide what a signal means (see `stop_signals_blocked`).
+
+    SIGTERM is also how the main process ends a worker that it no longer needs, so a thread looks who sent it. Where the
+    system cannot tell (macOS), SIGTERM ends the worker.
+    """
+    started.set()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        Thread(target=_await_parent, daemon=True).start()
+        Thread(target=_exit_for_parent, daemon=True).start()
+    elif hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
-def _await_parent() -> None:
-    parent = os.getppid()
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+def _exit_for_parent() -> None:
+    parent = parent_process()
+    while parent is None or signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
         pass
     os._exit(0)
 
 
 @contextmanager
-def _named_deaths() -> Iterator[None]:
+def _deaths_explained(started: EventType | None) -> Iterator[None]:
+    """Raise WorkersDied, or ConfigError where the workers ended while they imported the script."""
     try:
         yield
     except (RuntimeError, ConnectionError, EOFError) as error:
         if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
             raise
+        if started and not started.is_set() and get_start_method() != "fork":
+            raise ConfigError(
+                "The processes that load images ended while they imported your script; call nearkin under "
+                '`if __name__ == "__main__":`, or use workers=0.'
+            ) from error
         raise WorkersDied(
-            "A process that loads images died, often for want of memory or of room in /dev/shm; "
-            "lower --workers, or use --workers 0, and continue with --resume."
+            "A process that loads images died, often for want of memory; lower --workers, or use --workers 0, "
+            "and continue with --resume."
         ) from error

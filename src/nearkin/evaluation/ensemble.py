@@ -19,7 +19,7 @@ from nearkin.data.dataset import EvaluationSplit, Split, load_for_evaluation
 from nearkin.data.images import Files
 from nearkin.data.look import Ranks
 from nearkin.data.sources.listing import Listing
-from nearkin.distributed import Runtime, launched
+from nearkin.distributed import Runtime
 from nearkin.errors import ConfigError, DivergedError, ModelError, printable
 from nearkin.evaluation.evaluator import Evaluator, Probabilities, gathered
 from nearkin.evaluation.metrics import reduced
@@ -27,6 +27,7 @@ from nearkin.evaluation.model import DESCRIPTION, FORMAT, WEIGHTS, Bundle, load_
 from nearkin.evaluation.options import Tta
 from nearkin.files import SaveFailed, write_atomic
 from nearkin.network import read_safetensors
+from nearkin.process import launched
 from nearkin.types import Predictions
 
 FOLDER = "cache"
@@ -323,7 +324,7 @@ class Ensemble:
         source = config.data if data is None else data
         key = (config.data if data is None else data.data, *options.values())
         if key not in self._loaded:
-            collect = self._runtime.collect_patiently
+            collect = self._runtime.collect
             ranks = Ranks.on_node(self._runtime.rank, launched().per_node, collect)
             found = load_for_evaluation(source, classes=self.classes, ranks=ranks, **options)
             labels = found.split.labels.tobytes()

@@ -70,8 +70,7 @@ def _evaluate(
     from nearkin.evaluation.ensemble import Ensemble, likelihood_weights, load_members
     from nearkin.evaluation.metrics import summarise
 
-    runtime = Runtime(device=choose_device(device), precision="fp32")
-    try:
+    with Runtime(device=choose_device(device), precision="fp32") as runtime:
         members = load_members(runs, runtime.device)
         ensemble = Ensemble(members, runtime, tta=tta, workers=workers, cache=cache)
         shares, validation = [1 / len(runs)] * len(runs), None
@@ -83,8 +82,6 @@ def _evaluate(
         name = _name(found.split.name, runs, data and data.data, tta, weights)
         files = _write(runs[0], name, metrics, notes) if runtime.is_main else None
         confusion_file, classes_file = runtime.share(files) or (None, None)
-    finally:
-        runtime.close()
     return Evaluation(
         **vars(metrics),
         run=str(runs[0]),

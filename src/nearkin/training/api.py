@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack, cast
 
 from nearkin.catalogue import check_objective
 from nearkin.config import FREE_ON_RESUME, RunConfig, merge, validate
@@ -174,12 +174,9 @@ def _with_runtime(config: RunConfig, work: Callable[[Runtime], T]) -> T:
     from nearkin.distributed import Runtime, choose_device, choose_precision
 
     device = choose_device(config.device)
-    runtime = Runtime(device=device, precision=choose_precision(config.precision, device))
-    try:
-        with _named_failures():
-            return work(runtime)
-    finally:
-        runtime.close()
+    precision = choose_precision(config.precision, device)
+    with Runtime(device=device, precision=precision) as runtime, _named_failures():
+        return work(runtime)
 
 
 @contextmanager
@@ -189,12 +186,6 @@ def _named_failures() -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError) as error:
         text = str(error).lower()
-        if "dataloader worker (pid" in text:  # torch raises it wherever the main process is
-            from nearkin.data.loader import WorkersDied
-
-            raise WorkersDied(
-                "A process that loads images died; resume the run, with fewer --workers if the memory is short."
-            ) from error
         if isinstance(error, MemoryError) or any(words in text for words in OUT_OF_MEMORY):
             raise DivergedError(
                 "The memory ran out; lower --batch-size, --image-size or --workers, or split the batch "
@@ -208,20 +199,14 @@ def _named_failures() -> Iterator[None]:
 
 
 def _create_folder(prepared: Prepared, config: RunConfig, runtime: Runtime) -> Path:
-    """Created by the first process; all others learn its name, or its error."""
-    made: Path | NearkinError | None = None
+    """Created by the first process; all others learn its name."""
+    made: Path | None = None
     if runtime.is_main:
-        try:
-            made = run_folder.create(config.out, data=config.data, objective=config.objective)
-            run_folder.describe(made, prepared.settings, prepared.dataset.classes)
-            run_folder.write_origin(made, config, prepared.identity)
-            _write_bad_files(made, prepared.dataset.bad)
-        except NearkinError as error:
-            made = error
-    made = runtime.share(made)
-    if isinstance(made, NearkinError):
-        raise made
-    return Path(str(made))
+        made = run_folder.create(config.out, data=config.data, objective=config.objective)
+        run_folder.describe(made, prepared.settings, prepared.dataset.classes)
+        run_folder.write_origin(made, config, prepared.identity)
+        _write_bad_files(made, prepared.dataset.bad)
+    return cast("Path", runtime.share(made))
 
 
 def _write_bad_files(folder: Path, bad: Any) -> None:

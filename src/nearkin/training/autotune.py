@@ -11,8 +11,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from nearkin.distributed import Runtime, choose_precision, launched
+from nearkin.distributed import Runtime, choose_precision
 from nearkin.network import Network
+from nearkin.process import launched
 from nearkin.settings import Settings
 
 NAMES = ("precision", "memory_format", "threads")

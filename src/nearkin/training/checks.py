@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nearkin.data.loader import SHARED_MEMORY, fitting_workers
 from nearkin.data.sampling import Draws, Sampler
 from nearkin.errors import ConfigError
 from nearkin.evaluation.model import Built
 from nearkin.network import check_eval_size
+from nearkin.process import launched
 from nearkin.settings import Settings
 from nearkin.training.optim import names_layers
 
@@ -74,6 +76,26 @@ def _check_evaluation(settings: Settings, built: Built) -> None:
 def _check_layers(settings: Settings, built: Built) -> None:
     if settings.layer_decay < 1.0 and not names_layers(built.network.backbone):
         raise ConfigError(f"{settings.model} does not name its layers; leave out --layer-decay.")
+
+
+def fit_workers(settings: Settings, views: int, *, given: bool) -> Settings:
+    """Lower an automatic `workers` to what has room in shared memory. views: of an image in a training batch.
+
+    Raises ConfigError where `workers` was given: torch's workers wait for ever when /dev/shm is full.
+    """
+    launch, batch, workers = launched(), settings.batch_size, settings.workers
+    train = views * batch // launch.nodes * settings.image_size**2
+    validation = launch.per_node * max(64, batch) * settings.eval_size**2
+    # Bytes: uint8, and both loaders are open at the end of an epoch.
+    size = settings.channels * (train + validation)
+    fitting = fitting_workers(workers, size)
+    if given and fitting < workers:
+        raise ConfigError(
+            f"--workers {workers} needs {size * (2 * workers + 1) / 2**20:.0f} MiB of shared memory for its batches, "
+            f"more than is free in {SHARED_MEMORY}; use --workers {fitting}, a smaller --batch-size, or enlarge it "
+            "(docker run --shm-size 1g)."
+        )
+    return settings.model_copy(update={"workers": fitting})
 
 
 TOO_MANY = 0.05  # share of anchors without a positive above which the user is warned

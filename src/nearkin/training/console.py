@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: a bar in a terminal, one line an epoch elsewhere. All on stderr."""
+"""Progress on stderr: a bar in a terminal, one line an epoch elsewhere."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def say(text: str, quiet: bool) -> None:
 
 
 class Bar:
-    """Shows steps, the loss and the last validation; with `quiet` only warnings, `silent` not even these."""
+    """Shows steps, remaining time, the loss and the last validation; `quiet`: only warnings; `silent`: nothing."""
 
     def __init__(self, steps: int, *, quiet: bool, silent: bool) -> None:
         self._steps, self._quiet, self._silent = steps, quiet or silent, silent
@@ -50,8 +50,8 @@ class Bar:
         if self._progress is not None:
             self._progress.stop()
 
-    def told(self, step: int, record: dict[str, Any]) -> None:
-        """Take in a record of the journal."""
+    def update(self, step: int, record: dict[str, Any]) -> None:
+        """Show a record of the journal."""
         if record["kind"] == "train":
             self._loss = f"loss {record['loss']:.4f}"
         elif record["kind"] == "validation":
@@ -70,12 +70,12 @@ class Bar:
             self._print(text)
 
     def warn(self, text: str) -> None:
-        """One line that a person should read even when nothing else is shown."""
+        """One line that is shown with `quiet` as well."""
         if not self._silent:
             self._print(f"warning: {text}")
 
     def _print(self, text: str) -> None:
-        # Whoever watched may have left; training goes on.
+        # The terminal may be gone; training goes on.
         with contextlib.suppress(OSError, ValueError):
             if self._progress is not None:
                 self._progress.console.print(printable(text), markup=False, highlight=False)

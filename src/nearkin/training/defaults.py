@@ -106,7 +106,7 @@ def resolve(config: DataSettings, facts: NetworkFacts) -> Settings:
         "memory_format": facts.memory_format,
         "device": facts.device,
         "precision": facts.precision,
-        "threads": 1 if small or facts.ranks > 1 else cores,
+        "threads": 1 if small else cores,
         "workers": min(8, cores) if facts.files else 0,
     }
     given = config.model_dump() | {"options": facts.options, "stem": facts.stem, "out": None}

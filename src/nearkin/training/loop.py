@@ -1,4 +1,4 @@
-"""The loop: batches in, steps taken, everything else told."""
+"""The training loop: takes steps, records losses, validates, saves and stops."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from typing import Any, NamedTuple
 
 import torch
 
+from nearkin.data.loader import WorkersDied
 from nearkin.distributed import Flags, Runtime
 from nearkin.errors import DivergedError, Stopped
 from nearkin.objectives import Stage
-from nearkin.process import StopSignals
+from nearkin.process import stop_requested
 from nearkin.settings import Settings
 from nearkin.training.checkpoint.saver import Saver
-from nearkin.training.checkpoint.store import Snapshot
+from nearkin.training.checkpoint.snapshot import Snapshot
 from nearkin.training.checks import CollapseWatch
+from nearkin.training.console import Bar
 from nearkin.training.metrics_log import Journal, Meters
 from nearkin.training.run_folder import write_json
 from nearkin.training.step import Stepper
@@ -34,7 +36,7 @@ class Leg(NamedTuple):
 
 
 def legs(stages: tuple[Stage, ...], epochs: int, steps_per_epoch: int) -> list[Leg]:
-    """Share the epochs among the stages, each at least one where there are enough; the last takes the rest."""
+    """Divide the epochs among the stages, at least one each where there are enough; the last gets the rest."""
     result: list[Leg] = []
     first = 0
     for number, stage in enumerate(stages):
@@ -47,10 +49,10 @@ def legs(stages: tuple[Stage, ...], epochs: int, steps_per_epoch: int) -> list[L
 
 
 class Loop:
-    """Trains the legs of a run from wherever it stands.
+    """Trains the stages of a run from the start or from a snapshot.
 
-    loader(stage, first, last) yields this rank's blocks; validate() returns a record with `value`;
-    told(step, record) is the progress bar.
+    journal: None on all processes but the first. loader(stage, first, last): yields this process's blocks of the
+    batches. validate(): a record with `value`, or None without a validation split.
     """
 
     def __init__(
@@ -60,22 +62,21 @@ class Loop:
         stepper: Stepper,
         saver: Saver,
         journal: Journal | None,
+        bar: Bar,
         loader: Callable[[Stage, int, int], Iterator[Batch]],
         validate: Callable[[], dict[str, Any] | None],
-        told: Callable[[int, dict[str, Any]], None],
-        warn: Callable[[str], None],
     ) -> None:
         self.settings, self.runtime, self.stepper = settings, runtime, stepper
-        self.saver, self.journal = saver, journal
-        self.loader, self.validate, self.told, self.warn = loader, validate, told, warn
+        self.saver, self.journal, self.bar = saver, journal, bar
+        self.loader, self.validate = loader, validate
         self.meters = Meters(runtime.device)
         self.flags = Flags(runtime)
         self.collapse = CollapseWatch()
+        self.diverged = False
         self._clock = time.monotonic()
 
-    def run(self, route: list[Leg], snapshot: Snapshot | None, signals: StopSignals) -> int:
+    def run(self, route: list[Leg], snapshot: Snapshot | None) -> int:
         """Train to the end of the route and return the last step. Raises Stopped or DivergedError."""
-        self.signals = signals
         self.steps = route[-1].last
         step = 0
         for leg in route:
@@ -93,9 +94,7 @@ class Loop:
             self.saver.forget_best()
         self.stepper.begin(leg.stage)
         if snapshot is not None:
-            self.saver.restore(snapshot, self.meters)
-            self.collapse.load(snapshot.state["collapse"])
-            self.stepper.steps_done = snapshot.step
+            self.saver.restore(snapshot, self.meters, self.collapse)
 
     def _start_from(self, stage: Stage) -> None:
         weights = self.saver.best_weights() if stage.start == "best" else None
@@ -105,22 +104,25 @@ class Loop:
 
     def _train(self, leg: Leg, step: int, saved: bool) -> int:
         last_batch: Batch | None = None
-        for batch in self.loader(leg.stage, step, leg.last):
+        batches = self.loader(leg.stage, step, leg.last)
+        while step < leg.last:
+            batch = self._next(batches, leg, last_batch, step)
             progress = self._progress(leg, step)
             loss = self.stepper.step(batch, progress, step)
-            stop = self._post(loss, last_batch, step)
+            stop = self._exchange_flags(loss, last_batch, step)
             last_batch, step, saved = batch, step + 1, False
             self.meters.add(loss)
             if step % self.settings.log_every == 0 or step == leg.last:
                 self._record_losses(leg.stage, progress, step)
             ended = step % self.stepper.steps_per_epoch == 0
             if ended:
-                self._settle(last_batch, step)
+                self._check_last_step(last_batch, step)
                 self._record_epoch(leg.stage, progress, step)
                 self._record_validation(leg.stage, progress, step)
             if stop:
-                self._settle(last_batch, step)
+                self._check_last_step(last_batch, step)
                 self._save(leg, step)
+                self.runtime.barrier()  # the other processes must not end before the checkpoint is whole
                 raise Stopped(
                     f"Stopped at step {step} of {self.steps} on request; everything is saved."
                 )
@@ -129,6 +131,18 @@ class Loop:
         if not saved:
             self._save(leg, step)
         return step
+
+    def _next(
+        self, batches: Iterator[Batch], leg: Leg, last_batch: Batch | None, step: int
+    ) -> Batch:
+        """The next batch. If none can be had, the steps so far are saved first: none is in progress here."""
+        try:
+            return next(batches)
+        except (Stopped, WorkersDied):
+            if last_batch is not None:
+                self._check_last_step(last_batch, step)
+                self._save(leg, step)
+            raise
 
     def _progress(self, leg: Leg, step: int) -> Progress:
         per_epoch = self.stepper.steps_per_epoch
@@ -140,39 +154,40 @@ class Loop:
             epochs=(leg.last - leg.first) // per_epoch,
         )
 
-    def _post(self, loss: Loss, last_batch: Batch | None, step: int) -> bool:
-        """Send this step's flags and act on those of the step before."""
+    def _exchange_flags(self, loss: Loss, last_batch: Batch | None, step: int) -> bool:
+        """Send the flags of this step; return whether any process asked to stop in the step before."""
         stop, bad = self.flags.read()
-        self.flags.post(self.signals.asked, ~torch.isfinite(loss.total.detach()))
+        self.flags.post(stop_requested(), ~torch.isfinite(loss.total.detach()))
         if bad and last_batch is not None:
-            self._diverged(last_batch, step - 1)
+            self._raise_diverged(last_batch, step - 1)
         return stop
 
-    def _settle(self, batch: Batch, step: int) -> None:
-        """Wait for the flags of the step just taken: nothing is judged or saved after a loss that is not finite."""
+    def _check_last_step(self, batch: Batch, step: int) -> None:
+        """Wait for the flags of the step just taken: a loss that is not finite is neither validated nor saved."""
         stop, bad = self.flags.read()
         if bad:
-            self._diverged(batch, step - 1)
+            self._raise_diverged(batch, step - 1)
         self.flags.post(
-            stop or self.signals.asked,
+            stop or stop_requested(),
             torch.zeros((), dtype=torch.bool, device=self.runtime.device),
         )
 
     def _due(self, loss: Loss, ended: bool) -> bool:
-        """Whether the saving rank should save now. A loss that is not finite is not saved; all ranks learn of it
-        with the next step's flags, and stop together."""
+        """Whether to save now, on the first process. A loss that is not finite is not saved; all processes read it in
+        the flags of the next step and stop together."""
         if not (self.runtime.is_main and self.saver.due(ended)):
             return False
         return bool(torch.isfinite(loss.total.detach()))
 
-    def _diverged(self, batch: Batch, step: int) -> None:
+    def _raise_diverged(self, batch: Batch, step: int) -> None:
+        self.diverged = True
         replay = {
             "step": step,
             "seed": self.settings.seed,
             "index": batch.index.tolist(),
             "labels": batch.labels.tolist(),
             "rank": self.runtime.rank,
-            # What the stepper set before this step; everything else is keyed to (seed, step, sample).
+            # Set by the stepper before this step; all other draws are keyed to (seed, step, sample).
             "rng_state": torch.Generator()
             .manual_seed(self.settings.seed + step)
             .get_state()
@@ -194,27 +209,27 @@ class Loop:
         now = time.monotonic()
         seconds, self._clock = now - self._clock, now
         values = {"lr": self.stepper.lr, **losses}
-        self._tell("train", stage, progress, step, values, seconds)
+        self._record("train", stage, progress, step, values, seconds)
 
     def _record_epoch(self, stage: Stage, progress: Progress, step: int) -> None:
         means, counts = self.meters.take_epoch()
         if self.journal is None:
             return
-        self._tell("epoch", stage, progress, step, means | counts, 0.0)
+        self._record("epoch", stage, progress, step, means | counts, 0.0)
         collapsed = {n: float(value) for n, value in self.stepper.at_collapse.terms.items()}
         warning = self.collapse.check(stage.name, progress.epoch, means, collapsed)
         if warning:
-            self.warn(warning)
+            self._warn(warning)
 
     def _record_validation(self, stage: Stage, progress: Progress, step: int) -> None:
         started = time.monotonic()
-        found = self.validate()
-        if found is None:
+        values = self.validate()
+        if values is None:
             return
-        found["best"] = self.saver.consider(found["value"], step)
-        self._tell("validation", stage, progress, step, found, time.monotonic() - started)
+        values["best"] = self.saver.consider(values["value"], step)
+        self._record("validation", stage, progress, step, values, time.monotonic() - started)
 
-    def _tell(
+    def _record(
         self,
         kind: str,
         stage: Stage,
@@ -223,7 +238,7 @@ class Loop:
         values: dict[str, Any],
         seconds: float,
     ) -> None:
-        """One event to the journal and to whoever watches."""
+        """Write one event to the journal and the progress bar."""
         if self.journal is None:
             return
         epoch, best = progress.epoch, self.saver.best
@@ -233,9 +248,14 @@ class Loop:
         self.journal.status(
             "running", step=step, steps=self.steps, epoch=epoch, best=best and best._asdict()
         )
-        self.told(step, {"kind": kind, "stage": stage.name, "epoch": epoch, **values})
+        self.bar.update(step, {"kind": kind, "stage": stage.name, "epoch": epoch, **values})
 
     def _save(self, leg: Leg, step: int) -> None:
-        warning = self.saver.save(step, leg.number, self.meters, self.collapse.state())
+        warning = self.saver.save(step, leg.number, self.meters, self.collapse)
         if warning:
-            self.warn(warning)
+            self._warn(warning)
+
+    def _warn(self, text: str) -> None:
+        self.bar.warn(text)
+        if self.journal is not None:
+            self.journal.log(f"warning: {text}")

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -25,7 +26,7 @@ WINDOWS = ("interval", "epoch")
 
 
 class _Window:
-    """Sums over a stretch of steps, all of which have the same names."""
+    """Sums of named values over several steps."""
 
     def __init__(self, device: torch.device) -> None:
         self.dtype = torch.float32 if device.type == "mps" else torch.float64
@@ -50,7 +51,7 @@ class _Window:
 class Meters:
     """The loss, its terms and its counts since the last `take` and since the last `take_epoch`.
 
-    Saved with a checkpoint, so that a resumed stretch reports what an uninterrupted one would.
+    Saved in checkpoints, so that a resumed run reports the same means as one that was not interrupted.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -86,7 +87,7 @@ class Meters:
         return {n: w.sums for n, w in self._windows.items()}, {"counts": self._counts, **plain}
 
     def load(self, sums: dict[str, Tensor], state: dict[str, object]) -> None:
-        """What `state` gave."""
+        """Restore `state`."""
         self._counts = tuple(state["counts"])  # type: ignore[arg-type]
         for name, window in self._windows.items():
             plain = state[name]
@@ -97,22 +98,24 @@ class Meters:
 
 METRICS = "metrics.jsonl"
 LOG = "train.log"
+HEARTBEAT = 10.0  # seconds
 
 
 class Journal:
-    """What a run says of itself, in three files of its folder.
+    """Three files in the run folder.
 
-    `metrics.jsonl`: one JSON object per line with kind, stage, step, epoch, the values, and under
-    `clock` all that depends on the wall clock, so that everything else is equal between equal runs.
-    `status.json`: where the run stands now, replaced in one step. `train.log`: text with times.
+    `metrics.jsonl`: one JSON object per line with kind, stage, step, epoch and the values; everything that depends on
+    the wall clock stands under `clock`, so that the rest is equal between equal runs. `status.json`: the current state
+    of the run. `train.log`: text with times.
 
-    Training never stops because one of them cannot be written: the first failure is one warning on
-    stderr, the rest are silent; `failures` counts them by file name.
+    Training never stops because one of them cannot be written: the first failure gives one warning on stderr, the rest
+    are silent; `failures` counts them by file name.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.failures: Counter[str] = Counter()
+        self._next_heartbeat = -math.inf
 
     def record(
         self,
@@ -143,15 +146,19 @@ class Journal:
         best: object = None,
         message: str = "",
     ) -> None:
-        """Replace `status.json`; the time and the process id are added.
+        """Replace `status.json`; the time and the process id are added. A reader sees the old file or the new one.
 
-        state: `running`, `done`, ... step, steps: optimiser steps done and planned. best: the best
-        metric.
+        state: `running` is written at most once in 10 s and is a heartbeat; any other state is always written. step,
+        steps: optimiser steps done and planned. best: the best metric.
         """
+        now = time.monotonic()
+        if state == "running" and now < self._next_heartbeat:
+            return
+        self._next_heartbeat = now + HEARTBEAT
         fields = {"state": state, "step": step, "steps": steps, "epoch": epoch, "best": best}
         fields |= {"message": message, "updated": _now(), "pid": os.getpid()}
         data = _json(fields).encode() + b"\n"
-        self._attempt(STATUS, lambda: write_atomic(self.folder / STATUS, data))
+        self._attempt(STATUS, lambda: _replace(self.folder / STATUS, data))
 
     def log(self, text: str) -> None:
         """Append `text` to `train.log`, each line with the time and control characters escaped."""
@@ -159,7 +166,7 @@ class Journal:
         self._append(LOG, "\n".join(f"{now} {printable(line)}" for line in text.split("\n")))
 
     def cut_back(self, step: int) -> None:
-        """Forget the lines of `metrics.jsonl` after `step`, and a last line that is half written.
+        """Remove the lines of `metrics.jsonl` after `step`, and an incomplete last line.
 
         Resuming from a checkpoint of `step` then writes them again. Raises `ModelError` when
         another line is no JSON, and `SaveFailed` when the disk refuses.
@@ -180,12 +187,12 @@ class Journal:
             self.failures[name] += 1
             if first:
                 path = printable(str(self.folder / name))
-                reason = error.__cause__ or error  # the plain words inside a SaveFailed
+                reason = error.__cause__ or error  # the OSError inside a SaveFailed
                 _warn(f"{path} cannot be written ({printable(str(reason))}); training goes on.")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`, without a last line that was only half written.
+    """The lines of a `metrics.jsonl`, without an incomplete last line.
 
     Raises `ModelError` when it cannot be read or another line is no JSON object with a step.
     """
@@ -220,6 +227,13 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return fields if isinstance(fields, dict) and isinstance(fields.get("step"), int) else None
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Replace a file in one step, without waiting for the disk."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.write_bytes(data)
+    temporary.replace(path)
 
 
 def _append(path: Path, data: bytes) -> None:

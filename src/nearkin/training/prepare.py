@@ -20,8 +20,7 @@ from nearkin.data.look import Ranks, usual_side
 from nearkin.data.sampling import Draw, drawing
 from nearkin.data.sources.listing import Listing
 from nearkin.data.sources.resolve import resolve as list_data
-from nearkin.distributed import Runtime, launched
-from nearkin.errors import NearkinError
+from nearkin.distributed import Runtime
 from nearkin.evaluation.model import (
     DESCRIPTION,
     WEIGHTS,
@@ -32,12 +31,14 @@ from nearkin.evaluation.model import (
 )
 from nearkin.network import default_memory_format, load_weights, prefers_adamw
 from nearkin.objectives import Objective, get
+from nearkin.process import launched
 from nearkin.settings import DataSettings, Settings
 from nearkin.training.autotune import NAMES, tune
 from nearkin.training.checks import (
     check_built,
     counted_share,
     expected_share,
+    fit_workers,
     missing_positives_warning,
 )
 from nearkin.training.console import say
@@ -90,6 +91,8 @@ def prepare(
     built = _build(data, options, dataset, device, pretrained=pretrained)
     files, count = train.images.from_files and not read_whole(data), len(train.labels)
     settings = resolve(data, network_facts(data, built, runtime, images=count, files=files))
+    views, given = built.objective.stages()[0].views, config.workers != "auto"
+    settings = fit_workers(settings, views, given=given)
     check_built(settings, built)
     if config.freeze_backbone and not config.pretrained and config.weights is None:
         say("note: --freeze-backbone keeps random weights; give --pretrained or --weights.", quiet)
@@ -204,16 +207,8 @@ def _load(config: RunConfig, runtime: Runtime, listing: Listing | None) -> Chose
             images_per_class=config.images_per_class,
         )
 
-    chosen: Chosen | None = None
-    problem: NearkinError | None = None
-    if runtime.is_main:
-        try:
-            chosen = load()
-        except NearkinError as error:
-            problem = error
-    problem, *_ = runtime.collect_patiently(problem)
-    if problem is not None:
-        raise problem
+    chosen = load() if runtime.is_main else None
+    runtime.barrier()
     return load() if chosen is None else chosen
 
 
@@ -248,7 +243,7 @@ def _decoding(
         bad = contents.bad_rows(files, made)
         readable = leave_out(chosen, bad, config.bad_images)
         return packed(to_dataset(readable, classes), contents, made.pack)
-    ranks = Ranks.on_node(runtime.rank, launched().per_node, runtime.collect_patiently)
+    ranks = Ranks.on_node(runtime.rank, launched().per_node, runtime.collect)
     readable = looked(chosen, config.check, config.bad_images, ranks=ranks, quiet=quiet)
     dataset = to_dataset(readable, classes)
     train = dataset.splits["train"]

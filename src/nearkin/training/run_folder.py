@@ -22,7 +22,7 @@ BAD_FILES = "bad_files.csv"
 LOCK = ".lock"
 STATUS = "status.json"
 IDENTITY = "identity.json"
-PACKAGES = ("nearkin", "torch", "torchvision", "timm", "lightning-fabric", "numpy", "pillow")
+PACKAGES = ("nearkin", "torch", "torchvision", "timm", "numpy", "pillow")
 
 
 def create(out: Path | None, *, data: str, objective: str) -> Path:

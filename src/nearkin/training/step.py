@@ -94,7 +94,7 @@ class Stepper:
         if settings.compile:
             for network in [self.network] + ([self.teacher.network] if self.teacher else []):
                 network.compile_backbone()
-        self._raw_optimizer = build_optimizer(
+        self.optimizer = build_optimizer(
             self.network,
             settings.optimizer,
             lr=settings.lr,
@@ -104,7 +104,7 @@ class Stepper:
             decay_all=settings.decay_all,
             layer_decay=settings.layer_decay,
         )
-        self._wrapped, self.optimizer = self.runtime.wrap(self.network, self._raw_optimizer)
+        self._wrapped = self.runtime.wrap(self.network)
 
     def step(self, batch: Batch, progress: Progress, step: int) -> Loss:
         """One optimiser step on this rank's block of global batch number `step`."""
@@ -170,7 +170,7 @@ class Stepper:
         tensors = {
             "network": self.network.state_dict(),
             "objective": self.objective.state_dict(),
-            "optimizer": optimizer_tensors(self._raw_optimizer, self.network),
+            "optimizer": optimizer_tensors(self.optimizer, self.network),
         }
         if self.teacher is not None:
             tensors["teacher"] = self.teacher.state_dict()
@@ -182,7 +182,7 @@ class Stepper:
         """Restore what `tensors` gave, after `begin` of the same stage."""
         self.network.load_state_dict(tensors["network"])
         self.objective.load_state_dict(tensors["objective"])
-        load_optimizer_tensors(self._raw_optimizer, self.network, tensors["optimizer"])
+        load_optimizer_tensors(self.optimizer, self.network, tensors["optimizer"])
         if self.teacher is not None:
             self.teacher.load_state_dict(tensors["teacher"])
         if self.ema is not None:
@@ -198,7 +198,7 @@ class Stepper:
             floor=settings.min_lr_ratio,
         )
         self._lr = settings.lr * self.stage.lr * factor
-        set_lr(self._raw_optimizer, self._lr)
+        set_lr(self.optimizer, self._lr)
 
     def _prepare(self, batch: Batch, step: int) -> Batch:
         settings, batch = self.settings, self._transfer(batch)
@@ -232,8 +232,7 @@ class Stepper:
         torch.manual_seed((self.settings.seed + step + (offset << 40)) % (1 << 63))
         views = self.stage.student_views
         self.network.key.set(self.settings.seed, step, offset, views)
-        outputs: Outputs = self._wrapped(batch.images[:views].flatten(0, 1))
-        return outputs
+        return self.runtime.forward(self._wrapped, batch.images[:views].flatten(0, 1))
 
     def _teacher_outputs(self, batch: Batch, step: int, number: int) -> Outputs | None:
         """The teacher's outputs, or None in a stage without one."""
@@ -266,10 +265,7 @@ class Stepper:
         return Outputs(*(None if o is None else self.runtime.gather(o, views) for o in outputs))  # type: ignore[arg-type]
 
     def _apply(self) -> None:
-        if self.settings.clip_grad is not None:
-            self.runtime.clip(self._wrapped, self.optimizer, self.settings.clip_grad)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.runtime.step(self.optimizer, self.settings.clip_grad)
 
     def _update_averages(self, whole: MicroBatch, progress: Progress) -> None:
         """After the optimiser: update the bank, the teacher and the averaged copy."""

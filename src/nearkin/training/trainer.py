@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from nearkin.data.dataset import Dataset, Split
-from nearkin.data.loader import train_loader
+from nearkin.data.loader import PATIENCE, train_loader
 from nearkin.data.sampling import TrainOrder
 from nearkin.data.transforms import TrainSpec, train_transform
 from nearkin.distributed import Runtime
-from nearkin.errors import ConfigError, NearkinError
+from nearkin.errors import ConfigError
 from nearkin.evaluation.evaluator import Evaluator
 from nearkin.evaluation.geometry import geometry
 from nearkin.evaluation.metrics import (
@@ -26,9 +26,10 @@ from nearkin.evaluation.metrics import (
 )
 from nearkin.evaluation.model import FORMAT, Description, save_bundle
 from nearkin.objectives import Stage
-from nearkin.process import StopSignals, handled
+from nearkin.process import stop_signals_recorded
 from nearkin.training.checkpoint.saver import Saver, same_run
-from nearkin.training.checkpoint.store import Snapshot, Store
+from nearkin.training.checkpoint.snapshot import Snapshot
+from nearkin.training.checkpoint.store import Store
 from nearkin.training.console import Bar
 from nearkin.training.defaults import eval_spec
 from nearkin.training.loop import Loop, legs
@@ -71,27 +72,22 @@ class Trainer:
         self.steps = route[-1].last
         level = self.settings.log_level
         quiet, silent = self.quiet or level != "info", self.quiet or level == "error"
-        signals = StopSignals()
-        with Bar(self.steps, quiet=quiet, silent=silent) as bar, handled(signals.ask):
+        with Bar(self.steps, quiet=quiet, silent=silent) as bar, stop_signals_recorded():
             self.bar = bar
             self._say(self._summary())
             snapshot = self._snapshot()
-            loop = Loop(
+            self.loop = Loop(
                 self.settings,
                 self.runtime,
                 self.stepper,
                 self.saver,
                 self.journal,
+                bar,
                 loader=self._loader,
                 validate=self._validate,
-                told=bar.told,
-                warn=self._warn,
             )
-            try:
-                return self._finish(loop.run(route, snapshot, signals))
-            except Exception as error:
-                self._ended(error)
-                raise
+            self.runtime.failures.callback = self._record_end
+            return self._finish(self.loop.run(route, snapshot))
 
     def _assemble(self) -> None:
         network, objective = self.prepared.built.network, self.prepared.built.objective
@@ -156,6 +152,7 @@ class Trainer:
             seed=settings.seed,
             workers=settings.workers,
             pin_memory=self.runtime.device.type == "cuda",
+            patience=PATIENCE if self.runtime.world_size > 1 else 0.0,
         )
 
     def _validate(self) -> dict[str, Any] | None:
@@ -212,12 +209,13 @@ class Trainer:
             self.journal.log(f"finished at step {step}")
         return Result.of(self.folder, metrics)
 
-    def _ended(self, error: Exception) -> None:
+    def _record_end(self, message: str, code: int) -> None:
+        """Record the error that ends the run, of this process or another."""
         if self.journal is not None:
-            code = error.code if isinstance(error, NearkinError) else 1
-            state = {75: "stopped", 6: "diverged"}.get(code, "failed")
+            state = "diverged" if self.loop.diverged else "failed"
+            state = "stopped" if code == 75 else state
             best = self.saver.best
-            self.journal.log(f"{state}: {error}")
+            self.journal.log(f"{state}: {message}")
             step = self.stepper.steps_done
             epoch = step // max(1, self.steps_per_epoch)
             self.journal.status(
@@ -226,7 +224,7 @@ class Trainer:
                 steps=self.steps,
                 epoch=epoch,
                 best=best and best._asdict(),
-                message=str(error),
+                message=message,
             )
 
     def _say(self, text: str) -> None:

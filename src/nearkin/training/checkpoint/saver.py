@@ -1,4 +1,4 @@
-"""When a run is saved, and what a saved run holds."""
+"""When a run is saved, and the contents of a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from torch import Tensor
 
 from nearkin.errors import ModelError
 from nearkin.files import SaveFailed
-from nearkin.training.checkpoint.store import Snapshot, Store
+from nearkin.training.checkpoint.snapshot import Snapshot, read
+from nearkin.training.checkpoint.store import Store
+from nearkin.training.checks import CollapseWatch
 from nearkin.training.metrics_log import Meters
 from nearkin.training.step import Stepper
 
-SHARE = 0.05  # of the time elapsed may go into saving at the ends of epochs
-FAILURES = 3  # in a row, until a run that cannot save stops
+SHARE = 0.05  # of the elapsed time for saves at the ends of epochs
+FAILURES = 3  # in a row until the run stops
 
 
 class Best(NamedTuple):
@@ -27,15 +29,15 @@ class Best(NamedTuple):
 class Saver:
     """Saves every `minutes`, at the ends of stages, and at ends of epochs while that stays cheap.
 
-    The best weights wait in memory until the next checkpoint, which refers to them.
-    Ranks other than the first keep the best value but neither its weights nor files.
+    The best weights stay in memory until the next checkpoint, which refers to them. Processes other than the first
+    (`store` None) keep the best value only.
     """
 
     def __init__(
         self, store: Store | None, identity: dict[str, str], minutes: float, stepper: Stepper
     ) -> None:
         self.best: Best | None = None
-        self._store, self._identity, self._learner = store, identity, stepper
+        self._store, self._identity, self._stepper = store, identity, stepper
         self._interval = minutes * 60
         self._began = self._last = time.monotonic()
         self._spent = self._cost = 0.0
@@ -52,12 +54,12 @@ class Saver:
             return False
         self.best = Best(value, step)
         if self._store is not None:
-            weights = self._learner.eval_network().state_dict()
+            weights = self._stepper.eval_network().state_dict()
             self._waiting = {name: t.detach().cpu().clone() for name, t in weights.items()}
         return True
 
     def forget_best(self) -> None:
-        """A new stage has a best of its own."""
+        """Start a new stage, which has its own best weights."""
         self.best, self._waiting = None, None
 
     def due(self, epoch_ended: bool) -> bool:
@@ -67,17 +69,16 @@ class Saver:
             return True
         return epoch_ended and self._spent + self._cost <= SHARE * (now - self._began)
 
-    def save(self, step: int, stage: int, meters: Meters, collapse: dict[str, Any]) -> str | None:
-        """Publish a checkpoint of this moment. Returns a warning when the disk refused it.
+    def save(self, step: int, stage: int, meters: Meters, collapse: CollapseWatch) -> str | None:
+        """Write a checkpoint. Returns a warning when the disk refused it.
 
-        collapse: state of the `CollapseWatch`.
         Raises SaveFailed after three refusals in a row, DivergedError when a weight is not finite.
         """
         if self._store is None:
             return None
         started = time.monotonic()
         try:
-            self._save(self._store, step, {"stage": stage, "collapse": collapse}, meters)
+            self._save(self._store, step, stage, meters, collapse)
         except SaveFailed as error:
             self._failures += 1
             if self._failures >= FAILURES:
@@ -90,11 +91,13 @@ class Saver:
         self._failures = 0
         return None
 
-    def restore(self, snapshot: Snapshot, meters: Meters) -> None:
-        """Take over a snapshot, after the stepper has begun the snapshot's stage."""
-        self._learner.load(snapshot.tensors)
+    def restore(self, snapshot: Snapshot, meters: Meters, collapse: CollapseWatch) -> None:
+        """Load a snapshot, after the stepper has begun its stage."""
+        self._stepper.load(snapshot.tensors)
+        self._stepper.steps_done = snapshot.step
+        collapse.load(snapshot.state["collapse"])
         meters.load(snapshot.tensors["meters"], snapshot.state["meters"])
-        self._learner.runtime.load_scaler_state(snapshot.state["scaler"])
+        self._stepper.runtime.load_scaler_state(snapshot.state["scaler"])
         best = snapshot.state["best"]
         self.best = None if best is None else Best(best["value"], best["step"])
 
@@ -105,20 +108,24 @@ class Saver:
         if self._waiting is not None:
             return self._waiting
         path = self._store.path("best", self.best.step)
-        return self._store.load(path).tensors["network"]
+        return read(path).tensors["network"]
 
-    def _save(self, store: Store, step: int, place: dict[str, Any], meters: Meters) -> None:
+    def _save(
+        self, store: Store, step: int, stage: int, meters: Meters, collapse: CollapseWatch
+    ) -> None:
         if self._waiting is not None and self.best is not None:
             store.save(Snapshot(self.best.step, {"network": self._waiting}, {}), kind="best")
             self._waiting = None
         sums, counted = meters.state()
-        state: dict[str, Any] = place | {
+        state: dict[str, Any] = {
             "identity": self._identity,
+            "stage": stage,
             "best": None if self.best is None else self.best._asdict(),
             "meters": counted,
-            "scaler": self._learner.runtime.scaler_state(),
+            "collapse": collapse.state(),
+            "scaler": self._stepper.runtime.scaler_state(),
         }
-        store.save(Snapshot(step, self._learner.tensors() | {"meters": sums}, state))
+        store.save(Snapshot(step, self._stepper.tensors() | {"meters": sums}, state))
 
 
 def same_run(snapshot: Snapshot, identity: dict[str, str]) -> None:

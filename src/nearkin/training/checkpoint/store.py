@@ -1,8 +1,7 @@
 """The checkpoint store: it survives a crash, a full disk, a power cut and a flipped bit.
 
-A checkpoint is written into a temporary folder beside its final place, synced, read back, renamed
-and synced again; only then are older ones removed. The newest is the one with the highest step
-whose manifest verifies.
+A checkpoint is written to a temporary folder beside its final place, synced, read back, renamed and synced again; only
+then are older ones removed. The newest is the one with the highest step whose manifest verifies.
 """
 
 from __future__ import annotations
@@ -12,35 +11,28 @@ import shutil
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 from nearkin.errors import ModelError, printable
-from nearkin.files import SaveFailed, reporting, sync_folder
+from nearkin.files import reporting, sync_folder
 from nearkin.training.checkpoint.snapshot import Damaged, Snapshot, best_of, read, verify, write
 
-__all__ = ["Damaged", "Kind", "SaveFailed", "Snapshot", "Store"]
-
 Kind = Literal["step", "best"]
-T = TypeVar("T")
+KEEP = 2  # newest whole `step` checkpoints that stay
 
 
 class Store:
     """The checkpoints of one run, written by one process.
 
-    folder: created by the first save. keep: how many of the newest whole `step` checkpoints stay,
-    at least 1. A `best` checkpoint stays while a kept `step` checkpoint refers to it by
-    `state["best"]["step"]`; the newest `best` always stays. Save the `best` before the `step` that
-    refers to it.
+    folder: created by the first save. The newest two whole `step` checkpoints stay. A `best` checkpoint stays while a
+    kept `step` checkpoint refers to it by `state["best"]["step"]`; the newest `best` always stays. Save the `best`
+    before the `step` that refers to it.
     """
 
-    def __init__(self, folder: Path, keep: int = 2) -> None:
-        if keep < 1:
-            raise ValueError(f"keep must be at least 1, not {keep}")
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.keep = keep
-        self._verified: set[Path] = (
-            set()
-        )  # hashed once by this process; saves reading them at each save
+        # Hashed once by this process, instead of at each save.
+        self._verified: set[Path] = set()
 
     def path(self, kind: Kind, step: int) -> Path:
         """Where the checkpoint of `step` lies, whether or not it exists."""
@@ -76,54 +68,35 @@ class Store:
             self._clear()
         return final
 
-    def newest(self, warn: Callable[[str], None]) -> Path | None:
-        """The `step` checkpoint with the highest step whose manifest verifies, or None without any.
-
-        Each damaged one that is skipped is named to `warn`, with the one used instead. Modification
-        times play no part. Raises `ModelError` when there are checkpoints and all are damaged.
-        """
-        found = self._newest(verify, warn)
-        return found[0] if found else None
-
-    def load(self, path: Path) -> Snapshot:
-        """The checkpoint in the folder `path`, of this store or any other; every byte is verified.
-
-        Raises `ModelError` when it is damaged (`Damaged`) or of a format newer than this version
-        reads.
-        """
-        return read(path)
-
     def load_newest(self, warn: Callable[[str], None]) -> Snapshot | None:
-        """The snapshot that `newest` would choose, or None; warns and raises as both do."""
-        found = self._newest(self.load, warn)
-        return found[1] if found else None
+        """The snapshot with the highest step among the whole ones, or None without any checkpoint.
 
-    def cut_back(self, step: int) -> None:
-        """Forget best weights from after `step`: a resumed run finds them again, or finds others."""
-        with reporting("Best weights from after the checkpoint could not be removed"):
-            self._rename([path for path in self.paths("best") if _step(path) > step])
-            self._clear()
-
-    def _newest(
-        self, examine: Callable[[Path], T], warn: Callable[[str], None]
-    ) -> tuple[Path, T] | None:
+        Each damaged one that is skipped is named to `warn`, with the one used instead. Modification times are ignored.
+        Raises `ModelError` when there are checkpoints and all are damaged, or the format is newer than this version.
+        """
         damaged: list[Damaged] = []
         for path in self.paths("step"):
             try:
-                found = examine(path)
+                snapshot = read(path)
             except Damaged as error:
                 damaged.append(error)
                 continue
             for skipped in damaged:
                 name, reason = printable(str(skipped.folder)), printable(skipped.reason)
                 warn(f"Checkpoint {name} is damaged ({reason}); {path.name} is used instead.")
-            return path, found
+            return snapshot
         if damaged:
             raise ModelError(
                 f"All {len(damaged)} checkpoints in {printable(str(self.folder))} are damaged "
                 f"(the newest: {printable(damaged[0].reason)}); start a new run."
             )
         return None
+
+    def cut_back(self, step: int) -> None:
+        """Remove best weights from after `step`, which a resumed run computes again."""
+        with reporting("Best weights from after the checkpoint could not be removed"):
+            self._rename([path for path in self.paths("best") if _step(path) > step])
+            self._clear()
 
     def _prepare(self) -> None:
         """Make the folder, and remove what a killed process left in it."""
@@ -151,10 +124,10 @@ class Store:
             shutil.rmtree(temporary, ignore_errors=True)
 
     def _retire(self) -> None:
-        """Take the final names from what is too old, so that a kill leaves no half checkpoint."""
+        """Rename checkpoints that are too old before their removal, so that a kill leaves no incomplete one."""
         steps = self.paths("step")
-        newest = list(islice(filter(self._verifies, steps), self.keep))
-        if len(newest) == self.keep:
+        newest = list(islice(filter(self._verifies, steps), KEEP))
+        if len(newest) == KEEP:
             oldest = steps.index(newest[-1])
             self._rename(steps[oldest + 1 :])
             steps = steps[: oldest + 1]

@@ -1,0 +1,224 @@
+"""Two processes of which one fails: both end within a minute, with one message and one exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from tests.pictures import write_classes
+from tests.processes import ranks, start
+
+from nearkin.cli import run as command
+
+LIMIT = 60  # seconds, by issue 17; with imports and training before the failure
+WORDS = [
+    *["--objective", "ce", "--model", "test_resnet", "--image-size", "16", "--batch-size", "8"],
+    *["--threads", "1", "--cache", "off", "--log-every", "1", "--quiet"],
+]
+
+
+def scanning():
+    from nearkin.training import prepare
+
+    def load(*_, **__):
+        raise OSError(5, "planted error")
+
+    prepare.load_dataset = load
+
+
+def lock():
+    from nearkin.errors import ConfigError
+    from nearkin.training import trainer
+
+    def locked(_):
+        raise ConfigError("planted error")
+
+    trainer.locked = locked
+
+
+def save():
+    from nearkin.files import SaveFailed
+    from nearkin.training.checkpoint.store import Store
+
+    def refuse(*_, **__):
+        raise SaveFailed("planted error")
+
+    Store.save = refuse
+
+
+def validation():
+    from nearkin.training.trainer import Trainer
+
+    def validate(_):
+        raise ZeroDivisionError("planted error")
+
+    Trainer._validate = validate
+
+
+def memory():
+    from nearkin.training.step import Stepper
+
+    def step(*_):
+        raise MemoryError("planted error")
+
+    Stepper.step = step
+
+
+def interrupted():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def planted(words, failing, plant):
+    if int(os.environ["RANK"]) == failing:
+        plant()
+    return command(words)
+
+
+def launch(tmp_path, *arguments, function=planted):
+    """The exit codes of two processes without an agent that ends one when the other fails, and their output."""
+    write_classes(tmp_path / "data", each=16)
+    words = ["train", str(tmp_path / "data"), "--out", str(tmp_path / "run"), *WORDS]
+    log = tmp_path / "log"
+    processes = [start(function, words, *arguments, env=env, log=log) for env in ranks(2)]
+    for process in processes:
+        process.join(LIMIT)
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return [process.exitcode for process in processes], log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("failing", "plant", "code", "state"),
+    [
+        pytest.param(1, scanning, 1, None, id="scanning-1"),
+        pytest.param(0, scanning, 1, None, id="scanning-0", marks=pytest.mark.slow),
+        pytest.param(0, lock, 2, None, id="lock-0"),
+        pytest.param(0, save, 75, "stopped", id="save-0", marks=pytest.mark.slow),
+        pytest.param(1, validation, 1, "failed", id="validation-1"),
+        pytest.param(0, validation, 1, "failed", id="validation-0", marks=pytest.mark.slow),
+        pytest.param(1, memory, 6, "failed", id="memory-1", marks=pytest.mark.slow),
+    ],
+)
+def test_an_exception_on_one_process_ends_both(tmp_path, failing, plant, code, state):
+    codes, text = launch(tmp_path, failing, plant)
+    assert codes == [code, code], text
+    assert text.count("\n") == 1
+    assert ("The memory ran out" if plant is memory else "planted error") in text
+    if state is not None:
+        status = json.loads((tmp_path / "run" / "status.json").read_text())
+        assert status["state"] == state
+        assert status["message"] in text
+
+
+def both(words, extra):
+    return command([*words, *extra])
+
+
+@pytest.mark.slow
+def test_an_error_on_both_is_printed_once(tmp_path):
+    codes, text = launch(tmp_path, ["--batch-size", "7"], function=both)
+    assert codes == [2, 2], text
+    assert text.count("\n") == 1
+    codes, text = launch(tmp_path / "second", ["--no-such-option"], function=both)
+    assert codes == [2, 2], text
+    assert text.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_saves_and_stops_both(tmp_path):
+    write_classes(tmp_path / "data", each=16)
+    folder, log = tmp_path / "run", tmp_path / "log"
+    words = ["train", str(tmp_path / "data"), "--out", str(folder), *WORDS, "--epochs", "1000"]
+    processes = [start(command, words, env=env, log=log) for env in ranks(2)]
+    while not (folder / "metrics.jsonl").exists():
+        assert processes[0].is_alive()
+        time.sleep(0.05)
+    os.kill(processes[1].pid, signal.SIGTERM)
+    for process in processes:
+        process.join(LIMIT)
+    assert [process.exitcode for process in processes] == [75, 75]
+    assert log.read_text().count("\n") == 1
+    step = json.loads((folder / "status.json").read_text())["step"]
+    assert (folder / "checkpoints" / f"step-{step:010d}").is_dir()
+
+
+@pytest.mark.slow
+def test_the_others_end_when_the_first_process_is_killed(tmp_path):
+    codes, text = launch(tmp_path, 0, killed)
+    assert codes == [-9, 75], text
+    assert "process of this launch died" in text
+
+
+def killed():
+    from nearkin.training.trainer import Trainer
+
+    Trainer._validate = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_failure_right_after_a_resume_names_the_step(tmp_path, monkeypatch):
+    import nearkin
+    from nearkin.training.step import Stepper
+
+    plain, failing = Stepper.step, 5
+
+    def step(self, batch, progress, number):
+        if number == failing:
+            raise ZeroDivisionError("planted error")
+        return plain(self, batch, progress, number)
+
+    monkeypatch.setattr(Stepper, "step", step)
+    run = tmp_path / "run"
+    options = {"images_per_class": 12, "batch_size": 16, "model": "test_resnet", "threads": 1}
+    with pytest.raises(ZeroDivisionError):
+        nearkin.train("digits", "ce", out=run, epochs=2, save_minutes=1e-6, **options)
+    assert (run / "checkpoints" / "step-0000000005").is_dir()
+    with pytest.raises(ZeroDivisionError):
+        nearkin.train(resume=run)
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("failed", 5)
+    assert status["message"] == "ZeroDivisionError: planted error"
+
+
+SCRIPT = """
+import sys
+from tests.training import test_failures
+from nearkin.cli import run
+if __name__ == "__main__":
+    sys.exit(test_failures.planted(sys.argv[2:], 1, getattr(test_failures, sys.argv[1])))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plant", ["scanning", "validation"])
+def test_torchrun_reports_the_failure_within_a_minute(tmp_path, plant):
+    write_classes(tmp_path / "data", each=16)
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(SCRIPT))
+    words = ["train", str(tmp_path / "data"), "--out", str(tmp_path / "run"), *WORDS]
+    done = subprocess.run(
+        [
+            *[
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc-per-node",
+                "2",
+            ],
+            *[str(script), plant, *words],
+        ],
+        capture_output=True,
+        text=True,
+        timeout=2 * LIMIT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path])},
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("planted error") == 1, done.stderr
