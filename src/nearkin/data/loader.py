@@ -6,10 +6,13 @@ import os
 import random
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_start_method, parent_process
+from multiprocessing.queues import Queue
+from multiprocessing.reduction import ForkingPickler
 from multiprocessing.synchronize import Event as EventType
 from pathlib import Path
 from threading import Thread, current_thread, main_thread
@@ -322,11 +325,21 @@ def _start_worker(started: EventType, _: int) -> None:
     system cannot tell (macOS), SIGTERM ends the worker.
     """
     started.set()
+    # torch sends batches from a background thread. Its errors are only printed, and the main process waits for ever.
+    Queue._on_queue_feeder_error = staticmethod(_exit_after)  # type: ignore[attr-defined]
+    # Imports what that thread would import at its first tensor, where Python 3.11 can fail with a KeyError.
+    ForkingPickler.dumps(torch.empty(0, device="meta"))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         Thread(target=_exit_for_parent, daemon=True).start()
     elif hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+def _exit_after(error: BaseException, _: object) -> None:
+    sys.stderr.write(f"nearkin: a worker cannot send a batch: {type(error).__name__}: {error}\n")
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _exit_for_parent() -> None:
