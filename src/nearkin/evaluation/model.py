@@ -152,7 +152,9 @@ def load_bundle(run: Path, device: torch.device) -> Bundle:
     built.network.activate(description.heads, freeze_backbone=False)
     built.network.to(device).eval()
     side = description.spec.image_size
-    built.network.set_memory_format(default_memory_format(built.network.backbone, device.type, side))
+    built.network.set_memory_format(
+        default_memory_format(built.network.backbone, device.type, side)
+    )
     return Bundle(built.network, description)
 
 
