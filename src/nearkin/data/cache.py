@@ -144,6 +144,7 @@ class Packed:
 
 Where = Literal["ram", "disk"]
 FORMAT = 2
+CHUNK = 16  # decoded images per task; 16 tasks or more may wait to be written
 GIB = 2**30
 DRAFT, OWNER = "nearkin-images-", "owner"
 
@@ -299,7 +300,7 @@ def _write(contents: Contents, draft: Path, key: str, workers: int) -> dict[byte
     facts: dict[bytes, Fact] = {}
     place = 0
     with (draft / PIXELS).open("wb") as file, quiet_pillow(), Remembered() as remembered:
-        for chunk in in_threads(contents.image, range(len(contents.paths)), workers):
+        for chunk in in_threads(contents.image, range(len(contents.paths)), workers, CHUNK):
             for image, fact, problem in chunk:
                 path = contents.paths[place]
                 if fact is not None:
