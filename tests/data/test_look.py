@@ -15,6 +15,7 @@ import pytest
 from image_files import encoded, folder, noise, write
 
 from nearkin.data import look as look_module
+from nearkin.data import remembered
 from nearkin.data.dataset import load_dataset
 from nearkin.data.decode import BadImage, inspect, read_image
 from nearkin.data.images import Files
@@ -396,7 +397,7 @@ def test_flipped_bits_of_the_store_never_change_the_result(data, store):
 
 def test_another_decoder_looks_again(data, opened, monkeypatch):
     look(sources(data), "full")
-    monkeypatch.setattr(look_module, "DECODER", look_module.DECODER + 1)
+    monkeypatch.setattr(remembered, "DECODER", remembered.DECODER + 1)
     look(sources(data), "full")
     assert len(opened) == 28
 
@@ -449,7 +450,7 @@ def test_a_full_disk_costs_time_only(data, store):
 
 def test_a_store_that_another_process_keeps_locked(data, store, monkeypatch):
     look(sources(data), "full")
-    monkeypatch.setattr(look_module, "PATIENCE", 0.05)
+    monkeypatch.setattr(remembered, "PATIENCE", 0.05)
     write(data / "a" / "new.png", b"no image")
     with sqlite3.connect(store, isolation_level=None) as other:
         other.execute("BEGIN EXCLUSIVE")

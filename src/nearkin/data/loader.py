@@ -150,11 +150,7 @@ class _TrainViews(_Views):
         transform = self.transform
         if not (isinstance(transform, Pipeline) and transform.keyed):
             return _stacked(self._one_by_one(keys), self.count, len(keys))
-        images = self.split.images.stack(self.rows(keys)) if transform.batchwise else None
-        if images is None:
-            return _stacked(self._some_at_a_time(keys, transform), self.count, len(keys))
-        made = [transform.of_batch(images, self._seeds(keys, v)) for v in range(self.count)]
-        return torch.stack(made)
+        return _stacked(self._some_at_a_time(keys, transform), self.count, len(keys))
 
     def _some_at_a_time(self, keys: Sequence[SampleKey], transform: Pipeline) -> Iterator[Placed]:
         some: list[Tensor] = []

@@ -5,11 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import os
-import sqlite3
 import statistics
 import sys
 import time
-import zlib
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,28 +16,26 @@ from contextlib import contextmanager, suppress
 from itertools import accumulate, islice
 from pathlib import Path
 from threading import Event
-from typing import Any, Literal, NamedTuple, Self, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nearkin.data.decode import DECODER, BadImage, inspect, quiet_pillow
+from nearkin.data.decode import BadImage, inspect, quiet_pillow
 from nearkin.data.images import Files, ImageSource
+from nearkin.data.remembered import BATCH, Fact, Remembered
 from nearkin.errors import DataError, NearkinError, printable
-from nearkin.files import cache_folder, write_atomic
+from nearkin.files import write_atomic
 
 T = TypeVar("T")
 Check = Literal["auto", "full", "headers"]
 MOST_DECODED = 100_000  # files that are not yet known, up to which `auto` decodes them
-STORE = "look.sqlite"
-CHUNK = 16  # files per task of a thread: hides the cost of a task, and stops soon
-BATCH = 2048  # files per query and per transaction
-PATIENCE = 60.0  # seconds that a process waits for others that write
+CHUNK = 64  # files per task of a thread, which hides the cost of a task
+AHEAD = 16  # tasks that may wait to be taken in, at least; a transaction takes some milliseconds
 QUIET_SECONDS = 2.0  # before a bar is shown
 SAMPLE = 200  # images whose size is read to find the usual one
 NAMED = 3
-DAMAGED = sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB
 
 
 class BadImages(DataError):
@@ -89,34 +85,6 @@ class Looked(NamedTuple):
     notes: tuple[str, ...]
 
 
-class Fact(NamedTuple):
-    """What is remembered of a file. size in bytes and mtime in nanoseconds say whether it is still the same file.
-
-    full: whether it was decoded. width, height, channels: as stored in the file, 0 for a bad one. reason: why it
-    cannot be used, or None.
-    """
-
-    size: int
-    mtime: int
-    full: int
-    width: int
-    height: int
-    channels: int
-    reason: str | None
-
-    def holds(self, path: bytes) -> bool:
-        """Whether the file has still the size and the time of change of this fact."""
-        try:
-            status = os.stat(path)  # noqa: PTH116 - called once per image
-        except (OSError, ValueError):
-            return False
-        return (status.st_size, status.st_mtime_ns) == (self.size, self.mtime)
-
-    def checksum(self, path: bytes) -> int:
-        """Of the row in the database, so that neither damage nor another decoder is taken for knowledge."""
-        return zlib.crc32(repr((DECODER, path, *self)).encode("utf-8", "surrogatepass"))
-
-
 class Examined(NamedTuple):
     """image: the pixels, if the file was decoded. fact: what there is to remember; None after an error of the system,
     which says nothing about the file. problem: what is wrong with it, if anything."""
@@ -124,91 +92,6 @@ class Examined(NamedTuple):
     image: Tensor | None
     fact: Fact | None
     problem: BadImage | None
-
-
-class Remembered:
-    """The SQLite file in the cache folder. Any number of processes may use it at once. Where it cannot be used,
-    `note` says why once, nothing is known and nothing is kept."""
-
-    def __init__(self) -> None:
-        self.note: str | None = None
-        self._path = ""
-        self._connection: sqlite3.Connection | None = None
-        try:
-            self._path = str(cache_folder() / STORE)
-        except DataError as error:
-            self.note = f"later runs look at the same images again: {error}"
-        else:
-            self._guarded(self._open)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._connection is not None:
-            self._connection.close()
-
-    def known(self, paths: Sequence[bytes]) -> dict[bytes, Fact]:
-        """What is known of `paths`, whether or not the files are still the same."""
-        return self._guarded(lambda: self._select(paths)) or {}
-
-    def keep(self, facts: dict[bytes, Fact]) -> None:
-        """Remember the facts, in one transaction."""
-        rows = [(path, *fact, fact.checksum(path)) for path, fact in facts.items()]
-        self._guarded(lambda: self._insert(rows))
-
-    def _open(self) -> None:
-        self._connection = sqlite3.connect(self._path, timeout=PATIENCE, isolation_level=None)
-        self._connection.execute("PRAGMA synchronous = NORMAL")
-        self._connection.execute(
-            "CREATE TABLE IF NOT EXISTS files (path BLOB PRIMARY KEY, size INTEGER, mtime INTEGER, full INTEGER, "
-            "width INTEGER, height INTEGER, channels INTEGER, reason TEXT, checksum INTEGER) WITHOUT ROWID"
-        )
-
-    def _select(self, paths: Sequence[bytes]) -> dict[bytes, Fact]:
-        found: dict[bytes, Fact] = {}
-        if self._connection is None:
-            return found
-        for start in range(0, len(paths), 500):  # SQLite before 3.32 takes 999 parameters
-            some = paths[start : start + 500]
-            marks = ",".join("?" * len(some))
-            for path, *values, checksum in self._connection.execute(
-                f"SELECT * FROM files WHERE path IN ({marks})",
-                some,
-            ):
-                fact = Fact(*values)
-                if fact.checksum(path) == checksum:
-                    found[path] = fact
-        return found
-
-    def _insert(self, rows: list[tuple[Any, ...]]) -> None:
-        if self._connection is None or not rows:
-            return
-        with self._connection:
-            self._connection.execute("BEGIN IMMEDIATE")
-            self._connection.executemany(
-                f"INSERT OR REPLACE INTO files VALUES ({','.join('?' * len(rows[0]))})",
-                rows,
-            )
-
-    def _guarded(self, work: Callable[[], T]) -> T | None:
-        """The result of `work`, or None after an error of the database; from then on it is not used any more."""
-        try:
-            return work()
-        except (sqlite3.Error, UnicodeError, TypeError) as error:
-            self.__exit__()
-            self._connection = None
-            shown = printable(self._path)
-            if getattr(error, "sqlite_errorcode", None) in DAMAGED:
-                self.note = f"{shown} was damaged and is deleted; all images are looked at again"
-                for end in ("", "-journal"):
-                    with suppress(OSError):
-                        Path(self._path + end).unlink(missing_ok=True)
-            else:
-                self.note = (
-                    f"{shown} cannot be used ({error}), so later runs look at the same images again"
-                )
-            return None
 
 
 def look(
@@ -260,10 +143,10 @@ class NumberedFiles:
     def __len__(self) -> int:
         return self._begins[-1]
 
-    def at(self, number: int) -> tuple[Files, int]:
-        """The source of a file and its row there."""
+    def named(self, number: int, reason: str) -> BadImage:
+        """What is wrong with a file, under the path as it was given."""
         source = bisect_right(self._begins, number) - 1
-        return self._all[source], number - self._begins[source]
+        return BadImage(self._all[source].path(number - self._begins[source]), reason)
 
     def key(self, number: int) -> bytes:
         """The absolute path, under which a file is remembered."""
@@ -308,8 +191,7 @@ def _compare(
                 if fact is None or not fact.holds(path) or (check == "full" and not fact.full):
                     new.append(number)
                 elif fact.reason is not None:
-                    source, row = files.at(number)
-                    bad[number] = BadImage(source.path(row), fact.reason)
+                    bad[number] = files.named(number, fact.reason)
             bar.advance(len(numbers))
     return _Compared(len(files), np.array(new, dtype=np.int64), bad)
 
@@ -325,20 +207,21 @@ def _learn(
     """Open the files and remember what was found."""
     bad: dict[int, BadImage] = {}
     facts: dict[bytes, Fact] = {}
+    channels = next(iter(files.sources.values())).channels if files.sources else 3
 
-    def opened(number: int) -> tuple[int, Fact | None, BadImage | None]:
-        source, row = files.at(number)
-        _, fact, problem = examine(source.path(row), source.channels, full)
-        return number, fact, problem
+    def opened(number: int) -> tuple[int, bytes, Fact | None, BadImage | None]:
+        path = files.key(number)
+        _, fact, problem = examine(os.fsdecode(path), channels, full)
+        return number, path, fact, problem
 
     with bar.over(len(new), "images looked at"), quiet_pillow():
         try:
             for chunk in in_threads(opened, new.tolist(), workers):
-                for number, fact, problem in chunk:
+                for number, path, fact, problem in chunk:
                     if fact is not None:
-                        facts[files.key(number)] = fact
+                        facts[path] = fact
                     if problem is not None:
-                        bad[number] = problem
+                        bad[number] = files.named(number, problem.reason)
                 bar.advance(len(chunk))
                 if len(facts) >= BATCH:
                     remembered.keep(facts)
@@ -415,7 +298,9 @@ def in_threads(
     waiting: deque[Future[list[T]]] = deque()
     try:
         while True:
-            while len(waiting) < 3 * workers and (chosen := list(islice(remaining, chunk))):
+            while len(waiting) < max(AHEAD, 2 * workers) and (
+                chosen := list(islice(remaining, chunk))
+            ):
                 waiting.append(pool.submit(some, chosen))
             if not waiting:
                 return

@@ -1,0 +1,136 @@
+"""What was learned of image files, kept in one SQLite file of the cache folder for later runs."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import zlib
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple, Self, TypeVar
+
+from nearkin.data.decode import DECODER
+from nearkin.errors import DataError, printable
+from nearkin.files import cache_folder
+
+T = TypeVar("T")
+STORE = "look.sqlite"
+BATCH = 2048  # files per query and per transaction
+PATIENCE = 60.0  # seconds that a process waits for others that write
+DAMAGED = sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB
+
+
+class Fact(NamedTuple):
+    """What is remembered of a file. size in bytes and mtime in nanoseconds say whether it is still the same file.
+
+    full: whether it was decoded. width, height, channels: as stored in the file, 0 for a bad one. reason: why it
+    cannot be used, or None.
+    """
+
+    size: int
+    mtime: int
+    full: int
+    width: int
+    height: int
+    channels: int
+    reason: str | None
+
+    def holds(self, path: bytes) -> bool:
+        """Whether the file has still the size and the time of change of this fact."""
+        try:
+            status = os.stat(path)  # noqa: PTH116 - called once per image
+        except (OSError, ValueError):
+            return False
+        return (status.st_size, status.st_mtime_ns) == (self.size, self.mtime)
+
+    def checksum(self, path: bytes) -> int:
+        """Of the row in the database, so that neither damage nor another decoder is taken for knowledge."""
+        reason = b"-" if self.reason is None else self.reason.encode("utf-8", "surrogatepass")
+        return zlib.crc32(b"%d %d %d %d %d %d %d %b\0%b" % (DECODER, *self[:6], reason, path))
+
+
+class Remembered:
+    """The SQLite file in the cache folder. Any number of processes may use it at once. Where it cannot be used,
+    `note` says why once, nothing is known and nothing is kept."""
+
+    def __init__(self) -> None:
+        self.note: str | None = None
+        self._path = ""
+        self._connection: sqlite3.Connection | None = None
+        try:
+            self._path = str(cache_folder() / STORE)
+        except DataError as error:
+            self.note = f"later runs look at the same images again: {error}"
+        else:
+            self._guarded(self._open)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._connection is not None:
+            self._connection.close()
+
+    def known(self, paths: Sequence[bytes]) -> dict[bytes, Fact]:
+        """What is known of `paths`, whether or not the files are still the same."""
+        return self._guarded(lambda: self._select(paths)) or {}
+
+    def keep(self, facts: dict[bytes, Fact]) -> None:
+        """Remember the facts, in one transaction."""
+        rows = [(path, *fact, fact.checksum(path)) for path, fact in facts.items()]
+        self._guarded(lambda: self._insert(rows))
+
+    def _open(self) -> None:
+        self._connection = sqlite3.connect(self._path, timeout=PATIENCE, isolation_level=None)
+        self._connection.execute("PRAGMA synchronous = NORMAL")
+        self._connection.execute(
+            "CREATE TABLE IF NOT EXISTS files (path BLOB PRIMARY KEY, size INTEGER, mtime INTEGER, full INTEGER, "
+            "width INTEGER, height INTEGER, channels INTEGER, reason TEXT, checksum INTEGER) WITHOUT ROWID"
+        )
+
+    def _select(self, paths: Sequence[bytes]) -> dict[bytes, Fact]:
+        found: dict[bytes, Fact] = {}
+        if self._connection is None:
+            return found
+        for start in range(0, len(paths), 500):  # SQLite before 3.32 takes 999 parameters
+            some = paths[start : start + 500]
+            marks = ",".join("?" * len(some))
+            for path, *values, checksum in self._connection.execute(
+                f"SELECT * FROM files WHERE path IN ({marks})",
+                some,
+            ):
+                fact = Fact(*values)
+                with suppress(TypeError, AttributeError):  # damage may change types as well
+                    if fact.checksum(path) == checksum:
+                        found[path] = fact
+        return found
+
+    def _insert(self, rows: list[tuple[Any, ...]]) -> None:
+        if self._connection is None or not rows:
+            return
+        with self._connection:
+            self._connection.execute("BEGIN IMMEDIATE")
+            self._connection.executemany(
+                f"INSERT OR REPLACE INTO files VALUES ({','.join('?' * len(rows[0]))})",
+                rows,
+            )
+
+    def _guarded(self, work: Callable[[], T]) -> T | None:
+        """The result of `work`, or None after an error of the database; from then on it is not used any more."""
+        try:
+            return work()
+        except (sqlite3.Error, UnicodeError, TypeError) as error:
+            self.__exit__()
+            self._connection = None
+            shown = printable(self._path)
+            if getattr(error, "sqlite_errorcode", None) in DAMAGED:
+                self.note = f"{shown} was damaged and is deleted; all images are looked at again"
+                for end in ("", "-journal"):
+                    with suppress(OSError):
+                        Path(self._path + end).unlink(missing_ok=True)
+            else:
+                self.note = (
+                    f"{shown} cannot be used ({error}), so later runs look at the same images again"
+                )
+            return None
