@@ -11,14 +11,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 
 from benchmarks.bench import Row, Table, alternate, fastest, ratio
 from nearkin.data.decode import decoded, quiet_pillow
 from nearkin.data.images import Files
-from nearkin.data.look import look
+from nearkin.data.look import Check, look
 from nearkin.data.remembered import STORE
 from nearkin.data.sources.folders import list_folder
 from nearkin.data.sources.listing import FileList
@@ -78,18 +77,18 @@ def verified(path: str) -> None:
         image.verify()
 
 
+def listed(root: Path) -> Files:
+    images = list_folder(str(root)).parts["train"].images
+    assert isinstance(images, FileList)
+    return Files(images)
+
+
 def starts(root: Path, store: Path, what: str) -> list[Row]:
     """A first and a later start on the images of `root` beside other passes over them."""
     from timm.data.readers.reader_image_folder import ReaderImageFolder
 
-    def files_of_root() -> FileList:
-        return cast("FileList", list_folder(str(root)).parts["train"].images)
-
-    files = Files(files_of_root())
-    paths = [str(path) for path in files_of_root()]
-
-    def start() -> None:
-        look({"train": Files(files_of_root())}, "full")
+    def start(check: Check = "full") -> None:
+        look({"train": listed(root)}, check)
 
     def first() -> None:
         store.unlink(missing_ok=True)
@@ -97,8 +96,9 @@ def starts(root: Path, store: Path, what: str) -> list[Row]:
 
     def headers() -> None:
         store.unlink(missing_ok=True)
-        look({"train": files}, "headers")
+        start("headers")
 
+    paths = list(listed(root).files)
     seconds = alternate(
         {
             "headers": headers,
@@ -149,8 +149,8 @@ def listings(root: Path) -> list[Row]:
 def table() -> Table:
     with tempfile.TemporaryDirectory() as place, remembered_in(Path(place) / "cache") as store:
         root = Path(place)
-        small = photographs(root / "small", FILES, 96, 72)
-        rows = starts(small, store, f"{FILES} JPEGs of 96 x 72")
+        small = photographs(root / "small", FILES, 160, 120)
+        rows = starts(small, store, f"{FILES} JPEGs of 160 x 120")
         large = photographs(root / "large", LARGE, 500, 375)
         rows += starts(large, store, f"{LARGE} JPEGs of 500 x 375")
         rows += listings(root / "empty")

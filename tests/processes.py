@@ -1,4 +1,4 @@
-"""Real processes without paying for the imports each time: forked from a server that has them already."""
+"""Real processes, forked from a server that has imported everything, so that each starts quickly."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ def test_data_and_objectives_do_not_know_each_other():
             known = {
                 m.split(".")[1] for m in imports(ast.parse(path.read_text())) if "nearkin." in m
             }
-            assert known <= {"data", "types", "config", "errors", "files", "process", "imports"}, (
+            assert known <= {"data", "types", "config", "errors", "files", "imports", "process"}, (
                 path
             )
 

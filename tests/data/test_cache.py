@@ -102,11 +102,9 @@ def trained(split, side, workers=0):
 
 @pytest.mark.parametrize("sizes", [((24, 24),) * 4, ((30, 40), (50, 31), (24, 60), (60, 25))])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_small_training_images_are_the_same_bits_whole_batches_or_not(tmp_path, sizes, workers):
+def test_small_training_images_are_the_same_bits(tmp_path, sizes, workers):
     plain = load_dataset(str(pictures(tmp_path / "data", sizes)), val_split=0)
     cached, _ = made(plain, 24)
-    together = cached.splits["train"].images.stack([0, 1])
-    assert (together is not None) == (len(set(sizes)) == 1)
     for one, other in zip(
         trained(plain.splits["train"], 24),
         trained(cached.splits["train"], 24, workers),
@@ -264,11 +262,9 @@ def test_bad_images_are_found_while_the_cache_is_built_and_when_it_is_found_agai
         plain = to_dataset(leave_out(chosen, bad, "skip"), None)
         cached = packed(plain, contents, result.pack).splits["train"].images
         assert len(cached) == 7
-        together = cached.stack(range(7))
         for row in range(7):
             expected = ResizeShortSide(20)(plain.splits["train"].images.read(row))
             assert torch.equal(cached.read(row), expected)
-            assert torch.equal(together[row], expected)
 
 
 def test_no_file_is_decoded_twice_for_a_cache_nor_looked_at_afterwards(tmp_path, monkeypatch):
@@ -306,12 +302,6 @@ def test_the_time_and_the_size_are_told():
         folder, starts, sizes = Path("/somewhere"), np.array([0, 2**30]), np.zeros((7, 2))
 
     assert str(Made(Full(), 1.26)) == "cache: 7 images, 1.00 GiB in /somewhere, built in 1.3 s"
-
-
-def test_arrays_need_no_workers_and_stack_as_they_read():
-    digits = load_dataset("digits").splits["train"].images
-    stack = digits.stack([5, 0, 7])
-    assert torch.equal(stack, torch.stack([digits.read(row) for row in (5, 0, 7)]))
 
 
 def test_evaluation_loads_from_the_cache_in_workers(dataset):

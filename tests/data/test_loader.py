@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
@@ -195,6 +196,20 @@ def test_a_worker_that_dies_is_named(split):
     with pytest.raises(WorkersDied, match="lower --workers") as caught:
         loaded(split, transform=die, workers=1)
     assert caught.value.code == 75
+
+
+def cannot_be_sent(image):
+    def refuse(_):
+        raise OSError(24, "Too many open files")
+
+    ForkingPickler.register(torch.Tensor, refuse)
+    return image
+
+
+def test_a_batch_that_cannot_be_sent_ends_the_run(split, capfd):
+    with pytest.raises(WorkersDied, match="process that loads images died"):
+        loaded(split, transform=cannot_be_sent, workers=1)
+    assert "cannot send a batch: OSError: [Errno 24] Too many open files" in capfd.readouterr().err
 
 
 def whether_signals_are_ignored(image):

@@ -238,3 +238,17 @@ print([name for name in ("torch", "PIL", "sklearn", "pydantic") if name in sys.m
     )
     assert done.stdout.splitlines()[-1] == "[]"
     assert len(done.stdout.splitlines()) == 1 + (words not in ([], ["IMAGES"]))
+
+
+def test_digits_are_those_of_scikit_learn_and_its_split():
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    rows = np.arange(len(digits.target))
+    train, test = train_test_split(rows, test_size=0.2, stratify=digits.target, random_state=0)
+    parts = resolve("digits").parts
+    for split, chosen in (("train", np.sort(train)), ("test", np.sort(test))):
+        assert (parts[split].labels == digits.target[chosen]).all()
+        expected = np.rint(digits.images[chosen] * (255 / 16))
+        assert (parts[split].images.array[..., 0] == expected).all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -149,3 +150,13 @@ def test_one_process_needs_no_fabric(digits, photos):
 
 def test_the_typed_options_of_fewshot_are_all_options():
     assert EpisodeKeywords.__annotations__.keys() == EpisodeOptions.model_fields.keys()
+
+
+def test_a_name_that_is_not_utf8_is_written_as_its_bytes(digits, photos):
+    name = os.path.join(os.fsencode(photos), b"caf\xe9 \xe5\xad\x97.jpg")
+    shutil.copy(os.fsencode(photos / "1.jpg"), name)
+    words = [sys.executable, "-m", "nearkin", "predict", str(digits), name]
+    done = subprocess.run(
+        words, capture_output=True, check=True, env=os.environ | {"PYTHONIOENCODING": "ascii"}
+    )
+    assert done.stdout.splitlines()[1].startswith(name + b",")

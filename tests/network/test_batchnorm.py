@@ -3,9 +3,11 @@
 import copy
 
 import pytest
+import timm
 import torch
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d, SyncBatchNormAct
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from nearkin.errors import ConfigError
 from nearkin.network import SyncBatchNorm, synchronise_batchnorm
@@ -129,42 +131,65 @@ def test_one_value_per_channel_cannot_train():
 
 
 def test_every_batchnorm_is_replaced_and_keeps_what_it_had():
-    import timm
-
     model = timm.create_model("test_byobnet", num_classes=0)  # BatchNormAct2d inside
     model.extra = nn.Sequential(nn.BatchNorm1d(3), nn.ModuleDict({"norm": nn.BatchNorm3d(2)}))
     model.again = model.extra[0]
     before = model.state_dict(keep_vars=True)
-    names = [n for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    names = [n for n, m in model.named_modules() if isinstance(m, _BatchNorm)]
     assert len(names) > 8
 
-    assert synchronise_batchnorm(model) is model
+    assert synchronise_batchnorm(model, "cpu") is model
     after = model.state_dict(keep_vars=True)
     assert list(after) == list(before)
     assert all(after[name] is before[name] for name in before)
     assert all(type(model.get_submodule(name)) is SyncBatchNorm for name in names)
     assert model.again is model.extra[0]
     again = dict(model.named_modules())
-    synchronise_batchnorm(model)
+    synchronise_batchnorm(model, "cpu")
     assert dict(model.named_modules()) == again, "a second time changes nothing"
 
 
 def test_a_lone_batchnorm_is_returned_replaced():
     norm = nn.BatchNorm1d(3).eval()
-    new = synchronise_batchnorm(norm)
+    new = synchronise_batchnorm(norm, "cpu")
     assert type(new) is SyncBatchNorm
     assert new.weight is norm.weight
     assert not new.training
 
 
+def test_gpus_get_those_of_torch_and_timm():
+    """Conversion only: torch's synchronise on a GPU alone."""
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "test_byobnet", num_classes=0
+    )  # BatchNormAct2d, with and without activation
+    model.extra = nn.BatchNorm1d(model.num_features)
+    twin = copy.deepcopy(model)
+    kinds = {n: type(m) for n, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    assert set(kinds.values()) == {BatchNormAct2d, nn.BatchNorm1d}
+    before = model.state_dict(keep_vars=True)
+
+    assert synchronise_batchnorm(model, "cuda") is model
+    for name, kind in kinds.items():
+        expected = SyncBatchNormAct if kind is BatchNormAct2d else nn.SyncBatchNorm
+        assert type(model.get_submodule(name)) is expected
+    after = model.state_dict(keep_vars=True)
+    assert list(after) == list(before)
+    assert all(after[name] is before[name] for name in before)
+    images = torch.randn(4, 3, 32, 32)
+    for mode in (True, False):  # without ranks they compute as before, the activation included
+        assert torch.equal(model.train(mode)(images), twin.train(mode)(images))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("kind", [nn.SyncBatchNorm, type("Own", (nn.BatchNorm2d,), {})])
-def test_an_unknown_batchnorm_is_refused(kind):
+def test_an_unknown_batchnorm_is_refused(kind, device):
     with pytest.raises(ConfigError, match=kind.__name__):
-        synchronise_batchnorm(nn.Sequential(kind(3)))
+        synchronise_batchnorm(nn.Sequential(kind(3)), device)
 
 
 def test_a_copy_stands_alone():
-    model = synchronise_batchnorm(nn.Sequential(nn.BatchNorm1d(3)))
+    model = synchronise_batchnorm(nn.Sequential(nn.BatchNorm1d(3)), "cpu")
     twin = copy.deepcopy(model)
     twin(torch.randn(4, 3))
     assert int(model[0].num_batches_tracked) == 0

@@ -76,7 +76,7 @@ def step(network, images, offset, gather):
 def network_step(rank, dtype, synchronised):
     network = build(dtype)
     if synchronised:
-        synchronise_batchnorm(network)
+        synchronise_batchnorm(network, "cpu")
     found = step(network, block(rank), rank * IMAGES // RANKS, gathered)
     # What DDP does with gradients.
     return {n: sum_over_ranks(v) / RANKS if n.startswith("grad") else v for n, v in found.items()}

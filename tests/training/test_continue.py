@@ -53,7 +53,7 @@ def test_images_may_move(stopped, tmp_path):
         nearkin.train(resume=stopped)
     assert nearkin.train(resume=stopped, data="pictures").run == stopped
     assert stored_settings(stopped).data == "pictures"
-    assert nearkin.evaluate(stopped)["split"] == "val"
+    assert nearkin.evaluate(stopped).split == "val"
 
 
 @pytest.mark.parametrize("words", [["pictures"], ["--data", "pictures"]])

@@ -88,7 +88,7 @@ def test_train_warns_before_it_starts(tmp_path, capfd):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sampler": "balanced", "batch_size": 30}, "groups of --per-class 4; use 28, 32, or"),
+        ({"sampler": "balanced", "batch_size": 30}, "no multiple of --per-class 4; use 28, 32, or"),
         ({"sampler": "balanced", "batch_size": 4, "per_class": 8}, "--per-class 8; use 8, or"),
         (
             {"sampler": "balanced", "repeats": 2},

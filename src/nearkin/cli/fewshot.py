@@ -44,7 +44,6 @@ def main(argv: list[str]) -> int:
         record = {"run": result.run, "test_top1": None} | result.to_dict()
         sys.stdout.write(json.dumps(record, allow_nan=False) + "\n")
     else:
-        sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]  # ± in any locale
         sys.stdout.write(line(result))
     return 0
 

@@ -41,8 +41,6 @@ def main(argv: list[str]) -> int:
     for note in found.notes:
         sys.stderr.write(f"note: {note}\n")
     predictions = predict(run, found.files, tta=tta, device=device)
-    # Paths are bytes; those that are not UTF-8 are written as they are.
-    sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr]
     write = _write_json if given.get("json") else _write_csv
     bad, total = write(predictions, sys.stdout, run)
     if bad:

@@ -59,22 +59,9 @@ class Pack:
 
     @cached_property
     def pixels(self) -> NDArray[np.uint8]:
-        # "c": what is written stays in this process; torch warns of arrays that cannot be written.
-        # A plain array of the same memory: each slice of a memmap is one, and takes three times as long.
+        # Mode "c" keeps writes in this process; torch warns of read-only arrays. As a plain array, since slicing a
+        # memmap takes three times as long.
         return np.asarray(np.memmap(self.folder / PIXELS, np.uint8, mode="c"))
-
-    @cached_property
-    def together(self) -> NDArray[np.uint8] | None:
-        """All that could be read as one `[n, H, W, C]`, if they are of one size."""
-        sizes = self.sizes[self.sizes[:, 0] > 0]
-        if len(sizes) == 0 or (sizes != sizes[0]).any():
-            return None
-        return self.pixels.reshape(len(sizes), *sizes[0], self.channels)
-
-    @cached_property
-    def order(self) -> NDArray[np.int64]:
-        """`[N]`, where in `together` each image is."""
-        return np.cumsum(self.sizes[:, 0] > 0) - 1
 
     def __getstate__(self) -> dict[str, Any]:
         """For another process, which maps the files itself."""
@@ -119,13 +106,6 @@ class Packed:
         pixels = self.pack.pixels[start:end].reshape(shape)
         return in_channels(torch.from_numpy(pixels).permute(2, 0, 1), self.channels)
 
-    def stack(self, rows: Rows) -> Tensor | None:
-        together = self.pack.together
-        if together is None:
-            return None
-        pixels = np.take(together, self.pack.order[self.places[np.asarray(rows)]], axis=0)
-        return in_channels(torch.from_numpy(pixels).permute(0, 3, 1, 2), self.channels)
-
     def name(self, row: int) -> str:
         return self.files.name(row)
 
@@ -144,6 +124,7 @@ class Packed:
 
 Where = Literal["ram", "disk"]
 FORMAT = 2
+CHUNK = 16  # decoded images per task; 16 tasks or more may wait to be written
 GIB = 2**30
 DRAFT, OWNER = "nearkin-images-", "owner"
 
@@ -299,7 +280,7 @@ def _write(contents: Contents, draft: Path, key: str, workers: int) -> dict[byte
     facts: dict[bytes, Fact] = {}
     place = 0
     with (draft / PIXELS).open("wb") as file, quiet_pillow(), Remembered() as remembered:
-        for chunk in in_threads(contents.image, range(len(contents.paths)), workers):
+        for chunk in in_threads(contents.image, range(len(contents.paths)), workers, CHUNK):
             for image, fact, problem in chunk:
                 path = contents.paths[place]
                 if fact is not None:

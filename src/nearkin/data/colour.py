@@ -63,7 +63,7 @@ class RandAugment(Drawing):
 
     def draw(self, shape: torch.Size, generator: torch.Generator | None = None) -> Drawn:  # noqa: ARG002
         drawn: list[int] = []
-        for _ in range(self.count):
+        for _place in range(self.count):
             number = int(torch.randint(len(NAMES), (), generator=generator))
             signed = OPERATIONS[NAMES[number]][0]
             negative = signed and torch.rand((), generator=generator).item() <= 0.5

@@ -47,6 +47,7 @@ SCAN, EXIF_OR_XMP, ICC_OR_MPF = 0xDA, 0xE1, 0xE2  # second bytes of JPEG markers
 LENGTHLESS = range(0xD0, 0xDA)  # JPEG markers without a segment
 COLOURS = {1: ("Gray",), 3: ("Gray", "YCbCr", "RGB")}  # that libjpeg turns into so many channels
 END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"\0\0\0\0IEND\xaeB`\x82", "GIF": b";"}
+JPEG_HEAD = 1 << 14  # bytes in which the header of most JPEG files lies
 TIFF_PARTS = ((273, 279), (324, 325))  # tags of the offsets and lengths of strips and of tiles
 
 
@@ -182,11 +183,12 @@ def _quick_header(path: str) -> Header | None:
     from PIL import Image
 
     try:
-        with (
-            _pillow_warnings,
-            _regular(path, MAX_BYTES) as file,
-            Image.open(file, formats=_formats()) as image,
-        ):
+        with _pillow_warnings, _regular(path, MAX_BYTES) as file:
+            plain = plain_header(file.read(JPEG_HEAD), 3, MAX_PIXELS)
+            if plain is not None and _ends(file, END_MARKS["JPEG"]):
+                return plain
+            file.seek(0)
+            image = Image.open(file, formats=_formats())
             width, height = image.size
             if image.mode not in MODES or width * height > MAX_PIXELS or not _whole(file, image):
                 return None
@@ -199,11 +201,9 @@ def _quick_header(path: str) -> Header | None:
 
 def _whole(file: BinaryIO, image: Image) -> bool:
     """Whether a file has its end mark, or the length that it states."""
-    size = file.seek(0, os.SEEK_END)
     if image.format in END_MARKS:
-        mark = END_MARKS[image.format]
-        file.seek(max(0, size - len(mark)))
-        return file.read() == mark
+        return _ends(file, END_MARKS[image.format])
+    size = file.seek(0, os.SEEK_END)
     if image.format in ("WEBP", "BMP"):
         place, more = (4, 8) if image.format == "WEBP" else (2, 0)
         file.seek(place)
@@ -215,6 +215,12 @@ def _whole(file: BinaryIO, image: Image) -> bool:
             a + b <= size for starts, sizes in parts for a, b in zip(starts, sizes, strict=True)
         )
     return False
+
+
+def _ends(file: BinaryIO, mark: bytes) -> bool:
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - len(mark)))
+    return file.read() == mark
 
 
 @cache

@@ -23,21 +23,18 @@ class ImageSource(Protocol):
 
     @property
     def from_files(self) -> bool:
-        """Whether images are decoded from files, which takes time and can fail."""
+        """Whether images are decoded from files, which is slow and can fail."""
 
     def __len__(self) -> int: ...
 
     def read(self, row: int) -> Tensor:
         """uint8 `[channels, H, W]`. Raises BadImage."""
 
-    def stack(self, rows: Rows) -> Tensor | None:
-        """uint8 `[n, channels, H, W]` where all images are in one array; None otherwise."""
-
     def name(self, row: int) -> str:
         """The name to show for a row, unique in the source."""
 
     def identity(self, row: int) -> bytes:
-        """Bytes that differ when the image is another one."""
+        """Bytes that tell this image from others."""
 
     def take(self, rows: Rows) -> Self:
         """The source with only `rows`, in that order."""
@@ -68,9 +65,6 @@ class Files:
 
     def read(self, row: int) -> Tensor:
         return decoded(self.path(row), self.channels, least=self.least)
-
-    def stack(self, rows: Rows) -> None:
-        """Files are decoded one by one."""
 
     def identity(self, row: int) -> bytes:
         """The relative path and the size of the file; a size of -1 if there is none."""
@@ -120,10 +114,6 @@ class Arrays:
     def read(self, row: int) -> Tensor:
         return in_channels(torch.from_numpy(self._array[row]).permute(2, 0, 1), self.channels)
 
-    def stack(self, rows: Rows) -> Tensor:
-        pixels = np.take(self._array, rows, axis=0)
-        return in_channels(torch.from_numpy(pixels).permute(0, 3, 1, 2), self.channels)
-
     def identity(self, row: int) -> bytes:
         return bytes(self._array[row].tobytes())
 
@@ -147,8 +137,8 @@ def open_images(listed: FileList | ArrayList, channels: int | Literal["auto"]) -
 
 
 def in_channels(images: Tensor, channels: int) -> Tensor:
-    """uint8 `[..., 1 or 3, H, W]` with 1 or 3 channels; grey from colour by ITU-R 601 in 16-bit fixed point, as
-    Pillow rounds it: grey arrays equal grey files."""
+    """uint8 `[..., 1 or 3, H, W]` with 1 or 3 channels. Grey from colour by ITU-R 601 in 16-bit fixed point, rounded as
+    by Pillow, so that arrays and files give the same grey."""
     if images.shape[-3] == channels:
         return images
     if channels == 3:

@@ -1,4 +1,4 @@
-"""Batches of images. What a batch holds depends on its keys alone, never on the worker that makes it."""
+"""Batches of images, made by worker processes. A batch is a function of its keys, whichever worker makes it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import os
 import random
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_start_method, parent_process
+from multiprocessing.queues import Queue
+from multiprocessing.reduction import ForkingPickler
 from multiprocessing.synchronize import Event as EventType
 from pathlib import Path
 from threading import Thread, current_thread, main_thread
@@ -46,7 +49,7 @@ Placed = tuple[int, int, Tensor]  # view, place in the batch, image
 
 
 class WorkersDied(NearkinError):
-    """A process that loads images ended before its work (exit 75: what was saved can be continued)."""
+    """A process that loads images ended early (exit 75: the saved run can be resumed)."""
 
     code = 75
 
@@ -88,14 +91,14 @@ def eval_loader(
 ) -> Iterator[Batch]:
     """Batches of the views of each of `rows`, in their order, none padded and none dropped: the last is smaller.
 
-    views: a decoded image -> what is judged of it, as many for every image. Raises as `train_loader`.
+    views: a decoded image -> its views, the same number for every image. Raises as `train_loader`.
     """
     order = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     return _batches(_PlainViews(split, views), order, workers, pin_memory, PATIENCE)
 
 
 class _Views(Dataset[Batch | DataError]):
-    """Makes whole batches, and gives an error back as a value: torch would lose its text and its class."""
+    """Makes whole batches. Returns a DataError as a value, since torch would lose its text and class."""
 
     def __init__(self, split: Split) -> None:
         self.split = split
@@ -147,11 +150,7 @@ class _TrainViews(_Views):
         transform = self.transform
         if not (isinstance(transform, Pipeline) and transform.keyed):
             return _stacked(self._one_by_one(keys), self.count, len(keys))
-        images = self.split.images.stack(self.rows(keys)) if transform.batchwise else None
-        if images is None:
-            return _stacked(self._some_at_a_time(keys, transform), self.count, len(keys))
-        made = [transform.of_batch(images, self._seeds(keys, v)) for v in range(self.count)]
-        return torch.stack(made)
+        return _stacked(self._some_at_a_time(keys, transform), self.count, len(keys))
 
     def _some_at_a_time(self, keys: Sequence[SampleKey], transform: Pipeline) -> Iterator[Placed]:
         some: list[Tensor] = []
@@ -322,11 +321,21 @@ def _start_worker(started: EventType, _: int) -> None:
     system cannot tell (macOS), SIGTERM ends the worker.
     """
     started.set()
+    # torch sends batches from a background thread. Its errors are only printed, and the main process waits for ever.
+    Queue._on_queue_feeder_error = staticmethod(_exit_after)  # type: ignore[attr-defined]
+    # Imports what that thread would import at its first tensor, where Python 3.11 can fail with a KeyError.
+    ForkingPickler.dumps(torch.empty(0, device="meta"))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         Thread(target=_exit_for_parent, daemon=True).start()
     elif hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+def _exit_after(error: BaseException, _: object) -> None:
+    sys.stderr.write(f"nearkin: a worker cannot send a batch: {type(error).__name__}: {error}\n")
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _exit_for_parent() -> None:

@@ -31,7 +31,8 @@ from nearkin.files import write_atomic
 T = TypeVar("T")
 Check = Literal["auto", "full", "headers"]
 MOST_DECODED = 100_000  # files that are not yet known, up to which `auto` decodes them
-CHUNK = 16  # files per task of a thread: hides the cost of a task, and stops soon
+CHUNK = 64  # files per task of a thread, which hides the cost of a task
+AHEAD = 16  # tasks that may wait to be taken in, at least; a transaction takes some milliseconds
 QUIET_SECONDS = 2.0  # before a bar is shown
 SAMPLE = 200  # images whose size is read to find the usual one
 NAMED = 3
@@ -142,10 +143,10 @@ class NumberedFiles:
     def __len__(self) -> int:
         return self._begins[-1]
 
-    def at(self, number: int) -> tuple[Files, int]:
-        """The source of a file and its row there."""
+    def named(self, number: int, reason: str) -> BadImage:
+        """What is wrong with a file, under the path as it was given."""
         source = bisect_right(self._begins, number) - 1
-        return self._all[source], number - self._begins[source]
+        return BadImage(self._all[source].path(number - self._begins[source]), reason)
 
     def key(self, number: int) -> bytes:
         """The absolute path, under which a file is remembered."""
@@ -190,8 +191,7 @@ def _compare(
                 if fact is None or not fact.holds(path) or (check == "full" and not fact.full):
                     new.append(number)
                 elif fact.reason is not None:
-                    source, row = files.at(number)
-                    bad[number] = BadImage(source.path(row), fact.reason)
+                    bad[number] = files.named(number, fact.reason)
             bar.advance(len(numbers))
     return _Compared(len(files), np.array(new, dtype=np.int64), bad)
 
@@ -207,20 +207,21 @@ def _learn(
     """Open the files and remember what was found."""
     bad: dict[int, BadImage] = {}
     facts: dict[bytes, Fact] = {}
+    channels = next(iter(files.sources.values())).channels if files.sources else 3
 
-    def opened(number: int) -> tuple[int, Fact | None, BadImage | None]:
-        source, row = files.at(number)
-        _, fact, problem = examine(source.path(row), source.channels, full)
-        return number, fact, problem
+    def opened(number: int) -> tuple[int, bytes, Fact | None, BadImage | None]:
+        path = files.key(number)
+        _, fact, problem = examine(os.fsdecode(path), channels, full)
+        return number, path, fact, problem
 
     with bar.over(len(new), "images looked at"), quiet_pillow():
         try:
             for chunk in in_threads(opened, new.tolist(), workers):
-                for number, fact, problem in chunk:
+                for number, path, fact, problem in chunk:
                     if fact is not None:
-                        facts[files.key(number)] = fact
+                        facts[path] = fact
                     if problem is not None:
-                        bad[number] = problem
+                        bad[number] = files.named(number, problem.reason)
                 bar.advance(len(chunk))
                 if len(facts) >= BATCH:
                     remembered.keep(facts)
@@ -297,7 +298,9 @@ def in_threads(
     waiting: deque[Future[list[T]]] = deque()
     try:
         while True:
-            while len(waiting) < 3 * workers and (chosen := list(islice(remaining, chunk))):
+            while len(waiting) < max(AHEAD, 2 * workers) and (
+                chosen := list(islice(remaining, chunk))
+            ):
                 waiting.append(pool.submit(some, chosen))
             if not waiting:
                 return

@@ -46,7 +46,8 @@ class Fact(NamedTuple):
 
     def checksum(self, path: bytes) -> int:
         """Of the row in the database, so that neither damage nor another decoder is taken for knowledge."""
-        return zlib.crc32(repr((DECODER, path, *self)).encode("utf-8", "surrogatepass"))
+        reason = b"-" if self.reason is None else self.reason.encode("utf-8", "surrogatepass")
+        return zlib.crc32(b"%d %d %d %d %d %d %d %b\0%b" % (DECODER, *self[:6], reason, path))
 
 
 class Remembered:
@@ -100,8 +101,9 @@ class Remembered:
                 some,
             ):
                 fact = Fact(*values)
-                if fact.checksum(path) == checksum:
-                    found[path] = fact
+                with suppress(TypeError, AttributeError):  # damage may change types as well
+                    if fact.checksum(path) == checksum:
+                        found[path] = fact
         return found
 
     def _insert(self, rows: list[tuple[Any, ...]]) -> None:

@@ -1,4 +1,4 @@
-"""What happens to the pixels between the file and the network: uint8 in, uint8 out, no normalisation."""
+"""Augmentation and evaluation transforms: uint8 in, uint8 out, no normalisation."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, Self
 
-import numpy as np
 import torch
-from numpy.lib.stride_tricks import sliding_window_view
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
@@ -21,13 +19,15 @@ Transform = Callable[[Tensor], Tensor]
 Interpolation = Literal["bilinear", "bicubic"]
 Drawn = tuple[Any, ...]  # what a step draws for an image
 
-LONGEST = 8  # times the short side: what lies beyond is cut, a resized strip would fill the memory
-RATIOS = (3 / 4, 4 / 3)  # of width to height, that a random region has
+LONGEST = (
+    8  # times the short side; longer images are cut, since a resized strip could fill the memory
+)
+RATIOS = (3 / 4, 4 / 3)  # of width to height of a random region
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """One step after the other."""
+    """Steps, applied in order."""
 
     steps: tuple[Transform, ...]
 
@@ -41,28 +41,14 @@ class Pipeline:
         """Whether `of_each` works: no step draws from a global state."""
         return all(isinstance(step, Plain | Drawing) for step in self.steps)
 
-    @property
-    def batchwise(self) -> bool:
-        """Whether `of_batch` works: every step can do its work on many images at once."""
-        return all(isinstance(step, Plain | Batchwise) for step in self.steps)
-
     def of_each(self, images: Sequence[Tensor], seeds: Iterable[int]) -> Iterator[Tensor]:
-        """For each image what `self` makes of it after `torch.manual_seed` of its seed: the same bits, and the global
-        state untouched."""
+        """For each image the result of `self(image)` after `torch.manual_seed(seed)`, bit for bit, without touching
+        the global random state."""
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         made = iter(images)
         for step in self.steps:
             made = step.of_each(made, generators) if isinstance(step, Drawing) else map(step, made)
         return made
-
-    def of_batch(self, images: Tensor, seeds: Iterable[int]) -> Tensor:
-        """`of_each` of uint8 `[n, C, H, W]`, all at once."""
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        for step in self.steps:
-            images = (
-                step.of_batch(images, generators) if isinstance(step, Batchwise) else step(images)
-            )
-        return images
 
 
 class Plain:
@@ -79,15 +65,15 @@ class Drawing(ABC):
     def of_each(
         self, images: Iterable[Tensor], generators: Sequence[torch.Generator]
     ) -> Iterator[Tensor]:
-        """All draws at once: between the pixels of two images they take up to three times as long. Then each image when
-        it is asked for, so that the next step finds it in the processor's caches."""
+        """All draws first, which between the pixels of two images take up to three times as long. Then one image at a
+        time, so that it is still in the processor's caches for the next step."""
         images = [self.prepare(image) for image in images]
         pairs = zip(images, generators, strict=True)
         draws = [self.draw(image.shape, generator) for image, generator in pairs]
         return map(self.apply, images, draws)
 
     def prepare(self, images: Tensor) -> Tensor:
-        """What needs no draw, of one image or many."""
+        """The part of the work that needs no draw."""
         return images
 
     @abstractmethod
@@ -97,19 +83,6 @@ class Drawing(ABC):
     @abstractmethod
     def apply(self, image: Tensor, drawn: Drawn) -> Tensor:
         """`[C, H, W]` and what was drawn for it."""
-
-
-class Batchwise(Drawing):
-    """One that also treats all images of a batch at once."""
-
-    def of_batch(self, images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        images = self.prepare(images)
-        draws = [self.draw(images.shape, generator) for generator in generators]
-        return self.apply_all(images, draws)
-
-    @abstractmethod
-    def apply_all(self, images: Tensor, draws: Sequence[Drawn]) -> Tensor:
-        """`[n, C, H, W]` and what was drawn for each of them."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +117,7 @@ class CentreCrop(Plain):
 
 
 @dataclass(frozen=True)
-class RandomPaddedCrop(Batchwise):
+class RandomPaddedCrop(Drawing):
     """Short side to `side`, `padding` black pixels on each edge, a random `side` x `side`."""
 
     side: int
@@ -163,17 +136,11 @@ class RandomPaddedCrop(Batchwise):
         top, left = drawn
         return image[:, top : top + self.side, left : left + self.side]
 
-    def apply_all(self, images: Tensor, draws: Sequence[Drawn]) -> Tensor:
-        # One copy by NumPy's windows takes a sixth of slicing and stacking.
-        windows = sliding_window_view(images.numpy(), (self.side, self.side), axis=(2, 3))
-        top, left = np.array(draws).T
-        return torch.from_numpy(windows[np.arange(len(images)), :, top, left])
-
 
 @dataclass(frozen=True)
 class RandomRegion(Drawing):
-    """torchvision's RandomResizedCrop, bilinear and antialiased: the same draws and the same bits in about half the
-    time, since pixels whose colours lie side by side are copied out first and stay so."""
+    """torchvision's RandomResizedCrop, bilinear and antialiased: the same draws and the same bits. It takes about half
+    the time, since the region is copied in channels_last before it is resized."""
 
     side: int
     scale: tuple[float, float]
@@ -196,7 +163,7 @@ class RandomRegion(Drawing):
     def apply(self, image: Tensor, drawn: Drawn) -> Tensor:
         top, left, high, wide = drawn
         colours, down, right = image.stride()
-        # In one call: each takes longer than usual between the pixels of two images.
+        # One call instead of two slices, which are slow while the caches hold pixels.
         start = image.storage_offset() + top * down + left * right
         shape = (1, len(image), high, wide)
         region = image.as_strided(shape, (high * down, colours, down, right), start)
@@ -206,13 +173,13 @@ class RandomRegion(Drawing):
 
 
 @dataclass(frozen=True)
-class RandomFlip(Batchwise):
+class RandomFlip(Drawing):
     """The mirror image in half of the cases."""
 
     def of_each(
         self, images: Iterable[Tensor], generators: Sequence[torch.Generator]
     ) -> Iterator[Tensor]:
-        # No draw depends on an image, so that none need be made before.
+        # The draws do not depend on the images, so these stay lazy.
         draws = [self.draw(torch.Size(()), generator) for generator in generators]
         return map(self.apply, images, draws)
 
@@ -221,12 +188,6 @@ class RandomFlip(Batchwise):
 
     def apply(self, image: Tensor, drawn: Drawn) -> Tensor:
         return image.flip(-1) if drawn[0] else image
-
-    def apply_all(self, images: Tensor, draws: Sequence[Drawn]) -> Tensor:
-        mirrored = np.array(draws, dtype=bool)[:, 0]
-        pixels = images.flip(-1).numpy()
-        pixels[~mirrored] = images.numpy()[~mirrored]
-        return torch.from_numpy(pixels)
 
 
 @cache
@@ -299,7 +260,7 @@ class TrainSpec(BaseModel):
     @classmethod
     def of(cls, strength: Strength, *, image_size: int, channels: int, flip: bool = False) -> Self:
         """A named strength: see `STRENGTHS`. `none` crops the centre; the others crop at random, `padded` up to 64
-        pixels and above that from 35 % of the area. Source: our choice."""
+        pixels and above that from 35 % of the area."""
         random = "padded" if image_size <= SMALL else 0.35
         crop: Any = "centre" if strength == "none" else random
         parts: Any = STRENGTHS[strength]

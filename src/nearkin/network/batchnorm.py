@@ -1,4 +1,4 @@
-"""One BatchNorm for any number of processes: N ranks compute what one process computes on the whole batch."""
+"""BatchNorm with statistics over all ranks: N ranks compute what one process computes on the whole batch."""
 
 from __future__ import annotations
 
@@ -26,37 +26,42 @@ def swap_modules(root: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -
     return replacements.get(root, root)
 
 
-def synchronise_batchnorm(module: nn.Module) -> nn.Module:
-    """`module` with a `SyncBatchNorm` in place of every BatchNorm, its parameters and buffers kept as they are.
+def synchronise_batchnorm(module: nn.Module, device_type: str) -> nn.Module:
+    """Replace every BatchNorm in `module` by one with statistics over all ranks; parameters and buffers are kept.
 
-    Returns `module` itself unless it is a BatchNorm. Raises ConfigError for a kind of BatchNorm it does not
-    know, since leaving one alone would silently train on local statistics.
+    device_type: "cuda" takes torch's SyncBatchNorm (and timm's, where an activation belongs to the module), which
+    exists only there. Other devices take the `SyncBatchNorm` of this file.
+
+    Returns `module` itself unless it is a BatchNorm. Raises ConfigError for an unknown subclass of BatchNorm: left
+    alone it would train on the statistics of one rank.
     """
-    found = (m for m in module.modules() if isinstance(m, _BatchNorm))
-    return swap_modules(
-        module, {m: SyncBatchNorm(m) for m in found if type(m) is not SyncBatchNorm}
-    )
+    found = [
+        m for m in module.modules() if isinstance(m, _BatchNorm) and type(m) is not SyncBatchNorm
+    ]
+    for norm in found:
+        _check_known(norm)
+    if device_type == "cuda":
+        from timm.layers.norm_act import convert_sync_batchnorm
+
+        converted: nn.Module = convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
+        return converted
+    return swap_modules(module, {norm: SyncBatchNorm(norm) for norm in found})
 
 
 class SyncBatchNorm(_BatchNorm):
-    """BatchNorm over the rows of all ranks.
+    """BatchNorm over the rows of all ranks, for CPUs, where torch has none.
 
     In training, with n values per channel on all ranks together:
     y = (x - mean) / sqrt(M2 / n + eps) * weight + bias, where mean and M2 (the centred sum of squares) are
-    merged from those of the ranks, so that nothing cancels; ranks may hold different numbers of rows, but
-    each holds some. The running variance is the unbiased M2 / (n - 1). In evaluation it is torch's own.
+    merged from those of the ranks, which avoids cancellation. Ranks may hold different numbers of rows, at least
+    one each. The running variance is the unbiased M2 / (n - 1). In evaluation it is torch's own.
     Statistics are at least float32, also under autocast; y has the dtype of x.
 
-    `original`: a BatchNorm1d, 2d or 3d, or timm's BatchNormAct2d. All it holds is taken over under its name:
-    parameters, buffers, settings, and children (timm's dropout and activation, which run after the normalisation).
+    `original`: a BatchNorm1d, 2d or 3d, or timm's BatchNormAct2d. Its parameters, buffers, settings and children
+    (timm's dropout and activation, which run after the normalisation) keep their names.
     """
 
     def __init__(self, original: _BatchNorm) -> None:
-        if not _known(original):
-            raise ConfigError(
-                f"{type(original).__name__} cannot be synchronised between processes; "
-                "train with one process or choose a model with another normalisation."
-            )
         nn.Module.__init__(self)
         self.__dict__.update(original.__dict__)
 
@@ -106,12 +111,14 @@ class _Statistics(NamedTuple):
     n: Tensor
 
 
-def _known(original: _BatchNorm) -> bool:
-    if type(original) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
-        return True
+def _check_known(norm: _BatchNorm) -> None:
     from timm.layers.norm_act import BatchNormAct2d
 
-    return type(original) is BatchNormAct2d
+    if type(norm) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNormAct2d):
+        raise ConfigError(
+            f"{type(norm).__name__} cannot be synchronised between processes; "
+            "train with one process or choose a model with another normalisation."
+        )
 
 
 @torch.no_grad()

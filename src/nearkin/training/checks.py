@@ -83,18 +83,17 @@ def fit_workers(settings: Settings, views: int, *, given: bool) -> Settings:
 
     Raises ConfigError where `workers` was given: torch's workers wait for ever when /dev/shm is full.
     """
-    launch, batch, channels = launched(), settings.batch_size, settings.channels
+    launch, batch, workers = launched(), settings.batch_size, settings.workers
     train = views * batch // launch.nodes * settings.image_size**2
     validation = launch.per_node * max(64, batch) * settings.eval_size**2
-    size = channels * (
-        train + validation
-    )  # bytes: uint8, and both loaders are open at the end of an epoch
-    fitting = fitting_workers(settings.workers, size)
-    if given and fitting < settings.workers:
+    # Bytes: uint8, and both loaders are open at the end of an epoch.
+    size = settings.channels * (train + validation)
+    fitting = fitting_workers(workers, size)
+    if given and fitting < workers:
         raise ConfigError(
-            f"--workers {settings.workers} needs {size * (2 * settings.workers + 1) / 2**20:.0f} MiB of shared memory "
-            f"for its batches, more than is free in {SHARED_MEMORY}; use --workers {fitting}, a smaller --batch-size, "
-            "or enlarge it (docker run --shm-size 1g)."
+            f"--workers {workers} needs {size * (2 * workers + 1) / 2**20:.0f} MiB of shared memory for its batches, "
+            f"more than is free in {SHARED_MEMORY}; use --workers {fitting}, a smaller --batch-size, or enlarge it "
+            "(docker run --shm-size 1g)."
         )
     return settings.model_copy(update={"workers": fitting})
 

@@ -91,6 +91,8 @@ def prepare(
     built = _build(data, options, dataset, device, pretrained=pretrained)
     files, count = train.images.from_files and not read_whole(data), len(train.labels)
     settings = resolve(data, network_facts(data, built, runtime, images=count, files=files))
+    views, given = built.objective.stages()[0].views, config.workers != "auto"
+    settings = fit_workers(settings, views, given=given)
     check_built(settings, built)
     views = built.objective.stages()[0].views
     settings = fit_workers(settings, views, given=config.workers != "auto")

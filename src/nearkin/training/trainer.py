@@ -97,7 +97,7 @@ class Trainer:
         if self.runtime.world_size > 1:
             from nearkin.network import synchronise_batchnorm
 
-            synchronise_batchnorm(network)
+            synchronise_batchnorm(network, self.runtime.device.type)
         if self.settings.class_weights == "balanced":
             objective.weigh_classes(
                 balanced_weights(self.train_split, self.dataset).to(self.runtime.device)

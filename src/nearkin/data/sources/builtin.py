@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import os
 import sys
 import tarfile
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +41,14 @@ _TORCHVISION = {
     "svhn": _Source("SVHN", _NAMED),
 }
 BUILTIN = ("digits", *_TORCHVISION)
+# One bit an image, 1 for test: sklearn's train_test_split(test_size=0.2, stratify=labels, random_state=0).
+_DIGITS_TEST = (
+    "000004883524104000064100934205001a00080100240028062c12001000940a009019120420f8a0028110a000"
+    "080a8820441524494240a00a0000004004d80000818020004805c400104008a0100005404800301000020ec409"
+    "000224840083a8013c20a6980a0000000b08400804a0184802024041c1008004404684376a8102160044800040"
+    "42a0a4180a5000840b8561c608108008004c80c02004068e00010882008100380803c008190000100e01008410"
+    "a0210033282904c044c080680e0102830082008822a6402c24042108a860809081a00c02820242120138a41500"
+)
 
 
 def list_builtin(name: str) -> Listing:
@@ -47,20 +57,22 @@ def list_builtin(name: str) -> Listing:
 
 
 def _digits() -> Listing:
-    """1 797 grey images of 8 x 8, values 0 ... 16 scaled to 0 ... 255; 20 % are test, stratified, seed 0."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
+    """1 797 grey images of 8 x 8, values 0 ... 16 scaled to 0 ... 255; 20 % are test, stratified, seed 0.
 
-    digits = load_digits()
-    array = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]
-    labels = digits.target.astype(np.int64)
-    train, test = train_test_split(
-        np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0
-    )
+    Reads scikit-learn's file without importing scikit-learn, which takes as long as `import torch`.
+    """
+    package = find_spec("sklearn")
+    if package is None or package.origin is None:
+        raise DataError("The data set digits is a file of scikit-learn, which is not installed.")
+    with gzip.open(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz") as file:
+        table = np.loadtxt(file, delimiter=",")
+    array = np.rint(table[:, :64] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
+    labels = table[:, 64].astype(np.int64)
+    test = np.unpackbits(np.frombuffer(bytes.fromhex(_DIGITS_TEST), np.uint8), count=len(labels))
     classes = tuple(str(digit) for digit in range(10))
     parts = {
         split: ListedSplit(ArrayList(array[rows], "digits", rows), labels[rows], classes)
-        for split, rows in (("train", np.sort(train)), ("test", np.sort(test)))
+        for split, rows in (("train", np.flatnonzero(test == 0)), ("test", np.flatnonzero(test)))
     }
     return Listing("digits", parts)
 

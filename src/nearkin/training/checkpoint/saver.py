@@ -118,8 +118,8 @@ class Saver:
             self._waiting = None
         sums, counted = meters.state()
         state: dict[str, Any] = {
-            "stage": stage,
             "identity": self._identity,
+            "stage": stage,
             "best": None if self.best is None else self.best._asdict(),
             "meters": counted,
             "collapse": collapse.state(),

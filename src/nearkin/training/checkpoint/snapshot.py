@@ -1,8 +1,8 @@
-"""One checkpoint on disk: safetensors, JSON, and a manifest that vouches for every byte.
+"""One checkpoint on disk: safetensors, JSON, and a manifest with the SHA-256 of every file.
 
-`manifest.json` names the SHA-256 and the size of every other file and is written last: a folder
-without it was never finished. Its layout never changes; the format version stands in `state.json`,
-which it vouches for, so that a flipped bit is not taken for a newer format.
+`manifest.json` holds the SHA-256 and the size of every other file and is written last: a folder without it is
+incomplete. Its layout never changes. The format version is in `state.json`, which is verified first, so that a flipped
+bit is not read as a newer format.
 """
 
 from __future__ import annotations
@@ -34,14 +34,11 @@ MAX_STATE = 2**26
 
 
 class Snapshot(NamedTuple):
-    """What a checkpoint holds.
+    """The contents of a checkpoint.
 
-    step: optimiser steps done when it was taken. tensors: file stem -> name -> tensor; each stem is
-    stored as `<stem>.safetensors`. They come back on the
-        CPU, each with memory of its own, and sorted differently.
-    state: what JSON can hold; tuples come back as lists, keys as strings. `state["best"]["step"]`
-    names the
-        best weights that belong to this snapshot.
+    step: optimiser steps done. tensors: file stem -> name -> tensor; each stem is stored as `<stem>.safetensors`. They
+    are read back on the CPU, each with memory of its own, in another order. state: JSON values; tuples are read back as
+    lists, keys as strings. `state["best"]["step"]` is the step of the best weights of this snapshot.
     """
 
     step: int
@@ -62,7 +59,7 @@ class Damaged(ModelError):
 
 
 class Entry(BaseModel):
-    """What the manifest says of one file: `size` in bytes and its SHA-256 in hexadecimal."""
+    """The manifest's entry of one file: `size` in bytes and its SHA-256 in hexadecimal."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -70,17 +67,16 @@ class Entry(BaseModel):
 
 
 class Manifest(BaseModel):
-    """The files of a checkpoint; a name is plain, so that it cannot lead out of the folder."""
+    """The files of a checkpoint. The pattern of a name admits no path that leaves the folder."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     files: dict[Annotated[str, StringConstraints(pattern=r"^\w[\w.-]*$")], Entry]
 
 
 def write(folder: Path, snapshot: Snapshot) -> None:
-    """Write `snapshot` into the empty `folder`, the manifest last, and return once the disk has it.
+    """Write `snapshot` to the empty `folder`, the manifest last, and sync it.
 
-    Raises `DivergedError` when a floating tensor or a number of the state is not finite, and
-    `OSError`.
+    Raises `DivergedError` when a floating tensor or a number of the state is not finite, and `OSError`.
     """
     entries: dict[str, Entry] = {}
     for name, data in _files(snapshot):
@@ -98,7 +94,7 @@ def verify(folder: Path) -> None:
 
 
 def read(folder: Path) -> Snapshot:
-    """The snapshot in `folder`; every byte is read once, compared with the manifest, then parsed.
+    """The snapshot in `folder`. Every file is compared with the manifest before it is parsed.
 
     Raises `Damaged`, and `ModelError` when the format is newer than this version of nearkin reads.
     """
@@ -117,14 +113,14 @@ def read(folder: Path) -> Snapshot:
 
 
 def best_of(folder: Path) -> int | None:
-    """The step of the best weights that the snapshot refers to. Raises as `read` does."""
+    """The step of the best weights of the snapshot. Raises as `read` does."""
     _, state = _parse_state(folder, _read(folder / STATE, _manifest(folder).files[STATE]))
     best = state.get("best")
     return best.get("step") if isinstance(best, dict) else None
 
 
 def _files(snapshot: Snapshot) -> Iterator[tuple[str, bytes]]:
-    """The files one after another, so that only one of them is in memory."""
+    """The files one after another, so that only one is in memory."""
     document = {"format": FORMAT, "step": snapshot.step, "state": snapshot.state}
     try:
         state = json.dumps(document, allow_nan=False)
@@ -151,7 +147,7 @@ def _storable(step: int, stem: str, tensors: dict[str, Tensor]) -> dict[str, Ten
 
 
 def _finite(value: Tensor) -> bool:
-    """A finite sum has only finite terms; only another sum needs the slow look at each of them."""
+    """A finite sum has only finite terms; only otherwise each term is checked, which is slower."""
     if value.dtype in (torch.float64, torch.float32) and torch.isfinite(value.sum()):
         return True
     return bool(torch.isfinite(value).all())
@@ -172,7 +168,7 @@ def _manifest(folder: Path) -> Manifest:
         manifest = Manifest.model_validate_json(text[:MAX_MANIFEST])
     except ValidationError as error:
         raise Damaged(folder, f"{MANIFEST} is not what nearkin writes") from error
-    # Writing it again must give the same bytes: of two equal names, JSON would silently drop one.
+    # Written again it must give the same bytes: of two equal names, JSON silently drops one.
     if manifest.model_dump_json().encode() != text or STATE not in manifest.files:
         raise Damaged(folder, f"{MANIFEST} is not what nearkin writes")
     return manifest

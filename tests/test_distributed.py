@@ -1,0 +1,89 @@
+"""Mixed precision and the optimiser's step on one process."""
+
+from __future__ import annotations
+
+import sys
+from subprocess import run
+
+import pytest
+import torch
+from torch import nn
+
+from nearkin.distributed import Runtime
+from nearkin.types import Outputs
+
+
+def trained(runtime, steps, max_norm=None, poison=None):
+    """Weights after some steps of SGD on a fixed quadratic problem, and the largest gradient norms."""
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Linear(6, 4)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    x = torch.randn(8, 6, generator=generator)
+    for step in range(steps):
+        with runtime.autocast():
+            y = layer(x)
+        loss = y.float().square().mean() * (float("inf") if step == poison else 1)
+        runtime.backward(loss)
+        runtime.step(optimizer, max_norm)
+        assert all(p.grad is None for p in layer.parameters())
+    return torch.cat([p.detach().flatten() for p in layer.parameters()])
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.05])
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp16", 2e-3), ("bf16", 2e-2)])
+def test_mixed_precision_takes_the_same_steps(precision, tolerance, max_norm):
+    exact = trained(Runtime(device="cpu", precision="fp32"), 5, max_norm)
+    mixed = trained(Runtime(device="cpu", precision=precision), 5, max_norm)
+    assert not torch.equal(mixed, exact)
+    torch.testing.assert_close(mixed, exact, rtol=0, atol=tolerance)
+
+
+def test_an_fp16_step_with_an_infinite_gradient_is_skipped_and_lowers_the_scale():
+    runtime = Runtime(device="cpu", precision="fp16")
+    scale = runtime._scaler.get_scale()
+    torch.testing.assert_close(
+        trained(runtime, 3, poison=1), trained(runtime, 2), rtol=0, atol=1e-6
+    )
+    assert runtime._scaler.get_scale() == scale / 2
+    other = Runtime(device="cpu", precision="fp16")
+    other.load_scaler_state(runtime.scaler_state())
+    assert other.scaler_state() == runtime.scaler_state()
+
+
+def test_only_fp16_has_a_scaler():
+    for precision in ("fp32", "bf16", "fp64"):
+        assert Runtime(device="cpu", precision=precision).scaler_state() == {}
+    assert Runtime(device="cpu", precision="fp32").at("fp16").scaler_state() != {}
+
+
+class Heads(nn.Module):
+    def forward(self, images):
+        features = images @ torch.ones(3, 2, dtype=images.dtype)
+        return Outputs(features, features, None, features)
+
+
+def test_outputs_have_the_dtype_of_the_run():
+    for precision, dtype in (("bf16", torch.float32), ("fp64", torch.float64)):
+        runtime = Runtime(device="cpu", precision=precision)
+        outputs = runtime.forward(Heads(), torch.ones(5, 3, dtype=dtype))
+        assert outputs.features.dtype == outputs.logits.dtype == dtype
+        assert outputs.projection is None
+
+
+def test_a_second_run_can_start_in_the_same_process():
+    with Runtime(device="cpu", precision="fp32") as runtime:
+        assert runtime.collect(1) == [1]
+    with Runtime(device="cpu", precision="fp32") as runtime:
+        assert runtime.once_per_node(lambda: "made") == runtime.share("made") == "made"
+
+
+def test_one_process_loads_neither_fabric_nor_the_compiler():
+    code = (
+        "import sys; from nearkin.distributed import Runtime; Runtime(device='cpu', precision='bf16'); "
+        "print([m for m in ('lightning_fabric', 'torch._dynamo') if m in sys.modules])"
+    )
+    done = run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -1,0 +1,105 @@
+"""What torchrun and srun say of a launch, the cores of a process, and the mask of the stop signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from nearkin.process import Launch, cores, launched, stop_requested, stop_signals_recorded
+
+TORCHRUN = {
+    **{"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "RANK": "6"},
+    **{"LOCAL_RANK": "2", "MASTER_ADDR": "gpu1", "MASTER_PORT": "29500"},
+}
+SLURM = {
+    **{"SLURM_NTASKS": "6", "SLURM_NNODES": "3", "SLURM_PROCID": "5", "SLURM_LOCALID": "1"},
+    **{"SLURM_JOB_ID": "4071234", "SLURM_JOB_NAME": "train"},
+}
+
+
+@pytest.fixture
+def env(monkeypatch):
+    for name in os.environ:
+        if name.startswith(("SLURM_", "MASTER_", "TORCHELASTIC_")):
+            monkeypatch.delenv(name)
+
+    def change(values):
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+
+    return change
+
+
+def test_without_a_launcher_there_is_one_process(env):
+    assert launched() == Launch(nodes=1, per_node=1, rank=0, local_rank=0)
+    env(SLURM | {"SLURM_JOB_NAME": "bash"})
+    assert launched().world_size == 1
+
+
+def test_torchrun(env):
+    env(TORCHRUN)
+    assert launched() == Launch(2, 4, 6, 2, "gpu1", 29500)
+    assert launched().world_size == 8
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("gpu[007-009,12],cpu1", "gpu007"),
+        ("gpu[3,5]", "gpu3"),
+        ("host0,host1", "host0"),
+        ("a-1-[2-4]", "a-1-2"),
+        ("single", "single"),
+    ],
+)
+def test_slurm(env, nodes, first):
+    env(SLURM | {"SLURM_NODELIST": nodes})
+    assert launched() == Launch(3, 2, 5, 1, first, 16234)
+    env({"MASTER_ADDR": "other", "MASTER_PORT": "1234"})
+    assert launched()[-2:] == ("other", 1234)
+
+
+def test_each_process_gets_its_share_of_the_cores(env, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
+    assert cores() == 12
+    env(TORCHRUN)
+    assert cores() == 3
+    env({"LOCAL_WORLD_SIZE": "8"})
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    assert cores() == 1
+
+
+def test_slurm_divides_the_cores_itself(env, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
+    env(SLURM | {"SLURM_CPUS_PER_TASK": "4"})
+    assert cores() == 4
+
+
+def test_a_stop_signal_is_recorded_once_and_forgotten():
+    assert not stop_requested()
+    with stop_signals_recorded():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop_requested()
+        assert not stop_requested(60)
+    assert not stop_requested()
+
+
+CHILD = """
+import signal, subprocess, sys
+from nearkin.process import stop_signals_blocked
+code = "import signal; print(sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])))"
+with stop_signals_blocked():
+    inside = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+outside = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+print(inside.count("SIG"), outside.count("SIG"))
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="needs signal masks")
+def test_children_inherit_the_mask_only_within_the_block():
+    done = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True, check=True)
+    assert done.stdout == "3 0\n"
