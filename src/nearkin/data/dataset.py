@@ -26,7 +26,7 @@ def stratified(labels: Labels, fraction: float, seed: int) -> NDArray[np.int64]:
 
     labels: `[N]`. Class c of n_c images gives floor(fraction n_c); what is left goes to the largest
     remainders, ties in a random order. At least one image of every class stays, so a class with one image
-    gives none, and the result is empty when every class has only one. Source: our choice.
+    gives none, and the result is empty when every class has only one.
     """
     rng = keyed_rng("held out", seed)
     _, place, counts = np.unique(labels, return_inverse=True, return_counts=True)
@@ -81,7 +81,7 @@ class Dataset(NamedTuple):
 
     classes: sorted by their bytes; a label is a place in them, in every split.
     splits: `train` always, `val` and `test` if there.
-    notes: what a person should know. bad: the images left out.
+    notes: for the user. bad: the images left out.
     """
 
     name: str

@@ -42,7 +42,7 @@ def mix(
             clipped, lam ~ Beta(cutmix, cutmix), and lam is then the true share of x_i (Yun et al. 2019,
             section 3.1).
     With both above 0 a step takes one of them, each with probability 1/2. lam, box and partners are drawn
-    per block (our choice), keyed by (seed, step, position): mixing a batch is mixing its blocks.
+    per block and keyed by (seed, step, position): mixing a batch is mixing its blocks.
 
     images: `[V, b, C, H, W]` float. labels, index: `[b]`; b is a multiple of 8. classes: K.
     offset: position of the first row in the global batch, a multiple of 8.

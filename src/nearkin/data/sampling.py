@@ -14,9 +14,9 @@ from nearkin.errors import ConfigError
 
 
 def keyed_seed(purpose: str, *numbers: int) -> int:
-    """A well-mixed seed in [0, 2^63): BLAKE2b of the purpose and the numbers (each within 64 signed bits).
+    """A seed in [0, 2^63): BLAKE2b of the purpose and the numbers (each within 64 signed bits).
 
-    Pure, and the same on every machine. Source: our choice.
+    Pure, and the same on every machine.
     """
     message = purpose.encode() + b"\0" + struct.pack(f"<{len(numbers)}q", *numbers)
     return int.from_bytes(blake2b(message, digest_size=8).digest(), "little") >> 1
@@ -44,7 +44,7 @@ Draw = Callable[[int], Draws]
 def drawing(
     sampler: Sampler, labels: Rows, *, seed: int, batch_size: int, per_class: int, repeats: int
 ) -> Draw:
-    """The function epoch -> Draws that these options mean."""
+    """The function epoch -> Draws for these options."""
     if sampler == "balanced":
         return lambda epoch: balanced(labels, seed, epoch, batch_size, per_class)
     if sampler == "weighted":
@@ -69,7 +69,7 @@ def repeated(n: int, seed: int, epoch: int, batch_size: int, repeats: int) -> Dr
 
     All copies of an image share a global batch; where `repeats` does not divide it, the last image of a batch has
     fewer. An epoch stays as long as without. Source: Hoffer et al. 2020 (arXiv 1901.09335); the epoch's length as
-    in timm; whole batches are our choice.
+    in timm; the use of whole batches is not from there.
     """
     batch, position = np.divmod(np.arange(n), batch_size)
     images = -(-batch_size // repeats)  # in each batch
@@ -95,7 +95,7 @@ def balanced(labels: Rows, seed: int, epoch: int, batch_size: int, per_class: in
     where these do not fill the epoch, as short groups too. Short groups are laid end to end through the epoch, so one
     is cut only where a batch has no room for the rest of it. Where short groups do not fill their last place, a whole
     group is opened. No image is drawn twice; a class may have several groups in a batch.
-    Source: our choice, after Hermans et al. 2017.
+    After Hermans et al. 2017.
     """
     rng = keyed_rng("groups", seed, epoch)
     need = len(labels) // batch_size * (batch_size // per_class)
@@ -115,15 +115,16 @@ def balanced(labels: Rows, seed: int, epoch: int, batch_size: int, per_class: in
 
 
 def _grouped(labels: Rows, seed: int, epoch: int, size: int) -> tuple[Rows, Rows, int]:
-    """Full groups `[g, size]`; the images in none, class by class, first those of small classes; how many these are."""
-    members = _by_class(labels, keyed_rng("turns", seed))  # in an order that stays
+    """Full groups `[g, size]`; the remaining images, class by class and small classes first; the number of images of
+    small classes."""
+    members = _by_class(labels, keyed_rng("turns", seed))  # the same order in every epoch
     classes, counts = labels[members], np.bincount(labels)
     starts, of, left = (x[classes] for x in (np.cumsum(counts) - counts, counts, counts % size))
-    # Each class turns by the number left over last time: in turn everyone stands at its end.
+    # Each class is rotated by its remainder in every epoch, so that each image is left over equally often.
     over = (np.arange(len(labels)) - starts - epoch * left) % of >= of - left
     kept = members[~over]
     groups = kept[_by_class(labels[kept], keyed_rng("within", seed, epoch))]
-    few = over & (of < size)  # all of a small class is over
+    few = over & (of < size)  # a class with fewer images than a group
     rng = keyed_rng("classes", seed, epoch)
     parts = [_classes_shuffled(members[of_tail], labels, rng) for of_tail in (few, over & ~few)]
     return groups.reshape(-1, size), np.concatenate(parts), len(parts[0])
@@ -150,7 +151,7 @@ def _scattered(draws: Draws, seed: int, epoch: int, batch_size: int) -> Draws:
 
 
 def _occurrences(rows: Rows) -> Rows:
-    """How often each row came before."""
+    """For each position, how often its row occurred before."""
     order = np.argsort(rows, kind="stable")
     _, starts, counts = np.unique(rows[order], return_index=True, return_counts=True)
     earlier = np.empty(len(rows), dtype=np.int64)
@@ -167,7 +168,7 @@ class SampleKey(NamedTuple):
 
 
 def sample_seed(seed: int, epoch: int, index: int, occurrence: int, view: int) -> int:
-    """The seed, in [0, 2^63), of one view of one draw of one image. Pure. Source: our choice."""
+    """The seed, in [0, 2^63), of one view of one draw of one image. Pure."""
     return keyed_seed("view", seed, epoch, index, occurrence, view)
 
 
