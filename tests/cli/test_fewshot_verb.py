@@ -185,7 +185,7 @@ def test_bad_words(here, capsys):
     refused(capsys, 2, ["flat", "new", "--episodes", "1"], "--episodes")
     refused(capsys, 2, ["flat", "new", "--copies=-1"], "--copies")
     refused(capsys, 2, ["flat", "new", "--shots", "many"], "--shots", "many")
-    refused(capsys, 2, ["flat", "new", "--shotz", "1"], "--shotz", "--shots?")
+    refused(capsys, 2, ["flat", "new", "--shotz", "1"], "--shotz", "--shots")
     refused(capsys, 3, ["flat", "nowhere"], "nowhere")
     refused(capsys, 4, ["new", "new"], "no finished model")
 

@@ -135,7 +135,8 @@ def mean_probabilities(logits: Tensor, images: int) -> Tensor:
     """The mean of softmax over the views, `[images, C]`, of `logits` `[V * images, C]`, view after view; in float32
     (float64 stays float64)."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    return wide.softmax(1).view(-1, images, logits.shape[1]).mean(0)
+    views = wide.softmax(1).view(-1, images, logits.shape[1])
+    return views[0] if len(views) == 1 else views.mean(0)
 
 
 @torch.no_grad()

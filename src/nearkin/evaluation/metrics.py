@@ -44,7 +44,7 @@ def reduced(probabilities: Tensor, labels: Tensor, index: Tensor) -> Predictions
     """
     top, values = ranked(probabilities)
     own = probabilities.gather(1, labels[:, None]).squeeze(1)
-    own = own.where(probabilities.isfinite().all(1), torch.nan)
+    own = own.where(probabilities.sum(1).isfinite(), torch.nan)  # 0.3 ms; isfinite().all(1) 5.8
     return Predictions(top, values, own, labels, index)
 
 
