@@ -14,7 +14,7 @@ from nearkin.config import RunConfig, validate
 from nearkin.distributed import Runtime
 from nearkin.evaluation.model import Built, ModelSpec, build
 from nearkin.network import Network
-from nearkin.network.backbone import _create, _statistics
+from nearkin.network.backbone import channel_statistics, create_model
 from nearkin.training.defaults import resolve_data, resolve_training
 from nearkin.training.optim import build_optimizer, names_layers
 from nearkin.training.step import Stepper
@@ -147,9 +147,9 @@ def _batch(case: Case, device: torch.device, views: int) -> Batch:
 def _plain(case: Case, config: RunConfig, runtime: Runtime) -> Step:
     """What a person would write around a timm model, with the same optimiser and precision."""
     device = runtime.device
-    model = _create(case.model, {"num_classes": case.classes}, case.side).to(device)
+    model = create_model(case.model, {"num_classes": case.classes}, case.side).to(device)
     config = _trained(config, model, runtime)
-    # Contiguous is what timm's own training script takes unless it is told.
+    # timm's own training script uses contiguous by default.
     last = case.memory_format == "channels_last"
     layout = torch.channels_last if last else torch.contiguous_format
     model.to(memory_format=layout).train()
@@ -166,7 +166,8 @@ def _plain(case: Case, config: RunConfig, runtime: Runtime) -> Step:
     if case.backend is not None:
         model.compile(backend=case.backend)
     mean, std = (
-        torch.tensor(each, device=device).view(-1, 1, 1) for each in _statistics(model, channels=3)
+        torch.tensor(each, device=device).view(-1, 1, 1)
+        for each in channel_statistics(model, channels=3)
     )
     pixels, labels, _ = _batch(case, device, 1)
 
