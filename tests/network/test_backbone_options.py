@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
 
 from nearkin.errors import ConfigError, ModelError
 from nearkin.network import Network, build_backbone, check_eval_size
 from nearkin.network import backbone as backbone_module
-from nearkin.network import backbone as fitting
 from nearkin.network.backbone import MOST_WEIGHTS
 
 BEIT3 = "beit3_base_patch16_224.pt"
@@ -56,16 +53,14 @@ def test_options_that_cannot_be(model, options, says):
 
 
 def test_one_layer_that_would_fill_the_memory_is_refused_before_it_is_filled():
-    started = time.perf_counter()
     with pytest.raises(ConfigError) as caught:
         build("vit_tiny_patch16_224", mlp_ratio=16384, embed_dim=768)
     assert any(words in str(caught.value) for words in (f"more than {MOST_WEIGHTS}", "memory"))
-    assert time.perf_counter() - started < 30
 
 
 def test_many_layers_are_counted_while_they_are_built(monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr(fitting, "MOST_WEIGHTS", 1_000_000)
+        patched.setattr(backbone_module, "MOST_WEIGHTS", 1_000_000)
         with pytest.raises(ConfigError, match="more than 1000000 weights"):
             build("test_vit", depth=16384)
         build("test_vit", depth=1)  # each model has the whole number

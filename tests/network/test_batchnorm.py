@@ -28,10 +28,10 @@ KINDS = {
 
 def pair(make, dtype):
     torch.manual_seed(0)
-    theirs = make().to(dtype)
-    for parameter in theirs.parameters():
+    reference = make().to(dtype)
+    for parameter in reference.parameters():
         nn.init.uniform_(parameter, -2, 2)
-    return theirs, SyncBatchNorm(copy.deepcopy(theirs))
+    return reference, SyncBatchNorm(copy.deepcopy(reference))
 
 
 def error(value, reference):
@@ -54,10 +54,10 @@ def run(norm, batches, weights):
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_equals_torch(kind, dtype, tolerance):
     make, shape = KINDS[kind]
-    theirs, ours = pair(make, dtype)
+    reference, ours = pair(make, dtype)
     batches = [torch.randn(shape, dtype=dtype) * 3 + 1 for _ in range(3)]
     weights = [torch.randn(shape, dtype=dtype) for _ in range(3)]
-    expected, got = run(theirs, batches, weights), run(ours, batches, weights)
+    expected, got = run(reference, batches, weights), run(ours, batches, weights)
     assert len(got) == len(expected) >= 6
     for a, b in zip(got, expected, strict=True):
         assert a.dtype == b.dtype
@@ -67,13 +67,13 @@ def test_training_equals_torch(kind, dtype, tolerance):
 @pytest.mark.parametrize("kind", KINDS)
 def test_evaluation_is_torch(kind):
     make, shape = KINDS[kind]
-    theirs, ours = pair(make, torch.float32)
+    reference, ours = pair(make, torch.float32)
     for _ in range(2):
         batch = torch.randn(shape) + 2
-        theirs(batch), ours(batch)
+        reference(batch), ours(batch)
     x = torch.randn(shape)
-    theirs.load_state_dict(ours.state_dict())
-    assert torch.equal(ours.eval()(x), theirs.eval()(x))
+    reference.load_state_dict(ours.state_dict())
+    assert torch.equal(ours.eval()(x), reference.eval()(x))
 
 
 def test_gradients_by_differences():
@@ -100,18 +100,18 @@ def test_a_large_mean_cancels_nothing():
 
 def test_channels_last_stays():
     x = torch.randn(4, 5, 3, 6).contiguous(memory_format=torch.channels_last)
-    theirs, ours = pair(lambda: nn.BatchNorm2d(5), torch.float32)
+    reference, ours = pair(lambda: nn.BatchNorm2d(5), torch.float32)
     y = ours(x)
     assert y.is_contiguous(memory_format=torch.channels_last)
-    assert error(y, theirs(x)) < 1e-6
+    assert error(y, reference(x)) < 1e-6
 
 
 def test_autocast_keeps_statistics_in_float32():
     torch.manual_seed(0)
     convolution = nn.Conv2d(3, 5, 3)
-    theirs, ours = pair(lambda: nn.BatchNorm2d(5), torch.float32)
+    reference, ours = pair(lambda: nn.BatchNorm2d(5), torch.float32)
     results = []
-    for norm in (theirs, ours):
+    for norm in (reference, ours):
         x = torch.randn(8, 3, 9, 9, generator=torch.Generator().manual_seed(1)).requires_grad_()
         with torch.autocast("cpu", torch.bfloat16):
             y = norm(convolution(x))

@@ -131,8 +131,8 @@ def test_both_paths_are_the_same(build, mask):
         output = module(tokens) if mask is None else module(tokens, mask)
         loss = (output * output.detach().cos()).sum()
         found.append([output, *torch.autograd.grad(loss, [tokens, *module.parameters()])])
-    for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_in_bfloat16_the_gradient_is_as_good_as_the_kernels():
@@ -164,5 +164,5 @@ def test_compiled_it_is_the_same():
     expected = torch.autograd.grad(model(images).square().sum(), list(model.parameters()))
     model.compile(backend="aot_eager", fullgraph=True)
     found = torch.autograd.grad(model(images).square().sum(), list(model.parameters()))
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)

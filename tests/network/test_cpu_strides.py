@@ -25,8 +25,8 @@ def test_a_filled_convolution_is_the_same(kernel, stride, size):
         output = conv(images)
         loss = (output * output.detach().cos()).sum()
         found.append([output, *torch.autograd.grad(loss, [images, *conv.parameters()])])
-    for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize(
@@ -66,8 +66,8 @@ def test_gradients_in_bfloat16_hold_no_rubbish(layout):
             logits = network(images)
         spoil()
         logits.float().square().sum().backward()
-        for (name, ours), theirs in zip(
+        for (name, parameter), reference in zip(
             network.named_parameters(), exact.parameters(), strict=True
         ):
-            assert ours.grad.isfinite().all(), name
-            assert ours.grad.norm() <= 10 * theirs.grad.norm() + 1, name
+            assert parameter.grad.isfinite().all(), name
+            assert parameter.grad.norm() <= 10 * reference.grad.norm() + 1, name

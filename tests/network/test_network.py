@@ -119,8 +119,8 @@ def test_only_active_heads_run_and_learn(images):
     network.activate(("projection", "classifier"), freeze_backbone=False)
     assert not any(part.training for part in network.modules()), "activate keeps the mode"
     network.train()
-    resting = {n.split(".")[1] for n, p in network.named_parameters() if not p.requires_grad}
-    assert resting == {"contrast", "linear"}
+    inactive = {n.split(".")[1] for n, p in network.named_parameters() if not p.requires_grad}
+    assert inactive == {"contrast", "linear"}
 
 
 def test_what_its_author_fixed_stays_fixed():

@@ -65,8 +65,10 @@ def test_the_online_client_is_not_even_asked(weights, monkeypatch):
 @pytest.mark.parametrize("channels", [1, 4])
 def test_pretrained_filters_fit_the_channels(weights, channels):
     first = build(channels=channels).module.get_submodule("conv1.0").weight
-    theirs = weights["conv1.0.weight"]
-    expected = theirs.sum(1, keepdim=True) if channels == 1 else theirs[:, [0, 1, 2, 0]] * 3 / 4
+    published = weights["conv1.0.weight"]
+    expected = (
+        published.sum(1, keepdim=True) if channels == 1 else published[:, [0, 1, 2, 0]] * 3 / 4
+    )
     assert torch.allclose(first, expected)
 
 

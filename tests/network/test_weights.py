@@ -1,4 +1,4 @@
-"""Weights from files: what fits is loaded, the rest is told, and what is no checkpoint is refused."""
+"""Weights from files: what fits is loaded, the rest is reported, and files that are no checkpoint are refused."""
 
 import os
 from collections import OrderedDict
@@ -16,23 +16,23 @@ from nearkin.network import weights as room
 
 
 @pytest.fixture(scope="module")
-def theirs():
+def timm_weights():
     return timm_tensors()
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".pt", ".bin"])
-def test_a_timm_file_fills_the_backbone(tmp_path, theirs, suffix):
+def test_a_timm_file_fills_the_backbone(tmp_path, timm_weights, suffix):
     network = make()
     head = network.heads["classifier"].weight.clone()
-    report = load_weights(network, write(tmp_path / f"w{suffix}", theirs))
-    assert same(network, theirs, "backbone.")
-    assert len(report.loaded) == len(theirs) - 2
+    report = load_weights(network, write(tmp_path / f"w{suffix}", timm_weights))
+    assert same(network, timm_weights, "backbone.")
+    assert len(report.loaded) == len(timm_weights) - 2
     assert sorted(report.unexpected) == ["backbone.fc.bias", "backbone.fc.weight"]
     assert report.missing == ("mean", "std", "heads.classifier.weight", "heads.classifier.bias")
     assert report.mismatched == {}
     assert torch.equal(network.heads["classifier"].weight, head)
     text = str(report)
-    assert f"{len(theirs) - 2} tensors loaded" in text
+    assert f"{len(timm_weights) - 2} tensors loaded" in text
     assert "2 in the file but not used (backbone.fc." in text
     assert "\n" not in text
 
@@ -53,18 +53,18 @@ def test_a_timm_file_fills_the_backbone(tmp_path, theirs, suffix):
         },
     ],
 )
-def test_wrappers_and_prefixes(tmp_path, theirs, wrap):
+def test_wrappers_and_prefixes(tmp_path, timm_weights, wrap):
     network = make()
-    report = load_weights(network, write(tmp_path / "w.pth", wrap(theirs)))
-    assert len(report.loaded) == len(theirs) - 2
-    assert same(network, theirs, "backbone.")
+    report = load_weights(network, write(tmp_path / "w.pth", wrap(timm_weights)))
+    assert len(report.loaded) == len(timm_weights) - 2
+    assert same(network, timm_weights, "backbone.")
 
 
-def test_a_legacy_file_is_read(tmp_path, theirs):
-    torch.save(theirs, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+def test_a_legacy_file_is_read(tmp_path, timm_weights):
+    torch.save(timm_weights, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     network = make()
     load_weights(network, tmp_path / "old.pth")
-    assert same(network, theirs, "backbone.")
+    assert same(network, timm_weights, "backbone.")
 
 
 def test_a_run_of_nearkin_gives_all_that_fits(tmp_path):
@@ -96,8 +96,8 @@ def test_weights_of_another_model_are_refused(tmp_path):
     assert "does not fit" in refused(write(tmp_path / "w.safetensors", names))
 
 
-def test_numbers_that_are_none_are_refused(tmp_path, theirs):
-    broken = {n: t.clone() for n, t in theirs.items()}
+def test_numbers_that_are_none_are_refused(tmp_path, timm_weights):
+    broken = {n: t.clone() for n, t in timm_weights.items()}
     broken["layer2.0.conv1.weight"][0, 0, 0, 0] = float("nan")
     text = refused(write(tmp_path / "w.pth", broken))
     assert "not finite, first in backbone.layer2.0.conv1.weight" in text
@@ -117,8 +117,8 @@ def test_no_checkpoint_at_all(tmp_path, suffix, content):
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_a_truncated_file(tmp_path, theirs, suffix):
-    path = write(tmp_path / f"w{suffix}", theirs)
+def test_a_truncated_file(tmp_path, timm_weights, suffix):
+    path = write(tmp_path / f"w{suffix}", timm_weights)
     path.write_bytes(path.read_bytes()[:-5000])
     assert "damaged or no" in refused(path)
 
@@ -133,10 +133,10 @@ def test_paths_that_are_no_file(tmp_path):
     assert "bad\\nname" in refused(tmp_path / "bad\nname.pth")
 
 
-def test_a_file_that_is_too_large_is_not_opened(tmp_path, theirs, monkeypatch):
+def test_a_file_that_is_too_large_is_not_opened(tmp_path, timm_weights, monkeypatch):
     monkeypatch.setattr(room, "LARGEST_FILE", 1000)
-    assert "larger than" in refused(write(tmp_path / "w.pth", theirs))
-    assert "larger than" in refused(write(tmp_path / "w.safetensors", theirs))
+    assert "larger than" in refused(write(tmp_path / "w.pth", timm_weights))
+    assert "larger than" in refused(write(tmp_path / "w.safetensors", timm_weights))
 
 
 @pytest.mark.parametrize(
@@ -154,10 +154,10 @@ def test_a_pickle_without_a_state_dict(tmp_path, content):
     assert "no state dict" in refused(tmp_path / "w.pth")
 
 
-def test_read_safetensors_reads(tmp_path, theirs):
-    tensors = read_safetensors(write(tmp_path / "w.safetensors", theirs))
-    assert tensors.keys() == theirs.keys()
-    assert all(torch.equal(tensors[n], theirs[n]) for n in theirs)
+def test_read_safetensors_reads(tmp_path, timm_weights):
+    tensors = read_safetensors(write(tmp_path / "w.safetensors", timm_weights))
+    assert tensors.keys() == timm_weights.keys()
+    assert all(torch.equal(tensors[n], timm_weights[n]) for n in timm_weights)
     with pytest.raises(ModelError, match="does not exist"):
         read_safetensors(tmp_path / "none.safetensors")
 

@@ -1,4 +1,4 @@
-"""Weights that attack: nothing of theirs is run, nothing unpacks to more than it is."""
+"""Malicious files of weights: no code from them runs, and none unpacks to more than its size."""
 
 import argparse
 import json
@@ -14,7 +14,7 @@ from nearkin.network import weights as room
 
 
 @pytest.fixture(scope="module")
-def theirs():
+def timm_weights():
     return timm_tensors()
 
 
@@ -34,9 +34,9 @@ class Payload:
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("call", ["system", "eval", "mkdir"])
-def test_a_malicious_pickle_is_refused(tmp_path, theirs, call, zipped):
+def test_a_malicious_pickle_is_refused(tmp_path, timm_weights, call, zipped):
     marker, path = tmp_path / "marker", tmp_path / "w.pth"
-    content = {"state_dict": theirs, "args": Payload(marker, call)}
+    content = {"state_dict": timm_weights, "args": Payload(marker, call)}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
     assert "could run code" in refused(path)
     assert not marker.exists()
@@ -54,8 +54,8 @@ def test_a_raw_pickle_and_a_renamed_one_are_refused(tmp_path):
     assert not marker.exists()
 
 
-def test_python_objects_are_refused_with_the_way_out(tmp_path, theirs):
-    torch.save({"state_dict": theirs, "args": argparse.Namespace(lr=0.1)}, tmp_path / "w.pth")
+def test_python_objects_are_refused_with_the_way_out(tmp_path, timm_weights):
+    torch.save({"state_dict": timm_weights, "args": argparse.Namespace(lr=0.1)}, tmp_path / "w.pth")
     assert ".safetensors" in refused(tmp_path / "w.pth")
 
 
@@ -69,8 +69,8 @@ def test_torchscript_is_refused(tmp_path):
     refused(source)
 
 
-def test_a_compressed_bomb_is_refused_before_it_unpacks(tmp_path, theirs):
-    write(tmp_path / "plain.pth", theirs | {"bomb": torch.zeros(2**24)})
+def test_a_compressed_bomb_is_refused_before_it_unpacks(tmp_path, timm_weights):
+    write(tmp_path / "plain.pth", timm_weights | {"bomb": torch.zeros(2**24)})
     with (
         zipfile.ZipFile(tmp_path / "plain.pth") as plain,
         zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb,
@@ -81,17 +81,17 @@ def test_a_compressed_bomb_is_refused_before_it_unpacks(tmp_path, theirs):
     assert "more than it holds" in refused(tmp_path / "bomb.pth")
 
 
-def test_a_stride_of_zero_is_refused(tmp_path, theirs):
+def test_a_stride_of_zero_is_refused(tmp_path, timm_weights):
     huge = torch.ones(1).expand(10**12)
-    torch.save(theirs | {"huge": huge}, tmp_path / "w.pth")
+    torch.save(timm_weights | {"huge": huge}, tmp_path / "w.pth")
     assert "huge" in refused(tmp_path / "w.pth")
-    torch.save(theirs | {"sparse": torch.eye(3).to_sparse()}, tmp_path / "s.pth")
+    torch.save(timm_weights | {"sparse": torch.eye(3).to_sparse()}, tmp_path / "s.pth")
     assert "sparse" in refused(tmp_path / "s.pth")
 
 
-def test_too_many_tensors_are_refused(tmp_path, monkeypatch, theirs):
+def test_too_many_tensors_are_refused(tmp_path, monkeypatch, timm_weights):
     monkeypatch.setattr(room, "MOST_TENSORS", 10)
-    assert "more than 10 tensors" in refused(write(tmp_path / "w.pth", theirs))
+    assert "more than 10 tensors" in refused(write(tmp_path / "w.pth", timm_weights))
 
 
 def test_hostile_safetensors_headers(tmp_path):

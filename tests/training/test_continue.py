@@ -168,9 +168,9 @@ def test_no_step_is_taken_again(stopped, monkeypatch):
     assert torch.get_num_threads() == stored_settings(stopped).threads
 
 
-def test_the_latest_of_equal_validations_is_kept():
+def test_the_earliest_of_equal_validations_is_kept():
     saver = Saver(None, {}, 5.0, stepper=None)
     assert [saver.consider(value, step) for step, value in enumerate([0.5, 0.7, 0.6, 0.7])] == [
-        *[True, True, False, True]
+        *[True, True, False, False]
     ]
-    assert saver.best == (0.7, 3)
+    assert saver.best == (0.7, 1)

@@ -1,4 +1,4 @@
-"""The network room: timm backbones, heads, normalisation over ranks, randomness that belongs to the sample."""
+"""Networks: timm backbones, heads, BatchNorm over ranks, dropout keyed by the sample, weights from files."""
 
 from nearkin.network.backbone import (
     Backbone,

@@ -1,4 +1,4 @@
-"""Any timm model as a backbone: pooled features, a stem for small images, mean and deviation. Loads timm late."""
+"""Any timm model as a backbone: pooled features, a stem for small images, mean and standard deviation of the pixels."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from nearkin.errors import ConfigError, ModelError, nearest, printable
 from nearkin.imports import import_eager
 
-MOST_WEIGHTS = 1 << 31  # a file of them could not be read back
-# What a timm model raises when a size, a channel count or an option does not suit it.
-UNFIT = (
+MOST_WEIGHTS = 1 << 31  # in float32 as many bytes as the largest file of weights that is read
+# What a timm model may raise for an image size, a number of channels or an option that it does not support.
+UNSUPPORTED = (
     ArithmeticError,
     AssertionError,
     AttributeError,
@@ -29,15 +29,15 @@ UNFIT = (
 )
 
 
-def with_options(model: str, options: Mapping[str, Any]) -> str:
-    """The model and its options in words."""
+def _with_options(model: str, options: Mapping[str, Any]) -> str:
+    """The model and its options, for a message."""
     shown = ", ".join(f"--model.{name} {value}" for name, value in options.items())
     return f"{model} with {shown}" if shown else model
 
 
 @contextmanager
-def taking(model: str, options: Mapping[str, Any]) -> Iterator[None]:
-    """Names the option that the model does not take."""
+def _explain_option(model: str, options: Mapping[str, Any]) -> Iterator[None]:
+    """Turns the TypeError for an option that the model does not have into a ConfigError."""
     try:
         yield
     except TypeError as error:
@@ -50,8 +50,8 @@ def taking(model: str, options: Mapping[str, Any]) -> Iterator[None]:
 
 
 @contextmanager
-def bounded() -> Iterator[None]:
-    """Ends the building of a model whose weights would fill the memory; options from a stranger's file may ask that."""
+def _limit_weights() -> Iterator[None]:
+    """Raises ValueError once the model being built has more than `MOST_WEIGHTS`: options may come from anyone."""
     left = MOST_WEIGHTS
 
     def count(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> None:
@@ -68,29 +68,39 @@ def bounded() -> Iterator[None]:
 
 
 @contextmanager
-def fitting(
+def _explain_size(
     model: str, channels: int, image_size: int, option: str = "--image-size"
 ) -> Iterator[None]:
-    """Turns what timm raises inside the block into a ConfigError."""
+    """Turns what timm raises inside the block into a ConfigError about size and channels."""
     try:
         yield
-    except UNFIT as error:
+    except UNSUPPORTED as error:
         if isinstance(error, TypeError) and "drop_path" in str(error):
             raise ConfigError(f"{model} has no stochastic depth; leave out --drop-path.") from None
         raise ConfigError(
             f"{model} cannot take images of {image_size} x {image_size} pixels and {channels} channels "
-            f"({first_line(error)}); try another {option} or --model."
+            f"({_first_line(error)}); try another {option} or --model."
         ) from error
 
 
-def first_line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return printable(lines[0][:200])
 
 
 def pretrained_options(model: str) -> dict[str, Any]:
+<<<<<<< HEAD
     """What `timm.create_model` needs to start from pretrained weights. Raises ModelError where timm has none."""
     published = import_eager("timm").get_pretrained_cfg(model)
+=======
+    """Arguments of `timm.create_model` for pretrained weights, from the hub's cache if they are there.
+
+    Raises ModelError where timm publishes none.
+    """
+    import timm
+
+    published = timm.get_pretrained_cfg(model)
+>>>>>>> w-g
     if published is None or not published.has_weights:
         raise ModelError(
             f"timm has no pretrained weights for {model}; leave out --pretrained or give --weights FILE."
@@ -113,16 +123,14 @@ def _cached(published: Any) -> Path | None:
     return Path(found) if isinstance(found, str) and name.endswith(".safetensors") else None
 
 
-LARGEST_CONTIGUOUS = (
-    16  # pixels; on a CPU channels_last is slower up to here (resnet10t: 0.82 to 0.93)
-)
-SMALL_IMAGE = 64  # pixels; up to here `auto` keeps the resolution in the first layer
+LARGEST_CONTIGUOUS = 16  # pixels; on a CPU channels_last is slower up to here (resnet10t: 1.1x)
+SMALL_IMAGE = 64  # pixels; up to here `--stem auto` keeps the resolution in the first layer
 
 
 class Backbone(NamedTuple):
     """module: `[N, C, H, W]` -> pooled features `[N, dim]`. mean, std: per channel, of pixels in [0, 1].
 
-    stem: what `auto` became. It follows from `pretrained`, so whoever builds the same network again gives it.
+    stem: what `auto` was resolved to; give it to build the same network again.
     """
 
     module: nn.Module
@@ -147,32 +155,36 @@ def build_backbone(
     stem: `small` keeps the resolution of small images: the first convolution gets stride 1 and, where its kernel
     is 7 or wider, becomes a fresh 3x3; a max-pool after it stays. `auto` is `small` up to 64 pixels, unless the
     weights are pretrained, the first convolution cuts patches or the model then cannot take the images.
-    options: the timm model's own, as `nearkin.config` allows them.
-    drop_path: rate of stochastic depth; 0 leaves the model's own. Dropout before the classifier is off, since the
-    `Network` has one.
+    options: arguments of the timm model, as `nearkin.config` allows them.
+    drop_path: rate of stochastic depth; 0 keeps the default of the model. Dropout before the classifier is off, since
+    `Network` has its own.
 
-    Raises ConfigError for a model, size, channel count, stem, rate or option that cannot be, ModelError for pretrained
-    weights that are not to be had.
+    Raises ConfigError for a model, size, number of channels, stem, rate or option that is not supported, ModelError for
+    pretrained weights that do not exist or cannot be downloaded.
     """
     _check_name(model)
     given = dict(options or {})
     asked: dict[str, Any] = given | {"num_classes": 0, "in_chans": channels, "drop_rate": 0.0}
     if drop_path > 0.0:
         asked["drop_path_rate"] = drop_path
-    with fitting(with_options(model, given), channels, image_size), taking(model, given), bounded():
-        module = _create(model, asked, image_size)
+    with (
+        _explain_size(_with_options(model, given), channels, image_size),
+        _explain_option(model, given),
+        _limit_weights(),
+    ):
+        module = create_model(model, asked, image_size)
     _check_patches(model, module, image_size)
     if pretrained:
-        module = _fetch(model, asked, image_size, with_options(model, given))
+        module = _download(model, asked, image_size, _with_options(model, given))
     if stem == "small":
         _check_open_stem(model, module)
         _keep_resolution(module)
     elif stem == "auto" and image_size <= SMALL_IMAGE and not pretrained:
         small = _with_small_stem(module, channels, image_size)
         module, stem = (module, "default") if small is None else (small, "small")
-    with fitting(with_options(model, given), channels, image_size):
+    with _explain_size(_with_options(model, given), channels, image_size):
         dim = _probe(module, channels, image_size)
-    mean, std = _statistics(module, channels)
+    mean, std = channel_statistics(module, channels)
     return Backbone(module, dim, mean, std, "small" if stem == "small" else "default")
 
 
@@ -221,11 +233,11 @@ def default_memory_format(
 
 
 def check_eval_size(module: nn.Module, dim: int, model: str, channels: int, size: int) -> None:
-    """Raises ConfigError unless the backbone, as it was built, also makes `dim` features of `size` pixels."""
-    with fitting(model, channels, size, option="--eval-size"):
+    """Raises ConfigError unless the backbone, as it was built, gives `dim` features for images of `size` pixels too."""
+    with _explain_size(model, channels, size, option="--eval-size"):
         seen = _probe(module, channels, size)
         if seen != dim:
-            raise ValueError(f"it gives {seen} features there, not {dim}")
+            raise ValueError(f"it gives {seen} features, not {dim}")
     _check_patches(model, module, size, option="--eval-size")
 
 
@@ -245,44 +257,51 @@ def _check_name(model: str) -> None:
         raise ConfigError(f"timm has no weights {printable(model)}.{nearest(model, known)}")
 
 
+<<<<<<< HEAD
 def _create(model: str, options: dict[str, Any], image_size: int) -> nn.Module:
     timm = import_eager("timm")
+=======
+def create_model(model: str, options: dict[str, Any], image_size: int) -> nn.Module:
+    """`timm.create_model`, for images of this size where the model depends on it."""
+    import timm
+
+>>>>>>> w-g
     try:
         module: nn.Module = timm.create_model(model, img_size=image_size, **options)
     except TypeError as error:
         if "img_size" not in str(error):
             raise
-        module = timm.create_model(model, **options)  # it takes any size
+        module = timm.create_model(model, **options)  # takes images of any size
     return module
 
 
-def _fetch(model: str, options: dict[str, Any], image_size: int, shown: str) -> nn.Module:
-    """The same model with pretrained weights. It could be built without, so what fails is the fetching."""
-    # Its retries without a network are many lines; ours is one.
+def _download(model: str, options: dict[str, Any], image_size: int, shown: str) -> nn.Module:
+    """The same model with pretrained weights. It was built without them before, so that errors are of the download."""
+    # The hub logs every retry without a network; one message is enough.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
-        return _create(model, options | pretrained_options(model), image_size)
+        return create_model(model, options | pretrained_options(model), image_size)
     except ModelError:
         raise
     except RuntimeError as error:
         if "size mismatch" not in str(error) and "state_dict" not in str(error):
-            raise _not_fetched(model, error) from error
+            raise _not_downloaded(model, error) from error
         raise ModelError(
             f"The pretrained weights of {model} do not fit {shown}; leave out --pretrained or these options."
         ) from error
-    except Exception as error:  # whatever the hub, the network or a damaged cache may raise
-        raise _not_fetched(model, error) from error
+    except Exception as error:  # the hub, the network and a damaged cache raise many kinds
+        raise _not_downloaded(model, error) from error
 
 
-def _not_fetched(model: str, error: Exception) -> ModelError:
+def _not_downloaded(model: str, error: Exception) -> ModelError:
     return ModelError(
-        f"The pretrained weights of {model} could not be fetched ({first_line(error)}); connect once to fill "
+        f"The pretrained weights of {model} could not be downloaded ({_first_line(error)}); connect once to fill "
         "the cache, or leave out --pretrained and give --weights FILE."
     )
 
 
 def first_convolutions(module: nn.Module) -> dict[str, nn.Conv2d]:
-    """By name, the convolutions that read the image; empty where timm does not know them."""
+    """The convolutions that read the image, by name; empty where timm does not say which they are."""
     names = _description(module).get("first_conv") or ()
     parts = dict(module.named_modules())
     found = {n: parts.get(n) for n in ([names] if isinstance(names, str) else names)}
@@ -291,7 +310,7 @@ def first_convolutions(module: nn.Module) -> dict[str, nn.Conv2d]:
 
 
 def _description(module: nn.Module) -> dict[str, Any]:
-    """timm's data sheet of a model."""
+    """timm's description of a model (`pretrained_cfg`)."""
     return dict(getattr(module, "pretrained_cfg", None) or {})
 
 
@@ -309,7 +328,7 @@ def _has_open_stem(module: nn.Module) -> bool:
 def _check_patches(
     model: str, module: nn.Module, image_size: int, option: str = "--image-size"
 ) -> None:
-    """A transformer would leave out, without a word, the pixels that fill no patch."""
+    """Raises ConfigError where patches do not cover the image: the model would ignore the last rows and columns."""
     convolutions = first_convolutions(module)
     if len(convolutions) != 1:
         return
@@ -345,7 +364,7 @@ def _with_small_stem(module: nn.Module, channels: int, image_size: int) -> nn.Mo
     _keep_resolution(small)
     try:
         _probe(small, channels, image_size)
-    except UNFIT:
+    except UNSUPPORTED:
         return None
     return small
 
@@ -355,7 +374,7 @@ def _keep_resolution(module: nn.Module) -> None:
         convolution.stride = (1, 1)
         if max(convolution.kernel_size) >= 7:
             convolution.kernel_size = (3, 3)
-            # 0 where the class pads by itself
+            # 0 in classes that pad in forward
             convolution.padding = tuple(min(int(side), 1) for side in convolution.padding)
             outputs, inputs = convolution.weight.shape[:2]
             convolution.weight = nn.Parameter(torch.empty(outputs, inputs, 3, 3))
@@ -363,28 +382,31 @@ def _keep_resolution(module: nn.Module) -> None:
 
 
 def _probe(module: nn.Module, channels: int, image_size: int) -> int:
-    """The width of the features, seen on two black images."""
-    was = module.training
+    """The number of features, from a pass over two black images."""
+    training = module.training
     module.eval()
     with torch.no_grad():
         features = module(torch.zeros(2, channels, image_size, image_size))
-    module.train(was)
+    module.train(training)
     if not isinstance(features, Tensor) or features.dim() != 2 or len(features) != 2:
         raise ValueError("it gives no pooled features")
     return features.shape[1]
 
 
-def _statistics(module: nn.Module, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The data sheet's mean and deviation. One channel: their averages; other counts: repeated in turn (our choice).
+def channel_statistics(
+    module: nn.Module, channels: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the pixels, `channels` of each, from timm's description.
 
-    That is how timm makes pretrained filters fit: it adds them up for one channel and repeats them for more.
+    One channel gets the average over the three, more than three repeat them in turn: timm adapts the filters of the
+    first convolution in the same way (sum for one channel, repetition for more).
     """
     description = _description(module)
 
-    def fitted(values: Any) -> tuple[float, ...]:
+    def for_channels(values: Any) -> tuple[float, ...]:
         given = tuple(float(value) for value in values)
         if channels == 1:
             return (sum(given) / len(given),)
         return tuple(given[number % len(given)] for number in range(channels))
 
-    return fitted(description["mean"]), fitted(description["std"])
+    return for_channels(description["mean"]), for_channels(description["std"])

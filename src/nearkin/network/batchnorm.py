@@ -14,10 +14,9 @@ from nearkin.errors import ConfigError
 
 
 def swap_modules(root: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """`root` with each key of `replacements` replaced by its value, wherever it occurs.
+    """Replace each key of `replacements` in `root` by its value, in place. Returns `root`, or its own replacement.
 
-    Works in place; only when `root` itself is a key is another module returned. A module that is used in two
-    places stays one module.
+    A module that is used in two places stays one module.
     """
     for parent in list(root.modules()):
         for name, child in parent._modules.items():
@@ -147,7 +146,7 @@ class _Normalise(torch.autograd.Function):
 
     With h = (x - mean) * inverse, g = dL/dy and sums over all ranks:
     dL/dx = weight * inverse * (g - sum(g) / n - h * sum(g h) / n); dL/dweight and dL/dbias are this rank's
-    share of sum(g h) and sum(g), which DDP adds up like any other gradient.
+    share of sum(g h) and sum(g), which DDP sums like any other gradient.
     """
 
     @staticmethod
@@ -171,11 +170,11 @@ class _Normalise(torch.autograd.Function):
         dims = _all_but_channels(x)
         wide = grad.to(mean.dtype)
         normal = (x.to(mean.dtype) - _per_channel(mean, x)) * _per_channel(inverse, x)
-        mine = torch.stack([wide.sum(dims), (wide * normal).sum(dims)])
-        shift, slope = sum_over_ranks(mine) / count
+        local = torch.stack([wide.sum(dims), (wide * normal).sum(dims)])
+        shift, slope = sum_over_ranks(local) / count
         wide = wide - _per_channel(shift, x) - normal * _per_channel(slope, x)
         into_x = (wide * _per_channel(inverse * weight, x)).to(x.dtype)
-        return into_x, None, None, None, mine[1].to(weight.dtype), mine[0].to(weight.dtype)
+        return into_x, None, None, None, local[1].to(weight.dtype), local[0].to(weight.dtype)
 
 
 def _all_but_channels(x: Tensor) -> list[int]:

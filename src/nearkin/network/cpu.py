@@ -1,4 +1,4 @@
-"""What exists only because a CPU is slow or wrong there."""
+"""Code that is needed only because torch is slow or wrong on a CPU."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from torch.nn.functional import pad
 
 
 def fill_strides(network: nn.Module) -> None:
-    """Let every convolution with a stride see images at least as large as it, by zeros to the right and below.
+    """Pad the input of every convolution with a stride, by zeros to the right and below, to at least stride x stride.
 
-    The output stays the same: padded by half its kernel, a convolution of 1 to `stride` pixels has one output, and
-    what is added takes the place of zeros that its own padding gives. But without them oneDNN (3.13, torch 2.15) leaves
-    parts of the weights' gradient unwritten in bfloat16 on a processor that has it, and a run ends with weights that
-    are not finite. Small images meet this in the last blocks of a network: 8 pixels in `test_resnet`.
+    Without this, oneDNN (3.13, torch 2.15) leaves parts of the gradient of the weights unwritten in bfloat16 on CPUs
+    that multiply in it, and a run ends with weights that are not finite. It happens to small images in the last blocks
+    of a network (8 pixels in `test_resnet`). The output stays the same: a convolution that pads by half its kernel has
+    one output for 1 to `stride` pixels, and the added zeros replace zeros of its own padding.
     """
     for module in network.modules():
-        if isinstance(module, nn.Conv2d) and _halves(module):
-            module.register_forward_pre_hook(_filled)
+        if isinstance(module, nn.Conv2d) and _pads_by_half(module):
+            module.register_forward_pre_hook(_pad_to_stride)
 
 
-def _halves(conv: nn.Conv2d) -> bool:
-    """Whether it has a stride and pads by half its kernel with zeros."""
+def _pads_by_half(conv: nn.Conv2d) -> bool:
+    """Whether the convolution has a stride and pads by half its kernel with zeros."""
     if max(conv.stride) == 1 or isinstance(conv.padding, str) or conv.padding_mode != "zeros":
         return False
     sides = zip(conv.padding, conv.dilation, conv.kernel_size, strict=True)
     return all(2 * padding == dilation * (kernel - 1) for padding, dilation, kernel in sides)
 
 
-def _filled(conv: nn.Conv2d, given: tuple[Any, ...]) -> Tensor | None:
-    images: Tensor = given[0]
+def _pad_to_stride(conv: nn.Conv2d, inputs: tuple[Any, ...]) -> Tensor | None:
+    images: Tensor = inputs[0]
     rows, columns = (max(0, s - n) for s, n in zip(conv.stride, images.shape[-2:], strict=True))
     return pad(images, (0, columns, 0, rows)) if rows or columns else None
 

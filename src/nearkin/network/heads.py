@@ -1,4 +1,4 @@
-"""What an objective adds to a backbone: heads, and the projection that contrastive objectives share."""
+"""Heads of a network: the projection of contrastive objectives, and a cosine classifier."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Slot = Literal["features", "embedding", "projection", "logits"]
 
 
 class Head(NamedTuple):
-    """A part of the network that an objective asks for: `module` reads one field of `Outputs`, writes another."""
+    """A part of the network that an objective defines: `module` reads one field of `Outputs` and writes another."""
 
     module: nn.Module
     reads: Slot
@@ -22,14 +22,14 @@ class Head(NamedTuple):
 
 
 def projection_sizes(dim: int) -> tuple[int, int]:
-    """(hidden, out) for features of width `dim`: max(2 dim, 256) up to 4096, and min(256, dim). Our choice."""
+    """(hidden, out) for features of width `dim`: max(2 dim, 256) up to 4096, and min(256, dim)."""
     return min(max(2 * dim, 256), 4096), min(256, dim)
 
 
 def projection_head(dim: int, hidden: int, out: int, *, norm: Norm = "batch") -> nn.Sequential:
     """`[N, dim]` -> `[N, out]`: Linear -> norm -> ReLU -> Linear (with BatchNorm: CoNe, published code).
 
-    The first layer has a bias only without BatchNorm, which would take it away again.
+    The first layer has a bias only without BatchNorm, which would subtract it.
     """
     kinds: dict[Norm, list[nn.Module]] = {
         "batch": [nn.BatchNorm1d(hidden)],
@@ -41,7 +41,7 @@ def projection_head(dim: int, hidden: int, out: int, *, norm: Norm = "batch") ->
 
 
 class CosineClassifier(nn.Module):
-    """scale * cosine between features `[N, dim]` and one direction per class, as logits `[N, classes]`, in float32."""
+    """Logits `[N, classes]` = scale * cosine(features `[N, dim]`, one learned vector per class), in float32."""
 
     def __init__(self, dim: int, classes: int, scale: float) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Dropout and stochastic depth whose masks belong to the sample, whatever rank or part of the batch holds it."""
+"""Dropout and stochastic depth whose masks depend on the sample, not on the rank or micro-batch that holds it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nearkin.network.batchnorm import swap_modules
 _INCREMENT = 0x9E3779B97F4A7C15 - (1 << 64)
 _FACTORS = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
 
-# Randomness that has no keyed kind, and the attribute that holds its rate. By name, as some are new in timm.
+# Random modules without a keyed version, and the attribute with their rate. By name: not every timm has them all.
 UNKEYED = {
     "AlphaDropout": "p",
     "DropBlock2d": "drop_prob",
@@ -27,9 +27,9 @@ UNKEYED = {
 
 
 class RandomKey:
-    """What the masks of a forward pass are drawn from; one object for all modules of a network.
+    """Key of the masks of a forward pass; one object for all modules of a network.
 
-    A row is known by (seed, step, view, position in the global batch); row v * b + i of a forward pass over
+    A row is identified by (seed, step, view, position in the global batch); row v * b + i of a forward pass over
     `rows` images is view v of position offset + i, where b = rows / views.
     """
 
@@ -39,24 +39,24 @@ class RandomKey:
         self._state: Tensor | None = None
 
     def set(self, seed: int, step: int, offset: int, views: int) -> None:
-        """Before each forward pass in training. offset: position of the first image in the global batch."""
+        """Call before each forward pass in training. offset: position of the first image in the global batch."""
         self._key, self._state = (seed, step, offset, views), None
 
     def begin(self, rows: int) -> None:
-        """A forward pass over `rows` images (all views) starts."""
+        """Start a forward pass over `rows` images (all views)."""
         self._rows, self._state = rows, None
 
     def prepare(self, device: torch.device) -> None:
-        """Do now what the first draw would do. Compiled code then reads one tensor, not numbers that differ in each
-        step, for which it would be compiled again."""
+        """Compute the words of the rows before the first draw. Compiled code then reads a tensor; the numbers of the
+        key differ in each step and would cause a new compilation."""
         if self._key is not None:
             self._state = self._images(device)
 
     def draw(self, number: int, shape: Sequence[int], device: torch.device) -> Tensor:
         """Uniform int64 of `shape` for module `number`.
 
-        shape[0] is a multiple of the rows of the pass, and what belongs to one image lies together in it, as in
-        windowed attention. Raises ValueError when it is none, or when no key was set.
+        shape[0] is a multiple of the rows of the pass, and the entries of one image are contiguous, as in windowed
+        attention. Raises ValueError for another shape[0], or when no key was set.
         """
         if self._rows == 0 or shape[0] % self._rows:
             raise ValueError(f"A mask of {tuple(shape)} does not divide among {self._rows} images.")
@@ -64,7 +64,7 @@ class RandomKey:
         return _absorb(self._images(device)[:, None], elements).view(*shape)
 
     def _images(self, device: torch.device) -> Tensor:
-        """`[rows]`, one well-mixed word per row; computed once per pass."""
+        """`[rows]`, one mixed 64-bit word per row; computed once per pass."""
         if self._state is None:
             self._state = self._words(device)
         return self._state
@@ -88,7 +88,7 @@ class RandomKey:
 class KeyedDropout(nn.Module):
     """x * keep / (1 - p), keep ~ Bernoulli(1 - p) per element, or per channel with `channels`; evaluation: x.
 
-    p: in [0, 1]. number: of this module within the network; no two share one.
+    p: in [0, 1]. number: index of the module in the network, unique.
     """
 
     def __init__(self, p: float, key: RandomKey, number: int, *, channels: bool = False) -> None:
@@ -108,7 +108,7 @@ class KeyedDropout(nn.Module):
 class KeyedDropPath(nn.Module):
     """Stochastic depth (Huang et al., 2016): x * keep / (1 - p), keep ~ Bernoulli(1 - p) per row; evaluation: x.
 
-    p: in [0, 1]. number: as in `KeyedDropout`. scale_by_keep: False leaves out the division.
+    p: in [0, 1]. number: as in `KeyedDropout`. scale_by_keep: False omits the division.
     """
 
     def __init__(self, p: float, key: RandomKey, number: int, scale_by_keep: bool = True) -> None:
@@ -126,10 +126,10 @@ class KeyedDropPath(nn.Module):
 
 
 def key_randomness(module: nn.Module, key: RandomKey) -> nn.Module:
-    """`module` with keyed dropout and stochastic depth in place of torch's and timm's, whatever their p.
+    """Replace dropout and stochastic depth of torch and timm by keyed versions, in place; returns `module`.
 
-    They are numbered in the order of `module.modules()`. Attention with dropout takes the unfused path, since the
-    fused one draws for itself. Works in place. Raises ConfigError for active randomness that has no keyed kind.
+    They are numbered in the order of `module.modules()`. Attention with dropout takes the path that is not fused, since
+    the fused kernel draws its own masks. Raises ConfigError for active random modules without a keyed version.
     """
     from timm.layers.drop import DropPath
 
@@ -175,7 +175,7 @@ def _dropped(
 
 
 def _absorb(state: Tensor, word: Tensor) -> Tensor:
-    """A new state from a well-mixed one and the next word: the finaliser of splitmix64 on state xor word.
+    """A new state from a mixed one and the next word: the finaliser of splitmix64 on state xor word.
 
     Integer arithmetic modulo 2^64. The map is a bijection of `word`, so different words never collide. Source:
     Steele, Lea and Flood, Fast splittable pseudorandom number generators, OOPSLA 2014 (variant 13 of Stafford).
@@ -187,5 +187,5 @@ def _absorb(state: Tensor, word: Tensor) -> Tensor:
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """A logical shift; torch's own repeats the sign."""
+    """Logical shift; torch's operator repeats the sign bit."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,4 +1,4 @@
-"""A backbone and the heads that an objective asks for: images in, `Outputs` out."""
+"""A backbone and the heads of an objective: images in, `Outputs` out."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from nearkin.types import Outputs
 class Network(nn.Module):
     """Images -> features -> the active heads, each of which reads one field of `Outputs` and writes another.
 
-    backbone: `[N, C, H, W]` -> `[N, dim]`. heads: by name, in the order they run. mean, std: per channel, of pixels
-    in [0, 1]; they are buffers, so that the normalisation travels with the weights.
+    backbone: `[N, C, H, W]` -> `[N, dim]`. heads: by name, in the order in which they run. mean, std: per channel, of
+    pixels in [0, 1]; they are buffers, so that they are saved with the weights.
     drop_rate: dropout of the pooled features, in [0, 1).
 
-    All dropout and stochastic depth inside, the heads' too, is drawn from `key`: set it before each forward pass in
-    training. A deep copy has a key of its own.
+    All dropout and stochastic depth, also of the heads, is drawn from `key`: set it before each forward pass in
+    training. A deep copy has its own key.
     """
 
     mean: Tensor
@@ -51,7 +51,7 @@ class Network(nn.Module):
         key_randomness(self, self.key)
         fill_strides(self)
         avoid_slow_attention(self)
-        # What its author fixed stays fixed in every stage.
+        # Parameters that are fixed from the start stay fixed in every stage.
         self._fixed = frozenset(n for n, p in self.named_parameters() if not p.requires_grad)
         self.activate(tuple(heads), freeze_backbone=False)
 
@@ -61,10 +61,10 @@ class Network(nn.Module):
         return any(self._slots[name][1] == "logits" for name in self.active)
 
     def activate(self, heads: tuple[str, ...], freeze_backbone: bool) -> None:
-        """Run these heads, in this order, and train them; the others rest.
+        """Run and train these heads, in this order.
 
-        What rests, and a frozen backbone, gets no gradient and stays in eval mode, whatever `train` says.
-        Raises ModelError for a head that the network does not have.
+        The other heads, and the backbone with `freeze_backbone`, get no gradient and stay in eval mode, also after
+        `train()`. Raises ModelError for a head that the network does not have.
         """
         unknown = [name for name in heads if name not in self._slots]
         if unknown:
@@ -87,8 +87,8 @@ class Network(nn.Module):
         return self
 
     def _frozen(self) -> list[nn.Module]:
-        resting = [head for name, head in self.heads.items() if name not in self.active]
-        return [*resting, self.backbone] if self.freeze_backbone else resting
+        inactive = [head for name, head in self.heads.items() if name not in self.active]
+        return [*inactive, self.backbone] if self.freeze_backbone else inactive
 
     def set_memory_format(self, memory_format: Literal["contiguous", "channels_last"]) -> None:
         """Convert the weights to this memory format, and from now on the images of every pass."""
@@ -97,17 +97,17 @@ class Network(nn.Module):
         self.to(memory_format=self._memory_format)
 
     def compile_backbone(self) -> None:
-        """Let torch compile the backbone in training; the names in a state dict stay. A deep copy is not compiled.
+        """Compile the backbone for training; the names in the state dict stay. A deep copy is not compiled.
 
-        The heads are small, and evaluation sees batches of many sizes, each of which would be compiled anew.
+        The heads are small, and evaluation has batches of many sizes, each of which would be compiled again.
         """
         self.backbone.compile()
         self._compiled = True
 
     def forward(self, images: Tensor) -> Outputs:
-        """images: `[N, C, H, W]`, uint8 or float in [0, 1], C as `mean` has.
+        """images: `[N, C, H, W]`, uint8 or float in [0, 1], with C = len(mean).
 
-        Raises ValueError for another C, and when a head reads what no head has written.
+        Raises ValueError for another C, and when a head reads a field that no head before it has written.
         """
         if images.shape[1] != len(self.mean):  # it would broadcast
             raise ValueError(f"The network reads {len(self.mean)} channels, not {images.shape[1]}.")

@@ -1,4 +1,4 @@
-"""Weights from files: safetensors, and other people's PyTorch checkpoints without running what they hold."""
+"""Weights from files: safetensors, and PyTorch checkpoints without running code from them."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ LARGEST_HEADER = 16 << 20  # of safetensors: about 100 000 names
 MOST_TENSORS = 100_000
 PICKLED = (".pth", ".pt", ".bin")
 RUN_WEIGHTS = "model.safetensors"  # in a run folder
-# What training scripts put the tensors under; an averaged copy is preferred, as its makers did.
+# Keys under which training scripts keep the state dict; an averaged copy first, since scripts evaluate that.
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
-PREFIXES = ("module.", "_orig_mod.")  # left behind by DDP and torch.compile
+PREFIXES = ("module.", "_orig_mod.")  # of DDP and torch.compile
 
 
 class LoadReport(NamedTuple):
-    """What became of the tensors, by name.
+    """Names of the tensors that were loaded, adapted or skipped.
 
     adapted: those of `loaded` that were fitted to another image size or number of channels.
     adapted, mismatched: name -> its shape in the file and in the network.
@@ -59,14 +59,14 @@ class LoadReport(NamedTuple):
 def load_weights(module: nn.Module, file: Path) -> LoadReport:
     """Load into `module` the tensors of `file` that fit, and report the others.
 
-    file: `.safetensors` (a run folder stands for its model), or `.pth`, `.pt`, `.bin` of a state dict, bare or inside
-    a training script's checkpoint. Names are those of timm or nearkin; `module.` before them, and `backbone.` before
-    them or missing, makes no difference. In a `Network`, position embeddings for another image size and a first
+    file: `.safetensors` (or a run folder, for its model), or `.pth`, `.pt`, `.bin` of a state dict, bare or inside
+    a training script's checkpoint. Names are those of timm or nearkin, with or without a prefix `module.` or
+    `backbone.`. In a `Network`, position embeddings for another image size and a first
     convolution for another number of channels are adapted as timm does it for its own weights. Other tensors of
     another shape, like a classifier for other classes, are skipped.
 
-    Raises ModelError when the file is no checkpoint or a dangerous one, or when no parameter fits or one is not
-    finite; the module is then unchanged.
+    Raises ModelError when the file is no checkpoint or holds more than tensors and plain values, when no parameter fits
+    or one is not finite; the module is then unchanged.
     """
     file = file / RUN_WEIGHTS if file.is_dir() else file
     own = module.state_dict(keep_vars=True)
@@ -129,9 +129,10 @@ def _adapted(
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file of weights, on the CPU, by name without `module.` and the like before it.
+    """The tensors of a file of weights, on the CPU, by name without the prefixes of DDP and torch.compile.
 
-    Raises ModelError when the file is no checkpoint or a dangerous one, or spells one name twice.
+    Raises ModelError when the file is no checkpoint, holds more than tensors and plain values, or has two tensors
+    whose names differ in a prefix only.
     """
     given = _read(file)
     bare = {_stripped(name): tensor for name, tensor in given.items()}
@@ -182,20 +183,18 @@ def _check_file(file: Path) -> None:
 
 
 def _read_pickled(file: Path) -> dict[str, Tensor]:
-    """The one place that reads pickled files: tensors and plain containers only, nothing of theirs is run."""
+    """The only reader of pickled files: tensors and plain containers, without running code from the file."""
     _check_file(file)
     try:
         _check_zip(file)
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # torch's own, about formats that it then reads or refuses
+            warnings.simplefilter("ignore")  # about old formats, which torch then reads or refuses
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=False)
     except ModelError:
         raise
     except OSError as error:
         raise ModelError(f"{_shown(file)} cannot be read ({_first_line(error)}).") from None
-    except Exception as error:  # a hostile file can make the reader raise anything
+    except Exception as error:  # a malicious file can make the reader raise any kind
         if "GLOBAL" in str(error):
             raise ModelError(
                 f"{_shown(file)} holds more than tensors and plain values and is not loaded, since that "
@@ -206,7 +205,7 @@ def _read_pickled(file: Path) -> dict[str, Tensor]:
 
 
 def _check_zip(file: Path) -> None:
-    """Refuse an archive that would unpack to more than it is: PyTorch stores, it does not compress."""
+    """Raises ModelError for an archive that unpacks to more than its size: PyTorch stores without compression."""
     with file.open("rb") as stream:
         if stream.read(4) != b"PK\x03\x04":
             return
@@ -243,7 +242,7 @@ def _tensors(content: Any, file: Path) -> dict[str, Tensor]:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Dense, in memory, each element its own: a stride of 0 claims terabytes from a file of kilobytes."""
+    """Dense, in memory, without shared elements: a stride of 0 claims terabytes from a file of kilobytes."""
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
         return False
     return tensor.is_contiguous() or (
@@ -252,7 +251,7 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def _renamed(given: dict[str, Tensor], own: Any) -> dict[str, Tensor]:
-    """`given` under the names of `own`: without wrappers' prefixes, with or without `backbone.`, what fits most."""
+    """`given` without wrappers' prefixes, and with or without `backbone.`: whichever matches most names of `own`."""
     bare = {_stripped(name): tensor for name, tensor in given.items()}
     spellings = (
         bare,
@@ -273,12 +272,12 @@ def _fits(given: Tensor, own: Tensor) -> bool:
 
 
 def _nothing_fits(file: Path, given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
-    theirs = printable(next(iter(given), "nothing"))[:80]
-    mine = next(
+    in_file = printable(next(iter(given), "nothing"))[:80]
+    here = next(
         (name for name, tensor in own.items() if isinstance(tensor, nn.Parameter)), "nothing"
     )
     return (
-        f"{_shown(file)} does not fit this model: it holds {theirs}, ..., the model {mine}, ...; "
+        f"{_shown(file)} does not fit this model: it holds {in_file}, ..., the model {here}, ...; "
         "give weights of the same --model under timm's names."
     )
 

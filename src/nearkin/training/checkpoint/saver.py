@@ -45,12 +45,8 @@ class Saver:
         self._waiting: dict[str, Tensor] | None = None
 
     def consider(self, value: float, step: int) -> bool:
-        """Whether `value` is the best so far; then its weights are kept.
-
-        The latest wins a tie, as its learning rate is the lowest: with few validation images the best value is often
-        reached early, by weights that are worse on others.
-        """
-        if self.best is not None and value < self.best.value:
+        """Whether `value` is the best so far (the earliest wins a tie); then its weights are kept."""
+        if self.best is not None and value <= self.best.value:
             return False
         self.best = Best(value, step)
         if self._store is not None:
