@@ -14,17 +14,11 @@ from nearkin.config import RunConfig, validate
 from nearkin.distributed import Runtime
 from nearkin.evaluation.model import Built, ModelSpec, build
 from nearkin.network import Network
-<<<<<<< HEAD
-from nearkin.network.backbone import _create, _statistics
+from nearkin.network.backbone import channel_statistics, create_model
 from nearkin.settings import DataSettings, Settings
 from nearkin.training.defaults import DataFacts, resolve, resolve_data
 from nearkin.training.optim import build_optimizer
 from nearkin.training.prepare import network_facts
-=======
-from nearkin.network.backbone import channel_statistics, create_model
-from nearkin.training.defaults import resolve_data, resolve_training
-from nearkin.training.optim import build_optimizer, names_layers
->>>>>>> w-g
 from nearkin.training.step import Stepper
 from nearkin.types import Batch, Progress
 
@@ -144,15 +138,9 @@ def _batch(case: Case, device: torch.device, views: int) -> Batch:
 def _plain(case: Case, config: DataSettings, runtime: Runtime) -> Step:
     """What a person would write around a timm model, with the same optimiser and precision."""
     device = runtime.device
-<<<<<<< HEAD
-    model = _create(case.model, {"num_classes": case.classes}, case.side).to(device)
-    resolved = _resolved(config, _built(case, config), runtime)
-    # Contiguous is what timm's own training script takes unless it is told.
-=======
     model = create_model(case.model, {"num_classes": case.classes}, case.side).to(device)
-    config = _trained(config, model, runtime)
+    resolved = _resolved(config, _built(case, config), runtime)
     # timm's own training script uses contiguous by default.
->>>>>>> w-g
     last = case.memory_format == "channels_last"
     layout = torch.channels_last if last else torch.contiguous_format
     model.to(memory_format=layout).train()

@@ -89,18 +89,11 @@ def _first_line(error: Exception) -> str:
 
 
 def pretrained_options(model: str) -> dict[str, Any]:
-<<<<<<< HEAD
-    """What `timm.create_model` needs to start from pretrained weights. Raises ModelError where timm has none."""
-    published = import_eager("timm").get_pretrained_cfg(model)
-=======
     """Arguments of `timm.create_model` for pretrained weights, from the hub's cache if they are there.
 
     Raises ModelError where timm publishes none.
     """
-    import timm
-
-    published = timm.get_pretrained_cfg(model)
->>>>>>> w-g
+    published = import_eager("timm").get_pretrained_cfg(model)
     if published is None or not published.has_weights:
         raise ModelError(
             f"timm has no pretrained weights for {model}; leave out --pretrained or give --weights FILE."
@@ -257,15 +250,9 @@ def _check_name(model: str) -> None:
         raise ConfigError(f"timm has no weights {printable(model)}.{nearest(model, known)}")
 
 
-<<<<<<< HEAD
-def _create(model: str, options: dict[str, Any], image_size: int) -> nn.Module:
-    timm = import_eager("timm")
-=======
 def create_model(model: str, options: dict[str, Any], image_size: int) -> nn.Module:
     """`timm.create_model`, for images of this size where the model depends on it."""
-    import timm
-
->>>>>>> w-g
+    timm = import_eager("timm")
     try:
         module: nn.Module = timm.create_model(model, img_size=image_size, **options)
     except TypeError as error:
