@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -20,50 +21,14 @@ NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 LARGEST = 1 << 14  # of a model option; above every width and depth in use
 LONGEST = 16  # numbers in a list
 MOST = 32  # options
-# Arguments that timm's builders read themselves (files, weights, form of the result), or that have their own option.
-RESERVED = frozenset(
-    {
-        "cache_dir",
-        "checkpoint_path",
-        "device",
-        "drop_path_rate",
-        "drop_rate",
-        "dtype",
-        "exportable",
-        "feature_cfg",
-        "feature_cls",
-        "features_only",
-        "global_pool",
-        "img_size",
-        "in_chans",
-        "kwargs",
-        "kwargs_filter",
-        "model_cfg",
-        "model_cls",
-        "model_name",
-        "no_jit",
-        "num_classes",
-        "out_indices",
-        "pruned",
-        "scriptable",
-        "variant",
-    }
-)
-INSTEAD = {
-    "checkpoint_path": "--weights",
-    "drop_path_rate": "--drop-path",
-    "drop_rate": "--drop-rate",
-    "img_size": "--image-size",
-    "in_chans": "--channels",
-    "pretrained": "--pretrained",
-}
+RESERVED = Path(__file__).with_name("reserved.yaml")
 
 
 def checked_model_options(options: dict[str, Any]) -> dict[str, Any]:
     """The options with command-line words turned into values.
 
     Values are finite numbers, true, false, and lists of up to 16 of them, so that none can name a file, class or
-    address. Names in RESERVED are refused. Whether a model takes an option is checked when it is built.
+    address. Names in reserved.yaml are refused. Whether a model takes an option is checked when it is built.
 
     Raises ConfigError that names the option.
     """
@@ -75,10 +40,18 @@ def checked_model_options(options: dict[str, Any]) -> dict[str, Any]:
 ModelOptions = Annotated[dict[str, Any], AfterValidator(checked_model_options)]
 
 
+@cache
+def reserved() -> dict[str, str | None]:
+    """Names that no model option can have, each with the option to use instead."""
+    names: dict[str, str | None] = yaml.safe_load(RESERVED.read_text(encoding="utf-8"))
+    return names
+
+
 def _name(name: str) -> str:
-    if name in RESERVED or name.startswith("pretrained"):
-        instead = f"; use {INSTEAD[name]}" if name in INSTEAD else "; leave it out"
-        raise ConfigError(f"--model.{name} cannot be set{instead}.")
+    if name in reserved() or name.startswith("pretrained"):
+        instead = reserved().get(name)
+        advice = f"use {instead}" if instead else "leave it out"
+        raise ConfigError(f"--model.{name} cannot be set; {advice}.")
     if not NAME.fullmatch(name):
         raise ConfigError(f"--model.{printable(name)[:80]} is no name of an option of a model.")
     return name
@@ -343,28 +316,20 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise ConfigError(f"Cannot read the config {printable(str(path))}: {reason}.") from None
-    if "&" in text and any(isinstance(t, yaml.AliasToken) for t in _tokens(text, path)):
-        raise ConfigError(f"{printable(str(path))} uses YAML aliases; write the values out.")
     try:
-        loaded = yaml.load(text, Loader=_UniqueKeys)
+        return _flatten(yaml.load(text, Loader=_StrictLoader), path)
     except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(
-            f"{printable(str(path))} is not valid YAML: {_one_line(error)}."
-        ) from None
-    return _flatten(loaded, path)
+        reason = printable(" ".join(str(error).split()))[:200] or "it is nested too deeply"
+        raise ConfigError(f"{printable(str(path))} is not valid YAML: {reason}.") from None
 
 
-def _tokens(text: str, path: Path) -> list[Any]:
-    try:
-        return list(yaml.scan(text, Loader=yaml.SafeLoader))
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(
-            f"{printable(str(path))} is not valid YAML: {_one_line(error)}."
-        ) from None
+class _StrictLoader(yaml.SafeLoader):
+    """safe_load that refuses aliases, which can expand without limit, and a key given twice."""
 
-
-class _UniqueKeys(yaml.SafeLoader):
-    """safe_load, but a key given twice is an error instead of a silent choice."""
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it uses aliases; write the values out")
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [str(key.value) for key, _ in node.value]
@@ -372,10 +337,6 @@ class _UniqueKeys(yaml.SafeLoader):
         if twice is not None:
             raise yaml.YAMLError(f"the key {twice} is given twice")
         return super().construct_mapping(node, deep)
-
-
-def _one_line(error: Exception) -> str:
-    return printable(" ".join(str(error).split()))[:200] or "it is nested too deeply"
 
 
 def _flatten(loaded: Any, path: Path) -> dict[str, Any]:

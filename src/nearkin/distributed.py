@@ -67,11 +67,8 @@ LONG_TIMEOUT = timedelta(days=2)  # for waiting while one process scans or saves
 
 def choose_device(device: str) -> str:
     """`auto` becomes cuda, mps or cpu. Raises ConfigError for a device that is not there."""
-    there = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
+    gpu, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    there = {"cuda": gpu, "mps": mps, "cpu": True}
     if device == "auto":
         return next(name for name, present in there.items() if present)
     if not there[device]:
@@ -101,11 +98,8 @@ class Runtime:
     def __init__(self, *, device: str, precision: Precision) -> None:
         exit_if_importing_main()
         launch = launched()
-        self.rank, self.local_rank, self.world_size = (
-            launch.rank,
-            launch.local_rank,
-            launch.world_size,
-        )
+        self.rank, self.local_rank = launch.rank, launch.local_rank
+        self.world_size = launch.world_size
         self.is_main = launch.rank == 0
         self.device = torch.device(device)
         if device == "cuda":
@@ -121,7 +115,7 @@ class Runtime:
 
     def _set_precision(self, precision: Precision) -> None:
         self.precision = precision
-        self._scaler = torch.amp.GradScaler(self.device.type) if precision == "fp16" else None
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
 
     def at(self, precision: Precision) -> Runtime:
         """The same processes and device with another precision."""
@@ -187,33 +181,20 @@ class Runtime:
 
     def backward(self, loss: Tensor) -> None:
         """Back-propagate `loss`, scaled for fp16."""
-        (loss if self._scaler is None else self._scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
     def step(self, optimizer: Optimizer, max_norm: float | None) -> None:
         """Clip the gradient to `max_norm` if given, take the optimiser's step and clear the gradient.
 
         A gradient that is not finite raises nothing: the loop reports the loss.
         """
-        if self._scaler is not None:
-            self._scaler.unscale_(optimizer)
+        self.scaler.unscale_(optimizer)
         if max_norm is not None:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(parameters, max_norm)
-        if self._scaler is None:
-            optimizer.step()
-        else:
-            self._scaler.step(optimizer)
-            self._scaler.update()
+        self.scaler.step(optimizer)
+        self.scaler.update()
         optimizer.zero_grad()
-
-    def scaler_state(self) -> dict[str, Any]:
-        """State of the fp16 gradient scaler; empty for the other precisions."""
-        return {} if self._scaler is None else self._scaler.state_dict()
-
-    def load_scaler_state(self, state: dict[str, Any]) -> None:
-        """Restore `scaler_state`."""
-        if self._scaler is not None:
-            self._scaler.load_state_dict(state)
 
     def gather(self, rows: Tensor, views: int = 1) -> Tensor:
         """`[V * b, ...]` of each process -> `[V * B, ...]`, view after view; the backward sums over processes."""

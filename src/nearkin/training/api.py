@@ -5,28 +5,21 @@ torch and all that imports it are loaded late: what is wrong with options, DATA 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack, cast
 
 from nearkin.catalogue import check_objective
 from nearkin.config import FREE_ON_RESUME, RunConfig, merge, validate
-from nearkin.errors import (
-    ConfigError,
-    DataError,
-    DivergedError,
-    ModelError,
-    NearkinError,
-    printable,
-)
+from nearkin.errors import ConfigError, DataError, DivergedError, ModelError, printable
 from nearkin.settings import Settings
 from nearkin.training import run_folder
 from nearkin.training.console import say
 from nearkin.types import Result
 
 if TYPE_CHECKING:
-    from nearkin.data.look import BadImages
+    from nearkin.data.decode import BadImage
     from nearkin.data.sources.listing import Listing
     from nearkin.distributed import Runtime
     from nearkin.training.options import TrainOptions
@@ -72,7 +65,10 @@ def start_run(values: Mapping[str, Any], *, quiet: bool) -> Result:
         try:
             prepared = prepare(config, runtime, listing=listing, quiet=quiet)
         except BadImages as error:
-            raise _listed(error, config, runtime) from None
+            if not runtime.is_main:
+                raise
+            path = _folder_with_list(config, error.bad) / run_folder.BAD_FILES
+            raise type(error)(f"{error} All are listed in {path}.", error.bad) from None
         folder = _create_folder(prepared, config, runtime)
         return Trainer(prepared, runtime.at(prepared.settings.precision), folder, quiet=quiet).run()
 
@@ -202,29 +198,23 @@ def _create_folder(prepared: Prepared, config: RunConfig, runtime: Runtime) -> P
     """Created by the first process; all others learn its name."""
     made: Path | None = None
     if runtime.is_main:
-        made = run_folder.create(config.out, data=config.data, objective=config.objective)
-        run_folder.describe(made, prepared.settings, prepared.dataset.classes)
+        dataset = prepared.dataset
+        made = _folder_with_list(config, dataset.bad)
+        run_folder.describe(made, prepared.settings, dataset.classes)
         run_folder.write_origin(made, config, prepared.identity)
-        _write_bad_files(made, prepared.dataset.bad)
     return cast("Path", runtime.share(made))
 
 
-def _write_bad_files(folder: Path, bad: Any) -> None:
+def _folder_with_list(config: RunConfig, bad: Sequence[BadImage]) -> Path:
+    """A new run folder, which lists the bad images."""
     from nearkin.data.look import write_bad_files
 
+    folder = run_folder.create(config.out, data=config.data, objective=config.objective)
     path = folder / run_folder.BAD_FILES
     path.unlink(missing_ok=True)  # of an earlier try
     if bad:
         write_bad_files(path, bad)
-
-
-def _listed(error: BadImages, config: RunConfig, runtime: Runtime) -> NearkinError:
-    """The error, after all bad images have been listed in a run folder that holds nothing else."""
-    if not runtime.is_main:
-        return error
-    folder = run_folder.create(config.out, data=config.data, objective=config.objective)
-    _write_bad_files(folder, error.bad)
-    return type(error)(f"{error} All are listed in {folder / run_folder.BAD_FILES}.", error.bad)
+    return folder
 
 
 __all__ = ["Result", "continue_run", "resolved", "start_run", "train"]

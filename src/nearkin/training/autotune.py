@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from copy import deepcopy
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from nearkin.distributed import Runtime, choose_precision
 from nearkin.network import Network
-from nearkin.process import launched
+from nearkin.process import cores
 from nearkin.settings import Settings
 
 NAMES = ("precision", "memory_format", "threads")
@@ -75,12 +74,11 @@ def tune(
 def _others(name: str, best: Choice, runtime: Runtime) -> Iterator[Choice]:
     """The other values that the setting could have."""
     device = runtime.device.type
-    cores = max(1, (os.cpu_count() or 1) // launched().per_node)
     half = choose_precision("auto", device) if device == "cuda" else "bf16"
     values: dict[str, list[Any]] = {
         "precision": [] if device == "mps" else ["fp32", half],
         "memory_format": ["contiguous", "channels_last"],
-        "threads": sorted({1, max(1, cores // 2), cores}) if device == "cpu" else [],
+        "threads": sorted({1, max(1, cores() // 2), cores()}) if device == "cpu" else [],
     }
     for value in values[name]:
         if value != getattr(best, name):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -31,15 +30,14 @@ from nearkin.evaluation.model import (
 )
 from nearkin.network import default_memory_format, load_weights, prefers_adamw
 from nearkin.objectives import Objective, get
-from nearkin.process import launched
+from nearkin.process import cores, launched
 from nearkin.settings import DataSettings, Settings
 from nearkin.training.autotune import NAMES, tune
 from nearkin.training.checks import (
     check_built,
-    counted_share,
-    expected_share,
     fit_workers,
     missing_positives_warning,
+    share_without_positive,
 )
 from nearkin.training.console import say
 from nearkin.training.defaults import (
@@ -87,12 +85,11 @@ def prepare(
     options = validated_options(config)
     data, dataset = _read_data(config, runtime, listing, classes, look=look, quiet=quiet)
     train = dataset.splits["train"]
-    pretrained, device = config.pretrained and fresh, runtime.device.type
-    built = _build(data, options, dataset, device, pretrained=pretrained)
-    files, count = train.images.from_files and not read_whole(data), len(train.labels)
-    settings = resolve(data, network_facts(data, built, runtime, images=count, files=files))
-    views, given = built.objective.stages()[0].views, config.workers != "auto"
-    settings = fit_workers(settings, views, given=given)
+    pretrained = config.pretrained and fresh
+    built = _build(data, options, dataset, runtime.device.type, pretrained=pretrained)
+    files = train.images.from_files and not read_whole(data)
+    facts = network_facts(data, built, runtime, images=len(train.labels), files=files)
+    settings = resolve(data, facts)
     check_built(settings, built)
     views = built.objective.stages()[0].views
     settings = fit_workers(settings, views, given=config.workers != "auto")
@@ -127,8 +124,7 @@ def network_facts(
         options=built.spec.options,
         device=device,
         precision=runtime.precision,
-        ranks=launched().per_node,
-        cores=os.cpu_count() or 1,
+        cores=cores(),
         files=files,
     )
 
@@ -161,12 +157,9 @@ def draw_of(config: Settings, labels: NDArray[np.int64]) -> Draw:
 def _warn_of_missing_positives(config: Settings, built: Built, train: Split, quiet: bool) -> None:
     if not any(stage.positives for stage in built.objective.stages()):
         return
-    batch = config.batch_size
-    if config.sampler == "shuffle" and config.repeats == 1:
-        share = expected_share(train.labels, batch)
-    else:
-        share = counted_share(draw_of(config, train.labels)(0), train.labels, batch)
-    text = missing_positives_warning(share, batch, config.sampler)
+    first_epoch = draw_of(config, train.labels)(0)
+    share = share_without_positive(first_epoch, train.labels, config.batch_size)
+    text = missing_positives_warning(share, config.batch_size, config.sampler)
     if text is not None:
         say(f"warning: {text}", quiet)
 
@@ -239,8 +232,8 @@ def _decoding(
     if files and config.cache != "off":
         where: Where = config.cache
         contents = Contents(files, side_in_cache(config))
-        cores = max(1, os.cpu_count() or 1)
-        made = runtime.once_per_node(lambda: make_pack(contents, where, cores))
+        on_node = cores() * launched().per_node
+        made = runtime.once_per_node(lambda: make_pack(contents, where, on_node))
         say(str(made), quiet)
         bad = contents.bad_rows(files, made)
         readable = leave_out(chosen, bad, config.bad_images)
@@ -267,18 +260,8 @@ def _build(
     stem = config.stem
     if stem == "auto" and config.weights is not None:
         stem = _stem_of(config.weights)
-    spec = ModelSpec(
-        model=config.model,
-        model_options=config.model_options,
-        channels=config.channels,
-        image_size=config.image_size,
-        stem=stem,
-        drop_rate=config.drop_rate,
-        drop_path=config.drop_path,
-        objective=config.objective,
-        options=config.options,
-        classes=dataset.classes,
-    )
+    shared = config.model_dump(include=set(ModelSpec.model_fields))
+    spec = ModelSpec.model_validate(shared | {"stem": stem, "classes": dataset.classes})
     return build(
         spec,
         options=options,
@@ -300,11 +283,8 @@ def _stem_of(weights: Path) -> Literal["default", "small"]:
 def _identity(settings: Settings, dataset: Dataset) -> dict[str, str]:
     free = FREE_ON_RESUME | {"data", "out"}
     fixed = {name: v for name, v in settings.flat().items() if name not in free}
-    return {
-        "settings": _digest(fixed),
-        "classes": _digest(dataset.classes),
-        "data": dataset.fingerprint,
-    }
+    classes = _digest(dataset.classes)
+    return {"settings": _digest(fixed), "classes": classes, "data": dataset.fingerprint}
 
 
 def _digest(value: Any) -> str:

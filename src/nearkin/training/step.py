@@ -82,6 +82,7 @@ class Stepper:
         self.optimizer: Optimizer
         self.at_collapse: Loss  # of constant embeddings, for the last batch of an epoch
         self.steps_done = 0
+        self.lr = 0.0  # of the step just taken
 
     def begin(self, stage: Stage) -> None:
         """Start a stage: freeze what it does not train; new optimiser, teacher and average."""
@@ -116,7 +117,7 @@ class Stepper:
         loss, whole = run(pieces, progress, step)
         if (step + 1) % self.steps_per_epoch == 0:
             self.at_collapse = self.objective.at_collapse(*whole, progress)
-        self._apply()
+        self.runtime.step(self.optimizer, self.settings.clip_grad)
         self.steps_done = step + 1
         self._update_averages(whole, progress)
         return loss
@@ -153,11 +154,6 @@ class Stepper:
                 again = self._student_outputs(piece, step, number)
                 self.runtime.backward(linearised(again, block.student, images, number))
         return loss, whole
-
-    @property
-    def lr(self) -> float:
-        """The learning rate of the step just taken."""
-        return self._lr
 
     def eval_network(self) -> Network:
         """The network that is validated, kept as `best` and saved at the end."""
@@ -197,8 +193,8 @@ class Stepper:
             warmup=min(warmup, progress.steps),
             floor=settings.min_lr_ratio,
         )
-        self._lr = settings.lr * self.stage.lr * factor
-        set_lr(self.optimizer, self._lr)
+        self.lr = settings.lr * self.stage.lr * factor
+        set_lr(self.optimizer, self.lr)
 
     def _prepare(self, batch: Batch, step: int) -> Batch:
         settings, batch = self.settings, self._transfer(batch)
@@ -263,9 +259,6 @@ class Stepper:
             return outputs
         views = outputs.features.shape[0] // size
         return Outputs(*(None if o is None else self.runtime.gather(o, views) for o in outputs))  # type: ignore[arg-type]
-
-    def _apply(self) -> None:
-        self.runtime.step(self.optimizer, self.settings.clip_grad)
 
     def _update_averages(self, whole: MicroBatch, progress: Progress) -> None:
         """After the optimiser: update the bank, the teacher and the averaged copy."""
