@@ -30,11 +30,11 @@ def planted(monkeypatch):
     tried = []
 
     def plant(**seconds):
-        def measure(trial):
-            tried.append(trial.choice)
-            return seconds.get(f"{trial.choice}".replace(" thread(s)", "").replace(" ", "_"), 1.0)
+        def measure(choice, network, images):
+            tried.append(choice)
+            return seconds.get(f"{choice}".replace(" thread(s)", "").replace(" ", "_"), 1.0)
 
-        monkeypatch.setattr(autotune.Trial, "seconds", measure)
+        monkeypatch.setattr(autotune, "timed", measure)
         return tried
 
     return plant

@@ -5,10 +5,10 @@ torch and all that imports it are loaded late: what is wrong with options, DATA 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, Unpack, cast
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
 from nearkin.catalogue import check_objective
 from nearkin.config import FREE_ON_RESUME, RunConfig, merge, validate
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from nearkin.training.options import TrainOptions
     from nearkin.training.prepare import Prepared
 
-T = TypeVar("T")
 OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory")
 
 
@@ -56,8 +55,7 @@ def train(
 def start_run(values: Mapping[str, Any], *, quiet: bool) -> Result:
     """A new run from flat options. Raises ConfigError, DataError, ModelError, DivergedError or Stopped."""
     config, listing = checked_options(values)
-
-    def work(runtime: Runtime) -> Result:
+    with _runtime(config) as runtime:
         from nearkin.data.look import BadImages
         from nearkin.training.prepare import prepare
         from nearkin.training.trainer import Trainer
@@ -71,8 +69,6 @@ def start_run(values: Mapping[str, Any], *, quiet: bool) -> Result:
             raise type(error)(f"{error} All are listed in {path}.", error.bad) from None
         folder = _create_folder(prepared, config, runtime)
         return Trainer(prepared, runtime.at(prepared.settings.precision), folder, quiet=quiet).run()
-
-    return _with_runtime(config, work)
 
 
 def continue_run(run: Path, values: Mapping[str, Any], *, quiet: bool) -> Result:
@@ -92,7 +88,7 @@ def continue_run(run: Path, values: Mapping[str, Any], *, quiet: bool) -> Result
         say(f"The run {run} is finished; there is nothing left to do.", quiet)
         return Result.of(run, read_description(run).metrics)
 
-    def work(runtime: Runtime) -> Result:
+    with _runtime(settings) as runtime:
         from nearkin.training.prepare import prepare
         from nearkin.training.trainer import Trainer
 
@@ -103,19 +99,14 @@ def continue_run(run: Path, values: Mapping[str, Any], *, quiet: bool) -> Result
             run_folder.write_settings(run, stored.model_copy(update={"data": settings.data}))
         return Trainer(prepared, runtime, run, quiet=quiet).run()
 
-    return _with_runtime(settings, work)
-
 
 def resolved(values: Mapping[str, Any]) -> Settings:
     """The settings that `start_run` would use."""
     config, listing = checked_options(values)
-
-    def work(runtime: Runtime) -> Settings:
+    with _runtime(config) as runtime:
         from nearkin.training.prepare import prepare
 
         return prepare(config, runtime, listing=listing, look=False).settings
-
-    return _with_runtime(config, work)
 
 
 def checked_options(values: Mapping[str, Any]) -> tuple[RunConfig, Listing | None]:
@@ -166,18 +157,19 @@ def _with_changes(stored: Settings, run: Path, values: Mapping[str, Any]) -> Set
     return stored.model_copy(update={name: getattr(given, name) for name in free})
 
 
-def _with_runtime(config: RunConfig, work: Callable[[Runtime], T]) -> T:
+@contextmanager
+def _runtime(config: RunConfig) -> Iterator[Runtime]:
+    """The processes of the run. A RuntimeError of torch becomes one sentence that says what to do."""
     from nearkin.distributed import Runtime, choose_device, choose_precision
 
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
     with Runtime(device=device, precision=precision) as runtime, _named_failures():
-        return work(runtime)
+        yield runtime
 
 
 @contextmanager
 def _named_failures() -> Iterator[None]:
-    """Turns a RuntimeError of torch into one sentence that says what to do."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:

@@ -97,7 +97,11 @@ def prepare(
         say("note: --freeze-backbone keeps random weights; give --pretrained or --weights.", quiet)
     if config.weights is not None and fresh:
         say(str(load_weights(built.network, config.weights)), quiet)
-    settings = _autotuned(settings, config, built, runtime, quiet)
+    automatic = frozenset(name for name in NAMES if getattr(config, name) == "auto")
+    if settings.autotune and automatic:
+        trial = tune(settings, automatic, built.network, views, runtime)
+        say(str(trial), quiet)
+        settings = trial.settings
     torch.set_num_threads(settings.threads)
     _warn_of_missing_positives(settings, built, train, quiet)
     return Prepared(settings, dataset, built, _identity(settings, dataset))
@@ -127,19 +131,6 @@ def network_facts(
         cores=cores(),
         files=files,
     )
-
-
-def _autotuned(
-    settings: Settings, config: RunConfig, built: Built, runtime: Runtime, quiet: bool
-) -> Settings:
-    """With `--autotune`: the settings that a timed trial chooses for what `config` leaves to `auto`."""
-    automatic = frozenset(name for name in NAMES if getattr(config, name) == "auto")
-    if not (settings.autotune and automatic):
-        return settings
-    views = built.objective.stages()[0].views
-    trial = tune(settings, automatic, built.network, views, runtime)
-    say(str(trial), quiet)
-    return trial.settings
 
 
 def draw_of(config: Settings, labels: NDArray[np.int64]) -> Draw:

@@ -255,8 +255,6 @@ class Stepper:
         return MicroBatch(whole, self._gather_outputs(part.student, size), teacher)
 
     def _gather_outputs(self, outputs: Outputs, size: int) -> Outputs:
-        if self.runtime.world_size == 1:
-            return outputs
         views = outputs.features.shape[0] // size
         return Outputs(*(None if o is None else self.runtime.gather(o, views) for o in outputs))  # type: ignore[arg-type]
 
