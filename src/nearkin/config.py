@@ -93,6 +93,9 @@ Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 62)]
+Magnitude = Annotated[int, Field(ge=0, le=30)]
 Side = Annotated[int, Field(ge=4, le=4096)]
 # `auto` in an objective's options lasts until `Objective.Config.resolve`; type checkers see the type after that.
 if TYPE_CHECKING:
@@ -103,10 +106,7 @@ else:
     AutoCount = Count | Auto
     AutoNatural = Natural | Auto
     AutoAmount = Amount | Auto
-FREE = {
-    "objective": "options",
-    "model": "model_options",
-}  # `objective.NAME` -> the field it belongs to
+FREE = {"objective": "options", "model": "model_options"}  # `objective.NAME` -> the field it is in
 LARGEST_YAML = 1 << 20
 CONFIG_FILE = "config.yaml"  # in every run folder
 # What a resumed run may change: nothing that touches the weights.
@@ -128,9 +128,7 @@ class RunConfig(BaseModel):
     data: str = option("digits", "built-in name, folder of class folders, or CSV/parquet table")
     objective: str = option("cone", "loss to minimise (nearkin list objectives)")
     options: dict[str, Any] = option({}, "options of the objective, as --objective.NAME")
-    seed: Annotated[int, Field(ge=0, lt=1 << 62)] = option(
-        0, "seed of data order, augmentation, initialisation"
-    )
+    seed: Seed = option(0, "seed of data order, augmentation, initialisation")
     epochs: Natural | Auto = option("auto", "passes over the training images")
     batch_size: Count | Auto = option("auto", "images per step, over all processes")
     accumulate: Count = option(1, "parts the batch is split into to save memory")
@@ -160,10 +158,10 @@ class RunConfig(BaseModel):
         "auto", "look at new image files: decode them, or headers only (auto: above 100 000)"
     )
     augment: Literal["auto", "none", "light", "medium", "strong"] = option("auto", "strength")
-    crop_scale: Annotated[float, Field(gt=0, le=1)] | Literal["auto", "padded", "centre"] = option(
+    crop_scale: Fraction | Literal["auto", "padded", "centre"] = option(
         "auto", "least share of the area in a random crop"
     )
-    randaugment: Annotated[int, Field(ge=0, le=30)] | Auto = option(
+    randaugment: Magnitude | Auto = option(
         "auto", "magnitude of RandAugment (2 operations), 0 = off"
     )
     jitter: Annotated[float, Field(ge=0, le=2)] | Auto = option(
@@ -204,8 +202,8 @@ class RunConfig(BaseModel):
     decay_all: bool = option(False, "decay norms and biases as well")
     momentum: Share = option(0.9, "momentum of SGD")
     nesterov: bool = option(True, "Nesterov's momentum for SGD")
-    layer_decay: Annotated[float, Field(gt=0, le=1)] | Auto = option(
-        "auto", "learning rate of each layer / that of the layer above"
+    layer_decay: Fraction | Auto = option(
+        "auto", "learning rate of each layer / of the layer above"
     )
     clip_grad: Positive | None = option(None, "largest norm of the gradient")
     ema: Share = option(0.0, "momentum of an averaged copy to evaluate, 0 = off")
@@ -234,9 +232,7 @@ class RunConfig(BaseModel):
         for key in values:
             room, dot, name = str(key).partition(".")
             if dot and room in FREE:
-                given = nested.get(FREE[room])
-                given = given if isinstance(given, Mapping) else {}
-                nested[FREE[room]] = {**given, name: nested.pop(key)}
+                nested[FREE[room]] = {**(nested.get(FREE[room]) or {}), name: nested.pop(key)}
         return nested
 
     def flat(self, *, given: bool = False) -> dict[str, Any]:
@@ -255,19 +251,17 @@ class EpisodeOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     ways: Annotated[int, Field(ge=2)] = option(5, "classes in an episode")
-    shots: Annotated[int, Field(ge=1)] = option(1, "labelled images of each class")
-    queries: Annotated[int, Field(ge=1)] = option(15, "images of each class to classify")
+    shots: Count = option(1, "labelled images of each class")
+    queries: Count = option(15, "images of each class to classify")
     episodes: Annotated[int, Field(ge=2)] = option(3000, "episodes to average")
-    copies: Annotated[int, Field(ge=0)] = option(
-        5, "augmented copies of a labelled image; 0 = the image itself, once"
-    )
+    copies: Natural = option(5, "augmented copies of a labelled image; 0 = the image itself, once")
     split: str | None = option(None, "train, val or test; default test, else val, else all")
-    seed: Annotated[int, Field(ge=0, lt=1 << 62)] = option(0, "seed of episodes and copies")
+    seed: Seed = option(0, "seed of episodes and copies")
     bad_images: Literal["error", "skip"] = option(
         "error", "unreadable images stop or go (RUN's own data: as in its training)"
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = option("auto", "where to compute features")
-    workers: Annotated[int, Field(ge=0)] = option(0, "processes that load images")
+    workers: Natural = option(0, "processes that load images")
 
     @property
     def needed(self) -> int:

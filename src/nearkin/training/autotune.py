@@ -46,11 +46,7 @@ class Tuned(NamedTuple):
 
 
 def tune(
-    settings: Settings,
-    automatic: frozenset[str],
-    network: Network,
-    views: int,
-    runtime: Runtime,
+    settings: Settings, automatic: frozenset[str], network: Network, views: int, runtime: Runtime
 ) -> Tuned:
     """Try the settings of NAMES that are in `automatic`, one after the other, on copies of `network`.
 

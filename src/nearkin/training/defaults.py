@@ -157,12 +157,9 @@ def check(config: DataSettings, *, images: int, world_size: int) -> None:
             f"use at most {images}."
         )
     if batch % parts:
-        near = ", ".join(
-            str(v) for v in (batch // parts * parts, (batch // parts + 1) * parts) if v
-        )
         raise ConfigError(
             f"--batch-size {batch} cannot be divided among {world_size} processes x "
-            f"--accumulate {config.accumulate}; use {near}."
+            f"--accumulate {config.accumulate}; use {_multiples_near(batch, parts)}."
         )
     if (config.mixup > 0 or config.cutmix > 0) and (batch // parts) % 8:
         raise ConfigError(
@@ -180,10 +177,9 @@ def check(config: DataSettings, *, images: int, world_size: int) -> None:
 def _check_sampler(config: DataSettings, batch: int) -> None:
     size = config.per_class
     if config.sampler == "balanced" and batch % size:
-        near = ", ".join(str(v) for v in (batch // size * size, (batch // size + 1) * size) if v)
         raise ConfigError(
-            f"--batch-size {batch} is no multiple of --per-class {size}; use {near}, or "
-            "another --per-class."
+            f"--batch-size {batch} is no multiple of --per-class {size}; "
+            f"use {_multiples_near(batch, size)}, or another --per-class."
         )
     if config.repeats > 1 and config.sampler != "shuffle":
         raise ConfigError(
@@ -191,6 +187,11 @@ def _check_sampler(config: DataSettings, batch: int) -> None:
         )
     if config.repeats > batch:
         raise ConfigError(f"--repeats {config.repeats} is more than --batch-size {batch}.")
+
+
+def _multiples_near(batch: int, of: int) -> str:
+    below = batch // of * of
+    return f"{below}, {below + of}" if below else f"{of}"
 
 
 def _fill(given: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:

@@ -20,14 +20,7 @@ from nearkin.data.sampling import Draw, drawing
 from nearkin.data.sources.listing import Listing
 from nearkin.data.sources.resolve import resolve as list_data
 from nearkin.distributed import Runtime
-from nearkin.evaluation.model import (
-    DESCRIPTION,
-    WEIGHTS,
-    Built,
-    ModelSpec,
-    build,
-    read_description,
-)
+from nearkin.evaluation.model import DESCRIPTION, WEIGHTS, Built, ModelSpec, build, read_description
 from nearkin.network import default_memory_format, load_weights, prefers_adamw
 from nearkin.objectives import Objective, get
 from nearkin.process import cores, launched

@@ -95,16 +95,7 @@ class Stepper:
         if settings.compile:
             for network in [self.network] + ([self.teacher.network] if self.teacher else []):
                 network.compile_backbone()
-        self.optimizer = build_optimizer(
-            self.network,
-            settings.optimizer,
-            lr=settings.lr,
-            weight_decay=settings.weight_decay,
-            momentum=settings.momentum,
-            nesterov=settings.nesterov,
-            decay_all=settings.decay_all,
-            layer_decay=settings.layer_decay,
-        )
+        self.optimizer = build_optimizer(self.network, settings)
         self._wrapped = self.runtime.wrap(self.network)
 
     def step(self, batch: Batch, progress: Progress, step: int) -> Loss:

@@ -18,12 +18,7 @@ from nearkin.distributed import Runtime
 from nearkin.errors import Stopped
 from nearkin.evaluation.evaluator import Evaluator
 from nearkin.evaluation.geometry import geometry
-from nearkin.evaluation.metrics import (
-    summarise,
-    top1_and_log_loss,
-    write_predictions,
-    write_tables,
-)
+from nearkin.evaluation.metrics import summarise, top1_and_log_loss, write_predictions, write_tables
 from nearkin.evaluation.model import FORMAT, Description, save_bundle
 from nearkin.objectives import Stage
 from nearkin.process import stop_signals_recorded
