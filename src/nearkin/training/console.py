@@ -32,21 +32,15 @@ class Bar:
 
     def __enter__(self) -> Self:
         if not self._quiet and sys.stderr.isatty():
+            from rich import progress
             from rich.console import Console
-            from rich.progress import (
-                BarColumn,
-                MofNCompleteColumn,
-                Progress,
-                TextColumn,
-                TimeRemainingColumn,
-            )
 
-            self._progress = Progress(
-                TextColumn("training"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[loss]}  {task.fields[value]}"),
+            self._progress = progress.Progress(
+                progress.TextColumn("training"),
+                progress.BarColumn(),
+                progress.MofNCompleteColumn(),
+                progress.TimeRemainingColumn(),
+                progress.TextColumn("{task.fields[loss]}  {task.fields[value]}"),
                 console=Console(stderr=True),
             )
             self._task = self._progress.add_task("train", total=self._steps, loss="", value="")

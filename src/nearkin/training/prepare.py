@@ -25,24 +25,9 @@ from nearkin.network import default_memory_format, load_weights, prefers_adamw
 from nearkin.objectives import Objective, get
 from nearkin.process import cores, launched
 from nearkin.settings import DataSettings, Settings
+from nearkin.training import checks, defaults
 from nearkin.training.autotune import NAMES, tune
-from nearkin.training.checks import (
-    check_built,
-    fit_workers,
-    missing_positives_warning,
-    share_without_positive,
-)
 from nearkin.training.console import say
-from nearkin.training.defaults import (
-    DataFacts,
-    NetworkFacts,
-    check,
-    read_whole,
-    resolve,
-    resolve_data,
-    side_in_cache,
-    side_of_scaled,
-)
 from nearkin.training.optim import names_layers
 
 
@@ -80,12 +65,12 @@ def prepare(
     train = dataset.splits["train"]
     pretrained = config.pretrained and fresh
     built = _build(data, options, dataset, runtime.device.type, pretrained=pretrained)
-    files = train.images.from_files and not read_whole(data)
+    files = train.images.from_files and not defaults.read_whole(data)
     facts = network_facts(data, built, runtime, images=len(train.labels), files=files)
-    settings = resolve(data, facts)
-    check_built(settings, built)
+    settings = defaults.resolve(data, facts)
+    checks.check_built(settings, built)
     views = built.objective.stages()[0].views
-    settings = fit_workers(settings, views, given=config.workers != "auto")
+    settings = checks.fit_workers(settings, views, given=config.workers != "auto")
     if config.freeze_backbone and not config.pretrained and config.weights is None:
         say("note: --freeze-backbone keeps random weights; give --pretrained or --weights.", quiet)
     if config.weights is not None and fresh:
@@ -108,10 +93,10 @@ def validated_options(config: RunConfig) -> Objective.Config:
 
 def network_facts(
     config: DataSettings, built: Built, runtime: Runtime, *, images: int, files: bool
-) -> NetworkFacts:
+) -> defaults.NetworkFacts:
     """The facts of network, runtime and machine. images, files: as in `NetworkFacts`."""
     backbone, device = built.network.backbone, runtime.device.type
-    return NetworkFacts(
+    return defaults.NetworkFacts(
         images=images,
         parameters=sum(p.numel() for p in backbone.parameters()),
         layered=names_layers(backbone),
@@ -142,8 +127,8 @@ def _warn_of_missing_positives(config: Settings, built: Built, train: Split, qui
     if not any(stage.positives for stage in built.objective.stages()):
         return
     first_epoch = draw_of(config, train.labels)(0)
-    share = share_without_positive(first_epoch, train.labels, config.batch_size)
-    text = missing_positives_warning(share, config.batch_size, config.sampler)
+    share = checks.share_without_positive(first_epoch, train.labels, config.batch_size)
+    text = checks.missing_positives_warning(share, config.batch_size, config.sampler)
     if text is not None:
         say(f"warning: {text}", quiet)
 
@@ -196,8 +181,8 @@ def _from_data(
 ) -> DataSettings:
     """With everything that follows from the training images."""
     count = len(dataset.splits["train"].labels)
-    data = resolve_data(config, DataFacts(count, side, dataset.channels, room))
-    check(data, images=count, world_size=runtime.world_size)
+    data = defaults.resolve_data(config, defaults.DataFacts(count, side, dataset.channels, room))
+    defaults.check(data, images=count, world_size=runtime.world_size)
     return data
 
 
@@ -215,7 +200,7 @@ def _decoding(
     files = chosen.files
     if files and config.cache != "off":
         where: Where = config.cache
-        contents = Contents(files, side_in_cache(config))
+        contents = Contents(files, defaults.side_in_cache(config))
         on_node = cores() * launched().per_node
         made = runtime.once_per_node(lambda: make_pack(contents, where, on_node))
         say(str(made), quiet)
@@ -227,7 +212,7 @@ def _decoding(
     dataset = to_dataset(readable, classes)
     train = dataset.splits["train"]
     if config.decode == "scaled" and isinstance(train.images, Files):
-        scaled = train._replace(images=train.images.scaled(side_of_scaled(config)))
+        scaled = train._replace(images=train.images.scaled(defaults.side_of_scaled(config)))
         return dataset._replace(splits=dataset.splits | {"train": scaled})
     return dataset
 
