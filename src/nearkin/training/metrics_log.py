@@ -170,7 +170,9 @@ class Journal:
             if first:
                 path = printable(str(self.folder / name))
                 reason = error.__cause__ or error  # the OSError inside a SaveFailed
-                _warn(f"{path} cannot be written ({printable(str(reason))}); training goes on.")
+                text = f"{path} cannot be written ({printable(str(reason))}); training goes on."
+                with contextlib.suppress(OSError, ValueError, AttributeError):  # stderr may be gone
+                    sys.stderr.write(f"warning: {text}\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -235,9 +237,3 @@ def _plain(value: object) -> object:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-def _warn(text: str) -> None:
-    """One line on stderr, if there still is one."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        sys.stderr.write(f"warning: {text}\n")

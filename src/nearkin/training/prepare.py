@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from nearkin.config import FREE_ON_RESUME, RunConfig, validate
 from nearkin.data.cache import Contents, Where, make_pack, packed, room_in_memory
-from nearkin.data.dataset import Chosen, Dataset, Split, choose, leave_out, looked, to_dataset
+from nearkin.data.dataset import Chosen, Dataset, choose, leave_out, looked, to_dataset
 from nearkin.data.images import Files
 from nearkin.data.look import Ranks, usual_side
 from nearkin.data.sampling import Draw, drawing
@@ -64,7 +64,7 @@ def prepare(
     data, dataset = _read_data(config, runtime, listing, classes, look=look, quiet=quiet)
     train = dataset.splits["train"]
     pretrained = config.pretrained and fresh
-    built = _build(data, options, dataset, runtime.device.type, pretrained=pretrained)
+    built = _build(data, options, dataset, runtime.device.type, pretrained)
     files = train.images.from_files and not defaults.read_whole(data)
     facts = network_facts(data, built, runtime, images=len(train.labels), files=files)
     settings = defaults.resolve(data, facts)
@@ -81,7 +81,12 @@ def prepare(
         say(str(trial), quiet)
         settings = trial.settings
     torch.set_num_threads(settings.threads)
-    _warn_of_missing_positives(settings, built, train, quiet)
+    if any(stage.positives for stage in built.objective.stages()):
+        batch, draws = settings.batch_size, draw_of(settings, train.labels)(0)
+        share = checks.share_without_positive(draws, train.labels, batch)
+        warning = checks.missing_positives_warning(share, batch, settings.sampler)
+        if warning is not None:
+            say(f"warning: {warning}", quiet)
     return Prepared(settings, dataset, built, _identity(settings, dataset))
 
 
@@ -121,16 +126,6 @@ def draw_of(config: Settings, labels: NDArray[np.int64]) -> Draw:
         per_class=config.per_class,
         repeats=config.repeats,
     )
-
-
-def _warn_of_missing_positives(config: Settings, built: Built, train: Split, quiet: bool) -> None:
-    if not any(stage.positives for stage in built.objective.stages()):
-        return
-    first_epoch = draw_of(config, train.labels)(0)
-    share = checks.share_without_positive(first_epoch, train.labels, config.batch_size)
-    text = checks.missing_positives_warning(share, config.batch_size, config.sampler)
-    if text is not None:
-        say(f"warning: {text}", quiet)
 
 
 def _read_data(
@@ -218,21 +213,15 @@ def _decoding(
 
 
 def _build(
-    config: DataSettings,
-    options: Objective.Config,
-    dataset: Dataset,
-    device: str,
-    *,
-    pretrained: bool,
+    config: DataSettings, options: Objective.Config, dataset: Dataset, device: str, pretrained: bool
 ) -> Built:
     torch.manual_seed(config.seed)
     stem = config.stem
     if stem == "auto" and config.weights is not None:
         stem = _stem_of(config.weights)
     shared = config.model_dump(include=set(ModelSpec.model_fields))
-    spec = ModelSpec.model_validate(shared | {"stem": stem, "classes": dataset.classes})
     return build(
-        spec,
+        ModelSpec.model_validate(shared | {"stem": stem, "classes": dataset.classes}),
         options=options,
         pretrained=pretrained,
         images=len(dataset.splits["train"].labels),
