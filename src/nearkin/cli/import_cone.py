@@ -62,6 +62,7 @@ def _write(imported: Imported, out: Path | None, name: str) -> Path:
     run = run_folder.create(out, data=name, objective=config.objective)
     try:
         run_folder.describe(run, config, description.spec.classes)
+        run_folder.write_origin(run, config, identity={})
         save_bundle(run, description, weights)
         Journal(run).status(
             "finished", step=0, steps=0, epoch=0, message="imported, not trained here"
