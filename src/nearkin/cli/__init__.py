@@ -1,4 +1,7 @@
-"""The command line: one file per verb. The top-level help is static, since importing the verbs takes 0.2 s."""
+"""The command line: one file per verb, with `parser()` and `main(given)`.
+
+The top-level help is static, since importing the verbs takes 0.2 s.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +88,13 @@ def _run(argv: list[str]) -> int:
         raise ConfigError(
             f"Unknown verb {printable(verb)}.{nearest(verb, VERBS)} See nearkin --help."
         )
-    code: int = import_module(f"nearkin.cli.{VERBS[verb]}").main(rest)
+    module = import_module(f"nearkin.cli.{VERBS[verb]}")
+    parser = module.parser()
+    given = parser.read(rest)
+    if given.pop("help", False):
+        sys.stdout.write(parser.help(given))
+        return 0
+    code: int = module.main(given)
     return code
 
 

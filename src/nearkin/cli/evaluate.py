@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nearkin.cli import is_first
-from nearkin.cli.arguments import Parser, show_help, whole_number
+from nearkin.cli.arguments import Parser, whole_number
 from nearkin.errors import ConfigError, printable
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ KEPT = "not run again: its predictions were kept (--no-cache runs it)"
 SHOWN = 20  # classes up to which everything is shown, and lines shown of more
 
 
-def main(argv: list[str]) -> int:
+def parser() -> Parser:
     parser = Parser(
         USAGE,
         "Exact metrics of a trained model, on its own data or on DATA; of several runs as an ensemble.\n"
@@ -39,11 +39,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--device", metavar="NAME", help="auto, cpu, cuda or mps [auto]")
     parser.add_argument("--workers", metavar="N", help="processes that load images [0]")
     parser.flag("json", "one JSON object on stdout")
-    parser.flag("help", "this help")
-    given = parser.read(argv)
-    if given.get("help"):
-        show_help(parser)
-        return 0
+    return parser
+
+
+def main(given: dict[str, Any]) -> int:
     runs, data = _runs_and_data(given.get("runs") or [])
     from nearkin.evaluation.evaluate import evaluate
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nearkin.cli import is_first
-from nearkin.cli.arguments import Parser, show_help
+from nearkin.cli.arguments import Parser
 from nearkin.config import EpisodeOptions
 from nearkin.errors import ConfigError, printable
 
@@ -18,17 +18,16 @@ USAGE = "nearkin fewshot RUN DATA [--ways 5] [--shots 1] [--json]"
 ABOUT = "Few-shot accuracy of the model's features: new classes, learned from a few images of each."
 
 
-def main(argv: list[str]) -> int:
+def parser() -> Parser:
     parser = Parser(USAGE, ABOUT)
     parser.add_argument("run", nargs="?", metavar="RUN", help="the folder that train printed")
     parser.add_argument("data", nargs="?", metavar="DATA", help="images outside RUN's training")
     parser.options(EpisodeOptions)
     parser.flag("json", "one JSON object on stdout")
-    parser.flag("help", "this help")
-    given = parser.read(argv)
-    if given.pop("help", False):
-        show_help(parser)
-        return 0
+    return parser
+
+
+def main(given: dict[str, Any]) -> int:
     run, data = given.pop("run", None), given.pop("data", None)
     as_json = given.pop("json", False)
     if run is None or data is None:
