@@ -36,10 +36,10 @@ def main(given: dict[str, Any]) -> int:
 
     run, tta, device = given["run"], given.get("tta", "none"), given.get("device", "auto")
     check_arguments(run, tta, device)  # before a folder of many images is searched
-    found = find_files(given["images"])
-    for note in found.notes:
+    files, notes = find_files(given["images"])
+    for note in notes:
         sys.stderr.write(f"note: {note}\n")
-    predictions = predict(run, found.files, tta=tta, device=device)
+    predictions = predict(run, files, tta=tta, device=device)
     if given.get("json"):
         rows = [one.to_dict() for one in predictions]
         record = {"run": run, "test_top1": None, "predictions": rows}
@@ -49,8 +49,7 @@ def main(given: dict[str, Any]) -> int:
         bad = _write_csv(predictions)
     if bad:
         sys.stdout.flush()
-        total = len(found.files)
-        raise DataError(f"{bad} of {total} files could not be read; their rows say why.")
+        raise DataError(f"{bad} of {len(files)} files could not be read; their rows say why.")
     return 0
 
 

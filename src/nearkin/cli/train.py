@@ -22,13 +22,10 @@ Train an image classifier; without DATA, on the built-in digits.
 With --objective NAME, --help shows its options as well."""
 
 
+@stop_handler(interrupt)
 def main(given: dict[str, Any]) -> int:
     keep_freed_memory()
-    with stop_handler(interrupt):
-        return _main(_with_data(given))
-
-
-def _main(given: dict[str, Any]) -> int:
+    given = _with_data(given)
     as_json, quiet = given.pop("json", False), given.pop("quiet", False)
     show, resume = given.pop("print_config", False), given.pop("resume", None)
     values = merge(*(read_yaml(recipe_or_file(name)) for name in given.pop("config", [])), given)
