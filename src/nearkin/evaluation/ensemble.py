@@ -223,7 +223,8 @@ class Ensemble:
                     f"{printable(str(self.members[0].run))} and {printable(str(member.run))} have other images in "
                     f"their split {first.name}: other data, --seed or --val-split; {advice}."
                 )
-        sources = [self._source(member, first, images) for member in self.members]
+        pairs = zip(self.members, loaded, strict=True)
+        sources = [self._source(member, found.split, images) for member, (found, _) in pairs]
         batches, cached, more_notes = zip(*sources, strict=True)
         whole, members = self._combined(batches, weights)
         return EnsemblePredictions(

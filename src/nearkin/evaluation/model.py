@@ -13,7 +13,8 @@ from torch import Tensor
 from nearkin.config import ModelOptions, validate
 from nearkin.data.transforms import EvalSpec
 from nearkin.errors import ConfigError, ModelError, printable
-from nearkin.evaluation.options import DESCRIPTION, check_run
+from nearkin.evaluation.options import DESCRIPTION as DESCRIPTION
+from nearkin.evaluation.options import check_run
 from nearkin.files import write_atomic
 from nearkin.network import Network, build_backbone, default_memory_format, read_safetensors
 from nearkin.objectives import Objective, get
