@@ -111,7 +111,7 @@ def _classes(result: Evaluation) -> list[str]:
     for name, *values, support in (*rows, ("macro mean", *result.macro, result.n)):
         shown = " ".join(f"{100 * value:8.2f}%" for value in values)
         lines.append(f"{printable(name):<24.24} {shown} {support:>7}")
-    return [*lines, *_where(file)]
+    return lines if file is None else [*lines, f"all of them: {printable(str(file))}"]
 
 
 def _matrix(result: Evaluation) -> list[str]:
@@ -131,11 +131,8 @@ def _confused(result: Evaluation) -> list[str]:
     for row in sorted(wrong, key=lambda row: -row.images)[:SHOWN]:
         true, predicted = printable(row.true), printable(row.predicted)
         lines.append(f"{true:<24.24}  {predicted:<24.24} {row.images:>7}")
-    return [*lines, *_where(result.confusion_file)]
-
-
-def _where(file: Path | None) -> list[str]:
-    return [] if file is None else [f"all of them: {printable(str(file))}"]
+    file = result.confusion_file
+    return lines if file is None else [*lines, f"all of them: {printable(str(file))}"]
 
 
 def _members(result: Evaluation) -> list[str]:

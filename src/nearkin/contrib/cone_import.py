@@ -189,12 +189,14 @@ def _check(given: Mapping[str, Tensor], own: Mapping[str, Tensor], problem: str)
         raise ModelError(f"{problem}: {_published_name(missing[0])} is missing.")
     for name, tensor in given.items():
         if name not in wanted:
-            raise ModelError(f"{problem}: {_published_name(name)} is unexpected.")
-        if tensor.shape != wanted[name].shape:
-            shapes = f"{_shape(tensor)} instead of {_shape(wanted[name])}"
-            raise ModelError(f"{problem}: {_published_name(name)} has the shape {shapes}.")
-        if tensor.is_floating_point() != wanted[name].is_floating_point():
-            raise ModelError(f"{problem}: {_published_name(name)} has the type {tensor.dtype}.")
+            what = "is unexpected"
+        elif tensor.shape != wanted[name].shape:
+            what = f"has the shape {_shape(tensor)} instead of {_shape(wanted[name])}"
+        elif tensor.is_floating_point() != wanted[name].is_floating_point():
+            what = f"has the type {tensor.dtype}"
+        else:
+            continue
+        raise ModelError(f"{problem}: {_published_name(name)} {what}.")
 
 
 def _weights(given: dict[str, Tensor], own: dict[str, Tensor], file: Path) -> dict[str, Tensor]:

@@ -197,8 +197,8 @@ class Ensemble:
     def __init__(
         self, members: Sequence[Member], runtime: Runtime, *, tta: Tta, workers: int, cache: bool
     ) -> None:
-        self.members, self._runtime = members, runtime
-        self._tta, self._workers, self._cache = tta, workers, cache
+        self.members, self.runtime = members, runtime
+        self.tta, self._workers, self._cache = tta, workers, cache
         self.classes = members[0].bundle.classes
         self._loaded: dict[tuple[Any, ...], tuple[EvaluationSplit, str]] = {}
 
@@ -252,7 +252,7 @@ class Ensemble:
                     parts.append(reduced(mixed(own, shares), labels.cpu(), index.cpu()))
                 yield (*(column for part in parts for column in part[:3]), labels, index)
 
-        *columns, labels, index = gathered(self._runtime, reduced_batches())
+        *columns, labels, index = gathered(self.runtime, reduced_batches())
         found = [
             Predictions(*part, labels, index)
             for part in zip(columns[::3], columns[1::3], columns[2::3], strict=True)
@@ -272,8 +272,8 @@ class Ensemble:
         source = data or member.config.data
         key = (data.data if data else source, *options.items())
         if key not in self._loaded:
-            collect = self._runtime.collect
-            ranks = Ranks.on_node(self._runtime.rank, launched().per_node, collect)
+            collect = self.runtime.collect
+            ranks = Ranks.on_node(self.runtime.rank, launched().per_node, collect)
             found = load_for_evaluation(source, classes=self.classes, ranks=ranks, **options)
             self._loaded[key] = found, fingerprint(found.split)
         return self._loaded[key]
@@ -283,10 +283,10 @@ class Ensemble:
     ) -> tuple[Iterator[Probabilities], bool, list[str]]:
         """This process's probabilities of a member, whether they come from a cache file, and notes. With a cache, and
         up to `LARGEST` values, the network runs at once and the probabilities are stored."""
-        runtime = self._runtime
+        runtime = self.runtime
         spec, network = member.bundle.description.transform, member.bundle.network
         evaluator = Evaluator(runtime, spec, batch_size=BATCH, workers=self._workers)
-        batches = evaluator.probabilities(network, split, self._tta)
+        batches = evaluator.probabilities(network, split, self.tta)
         shape = (len(split.labels), len(self.classes))
         if not self._cache or math.prod(shape) > LARGEST:
             counts = f"{shape[0]} images x {shape[1]} classes"
@@ -294,7 +294,7 @@ class Ensemble:
             return batches, False, [too_many] if self._cache else []
         stored, notes = None, list[str | None]()
         if runtime.is_main:
-            key = cache_key(member.run, split, images, self._tta, runtime.device)
+            key = cache_key(member.run, split, images, self.tta, runtime.device)
             path = member.run / FOLDER / f"{key}.safetensors"
             stored, note = read_cached(path, shape)
             notes.append(note)
@@ -305,7 +305,7 @@ class Ensemble:
             if runtime.is_main:
                 notes.append(write_cached(path, stored))
         # The same batches as those of a network, since all members advance together.
-        share, size = evaluator.share(split), evaluator.batch_size(self._tta)
+        share, size = evaluator.share(split), evaluator.batch_size(self.tta)
         labels = torch.from_numpy(split.labels)
         rows = (torch.tensor(share[start : start + size]) for start in range(0, len(share), size))
         kept = (Probabilities(stored[index], labels[index], index) for index in rows)

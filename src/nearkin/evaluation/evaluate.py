@@ -17,6 +17,7 @@ from nearkin.files import SaveFailed
 
 if TYPE_CHECKING:
     from nearkin.data.sources.listing import Listing
+    from nearkin.evaluation.ensemble import Ensemble
 
 ONE_VALIDATION = (
     "train them on the same data with one --seed and --val-split, or use --weights equal"
@@ -60,51 +61,47 @@ def evaluate(
     for one in runs:
         check_run(one)
     listing = None if data is None else resolve(str(data))
-    return _evaluate(runs, listing, split, tta, weights, cache, device, workers)
-
-
-def _evaluate(
-    runs: Sequence[Path],
-    data: Listing | None,
-    split: str | None,
-    tta: Tta,
-    weights: Weights,
-    cache: bool,
-    device: Device,
-    workers: int,
-) -> Evaluation:
     from nearkin.distributed import Runtime, choose_device
-    from nearkin.evaluation.ensemble import Ensemble, likelihood_weights, load_members
-    from nearkin.evaluation.metrics import summarise, write_tables
+    from nearkin.evaluation.ensemble import Ensemble, load_members
 
-    notes: list[str] = []
-    shares, validation, files = [1 / len(runs)] * len(runs), None, None
     with Runtime(device=choose_device(device), precision="fp32") as runtime:
         members = load_members(runs, runtime.device)
         ensemble = Ensemble(members, runtime, tta=tta, workers=workers, cache=cache)
-        if weights == "validation" and len(runs) > 1:
-            validation = ensemble.predict(None, "val", advice=ONE_VALIDATION)
-            shares = likelihood_weights([member.own for member in validation.members])
-            notes += validation.notes
-        found = ensemble.predict(data, split, shares)
-        notes += found.notes
-        if validation and validation.images == found.images:
-            notes.append(SAME_IMAGES)
-        metrics = summarise(found.whole, ensemble.classes)
-        if runtime.is_main:
-            name = _name(found.split.name, runs, data and data.data, tta, weights)
-            try:
-                files = write_tables(runs[0], name, metrics)
-            except SaveFailed as error:  # a folder that cannot be written
-                notes.append(str(error))
-        confusion_file, classes_file = runtime.share(files) or (None, None)
+        return _measure(ensemble, listing, split, weights)
+
+
+def _measure(
+    ensemble: Ensemble, data: Listing | None, split: str | None, weights: Weights
+) -> Evaluation:
+    from nearkin.evaluation.ensemble import likelihood_weights
+    from nearkin.evaluation.metrics import summarise, write_tables
+
+    runs, runtime = [member.run for member in ensemble.members], ensemble.runtime
+    notes: list[str] = []
+    shares, validation, files = [1 / len(runs)] * len(runs), None, None
+    if weights == "validation" and len(runs) > 1:
+        validation = ensemble.predict(None, "val", advice=ONE_VALIDATION)
+        shares = likelihood_weights([member.own for member in validation.members])
+        notes += validation.notes
+    found = ensemble.predict(data, split, shares)
+    notes += found.notes
+    if validation and validation.images == found.images:
+        notes.append(SAME_IMAGES)
+    metrics = summarise(found.whole, ensemble.classes)
+    if runtime.is_main:
+        name = _name(found.split.name, runs, data and data.data, ensemble.tta, weights)
+        try:
+            files = write_tables(runs[0], name, metrics)
+        except SaveFailed as error:  # a folder that cannot be written
+            notes.append(str(error))
+    confusion_file, classes_file = runtime.share(files) or (None, None)
     top1 = [float((one.top[:, 0] == one.labels).double().mean()) for one in found.members]
     columns = zip(map(str, runs), shares, top1, found.cached, strict=True)
     return Evaluation(
         **vars(metrics),
         run=str(runs[0]),
         split=found.split.name,
-        tta=tta,
+        tta=ensemble.tta,
         weights=weights,
         members=tuple(MemberMetrics(*column) for column in columns),
         notes=tuple(dict.fromkeys(notes)),
