@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nearkin.cli import is_first
+from nearkin.cli import show
 from nearkin.cli.arguments import Parser, whole_number
 from nearkin.errors import ConfigError, printable
 
@@ -56,16 +54,8 @@ def main(given: dict[str, Any]) -> int:
         device=given.get("device", "auto"),
         workers=whole_number("workers", given.get("workers", "0")),
     )
-    if not is_first():
-        return 0
-    for note in result.notes:
-        sys.stderr.write(f"note: {printable(note)}\n")
-    if given.get("json"):
-        test_top1 = result.top1 if result.split == "test" else None
-        record = {"run": result.run, "test_top1": test_top1} | result.to_dict()
-        sys.stdout.write(json.dumps(record, allow_nan=False) + "\n")
-    else:
-        sys.stdout.write(table(result))
+    record = result.to_dict() | {"test_top1": result.top1 if result.split == "test" else None}
+    show(record, table(result), as_json=given.get("json", False), notes=result.notes)
     return 0
 
 

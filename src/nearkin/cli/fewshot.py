@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from typing import TYPE_CHECKING, Any
 
-from nearkin.cli import is_first
+from nearkin.cli import show
 from nearkin.cli.arguments import Parser
 from nearkin.config import EpisodeOptions
-from nearkin.errors import ConfigError, printable
+from nearkin.errors import ConfigError
 
 if TYPE_CHECKING:
     from nearkin.evaluation.results import FewShot
@@ -35,15 +33,7 @@ def main(given: dict[str, Any]) -> int:
     from nearkin.evaluation.fewshot import fewshot
 
     result = fewshot(run, data, **given)
-    if not is_first():
-        return 0
-    for note in result.notes:
-        sys.stderr.write(f"warning: {printable(note)}\n")
-    if as_json:
-        record = {"run": result.run, "test_top1": None} | result.to_dict()
-        sys.stdout.write(json.dumps(record, allow_nan=False) + "\n")
-    else:
-        sys.stdout.write(line(result))
+    show(result.to_dict(), line(result), as_json=as_json, notes=result.notes, kind="warning")
     return 0
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nearkin.cli import show
 from nearkin.cli.arguments import Parser
 from nearkin.errors import ConfigError, ModelError, counted, printable
 
@@ -47,12 +46,10 @@ def main(given: dict[str, Any]) -> int:
     names = read_class_names(Path(given["classes"])) if "classes" in given else None
     imported = read_cone_checkpoint(file, names)
     run, spec = _write(imported, out, file.stem), imported.description.spec
-    if given.get("json"):
-        found = {"run": str(run), "test_top1": None, "model": spec.model}
-        sys.stdout.write(json.dumps(found | {"classes": len(spec.classes)}) + "\n")
-    else:
-        classes = counted(len(spec.classes), "class", "classes")
-        sys.stdout.write(f"{spec.model} for {classes}\nrun {printable(str(run))}\n")
+    classes = counted(len(spec.classes), "class", "classes")
+    record = {"run": str(run), "model": spec.model, "classes": len(spec.classes)}
+    text = f"{spec.model} for {classes}\nrun {printable(str(run))}\n"
+    show(record, text, as_json=given.get("json", False))
     return 0
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from nearkin.catalogue import check_objective, recipe_or_file
-from nearkin.cli import is_first
+from nearkin.cli import show
 from nearkin.cli.arguments import Parser, options_table
 from nearkin.config import FREE, RunConfig, merge, read_yaml, to_yaml, validate
 from nearkin.errors import ConfigError, printable
@@ -89,18 +88,10 @@ def _objective_help(given: dict[str, Any]) -> str:
 
 
 def _report(result: Result, as_json: bool) -> None:
-    if not is_first():
-        return
-    if as_json:
-        sys.stdout.write(json.dumps(result.to_dict(), allow_nan=False) + "\n")
-        return
+    text = "neither a test nor a validation split"
     if result.metrics:
         split, count = result.metrics["split"], result.metrics["n"]
         text = f"{split} top-1 {100 * result.metrics['top1']:.2f} % ({count} images)"
-        chosen = (
-            "; there is no test split, and this one chose the best epoch" if split == "val" else ""
-        )
-        sys.stdout.write(f"{text}{chosen}\n")
-    else:
-        sys.stdout.write("neither a test nor a validation split\n")
-    sys.stdout.write(f"run {result.run}\n")
+        if split == "val":
+            text += "; there is no test split, and this one chose the best epoch"
+    show(result.to_dict(), f"{text}\nrun {result.run}\n", as_json=as_json)
