@@ -325,7 +325,7 @@ def test_other_files_and_folders_are_refused(published, tmp_path, capsys, monkey
     refused(capsys, 4, "cone.txt", ".pth", argv=["import-cone", "cone.txt", "--out", "run"])
     refused(capsys, 4, "6 names", "7 classes", argv=[*good, "--classes", "six.txt"])
     refused(capsys, 2, "cat at positions 1 and 3", argv=[*good, "--classes", "twice.txt"])
-    refused(capsys, 2, "place 2", argv=[*good, "--classes", "gap.txt"])
+    refused(capsys, 2, "position 2", argv=[*good, "--classes", "gap.txt"])
     refused(capsys, 2, "map.json", "list", argv=[*good, "--classes", "map.json"])
     refused(capsys, 2, "numbers.json", "strings", argv=[*good, "--classes", "numbers.json"])
     refused(capsys, 2, "latin.txt", "UTF-8", argv=[*good, "--classes", "latin.txt"])
