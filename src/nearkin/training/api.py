@@ -79,6 +79,13 @@ def start_run(values: Mapping[str, Any], *, quiet: bool) -> Result:
     return _with_runtime(config, work)
 
 
+def _finished(run: Path, quiet: bool) -> Result:
+    from nearkin.evaluation.model import read_description
+
+    say(f"The run {run} is finished; there is nothing left to do.", quiet)
+    return Result.of(run, read_description(run).metrics)
+
+
 def continue_run(run: Path, values: Mapping[str, Any], *, quiet: bool) -> Result:
     """Continue at the newest checkpoint of `run`.
 
@@ -86,7 +93,7 @@ def continue_run(run: Path, values: Mapping[str, Any], *, quiet: bool) -> Result
     are now. Raises ModelError for other changes and other images.
     """
     finished = run_folder.stored_state(run) == "finished"
-    if finished and not values:
+    if finished and not values:  # settings may be missing: an imported model was not trained here
         return _finished(run, quiet)
     stored = run_folder.stored_settings(run)
     data = str(values.get("data", stored.data))
