@@ -222,27 +222,26 @@ def looked(
     return leave_out(chosen._replace(notes=(*chosen.notes, *found.notes)), found.bad, policy)
 
 
-def leave_out(
-    chosen: Chosen, bad: Mapping[str, Mapping[int, BadImage]], policy: BadPolicy
-) -> Chosen:
-    """Without `bad`, split -> row -> what is wrong. No other image takes the place of one that is left out.
+def leave_out(chosen: Chosen, reasons: Mapping[bytes, str], policy: BadPolicy) -> Chosen:
+    """Without the bad files, absolute path -> what is wrong. No other image takes the place of one that is left out.
 
     Raises BadImages when the policy is `error`, DataError when a split is empty afterwards.
     """
-    problems = [problem for rows in bad.values() for problem in rows.values()]
-    if not problems:
+    if not reasons:
         return chosen
-    if policy == "error":
-        raise BadImages.found(problems, sum(len(part.labels) for part in chosen.parts.values()))
-    parts = dict(chosen.parts)
-    for name, rows in bad.items():
-        kept = np.setdiff1d(np.arange(len(parts[name].labels)), list(rows))
-        if len(kept) == 0:
-            first = next(iter(rows.values()))
+    parts, problems = dict(chosen.parts), []
+    for name, files in chosen.files.items():
+        rows = [row for row in range(len(files)) if files.key(row) in reasons]
+        problems += [BadImage(files.path(row), reasons[files.key(row)]) for row in rows]
+        kept = np.setdiff1d(np.arange(len(files)), rows)
+        if len(kept) == 0 and policy == "skip":
+            first = problems[-len(rows)]
             raise DataError(
                 f"No image of the split {name} can be read, such as {printable(first.path)} ({first.reason})."
             )
         parts[name] = parts[name].take(kept)
+    if policy == "error":
+        raise BadImages.found(problems, sum(len(part.labels) for part in chosen.parts.values()))
     note = f"{counted(len(problems), 'unreadable image')} left out"
     return chosen._replace(parts=parts, notes=(*chosen.notes, note), bad=tuple(problems))
 

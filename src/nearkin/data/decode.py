@@ -151,7 +151,7 @@ def _decode(
             pixels = decode_jpeg(content, channels)
         if header is not None and pixels is not None:
             return torch.from_numpy(pixels).permute(2, 0, 1), header
-        with _pillow_warnings:
+        with quiet_pillow:
             return _upright(content, channels, max_pixels, least)
     except MemoryError:
         raise
@@ -183,7 +183,7 @@ def _quick_header(path: str) -> Header | None:
     from PIL import Image
 
     try:
-        with _pillow_warnings, _regular(path, MAX_BYTES) as file:
+        with quiet_pillow, _regular(path, MAX_BYTES) as file:
             plain = plain_header(file.read(JPEG_HEAD), 3, MAX_PIXELS)
             if plain is not None and _ends(file, END_MARKS["JPEG"]):
                 return plain
@@ -435,11 +435,4 @@ class _PillowWarnings:
                 self._saved.__exit__(None, None, None)
 
 
-_pillow_warnings = _PillowWarnings()
-
-
-@contextmanager
-def quiet_pillow() -> Iterator[None]:
-    """Silence Pillow's warnings for many images at once, which is cheaper than for each."""
-    with _pillow_warnings:
-        yield
+quiet_pillow = _PillowWarnings()  # entering it for many images at once is cheaper than for each

@@ -51,6 +51,8 @@ class Files:
     def __init__(self, files: FileList, channels: int = 3, least: int = 0) -> None:
         check_channels(channels)
         self.files, self.channels, self.least = files, channels, least
+        # Links are not resolved: another target shows in the size and the time of the file.
+        self._folder = os.fsencode(os.path.abspath(files.root))  # noqa: PTH100
 
     def __len__(self) -> int:
         return len(self.files)
@@ -62,6 +64,10 @@ class Files:
     def path(self, row: int) -> str:
         """The path to open."""
         return self.files.path(row)
+
+    def key(self, row: int) -> bytes:
+        """The absolute path, under which the file is remembered."""
+        return os.path.join(self._folder, self.files.encoded(row))  # noqa: PTH118 - bytes
 
     def read(self, row: int) -> Tensor:
         return decoded(self.path(row), self.channels, least=self.least)

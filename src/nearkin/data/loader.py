@@ -107,7 +107,7 @@ class _Batches(Dataset[Batch | DataError]):
         except BadImage as error:
             return error.by_now()
         rows = [key.row for key in keys]
-        images = torch.stack(made).unflatten(0, (-1, len(keys)))
+        images = torch.stack(made).view(-1, len(keys), *made[0].shape)
         return Batch(images, torch.from_numpy(self.split.labels[rows]), torch.tensor(rows))
 
 
