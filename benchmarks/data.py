@@ -73,7 +73,7 @@ def normalising() -> Network:
     return network
 
 
-def augmentation() -> Transform:
+def augmentation() -> Pipeline:
     spec = TrainSpec.of("light", image_size=SIDE, channels=3, flip=True)
     return train_transform(spec.model_copy(update={"crop_scale": SCALE}))
 

@@ -44,7 +44,7 @@ class ImageSource(Protocol):
 
 
 class Files:
-    """Image files. least: see `scaled_jpeg`; 0 decodes in full."""
+    """Image files. least: see `decoded`; 0 decodes in full."""
 
     from_files = True
 
