@@ -11,7 +11,6 @@ import tempfile
 import time
 import weakref
 from collections.abc import Iterator, Mapping
-from copy import copy
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -116,11 +115,6 @@ class Packed:
     def take(self, rows: Rows) -> Self:
         index = np.asarray(rows, dtype=np.int64)
         return type(self)(self.files.take(index), self.pack, self.places[index])
-
-    def with_channels(self, channels: int) -> Self:
-        same = copy(self)
-        same.files, same.channels = self.files.with_channels(channels), channels
-        return same
 
 
 Where = Literal["ram", "disk"]

@@ -39,9 +39,6 @@ class ImageSource(Protocol):
     def take(self, rows: Rows) -> Self:
         """The source with only `rows`, in that order."""
 
-    def with_channels(self, channels: int) -> Self:
-        """The source with its images converted to 1 or 3 channels."""
-
 
 class Files:
     """Image files. least: see `decoded`; 0 decodes in full."""
@@ -87,9 +84,6 @@ class Files:
         """The source with large JPEG files decoded at a fraction of their size, `least` pixels or more a side."""
         return type(self)(self.files, self.channels, least)
 
-    def with_channels(self, channels: int) -> Self:
-        return type(self)(self.files, channels, self.least)
-
 
 class Arrays:
     """Images of one size in memory. array: uint8 `[N, H, W, C]`, C = 1 or 3. Names are `prefix/number`.
@@ -126,9 +120,6 @@ class Arrays:
     def take(self, rows: Rows) -> Self:
         index = np.asarray(rows, dtype=np.int64)
         return type(self)(self._array[index], self._prefix, self.channels, self._numbers[index])
-
-    def with_channels(self, channels: int) -> Self:
-        return type(self)(self._array, self._prefix, channels, self._numbers)
 
 
 def open_images(listed: FileList | ArrayList, channels: int | Literal["auto"]) -> Files | Arrays:

@@ -138,7 +138,7 @@ class RandomRegion(Drawing):
         number = torch.empty(())  # float32 holds all whole numbers that are drawn
         for _ in range(10):
             area = height * width * number.uniform_(*self.scale, generator=generator).item()
-            ratio = number.uniform_(*_log_ratios(), generator=generator).exp_().item()
+            ratio = number.uniform_(*log_ratios(RATIOS), generator=generator).exp_().item()
             high, wide = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
             if 0 < high <= height and 0 < wide <= width:
                 top = number.random_(height - high + 1, generator=generator).item()
@@ -172,9 +172,9 @@ class RandomFlip(Drawing):
 
 
 @cache
-def _log_ratios() -> tuple[float, float]:
+def log_ratios(ratios: tuple[float, float]) -> tuple[float, float]:
     """In float32, as torchvision has them."""
-    low, high = torch.tensor(RATIOS).log().tolist()
+    low, high = torch.tensor(ratios).log().tolist()
     return low, high
 
 
