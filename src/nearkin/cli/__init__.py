@@ -125,7 +125,7 @@ def _report(kind: str, text: str, error: BaseException) -> None:
     from nearkin.process import launched
 
     if launched().world_size > 1:
-        from nearkin.failures import report_failure
+        from nearkin.distributed import report_failure
 
         report_failure(error)
     if not getattr(error, "reported_elsewhere", False):
