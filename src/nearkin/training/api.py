@@ -71,13 +71,6 @@ def start_run(values: Mapping[str, Any], *, quiet: bool) -> Result:
         return Trainer(prepared, runtime.at(prepared.settings.precision), folder, quiet=quiet).run()
 
 
-def _finished(run: Path, quiet: bool) -> Result:
-    from nearkin.evaluation.model import read_description
-
-    say(f"The run {run} is finished; there is nothing left to do.", quiet)
-    return Result.of(run, read_description(run).metrics)
-
-
 def continue_run(run: Path, values: Mapping[str, Any], *, quiet: bool) -> Result:
     """Continue at the newest checkpoint of `run`.
 
