@@ -77,16 +77,15 @@ def continue_run(run: Path, values: Mapping[str, Any], *, quiet: bool) -> Result
     values: the options of the run once more, or new values of those in FREE_ON_RESUME; `data` is where the same images
     are now. Raises ModelError for other changes and other images.
     """
-    stored = run_folder.stored_settings(run)
     finished = run_folder.stored_state(run) == "finished"
+    if finished and not values:  # settings may be missing: an imported model was not trained here
+        return _finished(run, quiet)
+    stored = run_folder.stored_settings(run)
     data = str(values.get("data", stored.data))
     listing = None if finished else _list_moved(data, stored.data)
     settings = _with_changes(stored, run, values)
     if finished:
-        from nearkin.evaluation.model import read_description
-
-        say(f"The run {run} is finished; there is nothing left to do.", quiet)
-        return Result.of(run, read_description(run).metrics)
+        return _finished(run, quiet)
 
     with _runtime(settings) as runtime:
         from nearkin.training.prepare import prepare
@@ -98,6 +97,13 @@ def continue_run(run: Path, values: Mapping[str, Any], *, quiet: bool) -> Result
         if runtime.is_main and settings.data != stored.data:
             run_folder.write_settings(run, stored.model_copy(update={"data": settings.data}))
         return Trainer(prepared, runtime, run, quiet=quiet).run()
+
+
+def _finished(run: Path, quiet: bool) -> Result:
+    from nearkin.evaluation.model import read_description
+
+    say(f"The run {run} is finished; there is nothing left to do.", quiet)
+    return Result.of(run, read_description(run).metrics)
 
 
 def resolved(values: Mapping[str, Any]) -> Settings:

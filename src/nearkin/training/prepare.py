@@ -199,8 +199,7 @@ def _decoding(
         on_node = cores() * launched().per_node
         made = runtime.once_per_node(lambda: make_pack(contents, where, on_node))
         say(str(made), quiet)
-        bad = contents.bad_rows(files, made)
-        readable = leave_out(chosen, bad, config.bad_images)
+        readable = leave_out(chosen, made.bad, config.bad_images)
         return packed(to_dataset(readable, classes), contents, made.pack)
     ranks = Ranks.on_node(runtime.rank, launched().per_node, runtime.collect)
     readable = looked(chosen, config.check, config.bad_images, ranks=ranks, quiet=quiet)
