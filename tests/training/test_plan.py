@@ -181,6 +181,7 @@ def test_meters_average_an_interval_and_survive_a_checkpoint():
         meters.add(loss(7.0, 2.0, 0))
         assert meters.take_epoch() == ({"loss": 4.0, "ce": 8.0}, {"without_positive": 7})
         assert meters.take_epoch() == ({}, {})
+        assert meters.state()[0]["epoch"].numel() == 0
         assert meters.take() == {"loss": 7.0, "ce": 2.0}
 
 

@@ -62,6 +62,7 @@ class Meters:
         if steps == 0:
             return {}, {}
         sums = dict(zip(self._names, self._sums[window].tolist(), strict=True))
+        self._sums[window] = torch.zeros(0)  # a checkpoint must not hold what has been reported
         counts = {name: round(sums.pop(name)) for name in self._counts}
         return {name: value / steps for name, value in sums.items()}, counts
 
