@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from nearkin.config import FREE_ON_RESUME, RunConfig, validate
 from nearkin.data.cache import Contents, Where, make_pack, packed, room_in_memory
-from nearkin.data.dataset import Chosen, Dataset, choose, leave_out, looked, to_dataset
+from nearkin.data.dataset import Dataset, choose, leave_out, looked, numbered
 from nearkin.data.images import Files
 from nearkin.data.look import Ranks, usual_side
 from nearkin.data.sampling import Draw, drawing
@@ -139,7 +139,7 @@ def _read_data(
 ) -> tuple[DataSettings, Dataset]:
     """The data set, and the settings that follow from it. Arguments as in `prepare`."""
     chosen = _load(config, runtime, listing)
-    dataset = to_dataset(chosen, classes)
+    dataset = numbered(chosen, classes)
     train = dataset.splits["train"]
     side = usual_side(train.images) if config.image_size == "auto" else 0
     room = runtime.share(room_in_memory()) if train.images.from_files else 0
@@ -154,10 +154,10 @@ def _read_data(
     return data, dataset
 
 
-def _load(config: RunConfig, runtime: Runtime, listing: Listing | None) -> Chosen:
+def _load(config: RunConfig, runtime: Runtime, listing: Listing | None) -> Dataset:
     """The images to use. The first process goes ahead, since it may have to download them."""
 
-    def load() -> Chosen:
+    def load() -> Dataset:
         return choose(
             listing or list_data(config.data),
             channels=config.channels,
@@ -184,7 +184,7 @@ def _from_data(
 def _decoding(
     config: DataSettings,
     runtime: Runtime,
-    chosen: Chosen,
+    chosen: Dataset,
     classes: tuple[str, ...] | None,
     quiet: bool,
 ) -> Dataset:
@@ -200,10 +200,10 @@ def _decoding(
         made = runtime.once_per_node(lambda: make_pack(contents, where, on_node))
         say(str(made), quiet)
         readable = leave_out(chosen, made.bad, config.bad_images)
-        return packed(to_dataset(readable, classes), contents, made.pack)
+        return packed(numbered(readable, classes), contents, made.pack)
     ranks = Ranks.on_node(runtime.rank, launched().per_node, runtime.collect)
     readable = looked(chosen, config.check, config.bad_images, ranks=ranks, quiet=quiet)
-    dataset = to_dataset(readable, classes)
+    dataset = numbered(readable, classes)
     train = dataset.splits["train"]
     if config.decode == "scaled" and isinstance(train.images, Files):
         scaled = train._replace(images=train.images.scaled(defaults.side_of_scaled(config)))
