@@ -63,9 +63,10 @@ def start_run(values: Mapping[str, Any], *, quiet: bool) -> Result:
         try:
             prepared = prepare(config, runtime, listing=listing, quiet=quiet)
         except BadImages as error:
-            if not runtime.is_main:
-                raise
-            path = _folder_with_list(config, error.bad) / run_folder.BAD_FILES
+            listed = _folder_with_list(config, error.bad) if runtime.is_main else None
+            path = (
+                Path(str(runtime.share(listed))) / run_folder.BAD_FILES
+            )  # any rank may report first
             raise type(error)(f"{error} All are listed in {path}.", error.bad) from None
         folder = _create_folder(prepared, config, runtime)
         return Trainer(prepared, runtime.at(prepared.settings.precision), folder, quiet=quiet).run()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -61,6 +61,7 @@ def prepare(
     quiet = quiet or not runtime.is_main
     fresh = classes is None
     options = validated_options(config)
+    config = _with_model_of_weights(config)
     data, dataset = _read_data(config, runtime, listing, classes, look=look, quiet=quiet)
     train = dataset.splits["train"]
     pretrained = config.pretrained and fresh
@@ -217,7 +218,8 @@ def _build(
     torch.manual_seed(config.seed)
     stem = config.stem
     if stem == "auto" and config.weights is not None:
-        stem = _stem_of(config.weights)
+        source = _source(config.weights)  # weights fit the stem that their model was made with
+        stem = "small" if source is not None and source.stem == "small" else "default"
     shared = config.model_dump(include=set(ModelSpec.model_fields))
     return build(
         ModelSpec.model_validate(shared | {"stem": stem, "classes": dataset.classes}),
@@ -229,12 +231,23 @@ def _build(
     )
 
 
-def _stem_of(weights: Path) -> Literal["default", "small"]:
-    """Weights fit the stem that their model was made with; a nearkin run says which, others have the default."""
+def _source(weights: Path | None) -> ModelSpec | None:
+    """The model that `--weights` come from, where they are those of a nearkin run."""
+    if weights is None:
+        return None
     run = weights if weights.is_dir() else weights.parent
-    if weights in (run, run / WEIGHTS) and (run / DESCRIPTION).is_file():
-        return "small" if read_description(run).spec.stem == "small" else "default"
-    return "default"
+    described = weights in (run, run / WEIGHTS) and (run / DESCRIPTION).is_file()
+    return read_description(run).spec if described else None
+
+
+def _with_model_of_weights(config: RunConfig) -> RunConfig:
+    """`--model auto` with the weights of a nearkin run is the model of that run."""
+    source = _source(config.weights)
+    if source is None or config.model != "auto":
+        return config
+    return config.model_copy(
+        update={"model": source.model, "model_options": source.model_options | config.model_options}
+    )
 
 
 def _identity(settings: Settings, dataset: Dataset) -> dict[str, str]:
