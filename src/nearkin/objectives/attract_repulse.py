@@ -1,5 +1,6 @@
 """Attract-and-Repulse (arXiv 2206.06168)."""
 
+# ruff: noqa: ARG002 - the interface fixes the arguments of every objective
 from __future__ import annotations
 
 import math
@@ -26,7 +27,7 @@ from nearkin.objectives.base import (
     smoothed,
     unit,
 )
-from nearkin.objectives.sce import preset
+from nearkin.objectives.classification import preset
 from nearkin.teacher import TeacherPolicy
 from nearkin.types import Batch, Facts, Loss, Outputs, Progress
 
@@ -121,7 +122,7 @@ class AttractRepulse(Objective, name="attract-repulse"):
         consistency = consistency_kl(required(student.logits), target, validate=False)
         return combine(sce=sce, consistency=(self._trust(progress), consistency))
 
-    def update(self, batch: Batch, student: Outputs, teacher: Outputs | None) -> None:  # noqa: ARG002
+    def update(self, batch: Batch, student: Outputs, teacher: Outputs | None) -> None:
         if (
             self.config.negatives == "bank"
             and teacher is not None

@@ -118,12 +118,9 @@ class Objective(nn.Module):
 
     def classify(self, logits: Tensor, labels: Tensor) -> PerAnchor:
         """The cross-entropy term, with label smoothing and class weights."""
+        smoothing, weights = self.config.smoothing, self.class_weights
         return cross_entropy(
-            logits,
-            labels,
-            smoothing=self.config.smoothing,
-            class_weights=self.class_weights,
-            validate=False,
+            logits, labels, smoothing=smoothing, class_weights=weights, validate=False
         )
 
     def weigh(self, losses: PerAnchor, labels: Tensor) -> PerAnchor:
@@ -166,12 +163,8 @@ class Objective(nn.Module):
             for module in self.modules():
                 if isinstance(module, NeighbourBank):
                     stack.enter_context(module.collapsed())
-            return self.forward(
-                batch,
-                _collapsed(student),
-                None if teacher is None else _collapsed(teacher),
-                progress,
-            )
+            other = None if teacher is None else _collapsed(teacher)
+            return self.forward(batch, _collapsed(student), other, progress)
 
 
 def combine(**terms: tuple[float | Tensor, PerAnchor | Tensor]) -> Loss:
@@ -194,14 +187,12 @@ def per_class(function: Callable[[Tensor], PerAnchor], labels: Tensor) -> PerAnc
     if labels.ndim == 1:
         return function(labels)
     pairs = soft_pairs(labels, validate=False)
-    value, valid = None, None
+    shares, counts = [], []
     for classes, weights in zip(pairs.labels.unbind(1), pairs.weights.unbind(1), strict=True):
         part = function(classes)
-        counts = part.valid & (weights > 0)
-        share = (weights.to(part.value.dtype) * part.value).where(counts, 0)
-        value = share if value is None else value + share
-        valid = counts if valid is None else valid | counts
-    return PerAnchor(required(value), required(valid))
+        counts.append(part.valid & (weights > 0))
+        shares.append((weights.to(part.value.dtype) * part.value).where(counts[-1], 0))
+    return PerAnchor(shares[0] + shares[1], counts[0] | counts[1])
 
 
 def smoothed(labels: Tensor, classes: int, smoothing: float) -> Tensor:
@@ -213,13 +204,8 @@ def smoothed(labels: Tensor, classes: int, smoothing: float) -> Tensor:
 
 def _collapsed(outputs: Outputs) -> Outputs:
     """Constant embeddings, equal logits."""
-    features, embedding, projection, logits = outputs
-    return Outputs(
-        torch.ones_like(features),
-        torch.ones_like(embedding),
-        None if projection is None else torch.ones_like(projection),
-        None if logits is None else torch.zeros_like(logits),
-    )
+    ones = (None if x is None else torch.ones_like(x) for x in outputs[:3])
+    return Outputs(*ones, None if outputs.logits is None else torch.zeros_like(outputs.logits))  # type: ignore[arg-type]
 
 
 def unit(rows: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """CoNe, Contrast Your Neighbours (arXiv 2308.10761)."""
 
+# ruff: noqa: ARG002 - the interface fixes the arguments of every objective
 from __future__ import annotations
 
 import math
@@ -135,7 +136,7 @@ class CoNe(Objective, name="cone"):
             consistency=(self.config.consistency_weight, consistency),
         )
 
-    def update(self, batch: Batch, student: Outputs, teacher: Outputs | None) -> None:  # noqa: ARG002
+    def update(self, batch: Batch, student: Outputs, teacher: Outputs | None) -> None:
         if teacher is None:
             raise ValueError("CoNe fills its bank from the teacher; give its outputs.")
         logits = required(teacher.logits)

@@ -1,5 +1,6 @@
 """SCHaNe (arXiv 2308.14893; later CLCE, arXiv 2402.14551)."""
 
+# ruff: noqa: ARG002 - the interface fixes the arguments of every objective
 from __future__ import annotations
 
 from typing import Literal
@@ -10,15 +11,7 @@ from torch import Tensor
 from nearkin.config import Count, option
 from nearkin.functional import PerAnchor, schane
 from nearkin.network import Head, projection_head
-from nearkin.objectives.base import (
-    Objective,
-    Stage,
-    combine,
-    lonely,
-    repeat_views,
-    required,
-    unit,
-)
+from nearkin.objectives.base import Objective, Stage, combine, lonely, repeat_views, required, unit
 from nearkin.types import Batch, Loss, Outputs, Progress
 
 
@@ -58,11 +51,7 @@ class SCHaNe(Objective, name="schane"):
         return (Stage("joint", 1.0, heads, views=views, coupled=True, positives=views == 1),)
 
     def forward(
-        self,
-        batch: Batch,
-        student: Outputs,
-        teacher: Outputs | None,  # noqa: ARG002
-        progress: Progress,  # noqa: ARG002
+        self, batch: Batch, student: Outputs, teacher: Outputs | None, progress: Progress
     ) -> Loss:
         logits, features = required(student.logits), unit(required(student.projection))
         labels = repeat_views(batch.labels, logits)
