@@ -83,8 +83,7 @@ class AttractRepulse(Objective, name="attract-repulse"):
         if sizes.negatives == "bank":
             self.bank = NeighbourBank(sizes.bank, sizes.projection)
         head = projection_head(dim, dim, sizes.projection, norm=sizes.head_norm)
-        projection = Head(head, reads="features", writes="projection")
-        return {"projection": projection} | super().build(dim, classes)
+        return {"projection": Head(head, "features", "projection")} | super().build(dim, classes)
 
     def stages(self) -> tuple[Stage, ...]:
         share, horizon = self.config.contrast_share, self.config.teacher_horizon
@@ -123,12 +122,9 @@ class AttractRepulse(Objective, name="attract-repulse"):
         return combine(sce=sce, consistency=(self._trust(progress), consistency))
 
     def update(self, batch: Batch, student: Outputs, teacher: Outputs | None) -> None:
-        if (
-            self.config.negatives == "bank"
-            and teacher is not None
-            and teacher.projection is not None
-        ):
-            self.bank.write(unit(teacher.projection), batch.labels, None, batch.index)
+        keys = teacher.projection if teacher is not None else None
+        if self.config.negatives == "bank" and keys is not None:
+            self.bank.write(unit(keys), batch.labels, None, batch.index)
 
     def _attract(self, batch: Batch, student: Outputs) -> PerAnchor:
         logits = required(student.logits)

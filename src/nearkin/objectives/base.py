@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import ClassVar, Literal, NamedTuple, Self, overload
+from typing import Any, ClassVar, Literal, NamedTuple, Self, overload
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -29,9 +29,8 @@ class Stage(NamedTuple):
     start: `fresh` weights as initialised, `continue` with the last ones, or the `best` so far.
     views: crops loaded per image, the teacher's own crop included.
     teacher: how the teacher is updated, or None for no teacher.
-    coupled: whether an anchor's value depends on the other samples of the batch.
-    positives: whether an anchor needs another image of its class in the batch.
-    freeze_backbone: the backbone gets no gradient and runs in eval mode.
+    coupled: whether an anchor's value depends on the other samples of the batch. positives: whether an anchor needs
+    another image of its class in the batch. freeze_backbone: the backbone gets no gradient and runs in eval mode.
     lr: the stage's peak learning rate as a share of the run's.
     final: whether student or teacher is evaluated and saved.
     """
@@ -204,8 +203,11 @@ def smoothed(labels: Tensor, classes: int, smoothing: float) -> Tensor:
 
 def _collapsed(outputs: Outputs) -> Outputs:
     """Constant embeddings, equal logits."""
-    ones = (None if x is None else torch.ones_like(x) for x in outputs[:3])
-    return Outputs(*ones, None if outputs.logits is None else torch.zeros_like(outputs.logits))  # type: ignore[arg-type]
+    constant: dict[str, Any] = {
+        name: None if value is None else torch.full_like(value, float(name != "logits"))
+        for name, value in outputs._asdict().items()
+    }
+    return Outputs(**constant)
 
 
 def unit(rows: Tensor) -> Tensor:

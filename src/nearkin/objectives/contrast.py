@@ -61,8 +61,7 @@ class Contrastive(Objective):
     def build(self, dim: int, classes: int) -> dict[str, Head]:
         sizes = self.config
         head = projection_head(dim, sizes.hidden, sizes.projection, norm=sizes.head_norm)
-        projection = Head(head, reads="features", writes="projection")
-        return {"projection": projection} | super().build(dim, classes)
+        return {"projection": Head(head, "features", "projection")} | super().build(dim, classes)
 
     def stages(self) -> tuple[Stage, ...]:
         views, share = self.config.views, self.config.contrast_share
@@ -132,8 +131,7 @@ class Sincere(Contrastive, name="sincere"):
 class VarCon(Contrastive, name="varcon"):
     """Samples against the class centres of the batch; targets follow confidence (arXiv 2506.07413).
 
-    Joint with CE, or in two stages as published. A mixed image is computed for both of
-    its classes.
+    Joint with CE, or in two stages as published. A mixed image is computed for both of its classes.
     """
 
     term = "varcon"

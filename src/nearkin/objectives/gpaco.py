@@ -49,8 +49,7 @@ class GPaCo(Objective, name="gpaco"):
         sizes = self.config
         self.bank = NeighbourBank(sizes.bank, sizes.projection)
         head = projection_head(dim, sizes.hidden, sizes.projection, norm=sizes.head_norm)
-        projection = Head(head, reads="features", writes="projection")
-        return {"projection": projection} | super().build(dim, classes)
+        return {"projection": Head(head, "features", "projection")} | super().build(dim, classes)
 
     def stages(self) -> tuple[Stage, ...]:
         crop = self.config.teacher_crop

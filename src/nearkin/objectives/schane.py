@@ -42,8 +42,7 @@ class SCHaNe(Objective, name="schane"):
 
     def build(self, dim: int, classes: int) -> dict[str, Head]:
         head = projection_head(dim, dim, self.config.projection, norm="none")
-        projection = Head(head, reads="features", writes="projection")
-        return {"projection": projection} | super().build(dim, classes)
+        return {"projection": Head(head, "features", "projection")} | super().build(dim, classes)
 
     def stages(self) -> tuple[Stage, ...]:
         views = self.config.views
@@ -62,11 +61,12 @@ class SCHaNe(Objective, name="schane"):
 
     def _contrast(self, features: Tensor, labels: Tensor, images: int) -> PerAnchor:
         """The losses of all rows, each contrasted with the rows of its block of images."""
+        z, y = (rows.view(-1, images, *rows.shape[1:]) for rows in (features, labels))
         size = self.config.within or images
         blocks = [
             schane(
-                _block(features, images, start, size),
-                _block(labels, images, start, size),
+                z[:, start : start + size].flatten(0, 1),
+                y[:, start : start + size].flatten(0, 1),
                 temperature=self.config.temperature,
                 hardness=self.config.hardness,
                 positives=self.config.positives,
@@ -75,9 +75,3 @@ class SCHaNe(Objective, name="schane"):
             for start in range(0, images, size)
         ]
         return PerAnchor(*(torch.cat(column) for column in zip(*blocks, strict=True)))
-
-
-def _block(rows: Tensor, images: int, start: int, size: int) -> Tensor:
-    """All views of the images `start` to `start + size`, of rows that stand view after view."""
-    views = rows.view(-1, images, *rows.shape[1:])
-    return views[:, start : start + size].flatten(0, 1)
