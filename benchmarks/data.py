@@ -21,7 +21,7 @@ from nearkin.data.dataset import Split, load_dataset
 from nearkin.data.images import Arrays, Files
 from nearkin.data.loader import eval_loader, train_loader
 from nearkin.data.sampling import TrainOrder
-from nearkin.data.transforms import EvalSpec, TrainSpec, Transform, train_transform
+from nearkin.data.transforms import EvalSpec, Pipeline, TrainSpec, train_transform
 from nearkin.distributed import Runtime
 from nearkin.evaluation.tta import tta_views
 from nearkin.network import Network
@@ -73,7 +73,7 @@ def normalising() -> Network:
     return network
 
 
-def augmentation() -> Transform:
+def augmentation() -> Pipeline:
     spec = TrainSpec.of("light", image_size=SIDE, channels=3, flip=True)
     return train_transform(spec.model_copy(update={"crop_scale": SCALE}))
 
@@ -174,7 +174,7 @@ def scaled() -> Row:
     return ratio(seconds, "scaled", "full", what, higher=True)
 
 
-def _crops(files: Files, transform: Transform) -> None:
+def _crops(files: Files, transform: Pipeline) -> None:
     for row in range(len(files)):
         transform(files.read(row))
 

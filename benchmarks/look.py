@@ -66,7 +66,7 @@ def on_all_cores(work: Callable[[str], object], paths: list[str]) -> None:
         for path in paths[start : start + 64]:
             work(path)
 
-    with quiet_pillow(), ThreadPoolExecutor(os.cpu_count()) as pool:
+    with quiet_pillow, ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(some, range(0, len(paths), 64)))
 
 

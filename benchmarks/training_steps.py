@@ -144,16 +144,7 @@ def _plain(case: Case, config: DataSettings, runtime: Runtime) -> Step:
     last = case.memory_format == "channels_last"
     layout = torch.channels_last if last else torch.contiguous_format
     model.to(memory_format=layout).train()
-    optimizer = build_optimizer(
-        model,
-        resolved.optimizer,
-        lr=resolved.lr,
-        weight_decay=resolved.weight_decay,
-        momentum=resolved.momentum,
-        nesterov=resolved.nesterov,
-        decay_all=resolved.decay_all,
-        layer_decay=resolved.layer_decay,
-    )
+    optimizer = build_optimizer(model, resolved)
     if case.backend is not None:
         model.compile(backend=case.backend)
     mean, std = (

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 from benchmarks import __main__ as command
-from benchmarks import bank, bench, data, evaluation, pairwise, startup, step
+from benchmarks import bank, bench, data, evaluation, look, pairwise, startup, step
 
 from nearkin.data.dataset import load_dataset
 from nearkin.data.loader import eval_loader
@@ -54,15 +54,14 @@ def test_calls_alternate_after_a_round_that_does_not_count():
     ("least", "rounds"),
     [([5, 1, 1.02, 1.01], 4), ([1, 5, 5, 5, 5, 1.02, 1.01], 7), ([1, *[5] * 99], 12)],
 )
-def test_more_rounds_until_the_least_is_no_accident(monkeypatch, least, rounds):
+def test_more_rounds_until_the_least_is_no_accident(least, rounds):
     """At least four, at most three times as many."""
     now, durations = [0.0], iter([9, *least])
 
     def call():
         now[0] += next(durations)
 
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
-    assert len(bench.alternate({"it": call}, 4, 3)["it"]) == rounds
+    assert len(bench.alternate({"it": call}, 4, 3, lambda: now[0])["it"]) == rounds
 
 
 @pytest.fixture
@@ -73,6 +72,7 @@ def small(monkeypatch):
         data: {"IMAGES": 4, "BATCH": 2, "SMALL": (("test_resnet", 8, 8.0),)},
         step: {"BATCH": 8, "CLASSES": 4, "BANK": 64, "ROUNDS": 2, "SECONDS": 0.01}
         | {"LARGE": (("test_resnet", 16),), "SMALL": (("test_resnet", 16, 0.5),)},
+        look: {"FILES": 20, "LARGE": 2, "LISTED": 100, "RUNS": 1},
     }
     for module, values in sizes.items():
         for name, value in values.items():
@@ -80,7 +80,7 @@ def small(monkeypatch):
     # What these do is tested in test_benchmarks_startup.py.
     monkeypatch.setattr(startup, "process", lambda *words, code=0: None)
     monkeypatch.setattr(startup, "processor_seconds", time.perf_counter)
-    for part in ("judging", "shares"):
+    for part in ("evaluation", "shares"):
         monkeypatch.setattr(evaluation, part, lambda place: [bench.Row(str(place), 1.0)])
     for module in (pairwise, bank):
         monkeypatch.setattr(
@@ -148,7 +148,7 @@ def test_both_loaders_give_the_same_pixels_to_the_network(small, tmp_path):
     split = load_dataset(str(root), val_split=0).splits["train"]
     views = tta_views("none", EvalSpec.for_size(data.SIDE, 3, data.SIDE / data.CACHED_SIDE))
     (ours, *_) = eval_loader(split, views, range(4), batch_size=4, workers=0)
-    mine = data.normalising()._normalised(ours.images[0])
+    mine = data.normalising()(ours.images[0]).features
     theirs = torch.cat([images for images, _ in data.timms(root, train=False).args[0]])
     order = [str(path) for path in sorted(root.rglob("*.jpg"))]
     assert [split.images.path(row) for row in range(4)] == order

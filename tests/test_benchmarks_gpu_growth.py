@@ -165,7 +165,7 @@ def test_compiling_is_in_place_and_reaches_the_teacher(monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **_: compiled.append(module))
     runtime = Runtime(device="cpu", precision="fp32")
     case = gpu.Case("test_vit", 32, 4, 10, "cone", 64, "eager")
-    stepper = training_steps._learner(case, training_steps._config(case, runtime), runtime)
+    stepper = training_steps._stepper(case, training_steps._config(case, runtime), runtime)
     names = set(stepper.network.state_dict())
     training_steps.compile_backbones(stepper, "eager")
     assert compiled == [stepper.network.backbone, stepper.teacher.network.backbone]

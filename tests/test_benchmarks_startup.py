@@ -105,23 +105,23 @@ def test_time_inside_a_watched_function_is_counted_and_the_function_put_back():
 
 
 @pytest.fixture
-def small_judging(monkeypatch):
+def small_evaluation(monkeypatch):
     small = {"RUNS": 1, "MODEL": "resnet10t", "SIDE": 16, "PIXELS": (32, 24), "IMAGES": 4}
     for name, value in small.items():
         monkeypatch.setattr(evaluation, name, value)
 
 
-def test_the_second_ensemble_reads_what_the_first_left(small_judging, monkeypatch, tmp_path):
+def test_the_second_ensemble_reads_what_the_first_left(small_evaluation, monkeypatch, tmp_path):
     cached = []
     evaluate = evaluation.evaluate
 
     def watched(*given, **options):
         result = evaluate(*given, **options)
-        cached.append(all(member["cached"] for member in result["members"]))
+        cached.append(all(member.cached for member in result.members))
         return result
 
     monkeypatch.setattr(evaluation, "evaluate", watched)
-    evaluation.judging(tmp_path)
+    evaluation.evaluation(tmp_path)
     assert cached == [False, False, False, True] * 2
 
 

@@ -43,20 +43,20 @@ def test_mixed_precision_takes_the_same_steps(precision, tolerance, max_norm):
 
 def test_an_fp16_step_with_an_infinite_gradient_is_skipped_and_lowers_the_scale():
     runtime = Runtime(device="cpu", precision="fp16")
-    scale = runtime._scaler.get_scale()
+    scale = runtime.scaler.get_scale()
     torch.testing.assert_close(
         trained(runtime, 3, poison=1), trained(runtime, 2), rtol=0, atol=1e-6
     )
-    assert runtime._scaler.get_scale() == scale / 2
+    assert runtime.scaler.get_scale() == scale / 2
     other = Runtime(device="cpu", precision="fp16")
-    other.load_scaler_state(runtime.scaler_state())
-    assert other.scaler_state() == runtime.scaler_state()
+    other.scaler.load_state_dict(runtime.scaler.state_dict())
+    assert other.scaler.state_dict() == runtime.scaler.state_dict()
 
 
 def test_only_fp16_has_a_scaler():
     for precision in ("fp32", "bf16", "fp64"):
-        assert Runtime(device="cpu", precision=precision).scaler_state() == {}
-    assert Runtime(device="cpu", precision="fp32").at("fp16").scaler_state() != {}
+        assert Runtime(device="cpu", precision=precision).scaler.state_dict() == {}
+    assert Runtime(device="cpu", precision="fp32").at("fp16").scaler.state_dict() != {}
 
 
 class Heads(nn.Module):

@@ -79,18 +79,17 @@ def test_a_hint_names_only_options_of_the_verb():
 
 def test_every_hint_names_an_option_that_exists():
     known = {name.replace("_", "-") for name in (*TRAIN, *EpisodeOptions.model_fields, "tta")}
-    assert {option.split()[0] for option in hints._OPTIONS} <= known
-    assert set(hints._ANSWERS.values()) == set(hints._SENTENCES)
-    names = [*hints._OURS, *hints._ANSWERS]
-    assert len(names) == len(set(names))
-    assert all(name == hints._plain(name) for name in names)
-    for option in re.findall(r"--([a-z-]+)[ .]", " ".join(hints._SENTENCES.values())):
+    tables = hints.tables()
+    assert {option.split()[0] for option in tables["options"]} <= known
+    for option in re.findall(r"--([a-z-]+)[ .]", " ".join(tables["answers"])):
         assert option in known | {"objective", "nproc-per-node", "help"}
 
 
-def test_every_name_has_one_meaning():
-    words = " ".join([*hints._OPTIONS.values(), *hints._ANSWERED.values()]).split()
+def test_every_name_has_one_meaning_and_the_plain_spelling():
+    tables = hints.tables()
+    words = " ".join([*tables["options"].values(), *tables["answers"].values()]).split()
     assert sorted(words) == sorted(set(words))
+    assert all(word == hints.plain(word) for word in words)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +120,7 @@ def test_values_and_options_in_python_get_the_same_hints():
 
 
 def test_every_value_of_the_table_is_allowed():
-    for option, values in hints._VALUES.items():
+    for option, values in hints.tables()["values"].items():
         allowed = set(objectives())
         if option != "objective":
             annotation = RunConfig.model_fields[option.replace("-", "_")].annotation

@@ -27,7 +27,6 @@ FLOORS = [
         "catalogue",
         "config",
         "settings",
-        "failures",
         "distributed",
     },
     {"bank", "teacher", "network"},

@@ -25,22 +25,14 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "train": "nearkin.training.api",
-    "Result": "nearkin.training.api",
-    "evaluate": "nearkin.evaluation.evaluate",
-    "predict": "nearkin.evaluation.predict",
-    "fewshot": "nearkin.evaluation.fewshot",
-    "Evaluation": "nearkin.evaluation.results",
-    "FewShot": "nearkin.evaluation.results",
-    "Prediction": "nearkin.evaluation.results",
-    "NearkinError": "nearkin.errors",
-    "ConfigError": "nearkin.errors",
-    "DataError": "nearkin.errors",
-    "ModelError": "nearkin.errors",
-    "DivergedError": "nearkin.errors",
-    "Stopped": "nearkin.errors",
+_NAMES = {
+    "nearkin.training.api": ("train", "Result"),
+    "nearkin.evaluation.evaluate": ("evaluate",),
+    "nearkin.evaluation.predict": ("predict",),
+    "nearkin.evaluation.fewshot": ("fewshot",),
+    "nearkin.evaluation.results": ("Evaluation", "FewShot", "Prediction"),
 }
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
     "ConfigError",
@@ -62,9 +54,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOME:
+    if name not in __all__:
         raise AttributeError(f"module 'nearkin' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    return getattr(import_module(_HOME.get(name, "nearkin.errors")), name)
 
 
 def __dir__() -> list[str]:

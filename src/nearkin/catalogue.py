@@ -53,11 +53,8 @@ def _options(node: ast.ClassDef, classes: dict[str, ast.ClassDef]) -> Iterator[s
             yield from _options(classes[base.id], classes)
     for part in node.body:
         if isinstance(part, ast.ClassDef) and part.name == "Config":
-            yield from (f.target.id for f in part.body if _is_field(f))  # type: ignore[attr-defined]
-
-
-def _is_field(statement: ast.stmt) -> bool:
-    return isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
+            fields = (field.target for field in part.body if isinstance(field, ast.AnnAssign))
+            yield from (field.id for field in fields if isinstance(field, ast.Name))
 
 
 def check_objective(name: str, options: Iterable[str] = ()) -> None:

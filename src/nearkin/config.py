@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -20,50 +21,14 @@ NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 LARGEST = 1 << 14  # of a model option; above every width and depth in use
 LONGEST = 16  # numbers in a list
 MOST = 32  # options
-# Arguments that timm's builders read themselves (files, weights, form of the result), or that have their own option.
-RESERVED = frozenset(
-    {
-        "cache_dir",
-        "checkpoint_path",
-        "device",
-        "drop_path_rate",
-        "drop_rate",
-        "dtype",
-        "exportable",
-        "feature_cfg",
-        "feature_cls",
-        "features_only",
-        "global_pool",
-        "img_size",
-        "in_chans",
-        "kwargs",
-        "kwargs_filter",
-        "model_cfg",
-        "model_cls",
-        "model_name",
-        "no_jit",
-        "num_classes",
-        "out_indices",
-        "pruned",
-        "scriptable",
-        "variant",
-    }
-)
-INSTEAD = {
-    "checkpoint_path": "--weights",
-    "drop_path_rate": "--drop-path",
-    "drop_rate": "--drop-rate",
-    "img_size": "--image-size",
-    "in_chans": "--channels",
-    "pretrained": "--pretrained",
-}
+RESERVED = Path(__file__).with_name("reserved.yaml")
 
 
 def checked_model_options(options: dict[str, Any]) -> dict[str, Any]:
     """The options with command-line words turned into values.
 
     Values are finite numbers, true, false, and lists of up to 16 of them, so that none can name a file, class or
-    address. Names in RESERVED are refused. Whether a model takes an option is checked when it is built.
+    address. Names in reserved.yaml are refused. Whether a model takes an option is checked when it is built.
 
     Raises ConfigError that names the option.
     """
@@ -75,10 +40,18 @@ def checked_model_options(options: dict[str, Any]) -> dict[str, Any]:
 ModelOptions = Annotated[dict[str, Any], AfterValidator(checked_model_options)]
 
 
+@cache
+def reserved() -> dict[str, str | None]:
+    """Names that no model option can have, each with the option to use instead."""
+    names: dict[str, str | None] = yaml.safe_load(RESERVED.read_text(encoding="utf-8"))
+    return names
+
+
 def _name(name: str) -> str:
-    if name in RESERVED or name.startswith("pretrained"):
-        instead = f"; use {INSTEAD[name]}" if name in INSTEAD else "; leave it out"
-        raise ConfigError(f"--model.{name} cannot be set{instead}.")
+    if name in reserved() or name.startswith("pretrained"):
+        instead = reserved().get(name)
+        advice = f"use {instead}" if instead else "leave it out"
+        raise ConfigError(f"--model.{name} cannot be set; {advice}.")
     if not NAME.fullmatch(name):
         raise ConfigError(f"--model.{printable(name)[:80]} is no name of an option of a model.")
     return name
@@ -120,6 +93,9 @@ Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 62)]
+Magnitude = Annotated[int, Field(ge=0, le=30)]
 Side = Annotated[int, Field(ge=4, le=4096)]
 # `auto` in an objective's options lasts until `Objective.Config.resolve`; type checkers see the type after that.
 if TYPE_CHECKING:
@@ -130,10 +106,7 @@ else:
     AutoCount = Count | Auto
     AutoNatural = Natural | Auto
     AutoAmount = Amount | Auto
-FREE = {
-    "objective": "options",
-    "model": "model_options",
-}  # `objective.NAME` -> the field it belongs to
+FREE = {"objective": "options", "model": "model_options"}  # `objective.NAME` -> the field it is in
 LARGEST_YAML = 1 << 20
 CONFIG_FILE = "config.yaml"  # in every run folder
 # What a resumed run may change: nothing that touches the weights.
@@ -155,9 +128,7 @@ class RunConfig(BaseModel):
     data: str = option("digits", "built-in name, folder of class folders, or CSV/parquet table")
     objective: str = option("cone", "loss to minimise (nearkin list objectives)")
     options: dict[str, Any] = option({}, "options of the objective, as --objective.NAME")
-    seed: Annotated[int, Field(ge=0, lt=1 << 62)] = option(
-        0, "seed of data order, augmentation, initialisation"
-    )
+    seed: Seed = option(0, "seed of data order, augmentation, initialisation")
     epochs: Natural | Auto = option("auto", "passes over the training images")
     batch_size: Count | Auto = option("auto", "images per step, over all processes")
     accumulate: Count = option(1, "parts the batch is split into to save memory")
@@ -187,10 +158,10 @@ class RunConfig(BaseModel):
         "auto", "look at new image files: decode them, or headers only (auto: above 100 000)"
     )
     augment: Literal["auto", "none", "light", "medium", "strong"] = option("auto", "strength")
-    crop_scale: Annotated[float, Field(gt=0, le=1)] | Literal["auto", "padded", "centre"] = option(
+    crop_scale: Fraction | Literal["auto", "padded", "centre"] = option(
         "auto", "least share of the area in a random crop"
     )
-    randaugment: Annotated[int, Field(ge=0, le=30)] | Auto = option(
+    randaugment: Magnitude | Auto = option(
         "auto", "magnitude of RandAugment (2 operations), 0 = off"
     )
     jitter: Annotated[float, Field(ge=0, le=2)] | Auto = option(
@@ -231,8 +202,8 @@ class RunConfig(BaseModel):
     decay_all: bool = option(False, "decay norms and biases as well")
     momentum: Share = option(0.9, "momentum of SGD")
     nesterov: bool = option(True, "Nesterov's momentum for SGD")
-    layer_decay: Annotated[float, Field(gt=0, le=1)] | Auto = option(
-        "auto", "learning rate of each layer / that of the layer above"
+    layer_decay: Fraction | Auto = option(
+        "auto", "learning rate of each layer / of the layer above"
     )
     clip_grad: Positive | None = option(None, "largest norm of the gradient")
     ema: Share = option(0.0, "momentum of an averaged copy to evaluate, 0 = off")
@@ -261,9 +232,7 @@ class RunConfig(BaseModel):
         for key in values:
             room, dot, name = str(key).partition(".")
             if dot and room in FREE:
-                given = nested.get(FREE[room])
-                given = given if isinstance(given, Mapping) else {}
-                nested[FREE[room]] = {**given, name: nested.pop(key)}
+                nested[FREE[room]] = {**(nested.get(FREE[room]) or {}), name: nested.pop(key)}
         return nested
 
     def flat(self, *, given: bool = False) -> dict[str, Any]:
@@ -282,19 +251,17 @@ class EpisodeOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     ways: Annotated[int, Field(ge=2)] = option(5, "classes in an episode")
-    shots: Annotated[int, Field(ge=1)] = option(1, "labelled images of each class")
-    queries: Annotated[int, Field(ge=1)] = option(15, "images of each class to classify")
+    shots: Count = option(1, "labelled images of each class")
+    queries: Count = option(15, "images of each class to classify")
     episodes: Annotated[int, Field(ge=2)] = option(3000, "episodes to average")
-    copies: Annotated[int, Field(ge=0)] = option(
-        5, "augmented copies of a labelled image; 0 = the image itself, once"
-    )
+    copies: Natural = option(5, "augmented copies of a labelled image; 0 = the image itself, once")
     split: str | None = option(None, "train, val or test; default test, else val, else all")
-    seed: Annotated[int, Field(ge=0, lt=1 << 62)] = option(0, "seed of episodes and copies")
+    seed: Seed = option(0, "seed of episodes and copies")
     bad_images: Literal["error", "skip"] = option(
         "error", "unreadable images stop or go (RUN's own data: as in its training)"
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = option("auto", "where to compute features")
-    workers: Annotated[int, Field(ge=0)] = option(0, "processes that load images")
+    workers: Natural = option(0, "processes that load images")
 
     @property
     def needed(self) -> int:
@@ -343,28 +310,20 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise ConfigError(f"Cannot read the config {printable(str(path))}: {reason}.") from None
-    if "&" in text and any(isinstance(t, yaml.AliasToken) for t in _tokens(text, path)):
-        raise ConfigError(f"{printable(str(path))} uses YAML aliases; write the values out.")
     try:
-        loaded = yaml.load(text, Loader=_UniqueKeys)
+        return _flatten(yaml.load(text, Loader=_StrictLoader), path)
     except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(
-            f"{printable(str(path))} is not valid YAML: {_one_line(error)}."
-        ) from None
-    return _flatten(loaded, path)
+        reason = printable(" ".join(str(error).split()))[:200] or "it is nested too deeply"
+        raise ConfigError(f"{printable(str(path))} is not valid YAML: {reason}.") from None
 
 
-def _tokens(text: str, path: Path) -> list[Any]:
-    try:
-        return list(yaml.scan(text, Loader=yaml.SafeLoader))
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(
-            f"{printable(str(path))} is not valid YAML: {_one_line(error)}."
-        ) from None
+class _StrictLoader(yaml.SafeLoader):
+    """safe_load that refuses aliases, which can expand without limit, and a key given twice."""
 
-
-class _UniqueKeys(yaml.SafeLoader):
-    """safe_load, but a key given twice is an error instead of a silent choice."""
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it uses aliases; write the values out")
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [str(key.value) for key, _ in node.value]
@@ -372,10 +331,6 @@ class _UniqueKeys(yaml.SafeLoader):
         if twice is not None:
             raise yaml.YAMLError(f"the key {twice} is given twice")
         return super().construct_mapping(node, deep)
-
-
-def _one_line(error: Exception) -> str:
-    return printable(" ".join(str(error).split()))[:200] or "it is nested too deeply"
 
 
 def _flatten(loaded: Any, path: Path) -> dict[str, Any]:

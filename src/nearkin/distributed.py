@@ -1,22 +1,29 @@
-"""Processes, device and precision of a run: collectives, mixed precision, stop flags."""
+"""Processes, device and precision of a run: collectives, mixed precision, stop flags, failures."""
 
 from __future__ import annotations
 
+import json
+import multiprocessing
+import os
+import sys
+import time
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from datetime import timedelta
+from functools import cache
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
-from nearkin.errors import ConfigError
-from nearkin.failures import Failures, named
-from nearkin.process import exit_if_importing_main, launched
+from nearkin.errors import ConfigError, NearkinError, Stopped
+from nearkin.process import Launch, exit_if_importing_main, launched
 from nearkin.types import Outputs
 
 if TYPE_CHECKING:
@@ -63,15 +70,14 @@ T = TypeVar("T")
 Precision = Literal["fp32", "bf16", "fp16", "fp64"]
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 LONG_TIMEOUT = timedelta(days=2)  # for waiting while one process scans or saves
+# A process that hangs in a step is noticed in minutes; gloo's own default is half an hour.
+STEP_TIMEOUT = timedelta(minutes=5)
 
 
 def choose_device(device: str) -> str:
     """`auto` becomes cuda, mps or cpu. Raises ConfigError for a device that is not there."""
-    there = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
+    gpu, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    there = {"cuda": gpu, "mps": mps, "cpu": True}
     if device == "auto":
         return next(name for name, present in there.items() if present)
     if not there[device]:
@@ -101,11 +107,8 @@ class Runtime:
     def __init__(self, *, device: str, precision: Precision) -> None:
         exit_if_importing_main()
         launch = launched()
-        self.rank, self.local_rank, self.world_size = (
-            launch.rank,
-            launch.local_rank,
-            launch.world_size,
-        )
+        self.rank, self.local_rank = launch.rank, launch.local_rank
+        self.world_size = launch.world_size
         self.is_main = launch.rank == 0
         self.device = torch.device(device)
         if device == "cuda":
@@ -121,7 +124,7 @@ class Runtime:
 
     def _set_precision(self, precision: Precision) -> None:
         self.precision = precision
-        self._scaler = torch.amp.GradScaler(self.device.type) if precision == "fp16" else None
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
 
     def at(self, precision: Precision) -> Runtime:
         """The same processes and device with another precision."""
@@ -187,33 +190,20 @@ class Runtime:
 
     def backward(self, loss: Tensor) -> None:
         """Back-propagate `loss`, scaled for fp16."""
-        (loss if self._scaler is None else self._scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
     def step(self, optimizer: Optimizer, max_norm: float | None) -> None:
         """Clip the gradient to `max_norm` if given, take the optimiser's step and clear the gradient.
 
         A gradient that is not finite raises nothing: the loop reports the loss.
         """
-        if self._scaler is not None:
-            self._scaler.unscale_(optimizer)
+        self.scaler.unscale_(optimizer)
         if max_norm is not None:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(parameters, max_norm)
-        if self._scaler is None:
-            optimizer.step()
-        else:
-            self._scaler.step(optimizer)
-            self._scaler.update()
+        self.scaler.step(optimizer)
+        self.scaler.update()
         optimizer.zero_grad()
-
-    def scaler_state(self) -> dict[str, Any]:
-        """State of the fp16 gradient scaler; empty for the other precisions."""
-        return {} if self._scaler is None else self._scaler.state_dict()
-
-    def load_scaler_state(self, state: dict[str, Any]) -> None:
-        """Restore `scaler_state`."""
-        if self._scaler is not None:
-            self._scaler.load_state_dict(state)
 
     def gather(self, rows: Tensor, views: int = 1) -> Tensor:
         """`[V * b, ...]` of each process -> `[V * B, ...]`, view after view; the backward sums over processes."""
@@ -264,7 +254,7 @@ class Flags:
         self._single = runtime.world_size == 1
         self._device = runtime.device
         self._stream = torch.cuda.Stream() if runtime.device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._sent: tuple[Tensor, Any] | None = None
+        self._sent: tuple[Tensor, Callable[[], Any] | None] | None = None
 
     def post(self, stop: bool, bad: Tensor) -> None:
         """Send whether this process should stop and whether its loss is not finite (`[]` bool, on the device)."""
@@ -275,22 +265,22 @@ class Flags:
         elif self._single:
             self._sent = flags, None
         else:
-            self._sent = flags, dist.all_reduce(flags, op=dist.ReduceOp.MAX, async_op=True)
+            self._sent = flags, dist.all_reduce(flags, dist.ReduceOp.MAX, async_op=True).wait
 
     def read(self) -> tuple[bool, bool]:
         """(stop, bad) of the last post, of any process; (False, False) before the first."""
         if self._sent is None:
             return False, False
-        flags, arrival = self._sent
-        if isinstance(arrival, torch.cuda.Event):
-            arrival.synchronize()
-        elif arrival is not None:
-            arrival.wait()
+        flags, wait = self._sent
+        if wait is not None:
+            wait()
         self._sent = None
         stop, bad = flags.tolist()
         return bool(stop), bool(bad)
 
-    def _to_host(self, flags: Tensor, stream: torch.cuda.Stream) -> tuple[Tensor, torch.cuda.Event]:
+    def _to_host(
+        self, flags: Tensor, stream: torch.cuda.Stream
+    ) -> tuple[Tensor, Callable[[], Any]]:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             flags.record_stream(stream)
@@ -300,4 +290,159 @@ class Flags:
             host.copy_(flags, non_blocking=True)
             arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrival.record(stream)
-        return host, arrival
+        return host, arrival.synchronize
+
+
+class Failures:
+    """Tells all processes of a launch that one of them has failed.
+
+    A thread of each process reads a key of the launch's TCP store once a second. When another process has failed, it
+    ends its own process with the exit code of the other: the main thread may wait in a collective for days.
+
+    callback: called with message and exit code before this process ends by an error, its own or another's.
+    """
+
+    POLL = 1.0  # seconds
+    GRACE = (
+        5.0  # seconds in which this process may end by an error of its own, such as the same one
+    )
+    LOST = 20.0  # seconds without the store until the process that holds it counts as dead
+    runs = 0  # a second run in the same processes has keys of its own
+
+    def __init__(self, launch: Launch) -> None:
+        self.callback: Callable[[str, int], None] | None = None
+        self._launch = launch
+        self._stopped = Event()
+        self._prefix = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{Failures.runs}"
+        Failures.runs += 1
+        if launch.world_size > 1:
+            self._store = PrefixStore(self._prefix, _store(launch))
+
+    def start_group(self, device: torch.device) -> None:
+        """Start torch's process group, with a connection of its own, since it blocks its connection while it waits."""
+        if dist.is_initialized():  # of an earlier run that failed
+            dist.destroy_process_group()
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=PrefixStore(f"{self._prefix}/group", _connect(self._launch, holds=False)),
+            rank=self._launch.rank,
+            world_size=self._launch.world_size,
+            timeout=STEP_TIMEOUT,
+            device_id=device if device.type == "cuda" else None,
+        )
+
+    def watch(self) -> None:
+        """Start the thread."""
+        Thread(target=self._watch, daemon=True).start()
+
+    def stop_watching(self) -> None:
+        """Before the process that holds the store may end."""
+        self._stopped.set()
+
+    def report(self, error: BaseException, *, own: bool = True) -> None:
+        """Tell the other processes, and mark `error` as `reported_elsewhere` unless it is the first one.
+
+        own: whether the error may have begun here; if not and another process has failed, this one ends like it. The
+        process that holds the store waits until all others have read it, at most a minute.
+        """
+        self.stop_watching()
+        message, code = _describe(error)
+        if self._launch.world_size > 1:
+            first = self._first(message, code)
+            error.reported_elsewhere = not first  # type: ignore[attr-defined]
+            if not first and not (own and isinstance(error, NearkinError | KeyboardInterrupt)):
+                self._exit(*json.loads(self._store.get("failure")))
+        if self.callback is not None:
+            self.callback(message, code)
+        if self._launch.world_size > 1 and _holds_store(self._launch):
+            self._wait_for_others()
+
+    def _first(self, message: str, code: int) -> bool:
+        try:
+            first = self._store.add("failed", 1) == 1
+            if first:
+                self._store.set("failure", json.dumps([message, code]))
+            self._store.add("ended", 1)
+        except dist.DistError:  # the process that holds it has died
+            return True
+        return first
+
+    def _wait_for_others(self) -> None:
+        for _ in range(60):
+            if self._store.add("ended", 0) >= self._launch.world_size:
+                return
+            time.sleep(self.POLL)
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(self.POLL):
+            try:
+                if not self._store.check(["failure"]):
+                    continue
+                message, code = json.loads(self._store.get("failure"))
+                if self._stopped.wait(self.GRACE):
+                    return
+                self._store.add("ended", 1)
+            except dist.DistError:
+                if self._stopped.wait(self.LOST):
+                    return
+                message, code = _describe(ProcessDied())
+                if self._launch.rank == 1:  # once is enough
+                    sys.stderr.write(f"nearkin: stopped: {message}\n")
+            self._exit(message, code)
+
+    def _exit(self, message: str, code: int) -> None:
+        try:
+            if self.callback is not None:
+                self.callback(message, code)
+            for child in multiprocessing.active_children():
+                child.kill()
+        finally:
+            os._exit(code)
+
+
+class ProcessDied(NearkinError):
+    """Another process of the launch ended without an error of its own (exit 75)."""
+
+    code = 75
+
+    def __init__(self) -> None:
+        super().__init__("Another process of this launch died; continue with --resume.")
+
+
+def named(error: BaseException) -> BaseException:
+    """ProcessDied for torch's many ways to say it."""
+    texts = ("closed by peer", "reset by peer", "remote process exited")
+    lost = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    return ProcessDied() if lost or isinstance(error, dist.DistError) else error
+
+
+def _describe(error: BaseException) -> tuple[str, int]:
+    """One line and the exit code of the command line."""
+    if isinstance(error, NearkinError):
+        return str(error), error.code
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", Stopped.code
+    return f"{type(error).__name__}: {error}", 1
+
+
+def report_failure(error: BaseException) -> None:
+    """Tell the other processes of a launch of an error before the start of the run; see `Failures.report`."""
+    launch = launched()
+    if launch.world_size > 1 and Failures.runs == 0:
+        Failures(launch).report(error)
+
+
+def _holds_store(launch: Launch) -> bool:
+    return launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+
+
+@cache
+def _store(launch: Launch) -> TCPStore:
+    """One for the life of the process: others may still read it when a run has ended."""
+    return _connect(launch, holds=_holds_store(launch))
+
+
+def _connect(launch: Launch, *, holds: bool) -> TCPStore:
+    return TCPStore(
+        launch.address, launch.port, is_master=holds, timeout=STEP_TIMEOUT, wait_for_workers=False
+    )

@@ -135,17 +135,10 @@ def launched() -> Launch:
     nodes = int(env.get("SLURM_NNODES", "1"))
     # "gpu[007-009,12],cpu1" -> "gpu007"
     first = re.sub(r"\[(\w+)[^]]*\]", r"\1", env.get("SLURM_NODELIST", "127.0.0.1")).split(",")[0]
-    port = 15_000 + int(
-        env.get("SLURM_JOB_ID", "0")[-4:]
-    )  # the same on all nodes, another in each job
-    return Launch(
-        nodes,
-        tasks // nodes,
-        int(env["SLURM_PROCID"]),
-        int(env["SLURM_LOCALID"]),
-        env.get("MASTER_ADDR", first),
-        int(env.get("MASTER_PORT", port)),
-    )
+    # The same on all nodes, another in each job.
+    port = int(env.get("MASTER_PORT", 15_000 + int(env.get("SLURM_JOB_ID", "0")[-4:])))
+    rank, local_rank = int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"])
+    return Launch(nodes, tasks // nodes, rank, local_rank, env.get("MASTER_ADDR", first), port)
 
 
 def cores() -> int:

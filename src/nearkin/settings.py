@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from nearkin.config import Amount, Count, Natural, Probability, RunConfig, Side
+from nearkin.config import Amount, Count, Fraction, Magnitude, Natural, Probability, RunConfig, Side
 
 
 class DataSettings(RunConfig):
@@ -21,8 +21,8 @@ class DataSettings(RunConfig):
     image_size: Side
     channels: Count
     augment: Literal["none", "light", "medium", "strong"]
-    crop_scale: Annotated[float, Field(gt=0, le=1)] | Literal["padded", "centre"]
-    randaugment: Annotated[int, Field(ge=0, le=30)]
+    crop_scale: Fraction | Literal["padded", "centre"]
+    randaugment: Magnitude
     jitter: Annotated[float, Field(ge=0, le=2)]
     jitter_prob: Probability
     grey_prob: Probability
@@ -47,7 +47,7 @@ class Settings(DataSettings):
     lr: Amount
     warmup_epochs: Amount
     weight_decay: Amount
-    layer_decay: Annotated[float, Field(gt=0, le=1)]
+    layer_decay: Fraction
     precision: Literal["fp32", "bf16", "fp16", "fp64"]
     memory_format: Literal["contiguous", "channels_last"]
     device: Literal["cpu", "cuda", "mps"]

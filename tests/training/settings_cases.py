@@ -29,7 +29,6 @@ def settings(images=500, side=96, device="cpu", *, layered=True, parameters=11_0
         options={},
         device=device,
         precision="fp32",
-        ranks=1,
         cores=2,
         files=True,
     )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 import yaml
@@ -28,15 +26,15 @@ def job():
 @pytest.fixture
 def planted(monkeypatch):
     """Seconds of each choice are those of a table; what is tried is written down."""
-    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(autotune, "cores", lambda: 4)
     tried = []
 
     def plant(**seconds):
-        def measure(trial):
-            tried.append(trial.choice)
-            return seconds.get(f"{trial.choice}".replace(" thread(s)", "").replace(" ", "_"), 1.0)
+        def measure(choice, network, images):
+            tried.append(choice)
+            return seconds.get(f"{choice}".replace(" thread(s)", "").replace(" ", "_"), 1.0)
 
-        monkeypatch.setattr(autotune.Trial, "seconds", measure)
+        monkeypatch.setattr(autotune, "timed", measure)
         return tried
 
     return plant
@@ -87,7 +85,7 @@ def test_when_time_is_up_the_rest_stays(job, planted, monkeypatch):
 
 
 def test_neither_the_network_nor_the_random_state_is_touched(job, monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(autotune, "cores", lambda: 1)
     made, _ = job
     before = {n: v.clone() for n, v in made.built.network.state_dict().items()}
     training = made.built.network.training

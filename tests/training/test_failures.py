@@ -36,7 +36,7 @@ def scanning():
     def load(*_, **__):
         fail(OSError(5, "planted error"))
 
-    prepare.load_dataset = load
+    prepare.choose = load
 
 
 def lock():

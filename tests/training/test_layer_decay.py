@@ -11,6 +11,7 @@ from torch import nn
 from nearkin.errors import ConfigError
 from nearkin.network import Network, build_backbone, projection_head
 from nearkin.objectives import Head
+from nearkin.settings import Settings
 from nearkin.training.optim import (
     build_optimizer,
     layer_scales,
@@ -88,7 +89,7 @@ def network_of(model, **options):
 def optimizer_of(net, name="adamw", **options):
     given = {"lr": 0.1, "weight_decay": 0.05, "momentum": 0.0, "nesterov": False}
     given |= {"decay_all": False, "layer_decay": DECAY}
-    return build_optimizer(net, name, **given | options)
+    return build_optimizer(net, Settings.model_construct(optimizer=name, **given | options))
 
 
 @pytest.mark.parametrize("model", CASES)

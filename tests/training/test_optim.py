@@ -12,6 +12,7 @@ from torch import nn
 
 from nearkin.network import Network, projection_head
 from nearkin.objectives import Head
+from nearkin.settings import Settings
 from nearkin.teacher import Teacher
 from nearkin.training.optim import (
     build_optimizer,
@@ -38,7 +39,8 @@ def network():
 
 def build(net, name, **options):
     given = {"lr": 0.1, "weight_decay": 0.01, "momentum": 0.9, "nesterov": True}
-    return build_optimizer(net, name, **given | {"decay_all": False, "layer_decay": 1.0} | options)
+    given |= {"decay_all": False, "layer_decay": 1.0} | options
+    return build_optimizer(net, Settings.model_construct(optimizer=name, **given))
 
 
 def groups_of(net, decay_all=False):
@@ -157,16 +159,7 @@ def test_an_own_teacher_normalises_with_the_batch_and_an_average_one_does_not():
 
 def fresh_steps(name, classes=2):
     network = nn.Linear(3, classes)
-    return network, build_optimizer(
-        network,
-        name,
-        lr=0.1,
-        weight_decay=0.1,
-        momentum=0.9,
-        nesterov=True,
-        decay_all=True,
-        layer_decay=1.0,
-    )
+    return network, build(network, name, weight_decay=0.1, decay_all=True)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "lamb"])

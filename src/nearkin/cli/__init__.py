@@ -1,11 +1,16 @@
-"""The command line: one file per verb. The top-level help is static, since importing the verbs takes 0.2 s."""
+"""The command line: one file per verb, with `parser()` and `main(given)`.
+
+The top-level help is static, since importing the verbs takes 0.2 s.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
 HELP = """\
 nearkin trains image classifiers that learn from their near kin: neighbours of the same class.
@@ -85,13 +90,34 @@ def _run(argv: list[str]) -> int:
         raise ConfigError(
             f"Unknown verb {printable(verb)}.{nearest(verb, VERBS)} See nearkin --help."
         )
-    code: int = import_module(f"nearkin.cli.{VERBS[verb]}").main(rest)
+    module = import_module(f"nearkin.cli.{VERBS[verb]}")
+    parser = module.parser()
+    given = parser.read(rest)
+    if given.pop("help", False):
+        sys.stdout.write(parser.help(given))
+        return 0
+    code: int = module.main(given)
     return code
 
 
-def is_first() -> bool:
-    """Whether this process prints the result: the first of those that torchrun or srun started."""
-    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+def show(
+    record: dict[str, Any],
+    text: str,
+    *,
+    as_json: bool,
+    notes: Sequence[str] = (),
+    kind: str = "note",
+) -> None:
+    """Print a result as text or as one JSON object, and notes on stderr; of several ranks only the first does."""
+    from nearkin.errors import printable
+
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
+        return
+    sys.stderr.writelines(f"{kind}: {printable(note)}\n" for note in notes)
+    if as_json:
+        record = {"run": record["run"], "test_top1": None} | record
+        text = json.dumps(record, allow_nan=False) + "\n"
+    sys.stdout.write(text)
 
 
 def _report(kind: str, text: str, error: BaseException) -> None:
@@ -99,7 +125,7 @@ def _report(kind: str, text: str, error: BaseException) -> None:
     from nearkin.process import launched
 
     if launched().world_size > 1:
-        from nearkin.failures import report_failure
+        from nearkin.distributed import report_failure
 
         report_failure(error)
     if not getattr(error, "reported_elsewhere", False):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
 from pydantic import BaseModel
@@ -20,7 +19,10 @@ FREE_WORDS = tuple(f"--{group}." for group in FREE)  # their names are not known
 class Parser(argparse.ArgumentParser):
     """An argparse parser that raises ConfigError and accepts no abbreviations."""
 
-    def __init__(self, usage: str, description: str) -> None:
+    def __init__(
+        self, usage: str, description: str, more_help: Callable[[dict[str, Any]], str] | None = None
+    ) -> None:
+        """more_help: from the given options to text below the help."""
         super().__init__(
             usage=usage,
             description=description,
@@ -31,6 +33,8 @@ class Parser(argparse.ArgumentParser):
         )
         self.flags: set[str] = set()
         self._verb = " ".join(usage.split()[:2])
+        self._more_help = more_help
+        self.flag("help", "this help")
 
     def error(self, message: str) -> NoReturn:
         text = printable(message)
@@ -53,6 +57,9 @@ class Parser(argparse.ArgumentParser):
                 self.flag(option, text)
             else:
                 self.add_argument(f"--{option}", dest=name, help=text, metavar=_kind(field))
+
+    def help(self, given: dict[str, Any]) -> str:
+        return self.format_help() + (self._more_help(given) if self._more_help else "")
 
     def read(self, argv: Sequence[str]) -> dict[str, Any]:
         """The given options by name. Options like `--objective.topk 512` are kept as `objective.topk`.
@@ -104,11 +111,6 @@ def whole_number(name: str, text: str) -> int:
     if not text.isdecimal():
         raise ConfigError(f"--{name} takes a whole number from 0, not {printable(text)}.")
     return int(text)
-
-
-def show_help(parser: Parser, extra: str = "") -> None:
-    """The verb's help on stdout."""
-    sys.stdout.write(parser.format_help() + extra)
 
 
 def options_table(model: type[BaseModel], prefix: str) -> str:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from nearkin.cli import is_first
-from nearkin.cli.arguments import Parser, show_help, whole_number
+from nearkin.cli import show
+from nearkin.cli.arguments import Parser, whole_number
 from nearkin.errors import ConfigError, printable
 
 if TYPE_CHECKING:
@@ -21,7 +19,7 @@ KEPT = "not run again: its predictions were kept (--no-cache runs it)"
 SHOWN = 20  # classes up to which everything is shown, and lines shown of more
 
 
-def main(argv: list[str]) -> int:
+def parser() -> Parser:
     parser = Parser(
         USAGE,
         "Exact metrics of a trained model, on its own data or on DATA; of several runs as an ensemble.\n"
@@ -39,11 +37,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--device", metavar="NAME", help="auto, cpu, cuda or mps [auto]")
     parser.add_argument("--workers", metavar="N", help="processes that load images [0]")
     parser.flag("json", "one JSON object on stdout")
-    parser.flag("help", "this help")
-    given = parser.read(argv)
-    if given.get("help"):
-        show_help(parser)
-        return 0
+    return parser
+
+
+def main(given: dict[str, Any]) -> int:
     runs, data = _runs_and_data(given.get("runs") or [])
     from nearkin.evaluation.evaluate import evaluate
 
@@ -57,16 +54,8 @@ def main(argv: list[str]) -> int:
         device=given.get("device", "auto"),
         workers=whole_number("workers", given.get("workers", "0")),
     )
-    if not is_first():
-        return 0
-    for note in result.notes:
-        sys.stderr.write(f"note: {printable(note)}\n")
-    if given.get("json"):
-        test_top1 = result.top1 if result.split == "test" else None
-        record = {"run": result.run, "test_top1": test_top1} | result.to_dict()
-        sys.stdout.write(json.dumps(record, allow_nan=False) + "\n")
-    else:
-        sys.stdout.write(table(result))
+    record = result.to_dict() | {"test_top1": result.top1 if result.split == "test" else None}
+    show(record, table(result), as_json=given.get("json", False), notes=result.notes)
     return 0
 
 
@@ -112,7 +101,7 @@ def _classes(result: Evaluation) -> list[str]:
     for name, *values, support in (*rows, ("macro mean", *result.macro, result.n)):
         shown = " ".join(f"{100 * value:8.2f}%" for value in values)
         lines.append(f"{printable(name):<24.24} {shown} {support:>7}")
-    return [*lines, *_where(file)]
+    return lines if file is None else [*lines, f"all of them: {printable(str(file))}"]
 
 
 def _matrix(result: Evaluation) -> list[str]:
@@ -132,11 +121,8 @@ def _confused(result: Evaluation) -> list[str]:
     for row in sorted(wrong, key=lambda row: -row.images)[:SHOWN]:
         true, predicted = printable(row.true), printable(row.predicted)
         lines.append(f"{true:<24.24}  {predicted:<24.24} {row.images:>7}")
-    return [*lines, *_where(result.confusion_file)]
-
-
-def _where(file: Path | None) -> list[str]:
-    return [] if file is None else [f"all of them: {printable(str(file))}"]
+    file = result.confusion_file
+    return lines if file is None else [*lines, f"all of them: {printable(str(file))}"]
 
 
 def _members(result: Evaluation) -> list[str]:

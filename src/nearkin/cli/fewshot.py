@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from nearkin.cli import is_first
-from nearkin.cli.arguments import Parser, show_help
+from nearkin.cli import show
+from nearkin.cli.arguments import Parser
 from nearkin.config import EpisodeOptions
-from nearkin.errors import ConfigError, printable
+from nearkin.errors import ConfigError
 
 if TYPE_CHECKING:
     from nearkin.evaluation.results import FewShot
@@ -18,17 +16,16 @@ USAGE = "nearkin fewshot RUN DATA [--ways 5] [--shots 1] [--json]"
 ABOUT = "Few-shot accuracy of the model's features: new classes, learned from a few images of each."
 
 
-def main(argv: list[str]) -> int:
+def parser() -> Parser:
     parser = Parser(USAGE, ABOUT)
     parser.add_argument("run", nargs="?", metavar="RUN", help="the folder that train printed")
     parser.add_argument("data", nargs="?", metavar="DATA", help="images outside RUN's training")
     parser.options(EpisodeOptions)
     parser.flag("json", "one JSON object on stdout")
-    parser.flag("help", "this help")
-    given = parser.read(argv)
-    if given.pop("help", False):
-        show_help(parser)
-        return 0
+    return parser
+
+
+def main(given: dict[str, Any]) -> int:
     run, data = given.pop("run", None), given.pop("data", None)
     as_json = given.pop("json", False)
     if run is None or data is None:
@@ -36,15 +33,7 @@ def main(argv: list[str]) -> int:
     from nearkin.evaluation.fewshot import fewshot
 
     result = fewshot(run, data, **given)
-    if not is_first():
-        return 0
-    for note in result.notes:
-        sys.stderr.write(f"warning: {printable(note)}\n")
-    if as_json:
-        record = {"run": result.run, "test_top1": None} | result.to_dict()
-        sys.stdout.write(json.dumps(record, allow_nan=False) + "\n")
-    else:
-        sys.stdout.write(line(result))
+    show(result.to_dict(), line(result), as_json=as_json, notes=result.notes, kind="warning")
     return 0
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from nearkin.cli.arguments import Parser, show_help
-from nearkin.errors import ConfigError, ModelError, printable
+from nearkin.cli import show
+from nearkin.cli.arguments import Parser
+from nearkin.errors import ConfigError, ModelError, counted, printable
 
 if TYPE_CHECKING:
     from nearkin.contrib.cone_import import Imported
@@ -18,7 +17,7 @@ USAGE = "nearkin import-cone FILE [--out RUN] [--classes NAMES] [--json]"
 ABOUT = "The CoNe authors' checkpoint as a run folder for evaluate, predict and train --weights."
 
 
-def main(argv: list[str]) -> int:
+def parser() -> Parser:
     parser = Parser(USAGE, ABOUT)
     parser.add_argument("file", nargs="?", metavar="FILE", help="the published .pth file")
     parser.add_argument(
@@ -30,11 +29,10 @@ def main(argv: list[str]) -> int:
         help="text file, one class name a line, or .json list, in the classifier's order [000, 001, ...]",
     )
     parser.flag("json", "one JSON object on stdout")
-    parser.flag("help", "this help")
-    given = parser.read(argv)
-    if given.get("help"):
-        show_help(parser)
-        return 0
+    return parser
+
+
+def main(given: dict[str, Any]) -> int:
     if given.get("file") is None:
         raise ConfigError("Import which file? Give the checkpoint of the CoNe authors.")
     out = Path(given["out"]) if "out" in given else None
@@ -47,8 +45,11 @@ def main(argv: list[str]) -> int:
 
     names = read_class_names(Path(given["classes"])) if "classes" in given else None
     imported = read_cone_checkpoint(file, names)
-    run = _write(imported, out, file.stem)
-    _report(run, imported, as_json=given.get("json", False))
+    run, spec = _write(imported, out, file.stem), imported.description.spec
+    classes = counted(len(spec.classes), "class", "classes")
+    record = {"run": str(run), "model": spec.model, "classes": len(spec.classes)}
+    text = f"{spec.model} for {classes}\nrun {printable(str(run))}\n"
+    show(record, text, as_json=given.get("json", False))
     return 0
 
 
@@ -62,6 +63,7 @@ def _write(imported: Imported, out: Path | None, name: str) -> Path:
     run = run_folder.create(out, data=name, objective=config.objective)
     try:
         run_folder.describe(run, config, description.spec.classes)
+        run_folder.write_origin(run, config, identity={})
         save_bundle(run, description, weights)
         Journal(run).status(
             "finished", step=0, steps=0, epoch=0, message="imported, not trained here"
@@ -70,19 +72,3 @@ def _write(imported: Imported, out: Path | None, name: str) -> Path:
         shutil.rmtree(run, ignore_errors=True)
         raise
     return run
-
-
-def _report(run: Path, imported: Imported, as_json: bool) -> None:
-    spec = imported.description.spec
-    if as_json:
-        found = {
-            "run": str(run),
-            "test_top1": None,
-            "model": spec.model,
-            "classes": len(spec.classes),
-        }
-        sys.stdout.write(json.dumps(found) + "\n")
-    else:
-        sys.stdout.write(
-            f"{spec.model} for {len(spec.classes)} classes\nrun {printable(str(run))}\n"
-        )

@@ -26,20 +26,18 @@ class _Raw(io.RawIOBase):
         self._raw, self._report, self._failed = raw, report, False
 
     def write(self, data: Any) -> int:
-        if not self._failed:
-            try:
+        try:
+            if not self._failed:
                 return int(self._raw.write(data) or 0)
-            except BrokenPipeError:
-                self._failed = True
-                if self._report:
-                    raise
-            except OSError as error:
-                self._failed = True
-                if self._report:
-                    raise OutputFailed(
-                        f"The result could not be written to stdout: {error.strerror}; make room and ask again, "
-                        "files that were written are complete."
-                    ) from None
+        except OSError as error:
+            self._failed = True
+            if self._report and isinstance(error, BrokenPipeError):
+                raise
+            if self._report:
+                raise OutputFailed(
+                    f"The result could not be written to stdout: {error.strerror}; make room and ask again, "
+                    "files that were written are complete."
+                ) from None
         return len(data)
 
     def writable(self) -> bool:
@@ -63,9 +61,8 @@ def prepare_streams() -> None:
         try:
             os.fstat(number)
         except OSError:
-            os.set_inheritable(
-                os.open(os.devnull, os.O_RDWR), True
-            )  # the lowest free number: this one
+            # The lowest free number, which is this one.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     sys.stdout = _stream(sys.stdout, 1, errors="surrogateescape", report=True)
     sys.stderr = _stream(sys.stderr, 2, errors="backslashreplace", report=False)
 

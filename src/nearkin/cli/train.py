@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from nearkin.catalogue import check_objective, recipe_or_file
-from nearkin.cli import is_first
-from nearkin.cli.arguments import Parser, options_table, show_help
+from nearkin.cli import show
+from nearkin.cli.arguments import Parser, options_table
 from nearkin.config import FREE, RunConfig, merge, read_yaml, to_yaml, validate
 from nearkin.errors import ConfigError, printable
 from nearkin.process import interrupt, keep_freed_memory, stop_handler
@@ -17,21 +16,15 @@ from nearkin.training.api import Result, continue_run, resolved, start_run
 from nearkin.training.run_folder import stored_options, stored_settings
 
 USAGE = "nearkin train [DATA] [--objective NAME] [--objective.OPTION VALUE] [--model.OPTION VALUE] [--OPTION VALUE]"
+ABOUT = """\
+Train an image classifier; without DATA, on the built-in digits.
+With --objective NAME, --help shows its options as well."""
 
 
-def main(argv: list[str]) -> int:
+@stop_handler(interrupt)
+def main(given: dict[str, Any]) -> int:
     keep_freed_memory()
-    with stop_handler(interrupt):
-        return _main(argv)
-
-
-def _main(argv: list[str]) -> int:
-    parser = _parser()
-    given = _with_data(parser.read(argv))
-    if given.pop("help", False):
-        name = given.get("objective")
-        show_help(parser, _objective_help(name) if name else "")
-        return 0
+    given = _with_data(given)
     as_json, quiet = given.pop("json", False), given.pop("quiet", False)
     show, resume = given.pop("print_config", False), given.pop("resume", None)
     values = merge(*(read_yaml(recipe_or_file(name)) for name in given.pop("config", [])), given)
@@ -54,10 +47,9 @@ def _shown(values: dict[str, Any], resume: str | None) -> str:
     return "".join(f"# {line}\n" for line in ["given:", *lines]) + to_yaml(settings)
 
 
-def _parser() -> Parser:
-    parser = Parser(USAGE, "Train an image classifier; without DATA, on the built-in digits.")
+def parser() -> Parser:
+    parser = Parser(USAGE, ABOUT, _objective_help)
     parser.add_argument("word", nargs="?", metavar="DATA", help="what to learn from [digits]")
-    parser.flag("help", "this help; with --objective NAME also its own options")
     parser.add_argument(
         "-c",
         "--config",
@@ -85,7 +77,10 @@ def _with_data(given: dict[str, Any]) -> dict[str, Any]:
     return given | {"data": word}
 
 
-def _objective_help(name: str) -> str:
+def _objective_help(given: dict[str, Any]) -> str:
+    name = given.get("objective")
+    if name is None:
+        return ""
     check_objective(name)
     from nearkin.objectives import get
 
@@ -93,18 +88,10 @@ def _objective_help(name: str) -> str:
 
 
 def _report(result: Result, as_json: bool) -> None:
-    if not is_first():
-        return
-    if as_json:
-        sys.stdout.write(json.dumps(result.to_dict(), allow_nan=False) + "\n")
-        return
+    text = "neither a test nor a validation split"
     if result.metrics:
         split, count = result.metrics["split"], result.metrics["n"]
         text = f"{split} top-1 {100 * result.metrics['top1']:.2f} % ({count} images)"
-        chosen = (
-            "; there is no test split, and this one chose the best epoch" if split == "val" else ""
-        )
-        sys.stdout.write(f"{text}{chosen}\n")
-    else:
-        sys.stdout.write("neither a test nor a validation split\n")
-    sys.stdout.write(f"run {result.run}\n")
+        if split == "val":
+            text += "; there is no test split, and this one chose the best epoch"
+    show(result.to_dict(), f"{text}\nrun {result.run}\n", as_json=as_json)

@@ -9,7 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from nearkin.config import RunConfig
@@ -40,7 +39,7 @@ LARGEST_LIST = 16 << 20
 
 
 class Imported(NamedTuple):
-    """A model ready to be saved: its description, its weights by nearkin's names, and the content of config.yaml."""
+    """A model ready to be saved: its description, its weights by nearkin's names, and its config.yaml."""
 
     description: Description
     weights: dict[str, Tensor]
@@ -77,11 +76,7 @@ def read_cone_checkpoint(file: Path, classes: tuple[str, ...] | None = None) -> 
     built = build(spec)
     own = built.network.state_dict()
     _check(given, own, f"{printable(str(file))} is no CoNe checkpoint of a {model}")
-    weights = own | {
-        name: tensor.to(own[name].dtype) for name, tensor in given.items() if name != BIAS
-    }
-    weights[MEAN] = (given[MEAN].double() - given[BIAS].double()).to(own[MEAN].dtype)
-    _check_values(weights, file)
+    weights = _weights(given, own, file)
     description = Description(
         format=FORMAT,
         nearkin=version("nearkin"),
@@ -89,7 +84,10 @@ def read_cone_checkpoint(file: Path, classes: tuple[str, ...] | None = None) -> 
         transform=EvalSpec(image_size=224, resize=256, channels=3),
         heads=tuple(built.network.active),
     )
-    return Imported(description, weights, _config(spec))
+    shared = spec.model_dump(include={"objective", "model", "image_size", "channels", "stem"})
+    options = CoNe.Config(hidden=hidden, embedding=embedding).model_dump(mode="json")
+    config = RunConfig(data="imagenet", epochs=0, options=options, **shared)
+    return Imported(description, weights, config)
 
 
 def read_class_names(file: Path) -> tuple[str, ...]:
@@ -106,23 +104,20 @@ def read_class_names(file: Path) -> tuple[str, ...]:
     except OSError as error:
         raise ConfigError(f"Cannot read the class names {shown}: {error.strerror}.") from None
     except (ValueError, RecursionError):
-        wanted = "a JSON list" if file.suffix == ".json" else "UTF-8 text"
-        raise ConfigError(f"The class names {shown} are no {wanted.removeprefix('a ')}.") from None
+        wanted = "JSON list" if file.suffix == ".json" else "UTF-8 text"
+        raise ConfigError(f"The class names {shown} are no {wanted}.") from None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ConfigError(f"The class names {shown} are no list of strings; write one, in order.")
-    stripped = tuple(name.strip() for name in names)
     seen: dict[str, int] = {}
-    for number, name in enumerate(stripped, 1):
+    for number, name in enumerate(map(str.strip, names), 1):
         if not name:
-            raise ConfigError(
-                f"{shown} has an empty name at position {number}; write one name a line."
-            )
+            problem = f"an empty name at position {number}; write one name a line"
+            raise ConfigError(f"{shown} has {problem}.")
         if name in seen:
-            raise ConfigError(
-                f"{shown} has the class {printable(name)} at positions {seen[name]} and {number}."
-            )
+            problem = f"the class {printable(name)} at positions {seen[name]} and {number}"
+            raise ConfigError(f"{shown} has {problem}.")
         seen[name] = number
-    return stripped
+    return tuple(seen)
 
 
 def _student(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
@@ -176,8 +171,7 @@ def _matrix(given: Mapping[str, Tensor], name: str, file: Path) -> tuple[int, in
 
 def _names(classes: tuple[str, ...] | None, count: int, file: Path) -> tuple[str, ...]:
     if classes is None:
-        width = len(str(count - 1))
-        return tuple(f"{number:0{width}d}" for number in range(count))
+        return tuple(f"{number:0{len(str(count - 1))}d}" for number in range(count))
     if len(classes) != count:
         raise ModelError(
             f"--classes gives {len(classes)} names, but {printable(str(file))} has {count} classes; "
@@ -195,39 +189,27 @@ def _check(given: Mapping[str, Tensor], own: Mapping[str, Tensor], problem: str)
         raise ModelError(f"{problem}: {_published_name(missing[0])} is missing.")
     for name, tensor in given.items():
         if name not in wanted:
-            raise ModelError(f"{problem}: {_published_name(name)} is unexpected.")
-        if tensor.shape != wanted[name].shape:
-            shapes = f"{_shape(tensor)} instead of {_shape(wanted[name])}"
-            raise ModelError(f"{problem}: {_published_name(name)} has the shape {shapes}.")
-        if tensor.is_floating_point() != wanted[name].is_floating_point():
-            raise ModelError(f"{problem}: {_published_name(name)} has the type {tensor.dtype}.")
+            what = "is unexpected"
+        elif tensor.shape != wanted[name].shape:
+            what = f"has the shape {_shape(tensor)} instead of {_shape(wanted[name])}"
+        elif tensor.is_floating_point() != wanted[name].is_floating_point():
+            what = f"has the type {tensor.dtype}"
+        else:
+            continue
+        raise ModelError(f"{problem}: {_published_name(name)} {what}.")
 
 
-def _check_values(weights: Mapping[str, Tensor], file: Path) -> None:
+def _weights(given: dict[str, Tensor], own: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """The state dict of the network, with the head's bias in the running mean. Raises ModelError for bad values."""
+    given[MEAN] = given[MEAN].double() - given.pop(BIAS).double()
+    weights = own | {name: tensor.to(own[name].dtype) for name, tensor in given.items()}
     for name, tensor in weights.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise ModelError(
-                f"{printable(str(file))} holds values that are not finite, first in {_published_name(name)}."
-            )
-        if name.endswith("running_var") and bool((tensor < 0).any()):
-            raise ModelError(
-                f"{printable(str(file))} holds a negative variance in {_published_name(name)}."
-            )
-
-
-def _config(spec: ModelSpec) -> RunConfig:
-    """The configuration that `evaluate` reads: data set and model, no training."""
-    sizes = {name: spec.options[name] for name in ("hidden", "embedding")}
-    return RunConfig(
-        data="imagenet",
-        objective=spec.objective,
-        options=CoNe.Config.model_validate(sizes).model_dump(mode="json"),
-        model=spec.model,
-        image_size=spec.image_size,
-        channels=spec.channels,
-        stem=spec.stem,
-        epochs=0,
-    )
+        negative = name.endswith("running_var") and bool((tensor < 0).any())
+        if negative or not bool(tensor.isfinite().all()):
+            what = "a negative variance" if negative else "values that are not finite, first"
+            shown = printable(str(file))
+            raise ModelError(f"{shown} holds {what} in {_published_name(name)}.")
+    return weights
 
 
 def _published_name(name: str) -> str:

@@ -11,8 +11,8 @@ import tempfile
 import time
 import weakref
 from collections.abc import Iterator, Mapping
-from copy import copy
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO, Literal, NamedTuple, Self
@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nearkin.data.dataset import Dataset
-from nearkin.data.decode import BadImage, quiet_pillow
+from nearkin.data.decode import quiet_pillow
 from nearkin.data.images import Files, in_channels
-from nearkin.data.look import SAMPLE, Examined, NumberedFiles, examine, in_threads
-from nearkin.data.remembered import BATCH, Fact, Remembered
+from nearkin.data.look import SAMPLE, Examined, examine, in_threads
+from nearkin.data.remembered import Fact, Remembered
 from nearkin.data.sources.listing import Rows
 from nearkin.data.transforms import ResizeShortSide
 from nearkin.errors import ConfigError, printable
@@ -116,11 +116,6 @@ class Packed:
         index = np.asarray(rows, dtype=np.int64)
         return type(self)(self.files.take(index), self.pack, self.places[index])
 
-    def with_channels(self, channels: int) -> Self:
-        same = copy(self)
-        same.files, same.channels = self.files.with_channels(channels), channels
-        return same
-
 
 Where = Literal["ram", "disk"]
 FORMAT = 2
@@ -149,14 +144,13 @@ class Contents:
     """The files that a cache of some splits holds, each once, in the order of their absolute paths."""
 
     def __init__(self, splits: Mapping[str, Files], side: int) -> None:
-        self._files = NumberedFiles(splits)
         self.side, self.channels = side, next(iter(splits.values())).channels
-        self.paths = sorted({self._files.key(number) for number in range(len(self._files))})
+        self.paths = sorted({f.key(row) for f in splits.values() for row in range(len(f))})
         self._shrink = ResizeShortSide(side)
 
-    def image(self, place: int) -> Examined:
+    def image(self, path: bytes) -> Examined:
         """The image shrunk to a short side of `side`, uint8 `[C, H, W]`; smaller ones as they are."""
-        found = examine(os.fsdecode(self.paths[place]), self.channels, full=True)
+        found = examine(path, self.channels, full=True)
         if found.image is None or min(found.image.shape[-2:]) <= self.side:
             return found
         return found._replace(image=self._shrink(found.image))
@@ -174,28 +168,17 @@ class Contents:
     def estimate(self) -> int:
         """Bytes, from the headers of some evenly spread images."""
         some = self.paths[:: max(1, len(self.paths) // SAMPLE)]
-        facts = [examine(os.fsdecode(path), self.channels, full=False).fact for path in some]
-        sizes = [self._bytes(fact) for fact in facts if fact is not None]
-        return int(np.mean(sizes or [0]) * len(self.paths))
+        facts = [examine(path, self.channels, full=False).fact for path in some]
+        sizes = [fact.width * fact.height * self._share(fact) for fact in facts if fact is not None]
+        return int(np.mean(sizes or [0]) * len(self.paths) * self.channels)
 
-    def _bytes(self, fact: Fact) -> float:
-        short = max(1, min(fact.width, fact.height))
-        return fact.width * fact.height * min(1.0, self.side / short) ** 2 * self.channels
+    def _share(self, fact: Fact) -> float:
+        """Of the pixels of a file that stay."""
+        return min(1.0, self.side / max(1, min(fact.width, fact.height))) ** 2
 
-    def places(self, name: str, files: Files) -> NDArray[np.int64]:
+    def places(self, files: Files) -> NDArray[np.int64]:
         """Where in the cache each row of a split is."""
-        keys = NumberedFiles({name: files})
-        return np.searchsorted(self.paths, [keys.key(row) for row in range(len(keys))])
-
-    def bad_rows(self, splits: Mapping[str, Files], made: Made) -> dict[str, dict[int, BadImage]]:
-        """The rows of each split that cannot be read: split -> row -> what is wrong."""
-        reasons = made.bad
-        found: dict[str, dict[int, BadImage]] = {}
-        for name, files in splits.items():
-            keys = NumberedFiles({name: files})
-            rows = [row for row in range(len(files)) if reasons and keys.key(row) in reasons]
-            found[name] = {row: BadImage(files.path(row), reasons[keys.key(row)]) for row in rows}
-        return found
+        return np.searchsorted(self.paths, [files.key(row) for row in range(len(files))])
 
 
 def home(where: Where) -> Path:
@@ -236,19 +219,16 @@ def make_pack(contents: Contents, where: Where, workers: int) -> Made:
 
 def _reasons(contents: Contents, pack: Pack) -> dict[bytes, str]:
     """Why the images are missing that could not be read when the pack was built."""
-    reasons = {}
-    for place in np.flatnonzero(pack.sizes[:, 0] == 0).tolist():
-        path, found = contents.paths[place], contents.image(place)
-        again = f"it could not be read when the cache was built; delete {pack.folder}"
-        reasons[path] = again if found.problem is None else found.problem.reason
-    return reasons
+    paths = [contents.paths[place] for place in np.flatnonzero(pack.sizes[:, 0] == 0)]
+    again = f"it could not be read when the cache was built; delete {pack.folder}"
+    return {path: contents.image(path).reason or again for path in paths}
 
 
 def packed(dataset: Dataset, contents: Contents, pack: Pack) -> Dataset:
     """The data set with its files read from the pack."""
     splits = dict(dataset.splits)
     for name, files in dataset.files.items():
-        images = Packed(files, pack, contents.places(name, files))
+        images = Packed(files, pack, contents.places(files))
         splits[name] = splits[name]._replace(images=images)
     return dataset._replace(splits=splits)
 
@@ -277,24 +257,17 @@ def _write(contents: Contents, draft: Path, key: str, workers: int) -> dict[byte
     """Fill the folder. Returns why images could not be read."""
     sizes = np.zeros((len(contents.paths), 2), dtype=np.int64)
     bad: dict[bytes, str] = {}
-    facts: dict[bytes, Fact] = {}
-    place = 0
-    with (draft / PIXELS).open("wb") as file, quiet_pillow(), Remembered() as remembered:
-        for chunk in in_threads(contents.image, range(len(contents.paths)), workers, CHUNK):
-            for image, fact, problem in chunk:
-                path = contents.paths[place]
-                if fact is not None:
-                    facts[path] = fact
-                if image is not None:
-                    sizes[place] = image.shape[-2:]
-                    file.write(image.permute(1, 2, 0).contiguous().numpy().data)
-                elif problem is not None:
-                    bad[path] = problem.reason
-                place += 1
-            if len(facts) >= BATCH:
-                remembered.keep(facts)
-                facts = {}
-        remembered.keep(facts)
+    with (draft / PIXELS).open("wb") as file, quiet_pillow, Remembered() as remembered:
+        images = in_threads(contents.image, contents.paths, workers, CHUNK)
+        for place, found in enumerate(chain.from_iterable(images)):
+            path = contents.paths[place]
+            if found.fact is not None:
+                remembered.keep(path, found.fact)
+            if found.image is not None:
+                sizes[place] = found.image.shape[-2:]
+                file.write(found.image.permute(1, 2, 0).contiguous().numpy().data)
+            elif found.reason is not None:
+                bad[path] = found.reason
         total = file.tell()
     with (draft / SIZES).open("wb") as file:
         np.save(file, sizes)

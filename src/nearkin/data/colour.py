@@ -11,13 +11,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from nearkin.data.transforms import Drawing, Drawn
+from nearkin.data.transforms import Drawing, Drawn, log_ratios
 
 BINS = 31  # magnitudes 0 to 30
 FULL = 255.999  # torchvision's factor from [0, 1] to uint8
@@ -189,10 +188,9 @@ class RandomErasing(Drawing):
             return ()
         height, width = shape[-2:]
         number = torch.empty(())
-        low, high = _erased_log_ratios()
         for _ in range(10):
             area = height * width * number.uniform_(*ERASED_AREA, generator=generator).item()
-            ratio = number.uniform_(low, high, generator=generator).exp_().item()
+            ratio = number.uniform_(*log_ratios(ERASED_RATIO), generator=generator).exp_().item()
             high_, wide = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if high_ < height and wide < width:
                 top = torch.randint(height - high_ + 1, (1,), generator=generator).item()
@@ -207,9 +205,3 @@ class RandomErasing(Drawing):
         image = image.clone()
         image[:, top : top + height, left : left + width] = 0
         return image
-
-
-@cache
-def _erased_log_ratios() -> tuple[Any, ...]:
-    """In float32, as torchvision has them."""
-    return tuple(torch.tensor(ERASED_RATIO).log().tolist())

@@ -125,6 +125,10 @@ class ChosenSplit(NamedTuple):
         """Only `rows`, in that order."""
         return self._replace(images=self.images.take(rows), labels=self.labels[rows])
 
+    def limited(self, most: int, seed: int) -> ChosenSplit:
+        """At most `most` images of each class."""
+        return self.take(limited(self.labels, most, seed))
+
     def present(self) -> list[str]:
         """The classes that have an image here, sorted by their bytes."""
         return by_bytes(self.classes[place] for place in np.unique(self.labels))
@@ -178,10 +182,8 @@ def load_dataset(
         seed=seed,
         images_per_class=images_per_class,
     )
-    if check is None:
-        return to_dataset(chosen, classes)
-    to_dataset(chosen, classes)  # classes that do not fit are reported before hours of looking
-    return to_dataset(looked(chosen, check, bad_images), classes)
+    dataset = to_dataset(chosen, classes)  # classes that do not fit are reported before the look
+    return dataset if check is None else to_dataset(looked(chosen, check, bad_images), classes)
 
 
 def choose(
@@ -200,12 +202,17 @@ def choose(
 
     Raises DataError without a train split, and when every class has a single image, so that none can be held out.
     """
-    require(listing, "train")
+    _choose("train", list(listing.parts), listing.data)
     parts = hold_out(_opened(listing, channels), val_split, seed)
     notes = listing.notes
     if images_per_class is not None:
-        notes += _short_classes(parts["train"], images_per_class)
-        parts = limit(parts, images_per_class, seed)
+        counts = np.bincount(parts["train"].labels)
+        few = [
+            f"{parts['train'].classes[c]} ({counts[c]})"
+            for c in np.flatnonzero((counts > 0) & (counts < images_per_class))
+        ]
+        notes += tuple(_note(few, f"fewer than {images_per_class} training images"))
+        parts["train"] = parts["train"].limited(images_per_class, seed)
     return Chosen(listing.name, parts, notes)
 
 
@@ -222,27 +229,26 @@ def looked(
     return leave_out(chosen._replace(notes=(*chosen.notes, *found.notes)), found.bad, policy)
 
 
-def leave_out(
-    chosen: Chosen, bad: Mapping[str, Mapping[int, BadImage]], policy: BadPolicy
-) -> Chosen:
-    """Without `bad`, split -> row -> what is wrong. No other image takes the place of one that is left out.
+def leave_out(chosen: Chosen, reasons: Mapping[bytes, str], policy: BadPolicy) -> Chosen:
+    """Without the bad files, absolute path -> what is wrong. No other image takes the place of one that is left out.
 
     Raises BadImages when the policy is `error`, DataError when a split is empty afterwards.
     """
-    problems = [problem for rows in bad.values() for problem in rows.values()]
-    if not problems:
+    if not reasons:
         return chosen
-    if policy == "error":
-        raise BadImages.found(problems, sum(len(part.labels) for part in chosen.parts.values()))
-    parts = dict(chosen.parts)
-    for name, rows in bad.items():
-        kept = np.setdiff1d(np.arange(len(parts[name].labels)), list(rows))
-        if len(kept) == 0:
-            first = next(iter(rows.values()))
+    parts, problems = dict(chosen.parts), []
+    for name, files in chosen.files.items():
+        rows = [row for row in range(len(files)) if files.key(row) in reasons]
+        problems += [BadImage(files.path(row), reasons[files.key(row)]) for row in rows]
+        kept = np.setdiff1d(np.arange(len(files)), rows)
+        if len(kept) == 0 and policy == "skip":
+            first = problems[-len(rows)]
             raise DataError(
                 f"No image of the split {name} can be read, such as {printable(first.path)} ({first.reason})."
             )
         parts[name] = parts[name].take(kept)
+    if policy == "error":
+        raise BadImages.found(problems, sum(len(part.labels) for part in chosen.parts.values()))
     note = f"{counted(len(problems), 'unreadable image')} left out"
     return chosen._replace(parts=parts, notes=(*chosen.notes, note), bad=tuple(problems))
 
@@ -257,22 +263,10 @@ def to_dataset(chosen: Chosen, classes: tuple[str, ...] | None) -> Dataset:
         raise DataError(
             f"The data {printable(chosen.name)} have one class only, {listed(names)}; training needs two."
         )
-    splits = {
-        split: to_split(split, chosen.parts[split], names)
-        for split in SPLITS
-        if split in chosen.parts
-    }
+    ordered = [name for name in SPLITS if name in chosen.parts]
+    splits = {name: to_split(name, chosen.parts[name], names) for name in ordered}
     notes = (*chosen.notes, *_class_notes(splits, names))
     return Dataset(chosen.name, names, splits, notes, chosen.bad)
-
-
-def require(listing: Listing, split: str) -> None:
-    """Raises DataError, naming the splits there are, when `split` is not one."""
-    if split not in listing.parts:
-        raise DataError(
-            f"The data {printable(listing.data)} have no split {printable(split)}, only "
-            f"{', '.join(listing.parts)}."
-        )
 
 
 def _opened(listing: Listing, channels: int | Literal["auto"]) -> dict[str, ChosenSplit]:
@@ -317,28 +311,22 @@ def hold_out(
     return {**parts, "train": train.take(kept), "val": train.take(held)}
 
 
-def limit(parts: Mapping[str, ChosenSplit], most: int, seed: int) -> dict[str, ChosenSplit]:
-    """The parts with at most `most` training images of each class."""
-    train = parts["train"]
-    return {**parts, "train": train.take(limited(train.labels, most, seed))}
-
-
 def missing_classes(split: Split, classes: tuple[str, ...]) -> list[str]:
     """A note about the classes that have no image in the split, if there are any."""
     counts = np.bincount(split.labels, minlength=len(classes))
     absent = [classes[place] for place in np.flatnonzero(counts == 0)]
-    if not absent:
-        return []
-    number = counted(len(absent), "class has", "classes have")
-    return [f"{number} no image in the split {split.name}: {listed(absent)}"]
+    return _note(absent, f"no image in the split {split.name}")
+
+
+def _note(classes: list[str], what: str) -> list[str]:
+    number = counted(len(classes), "class has", "classes have")
+    return [f"{number} {what}: {listed(classes)}"] if classes else []
 
 
 def _class_notes(splits: Mapping[str, Split], classes: tuple[str, ...]) -> list[str]:
     notes = [note for split in splits.values() for note in missing_classes(split, classes)]
     single = [classes[place] for place in np.flatnonzero(np.bincount(splits["train"].labels) == 1)]
-    if single:
-        number = counted(len(single), "class has", "classes have")
-        notes.append(f"{number} a single training image: {listed(single)}")
+    notes += _note(single, "a single training image")
     alike: dict[str, list[str]] = {}
     for name in classes:
         alike.setdefault(unicodedata.normalize("NFC", name.strip()).casefold(), []).append(name)
@@ -348,15 +336,6 @@ def _class_notes(splits: Mapping[str, Split], classes: tuple[str, ...]) -> list[
         if len(names) > 1
     ]
     return notes
-
-
-def _short_classes(train: ChosenSplit, most: int) -> tuple[str, ...]:
-    counts = np.bincount(train.labels, minlength=len(train.classes))
-    few = [f"{train.classes[c]} ({counts[c]})" for c in np.flatnonzero(counts < most) if counts[c]]
-    if not few:
-        return ()
-    number = counted(len(few), "class has", "classes have")
-    return (f"{number} fewer than {most} training images: {listed(few)}",)
 
 
 class EvaluationSplit(NamedTuple):
@@ -402,7 +381,7 @@ def load_for_evaluation(
     if carved and name in ("train", "val"):
         parts = hold_out(parts, val_split, seed)
     if own and name == "train" and images_per_class is not None:
-        parts = limit(parts, images_per_class, seed)
+        parts["train"] = parts["train"].limited(images_per_class, seed)
     chosen = Chosen(listing.name, {name: parts[name]}, listing.notes)
     chosen = looked(chosen, check, bad_images, ranks=ranks, quiet=quiet)
     found = to_split(name, chosen.parts[name], classes)

@@ -43,11 +43,7 @@ TURNS = {
 OPAQUE = {"1": "L", "L": "L"} | dict.fromkeys(("P", "RGB", "RGBX", "CMYK", "YCbCr"), "RGB")
 # Modes that every image of which can be converted; others (F, I) depend on the pixels.
 MODES = frozenset(OPAQUE) | {"LA", "PA", "RGBA", "LAB", "I;16", "I;16B", "I;16L"}
-SCAN, EXIF_OR_XMP, ICC_OR_MPF = 0xDA, 0xE1, 0xE2  # second bytes of JPEG markers
-LENGTHLESS = range(0xD0, 0xDA)  # JPEG markers without a segment
-COLOURS = {1: ("Gray",), 3: ("Gray", "YCbCr", "RGB")}  # that libjpeg turns into so many channels
 END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"\0\0\0\0IEND\xaeB`\x82", "GIF": b";"}
-JPEG_HEAD = 1 << 14  # bytes in which the header of most JPEG files lies
 TIFF_PARTS = ((273, 279), (324, 325))  # tags of the offsets and lengths of strips and of tiles
 
 
@@ -114,7 +110,12 @@ def decoded(
     least: int = 0,
 ) -> Tensor:
     """As `read_image`, but with the channels of a pixel side by side in memory, as decoders leave them and resizing is
-    fastest. least: unless 0, large JPEG files are decoded at a fraction of their size (`scaled_jpeg`)."""
+    fastest.
+
+    least: unless 0, JPEG files are decoded at the smallest n/8 of their size, up to a half, that leaves both sides
+    `least` pixels or more, if there is one: only the low frequencies of each block are decoded, which is faster and
+    changes pixels.
+    """
     return _decode(os.fspath(path), channels, max_pixels, max_bytes, least)[0]
 
 
@@ -145,13 +146,7 @@ def _decode(
     try:
         with _regular(name, max_bytes) as file:
             content = file.read(os.fstat(file.fileno()).st_size)  # all; more would allocate more
-        pixels = None
-        header = None if least else plain_header(content, channels, min(max_pixels, MAX_PIXELS))
-        if header is not None:
-            pixels = decode_jpeg(content, channels)
-        if header is not None and pixels is not None:
-            return torch.from_numpy(pixels).permute(2, 0, 1), header
-        with _pillow_warnings:
+        with quiet_pillow:
             return _upright(content, channels, max_pixels, least)
     except MemoryError:
         raise
@@ -183,11 +178,7 @@ def _quick_header(path: str) -> Header | None:
     from PIL import Image
 
     try:
-        with _pillow_warnings, _regular(path, MAX_BYTES) as file:
-            plain = plain_header(file.read(JPEG_HEAD), 3, MAX_PIXELS)
-            if plain is not None and _ends(file, END_MARKS["JPEG"]):
-                return plain
-            file.seek(0)
+        with quiet_pillow, _regular(path, MAX_BYTES) as file:
             image = Image.open(file, formats=_formats())
             width, height = image.size
             if image.mode not in MODES or width * height > MAX_PIXELS or not _whole(file, image):
@@ -201,9 +192,11 @@ def _quick_header(path: str) -> Header | None:
 
 def _whole(file: BinaryIO, image: Image) -> bool:
     """Whether a file has its end mark, or the length that it states."""
-    if image.format in END_MARKS:
-        return _ends(file, END_MARKS[image.format])
     size = file.seek(0, os.SEEK_END)
+    if image.format in END_MARKS:
+        mark = END_MARKS[image.format]
+        file.seek(max(0, size - len(mark)))
+        return file.read() == mark
     if image.format in ("WEBP", "BMP"):
         place, more = (4, 8) if image.format == "WEBP" else (2, 0)
         file.seek(place)
@@ -217,12 +210,6 @@ def _whole(file: BinaryIO, image: Image) -> bool:
     return False
 
 
-def _ends(file: BinaryIO, mark: bytes) -> bool:
-    size = file.seek(0, os.SEEK_END)
-    file.seek(max(0, size - len(mark)))
-    return file.read() == mark
-
-
 @cache
 def _formats() -> tuple[str, ...]:
     """That Pillow may open: HEIF as well where pillow-heif is installed."""
@@ -233,60 +220,27 @@ def _formats() -> tuple[str, ...]:
     return (*FORMATS, "HEIF")
 
 
-def plain_header(content: bytes, channels: int, max_pixels: int) -> Header | None:
-    """Of a JPEG file of at most `max_pixels` that `decode_jpeg` decodes as Pillow does and that has no orientation to
-    apply; None for every other file, and where anything is wrong: those are for Pillow."""
-    if not _is_plain(content):
-        return None
-    import simplejpeg
-
-    try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
-    except ValueError:
-        return None
-    if height * width > max_pixels or colours not in COLOURS[channels]:
-        return None
-    return Header(width, height, 1 if colours == "Gray" else 3)
-
-
-def _is_plain(content: bytes) -> bool:
-    """Whether no segment before the pixels may hold an orientation or more images. ITU-T T.81, B.1.1."""
-    if not content.startswith(b"\xff\xd8"):
-        return False
-    place = 2
-    while content[place : place + 1] == b"\xff" and place + 4 <= len(content):
-        marker, start = content[place + 1], place + 4
-        if marker == SCAN:
-            return True
-        images = marker == ICC_OR_MPF and content.startswith(b"MPF", start)
-        if marker == EXIF_OR_XMP or images or not 0xC0 <= marker < 0xFF or marker in LENGTHLESS:
-            return False
-        place += 2 + int.from_bytes(content[place + 2 : start])
-    return False
-
-
 def is_exact_jpeg(image: Image, channels: int) -> bool:
     """Whether `decode_jpeg` gives the pixels that Pillow would: grey from colours is rounded differently."""
     return image.format == "JPEG" and (image.mode == "L" or (image.mode == "RGB" and channels == 3))
 
 
-def decode_jpeg(content: bytes, channels: int, **options: int) -> NDArray[np.uint8] | None:
-    """uint8 `[H, W, channels]` of a JPEG file whose size is known to be allowed, by libjpeg-turbo. Returns None where
-    anything is wrong with the file; the caller falls back to Pillow, which gives the reason or repairs it."""
+def decode_jpeg(content: bytes, channels: int, least: int = 0) -> NDArray[np.uint8] | None:
+    """uint8 `[H, W, channels]` of a JPEG file whose size is known to be allowed. least: see `decoded`.
+
+    Returns None where anything is wrong with the file: Pillow gives the reason or repairs it.
+    """
     import simplejpeg
 
     colours = "RGB" if channels == 3 else "GRAY"
+    factor = 2 if least else 1
     try:
-        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(content, colours, **options)
+        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(
+            content, colours, min_height=least, min_width=least, min_factor=factor
+        )
     except ValueError:
         return None
     return pixels
-
-
-def scaled_jpeg(content: bytes, channels: int, least: int) -> NDArray[np.uint8] | None:
-    """As `decode_jpeg`, but at the smallest n/8 of its size, up to a half, that leaves both sides `least` pixels or
-    more, if there is one: only the low frequencies of each block are decoded, which is faster and changes pixels."""
-    return decode_jpeg(content, channels, min_height=least, min_width=least, min_factor=2)
 
 
 def _upright(content: bytes, channels: int, max_pixels: int, least: int) -> tuple[Tensor, Header]:
@@ -300,11 +254,8 @@ def _upright(content: bytes, channels: int, max_pixels: int, least: int) -> tupl
         if image.format == "PNG":
             _check_sums(content)
         header = Header(width, height, len(image.getbands()))
-        pixels = None
-        if is_exact_jpeg(image, channels):
-            pixels = (
-                scaled_jpeg(content, channels, least) if least else decode_jpeg(content, channels)
-            )
+        exact = is_exact_jpeg(image, channels)
+        pixels = decode_jpeg(content, channels, least) if exact else None
         if pixels is None:
             image.load()
             flat = _eight_bit(image).convert("L" if channels == 1 else "RGB")
@@ -340,21 +291,27 @@ def _turned(pixels: Tensor, image: Image) -> Tensor:
 
 def _eight_bit(image: Image) -> Image:
     """Mode L or RGB from any mode that the formats can give."""
+    import PIL.Image
+    from PIL import ImageChops, ImageCms
+
     if image.mode == "I" or image.mode.startswith("I;16"):
         return _from_sixteen_bit(image)
     if image.mode == "F":
         raise _Refused(
             "its pixels are floating-point numbers of unknown range; save it with 8 bits"
         )
-    if image.mode == "LAB":
-        return _from_lab(image)
+    if image.mode == "LAB":  # CIELAB (D50) to sRGB
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+        assert converted is not None  # only an in-place conversion returns None
+        return converted
     if image.has_transparency_data:
-        return _on_white(image)
+        colours = image.convert("RGBA")
+        white = PIL.Image.new("RGBA", colours.size, "white")
+        return PIL.Image.alpha_composite(white, colours).convert("RGB")
     if image.mode not in OPAQUE:
         raise _Refused(f"its colour mode {image.mode} is not supported")
     if image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
-        from PIL import ImageChops
-
         return ImageChops.invert(image).convert("RGB")  # only Adobe stores inks inverted
     return image.convert(OPAQUE[image.mode])
 
@@ -369,24 +326,6 @@ def _from_sixteen_bit(image: Image) -> Image:
     grey = (values + 128) // 257
     grey[values == image.info.get("transparency", -1)] = 255
     return Image.fromarray(grey.astype(np.uint8))
-
-
-def _from_lab(image: Image) -> Image:
-    """CIELAB (D50) to sRGB."""
-    from PIL import ImageCms
-
-    lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-    converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
-    assert converted is not None  # only an in-place conversion returns None
-    return converted
-
-
-def _on_white(image: Image) -> Image:
-    from PIL import Image
-
-    colours = image.convert("RGBA")
-    white = Image.new("RGBA", colours.size, "white")
-    return Image.alpha_composite(white, colours).convert("RGB")
 
 
 def _reason(error: Exception) -> str:
@@ -435,11 +374,4 @@ class _PillowWarnings:
                 self._saved.__exit__(None, None, None)
 
 
-_pillow_warnings = _PillowWarnings()
-
-
-@contextmanager
-def quiet_pillow() -> Iterator[None]:
-    """Silence Pillow's warnings for many images at once, which is cheaper than for each."""
-    with _pillow_warnings:
-        yield
+quiet_pillow = _PillowWarnings()  # entering it for many images at once is cheaper than for each

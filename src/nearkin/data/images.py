@@ -39,18 +39,17 @@ class ImageSource(Protocol):
     def take(self, rows: Rows) -> Self:
         """The source with only `rows`, in that order."""
 
-    def with_channels(self, channels: int) -> Self:
-        """The source with its images converted to 1 or 3 channels."""
-
 
 class Files:
-    """Image files. least: see `scaled_jpeg`; 0 decodes in full."""
+    """Image files. least: see `decoded`; 0 decodes in full."""
 
     from_files = True
 
     def __init__(self, files: FileList, channels: int = 3, least: int = 0) -> None:
         check_channels(channels)
         self.files, self.channels, self.least = files, channels, least
+        # Links are not resolved: another target shows in the size and the time of the file.
+        self._folder = os.fsencode(os.path.abspath(files.root))  # noqa: PTH100
 
     def __len__(self) -> int:
         return len(self.files)
@@ -62,6 +61,10 @@ class Files:
     def path(self, row: int) -> str:
         """The path to open."""
         return self.files.path(row)
+
+    def key(self, row: int) -> bytes:
+        """The absolute path, under which the file is remembered."""
+        return os.path.join(self._folder, self.files.encoded(row))  # noqa: PTH118 - bytes
 
     def read(self, row: int) -> Tensor:
         return decoded(self.path(row), self.channels, least=self.least)
@@ -80,9 +83,6 @@ class Files:
     def scaled(self, least: int) -> Self:
         """The source with large JPEG files decoded at a fraction of their size, `least` pixels or more a side."""
         return type(self)(self.files, self.channels, least)
-
-    def with_channels(self, channels: int) -> Self:
-        return type(self)(self.files, channels, self.least)
 
 
 class Arrays:
@@ -120,9 +120,6 @@ class Arrays:
     def take(self, rows: Rows) -> Self:
         index = np.asarray(rows, dtype=np.int64)
         return type(self)(self._array[index], self._prefix, self.channels, self._numbers[index])
-
-    def with_channels(self, channels: int) -> Self:
-        return type(self)(self._array, self._prefix, channels, self._numbers)
 
 
 def open_images(listed: FileList | ArrayList, channels: int | Literal["auto"]) -> Files | Arrays:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import os
-import random
 import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from multiprocessing import get_start_method, parent_process
 from multiprocessing.queues import Queue
 from multiprocessing.reduction import ForkingPickler
 from multiprocessing.synchronize import Event as EventType
 from pathlib import Path
 from threading import Thread, current_thread, main_thread
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.multiprocessing import Event
@@ -26,26 +24,22 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from nearkin.data.dataset import Split
 from nearkin.data.decode import BadImage
+from nearkin.data.images import ImageSource
 from nearkin.data.sampling import SampleKey, sample_seed
-from nearkin.data.transforms import Pipeline, Transform
+from nearkin.data.transforms import Pipeline
 from nearkin.errors import ConfigError, DataError, NearkinError, Stopped
 from nearkin.process import stop_requested, stop_signals_blocked
 from nearkin.types import Batch
 
-POLL = (
-    1.0  # seconds between two looks at signals and workers while the main process waits for a batch
-)
-PATIENCE = (
-    20.0  # seconds from a stop signal until a missing batch is given up; Slurm kills after 30
-)
+POLL = 1.0  # seconds between two looks at signals and workers while a batch is awaited
+PATIENCE = 20.0  # seconds from a stop signal until a missing batch is given up; Slurm kills at 30
 PREFETCH = 2  # batches that a worker makes ahead
 SHARED_MEMORY = Path("/dev/shm")
-
 # Decoded images are transformed together until they have this many bytes: draws in a row find their code in the
 # processor's caches, but photographs are large.
 TOGETHER = 1 << 23
 
-Placed = tuple[int, int, Tensor]  # view, place in the batch, image
+Views = Callable[[ImageSource, Sequence[SampleKey]], list[Tensor]]
 
 
 class WorkersDied(NearkinError):
@@ -56,7 +50,7 @@ class WorkersDied(NearkinError):
 
 def train_loader(
     split: Split,
-    transform: Transform,
+    transform: Pipeline,
     order: Iterable[list[SampleKey]],
     *,
     views: int,
@@ -67,17 +61,16 @@ def train_loader(
 ) -> Iterator[Batch]:
     """One `Batch` for each list of keys in `order`: images uint8 `[views, b, C, H, W]`, labels and index `[b]`.
 
-    Each view is made under a random state that `sample_seed` gives, so that 0, 1 or 4 workers make the same
-    batches; the global random states are left as they were. index: the row in the split.
+    Each view is made with a generator that `sample_seed` gives, so that 0, 1 or 4 workers make the same batches.
+    index: the row in the split.
 
     patience: seconds from a stop signal until `Stopped` is raised if the workers send no batch; other processes may
     be in the middle of a step.
 
     Raises DataError when an image can no longer be read, WorkersDied when a worker ends early.
     """
-    return _batches(
-        _TrainViews(split, transform, views, seed), order, workers, pin_memory, patience
-    )
+    make = partial(_train_views, transform, views, seed)
+    return _batches(_Batches(split, make), order, workers, pin_memory, patience)
 
 
 def eval_loader(
@@ -93,135 +86,55 @@ def eval_loader(
 
     views: a decoded image -> its views, the same number for every image. Raises as `train_loader`.
     """
-    order = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    return _batches(_PlainViews(split, views), order, workers, pin_memory, PATIENCE)
+    keys = [SampleKey(row, 0, 0) for row in rows]
+    order = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
+    make = partial(_eval_views, views)
+    return _batches(_Batches(split, make), order, workers, pin_memory, PATIENCE)
 
 
-class _Views(Dataset[Batch | DataError]):
-    """Makes whole batches. Returns a DataError as a value, since torch would lose its text and class."""
+class _Batches(Dataset[Batch | DataError]):
+    """Makes whole batches. Returns a DataError as a value, since torch would lose its text and class.
 
-    def __init__(self, split: Split) -> None:
-        self.split = split
+    views: the images of some keys -> all first views, then all second views, and so on.
+    """
 
-    def rows(self, keys: Sequence[Any]) -> list[int]:
-        raise NotImplementedError
+    def __init__(self, split: Split, views: Views) -> None:
+        self.split, self.views = split, views
 
-    def views(self, keys: Sequence[Any]) -> Tensor:
-        """`[V, b, C, H, W]` of b keys."""
-        raise NotImplementedError
-
-    def __getitems__(self, keys: Sequence[Any]) -> Batch | DataError:
+    def __getitems__(self, keys: Sequence[SampleKey]) -> Batch | DataError:
         try:
-            views = self.views(keys)
+            made = self.views(self.split.images, keys)
         except BadImage as error:
             return error.by_now()
-        rows = self.rows(keys)
-        return Batch(views, torch.from_numpy(self.split.labels[rows]), torch.tensor(rows))
+        rows = [key.row for key in keys]
+        images = torch.stack(made).view(-1, len(keys), *made[0].shape)
+        return Batch(images, torch.from_numpy(self.split.labels[rows]), torch.tensor(rows))
 
 
-class _PlainViews(_Views):
-    """Keys are rows."""
-
-    def __init__(self, split: Split, make: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
-        super().__init__(split)
-        self.make = make
-
-    def rows(self, keys: Sequence[int]) -> list[int]:
-        return list(keys)
-
-    def views(self, keys: Sequence[int]) -> Tensor:
-        made = [self.make(self.split.images.read(row)) for row in keys]
-        views = range(len(made[0]))
-        placed = ((view, place, made[place][view]) for view in views for place in range(len(keys)))
-        return _stacked(placed, len(views), len(keys))
-
-
-class _TrainViews(_Views):
-    """Keys say which draw of an image this is."""
-
-    def __init__(self, split: Split, transform: Transform, views: int, seed: int) -> None:
-        super().__init__(split)
-        self.transform, self.count, self.seed = transform, views, seed
-
-    def rows(self, keys: Sequence[SampleKey]) -> list[int]:
-        return [key.row for key in keys]
-
-    def views(self, keys: Sequence[SampleKey]) -> Tensor:
-        transform = self.transform
-        if not (isinstance(transform, Pipeline) and transform.keyed):
-            return _stacked(self._one_by_one(keys), self.count, len(keys))
-        return _stacked(self._some_at_a_time(keys, transform), self.count, len(keys))
-
-    def _some_at_a_time(self, keys: Sequence[SampleKey], transform: Pipeline) -> Iterator[Placed]:
-        some: list[Tensor] = []
-        size = 0
-        for place, key in enumerate(keys, 1):
-            some.append(self.split.images.read(key.row))
-            size += some[-1].nbytes
-            if place == len(keys) or size >= TOGETHER:
-                start = place - len(some)
-                for view in range(self.count):
-                    made = transform.of_each(some, self._seeds(keys[start:place], view))
-                    yield from ((view, start + i, image) for i, image in enumerate(made))
-                some, size = [], 0
-
-    def _one_by_one(self, keys: Sequence[SampleKey]) -> Iterator[Placed]:
-        seeds = list(zip(*(self._seeds(keys, view) for view in range(self.count)), strict=True))
-        with _borrowed_random_states():
-            for place, (key, own) in enumerate(zip(keys, seeds, strict=True)):
-                image = self.split.images.read(key.row)
-                for view, seed in enumerate(own):
-                    _seed(seed)
-                    yield view, place, self.transform(image)
-
-    def _seeds(self, keys: Sequence[SampleKey], view: int) -> list[int]:
-        return [sample_seed(self.seed, k.epoch, k.row, k.occurrence, view) for k in keys]
+def _train_views(
+    transform: Pipeline, count: int, seed: int, images: ImageSource, keys: Sequence[SampleKey]
+) -> list[Tensor]:
+    views: list[list[Tensor]] = [[] for _ in range(count)]
+    decoded: list[Tensor] = []
+    for end, key in enumerate(keys, 1):
+        decoded.append(images.read(key.row))
+        if end < len(keys) and sum(image.nbytes for image in decoded) < TOGETHER:
+            continue
+        for view, made in enumerate(views):
+            seeds = [
+                sample_seed(seed, key.epoch, key.row, key.occurrence, view)
+                for key in keys[end - len(decoded) : end]
+            ]
+            made += transform.of_each(decoded, seeds)
+        decoded = []
+    return list(chain(*views))
 
 
-def _stacked(placed: Iterable[Placed], views: int, count: int) -> Tensor:
-    """`[V, b, C, H, W]`, in memory as the first image is. Each is copied as it comes, while it is still in the
-    processor's caches.
-
-    Raises ValueError for images of several sizes.
-    """
-    placed = iter(placed)
-    view, place, image = next(placed)
-    stack, shape = _room(image, (views, count)), image.shape
-    slots = [each.unbind() for each in stack]
-    slots[view][place].copy_(image)
-    for view, place, image in placed:
-        if image.shape != shape:  # copy_ would broadcast
-            raise ValueError(f"Images of {tuple(shape)} and of {tuple(image.shape)}.")
-        slots[view][place].copy_(image)
-    return stack
-
-
-def _room(image: Tensor, places: tuple[int, ...]) -> Tensor:
-    """Room for as many such images."""
-    channels, height, width = image.shape
-    if channels > 1 and image.stride(0) == 1:
-        # Colours side by side, as decoders and resizing leave them.
-        return image.new_empty((*places, height, width, channels)).movedim(-1, -3)
-    return image.new_empty((*places, channels, height, width))
-
-
-def _seed(seed: int) -> None:
-    """For torch, whose RNG our transforms use, and for Python and NumPy, which a caller's own may use."""
-    torch.default_generator.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 - the global state is what such transforms read
-
-
-@contextmanager
-def _borrowed_random_states() -> Iterator[None]:
-    """Give the global random states back as they were."""
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
-    try:
-        yield
-    finally:
-        torch.set_rng_state(states[0])
-        random.setstate(states[1])
-        np.random.set_state(states[2])  # noqa: NPY002
+def _eval_views(
+    make: Callable[[Tensor], tuple[Tensor, ...]], images: ImageSource, keys: Sequence[SampleKey]
+) -> list[Tensor]:
+    made = [make(images.read(key.row)) for key in keys]
+    return list(chain(*zip(*made, strict=True)))
 
 
 def fitting_workers(workers: int, batch_bytes: int) -> int:
@@ -236,15 +149,15 @@ def fitting_workers(workers: int, batch_bytes: int) -> int:
 
 
 def _batches(
-    views: _Views,
-    order: Iterable[Sequence[Any]],
+    made: _Batches,
+    order: Iterable[Sequence[SampleKey]],
     workers: int,
     pin_memory: bool,
     patience: float,
 ) -> Iterator[Batch]:
     started = Event() if workers else None
     loader: DataLoader[Batch | NearkinError] = DataLoader(
-        views,
+        made,
         batch_sampler=order,  # type: ignore[arg-type]  # any iterable of keys will do
         num_workers=workers,
         collate_fn=_share,  # type: ignore[arg-type]  # of whole batches
@@ -256,10 +169,10 @@ def _batches(
     )
     with _deaths_explained(started):
         batches = _start(loader) if workers else iter(loader)
-        while (made := _next(batches, patience)) is not None:
-            if isinstance(made, NearkinError):
-                raise made
-            yield made
+        while (batch := _next(batches, patience)) is not None:
+            if isinstance(batch, NearkinError):
+                raise batch
+            yield batch
 
 
 def _start(loader: DataLoader[Batch | NearkinError]) -> Iterator[Batch | NearkinError]:

@@ -8,30 +8,27 @@ import os
 import statistics
 import sys
 import time
-from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from itertools import accumulate, islice
+from contextlib import suppress
+from itertools import chain, islice
 from pathlib import Path
 from threading import Event
 from typing import Any, Literal, NamedTuple, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from nearkin.data.decode import BadImage, inspect, quiet_pillow
 from nearkin.data.images import Files, ImageSource
-from nearkin.data.remembered import BATCH, Fact, Remembered
+from nearkin.data.remembered import Fact, Remembered
 from nearkin.errors import DataError, NearkinError, printable
 from nearkin.files import write_atomic
 
 T = TypeVar("T")
 Check = Literal["auto", "full", "headers"]
 MOST_DECODED = 100_000  # files that are not yet known, up to which `auto` decodes them
-CHUNK = 64  # files per task of a thread, which hides the cost of a task
+CHUNK = 64  # files per query and per task of a thread, which hides the cost of these
 AHEAD = 16  # tasks that may wait to be taken in, at least; a transaction takes some milliseconds
 QUIET_SECONDS = 2.0  # before a bar is shown
 SAMPLE = 200  # images whose size is read to find the usual one
@@ -79,19 +76,19 @@ ALONE = Ranks()
 
 
 class Looked(NamedTuple):
-    """bad: for each source, row -> what is wrong. notes: what a person should know."""
+    """bad: absolute path of each file that cannot be read -> why. notes: what a person should know."""
 
-    bad: dict[str, dict[int, BadImage]]
+    bad: dict[bytes, str]
     notes: tuple[str, ...]
 
 
 class Examined(NamedTuple):
     """image: the pixels, if the file was decoded. fact: what there is to remember; None after an error of the system,
-    which says nothing about the file. problem: what is wrong with it, if anything."""
+    which says nothing about the file. reason: what is wrong with it, if anything."""
 
     image: Tensor | None
     fact: Fact | None
-    problem: BadImage | None
+    reason: str | None
 
 
 def look(
@@ -106,20 +103,27 @@ def look(
 
     Raises the NearkinError of any rank on all of them.
     """
-    files = NumberedFiles(sources)
-    share = np.arange(len(files))
-    share = share[share // CHUNK % ranks.size == ranks.rank]
+    rows = [
+        (files, range(start, min(start + CHUNK, len(files))))
+        for files in sources.values()
+        for start in range(0, len(files), CHUNK)
+    ]
+    share, total = rows[ranks.rank :: ranks.size], sum(map(len, sources.values()))
+    channels = next(iter(sources.values())).channels if sources else 3
+    new: list[bytes] = []
+    quiet = quiet or ranks.rank > 0
     with Remembered() as remembered:
-        bar = _Bar(quiet or ranks.rank > 0)
-        compared = _on_all(ranks, lambda: _compare(files, share, check, remembered, bar))
-        if len({one.files for one in compared}) > 1:
+        known = _on_all(
+            ranks, lambda: (total, _compare(share, check, remembered, new, quiet), len(new))
+        )
+        if len({files for files, _, _ in known}) > 1:
             raise DataError("The processes see different files; give all of them the same data.")
-        count = sum(len(one.new) for one in compared)
+        count = sum(found for _, _, found in known)
         full = check == "full" or (check == "auto" and count <= MOST_DECODED)
-        new, workers = compared[ranks.rank].new, max(1, (os.cpu_count() or 1) // ranks.size)
-        learned = _on_all(ranks, lambda: _learn(files, new, full, workers, remembered, bar))
-    bad: dict[int, BadImage] = {}
-    for part in (*(one.bad for one in compared), *learned):
+        workers = max(1, (os.cpu_count() or 1) // ranks.size)
+        learned = _on_all(ranks, lambda: _learn(new, channels, full, workers, remembered, quiet))
+    bad: dict[bytes, str] = {}
+    for part in (*(found for _, found, _ in known), *learned):
         bad |= part
     notes = [remembered.note] if remembered.note else []
     if check == "auto" and not full:
@@ -127,127 +131,73 @@ def look(
             f"of {count} new images only the header and the end of the file are checked; "
             "--check full decodes every image once"
         )
-    return Looked(files.by_source(bad), tuple(notes))
-
-
-class NumberedFiles:
-    """The files of several sources, numbered one after the other."""
-
-    def __init__(self, sources: Mapping[str, Files]) -> None:
-        self.sources = dict(sources)
-        self._all = list(sources.values())
-        self._begins = [0, *accumulate(map(len, self._all))]
-        # Not resolved: what a link leads to is found anew by the size and the time of the file.
-        self._folders = [os.fsencode(os.path.abspath(one.files.root)) for one in self._all]  # noqa: PTH100
-
-    def __len__(self) -> int:
-        return self._begins[-1]
-
-    def named(self, number: int, reason: str) -> BadImage:
-        """What is wrong with a file, under the path as it was given."""
-        source = bisect_right(self._begins, number) - 1
-        return BadImage(self._all[source].path(number - self._begins[source]), reason)
-
-    def key(self, number: int) -> bytes:
-        """The absolute path, under which a file is remembered."""
-        source = bisect_right(self._begins, number) - 1
-        name = self._all[source].files.encoded(number - self._begins[source])
-        return os.path.join(self._folders[source], name)  # noqa: PTH118 - bytes
-
-    def by_source(self, bad: Mapping[int, BadImage]) -> dict[str, dict[int, BadImage]]:
-        """For each source its bad rows in order."""
-        found = {}
-        for (name, source), begin in zip(self.sources.items(), self._begins, strict=False):
-            rows = sorted(number for number in bad if begin <= number < begin + len(source))
-            found[name] = {number - begin: bad[number] for number in rows}
-        return found
-
-
-class _Compared(NamedTuple):
-    """files: how many there are on all ranks together. new: `[n]`, the files of this rank that are to be opened."""
-
-    files: int
-    new: NDArray[np.int64]
-    bad: dict[int, BadImage]
+    return Looked(bad, tuple(notes))
 
 
 def _compare(
-    files: NumberedFiles,
-    share: NDArray[np.int64],
+    share: Sequence[tuple[Files, range]],
     check: Check,
     remembered: Remembered,
-    bar: _Bar,
-) -> _Compared:
-    """Which files are still as they were when they were looked at."""
-    new: list[int] = []
-    bad: dict[int, BadImage] = {}
-    with bar.over(len(share), "images compared with the last look"):
-        for start in range(0, len(share), BATCH):
-            numbers = share[start : start + BATCH].tolist()
-            paths = [files.key(number) for number in numbers]
-            known = remembered.known(paths)
-            for number, path in zip(numbers, paths, strict=True):
-                fact = known.get(path)
-                if fact is None or not fact.holds(path) or (check == "full" and not fact.full):
-                    new.append(number)
-                elif fact.reason is not None:
-                    bad[number] = files.named(number, fact.reason)
-            bar.advance(len(numbers))
-    return _Compared(len(files), np.array(new, dtype=np.int64), bad)
-
-
-def _learn(
-    files: NumberedFiles,
-    new: NDArray[np.int64],
-    full: bool,
-    workers: int,
-    remembered: Remembered,
-    bar: _Bar,
-) -> dict[int, BadImage]:
-    """Open the files and remember what was found."""
-    bad: dict[int, BadImage] = {}
-    facts: dict[bytes, Fact] = {}
-    channels = next(iter(files.sources.values())).channels if files.sources else 3
-
-    def opened(number: int) -> tuple[int, bytes, Fact | None, BadImage | None]:
-        path = files.key(number)
-        _, fact, problem = examine(os.fsdecode(path), channels, full)
-        return number, path, fact, problem
-
-    with bar.over(len(new), "images looked at"), quiet_pillow():
-        try:
-            for chunk in in_threads(opened, new.tolist(), workers):
-                for number, path, fact, problem in chunk:
-                    if fact is not None:
-                        facts[path] = fact
-                    if problem is not None:
-                        bad[number] = files.named(number, problem.reason)
-                bar.advance(len(chunk))
-                if len(facts) >= BATCH:
-                    remembered.keep(facts)
-                    facts = {}
-        finally:
-            remembered.keep(facts)
+    new: list[bytes],
+    quiet: bool,
+) -> dict[bytes, str]:
+    """What is wrong with files that are as they were at an earlier look; adds the paths of all others to `new`."""
+    bad: dict[bytes, str] = {}
+    chunks = ([files.key(row) for row in rows] for files, rows in share)
+    total = sum(len(rows) for _, rows in share)
+    for paths in _shown(chunks, total, "images compared with the last look", quiet):
+        known = remembered.known(paths)
+        for path in paths:
+            fact = known.get(path)
+            if fact is None or not fact.holds(path) or (check == "full" and not fact.full):
+                new.append(path)
+            elif fact.reason is not None:
+                bad[path] = fact.reason
     return bad
 
 
-def examine(path: str, channels: int, full: bool) -> Examined:
+def _learn(
+    new: Sequence[bytes],
+    channels: int,
+    full: bool,
+    workers: int,
+    remembered: Remembered,
+    quiet: bool,
+) -> dict[bytes, str]:
+    """Open the files and remember what was found. Returns what is wrong."""
+    bad: dict[bytes, str] = {}
+
+    def opened(path: bytes) -> tuple[bytes, Fact | None, str | None]:
+        _, fact, reason = examine(path, channels, full)
+        return path, fact, reason
+
+    with quiet_pillow:
+        chunks = in_threads(opened, new, workers)
+        for path, fact, reason in chain.from_iterable(
+            _shown(chunks, len(new), "images looked at", quiet)
+        ):
+            if fact is not None:
+                remembered.keep(path, fact)
+            if reason is not None:
+                bad[path] = reason
+    return bad
+
+
+def examine(path: bytes, channels: int, full: bool) -> Examined:
     """Open an image file (see `inspect`)."""
     try:
         status = os.stat(path)  # noqa: PTH116 - before the file is read: a later change is noticed
-        image, header = inspect(path, channels=channels, full=full)
+        image, header = inspect(os.fsdecode(path), channels=channels, full=full)
     except BadImage as error:
-        # A fresh one: the traceback of the caught one would keep the file's bytes in memory.
-        problem = BadImage(path, printable(error.reason))
+        reason = printable(error.reason)
         if isinstance(error.__cause__, OSError) and error.__cause__.errno is not None:
-            return Examined(None, None, problem)
-        fact = Fact(status.st_size, status.st_mtime_ns, 1, 0, 0, 0, problem.reason)
-        return Examined(None, fact, problem)
+            return Examined(None, None, reason)
+        return Examined(None, Fact(status.st_size, status.st_mtime_ns, 1, 0, 0, 0, reason), reason)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        return Examined(None, None, BadImage(path, printable(reason.lower())))
-    fact = Fact(status.st_size, status.st_mtime_ns, int(image is not None), *header, None)
-    return Examined(image, fact, None)
+        return Examined(None, None, printable(reason.lower()))
+    full = image is not None
+    return Examined(image, Fact(status.st_size, status.st_mtime_ns, full, *header, None), None)
 
 
 def usual_side(images: ImageSource) -> int:
@@ -259,15 +209,15 @@ def usual_side(images: ImageSource) -> int:
     rows = range(0, count, max(1, count // SAMPLE))
     if not isinstance(images, Files):
         return int(statistics.median(min(images.read(row).shape[-2:]) for row in rows))
-    files = NumberedFiles({"": images})
     with Remembered() as remembered:
-        known = remembered.known([files.key(row) for row in rows])
+        known = remembered.known([images.key(row) for row in rows])
 
     def side(row: int) -> int:
         """0 where the image cannot be read."""
-        fact = known.get(files.key(row))
-        if fact is None or not fact.holds(files.key(row)):
-            fact = examine(images.path(row), images.channels, full=False).fact
+        path = images.key(row)
+        fact = known.get(path)
+        if fact is None or not fact.holds(path):
+            fact = examine(path, images.channels, full=False).fact
         return 0 if fact is None else min(fact.width, fact.height)
 
     sides = [found for found in map(side, rows) if found]
@@ -281,18 +231,18 @@ def usual_side(images: ImageSource) -> int:
 
 
 def in_threads(
-    work: Callable[[int], T], rows: Iterable[int], workers: int, chunk: int = CHUNK
+    work: Callable[[bytes], T], paths: Iterable[bytes], workers: int, chunk: int = CHUNK
 ) -> Iterator[list[T]]:
-    """The results of `work` for all rows, some at a time, in order, computed a little ahead in `workers` threads.
+    """The results of `work` for all paths, some at a time, in order, computed a little ahead in `workers` threads.
 
     Decoding releases Python's lock, so threads run side by side. When the caller leaves early, as by Ctrl-C, each
-    thread ends after its present row.
+    thread ends after its present file.
     """
     stopped = Event()
-    remaining = iter(rows)
+    remaining = iter(paths)
 
-    def some(chosen: list[int]) -> list[T]:
-        return [work(row) for row in chosen if not stopped.is_set()]
+    def some(chosen: list[bytes]) -> list[T]:
+        return [work(path) for path in chosen if not stopped.is_set()]
 
     pool = ThreadPoolExecutor(max(1, workers))
     waiting: deque[Future[list[T]]] = deque()
@@ -325,54 +275,44 @@ def _on_all(ranks: Ranks, work: Callable[[], T]) -> list[T]:
     return [result for result, _ in outcomes]
 
 
-class _Bar:
-    """Images and images per second on stderr, once that takes two seconds; outside a terminal one line of text."""
+def _shown(chunks: Iterable[list[T]], total: int, what: str, quiet: bool) -> Iterator[list[T]]:
+    """The chunks, with a bar on stderr once that takes two seconds; outside a terminal one line of text."""
+    started, done, bar = time.monotonic(), 0, None
+    try:
+        for chunk in chunks:
+            yield chunk
+            done += len(chunk)
+            seconds = time.monotonic() - started
+            if not quiet and seconds > QUIET_SECONDS:
+                quiet, bar = True, _started_bar(total, what)
+            if bar is not None:
+                speed = f"{done / seconds:.0f} files/s"
+                bar.update(bar.task_ids[0], completed=done, speed=speed)
+    finally:
+        if bar is not None:
+            bar.stop()
 
-    def __init__(self, quiet: bool) -> None:
-        self._quiet = quiet
-        self._progress: Any = None
 
-    @contextmanager
-    def over(self, total: int, what: str) -> Iterator[None]:
-        """Count `total` images inside the block."""
-        self._total, self._what, self._done = total, what, 0
-        self._started, self._shown = time.monotonic(), False
-        try:
-            yield
-        finally:
-            if self._progress is not None:
-                self._progress.stop()
-                self._progress = None
+def _started_bar(total: int, what: str) -> Any:
+    if not sys.stderr.isatty():
+        with suppress(OSError, ValueError):
+            print(f"{total} {what} ...", file=sys.stderr, flush=True)  # noqa: T201
+        return None
+    from rich import progress
+    from rich.console import Console
 
-    def advance(self, count: int) -> None:
-        self._done += count
-        if not self._quiet and not self._shown and time.monotonic() - self._started > QUIET_SECONDS:
-            self._shown = True
-            self._show()
-        if self._progress is not None:
-            speed = self._done / (time.monotonic() - self._started)
-            self._progress.update(self._task, completed=self._done, speed=f"{speed:.0f} files/s")
-
-    def _show(self) -> None:
-        if not sys.stderr.isatty():
-            with suppress(OSError, ValueError):
-                print(f"{self._total} {self._what} ...", file=sys.stderr, flush=True)  # noqa: T201
-            return
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-        )
-
-        columns = TextColumn(self._what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        speed = TextColumn("{task.fields[speed]}")
-        console = Console(stderr=True)
-        self._progress = Progress(*columns, speed, console=console, transient=True)
-        self._task = self._progress.add_task("", total=self._total, speed="")
-        self._progress.start()
+    bar = progress.Progress(
+        progress.TextColumn(what),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeRemainingColumn(),
+        progress.TextColumn("{task.fields[speed]}"),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    bar.add_task("", total=total, speed="")
+    bar.start()
+    return bar
 
 
 def write_bad_files(path: Path, bad: Iterable[BadImage]) -> None:

@@ -5,18 +5,17 @@ from __future__ import annotations
 import os
 import sqlite3
 import zlib
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import NamedTuple, Self
 
 from nearkin.data.decode import DECODER
 from nearkin.errors import DataError, printable
 from nearkin.files import cache_folder
 
-T = TypeVar("T")
 STORE = "look.sqlite"
-BATCH = 2048  # files per query and per transaction
+BATCH = 2048  # files per transaction
 PATIENCE = 60.0  # seconds that a process waits for others that write
 DAMAGED = sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB
 
@@ -58,71 +57,69 @@ class Remembered:
         self.note: str | None = None
         self._path = ""
         self._connection: sqlite3.Connection | None = None
+        self._new: dict[bytes, Fact] = {}
         try:
             self._path = str(cache_folder() / STORE)
         except DataError as error:
             self.note = f"later runs look at the same images again: {error}"
-        else:
-            self._guarded(self._open)
+            return
+        with self._guarded():
+            self._connection = sqlite3.connect(self._path, timeout=PATIENCE, isolation_level=None)
+            self._connection.execute("PRAGMA synchronous = NORMAL")
+            self._connection.execute(
+                "CREATE TABLE IF NOT EXISTS files (path BLOB PRIMARY KEY, size INTEGER, mtime INTEGER, full INTEGER, "
+                "width INTEGER, height INTEGER, channels INTEGER, reason TEXT, checksum INTEGER) WITHOUT ROWID"
+            )
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._connection is not None:
-            self._connection.close()
+        self._write()
+        self._close()
 
     def known(self, paths: Sequence[bytes]) -> dict[bytes, Fact]:
-        """What is known of `paths`, whether or not the files are still the same."""
-        return self._guarded(lambda: self._select(paths)) or {}
-
-    def keep(self, facts: dict[bytes, Fact]) -> None:
-        """Remember the facts, in one transaction."""
-        rows = [(path, *fact, fact.checksum(path)) for path, fact in facts.items()]
-        self._guarded(lambda: self._insert(rows))
-
-    def _open(self) -> None:
-        self._connection = sqlite3.connect(self._path, timeout=PATIENCE, isolation_level=None)
-        self._connection.execute("PRAGMA synchronous = NORMAL")
-        self._connection.execute(
-            "CREATE TABLE IF NOT EXISTS files (path BLOB PRIMARY KEY, size INTEGER, mtime INTEGER, full INTEGER, "
-            "width INTEGER, height INTEGER, channels INTEGER, reason TEXT, checksum INTEGER) WITHOUT ROWID"
-        )
-
-    def _select(self, paths: Sequence[bytes]) -> dict[bytes, Fact]:
+        """What is known of up to 999 `paths`, whether or not the files are still the same."""
         found: dict[bytes, Fact] = {}
         if self._connection is None:
             return found
-        for start in range(0, len(paths), 500):  # SQLite before 3.32 takes 999 parameters
-            some = paths[start : start + 500]
-            marks = ",".join("?" * len(some))
-            for path, *values, checksum in self._connection.execute(
-                f"SELECT * FROM files WHERE path IN ({marks})",
-                some,
-            ):
+        query = f"SELECT * FROM files WHERE path IN ({','.join('?' * len(paths))})"
+        with self._guarded():
+            for path, *values, checksum in self._connection.execute(query, paths):
                 fact = Fact(*values)
                 with suppress(TypeError, AttributeError):  # damage may change types as well
                     if fact.checksum(path) == checksum:
                         found[path] = fact
         return found
 
-    def _insert(self, rows: list[tuple[Any, ...]]) -> None:
+    def keep(self, path: bytes, fact: Fact) -> None:
+        """Remember the fact, at the latest at the end of the block."""
+        self._new[path] = fact
+        if len(self._new) >= BATCH:
+            self._write()
+
+    def _write(self) -> None:
+        rows = [(path, *fact, fact.checksum(path)) for path, fact in self._new.items()]
+        self._new = {}
         if self._connection is None or not rows:
             return
-        with self._connection:
+        insert = f"INSERT OR REPLACE INTO files VALUES ({','.join('?' * len(rows[0]))})"
+        with self._guarded(), self._connection:
             self._connection.execute("BEGIN IMMEDIATE")
-            self._connection.executemany(
-                f"INSERT OR REPLACE INTO files VALUES ({','.join('?' * len(rows[0]))})",
-                rows,
-            )
+            self._connection.executemany(insert, rows)
 
-    def _guarded(self, work: Callable[[], T]) -> T | None:
-        """The result of `work`, or None after an error of the database; from then on it is not used any more."""
-        try:
-            return work()
-        except (sqlite3.Error, UnicodeError, TypeError) as error:
-            self.__exit__()
+    def _close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
             self._connection = None
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """After an error of the database it is not used any more."""
+        try:
+            yield
+        except (sqlite3.Error, UnicodeError, TypeError) as error:
+            self._close()
             shown = printable(self._path)
             if getattr(error, "sqlite_errorcode", None) in DAMAGED:
                 self.note = f"{shown} was damaged and is deleted; all images are looked at again"
@@ -133,4 +130,3 @@ class Remembered:
                 self.note = (
                     f"{shown} cannot be used ({error}), so later runs look at the same images again"
                 )
-            return None

@@ -19,9 +19,7 @@ Transform = Callable[[Tensor], Tensor]
 Interpolation = Literal["bilinear", "bicubic"]
 Drawn = tuple[Any, ...]  # what a step draws for an image
 
-LONGEST = (
-    8  # times the short side; longer images are cut, since a resized strip could fill the memory
-)
+LONGEST = 8  # times the short side; longer images are cut: a resized strip could fill the memory
 RATIOS = (3 / 4, 4 / 3)  # of width to height of a random region
 
 
@@ -36,23 +34,13 @@ class Pipeline:
             image = step(image)
         return image
 
-    @property
-    def keyed(self) -> bool:
-        """Whether `of_each` works: no step draws from a global state."""
-        return all(isinstance(step, Plain | Drawing) for step in self.steps)
-
     def of_each(self, images: Sequence[Tensor], seeds: Iterable[int]) -> Iterator[Tensor]:
-        """For each image the result of `self(image)` after `torch.manual_seed(seed)`, bit for bit, without touching
-        the global random state."""
+        """For each image the result of `self(image)` after `torch.manual_seed(seed)`; no global state is touched."""
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         made = iter(images)
         for step in self.steps:
             made = step.of_each(made, generators) if isinstance(step, Drawing) else map(step, made)
         return made
-
-
-class Plain:
-    """A step that draws nothing and works on `[..., C, H, W]`."""
 
 
 class Drawing(ABC):
@@ -86,7 +74,7 @@ class Drawing(ABC):
 
 
 @dataclass(frozen=True)
-class ResizeShortSide(Plain):
+class ResizeShortSide:
     """The short side becomes `side` pixels; the ratio of the sides stays, up to 8 to 1."""
 
     side: int
@@ -107,7 +95,7 @@ class ResizeShortSide(Plain):
 
 
 @dataclass(frozen=True)
-class CentreCrop(Plain):
+class CentreCrop:
     """The centre `side` x `side` of an image that is at least as large."""
 
     side: int
@@ -150,7 +138,7 @@ class RandomRegion(Drawing):
         number = torch.empty(())  # float32 holds all whole numbers that are drawn
         for _ in range(10):
             area = height * width * number.uniform_(*self.scale, generator=generator).item()
-            ratio = number.uniform_(*_log_ratios(), generator=generator).exp_().item()
+            ratio = number.uniform_(*log_ratios(RATIOS), generator=generator).exp_().item()
             high, wide = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
             if 0 < high <= height and 0 < wide <= width:
                 top = number.random_(height - high + 1, generator=generator).item()
@@ -176,13 +164,6 @@ class RandomRegion(Drawing):
 class RandomFlip(Drawing):
     """The mirror image in half of the cases."""
 
-    def of_each(
-        self, images: Iterable[Tensor], generators: Sequence[torch.Generator]
-    ) -> Iterator[Tensor]:
-        # The draws do not depend on the images, so these stay lazy.
-        draws = [self.draw(torch.Size(()), generator) for generator in generators]
-        return map(self.apply, images, draws)
-
     def draw(self, _: torch.Size, generator: torch.Generator | None = None) -> Drawn:
         return (int(torch.rand((), generator=generator).item() < 0.5),)
 
@@ -191,9 +172,9 @@ class RandomFlip(Drawing):
 
 
 @cache
-def _log_ratios() -> tuple[float, float]:
+def log_ratios(ratios: tuple[float, float]) -> tuple[float, float]:
     """In float32, as torchvision has them."""
-    low, high = torch.tensor(RATIOS).log().tolist()
+    low, high = torch.tensor(ratios).log().tolist()
     return low, high
 
 
@@ -275,17 +256,13 @@ STRENGTHS: dict[Strength, dict[str, float]] = {
 }
 
 
-def eval_transform(spec: EvalSpec) -> Transform:
+def eval_transform(spec: EvalSpec) -> Pipeline:
     """uint8 `[C, H, W]` of any size -> uint8 `[C, image_size, image_size]`, the same every time."""
-    return Pipeline(
-        (
-            ResizeShortSide(spec.resize, spec.interpolation, spec.antialias),
-            CentreCrop(spec.image_size),
-        )
-    )
+    resize = ResizeShortSide(spec.resize, spec.interpolation, spec.antialias)
+    return Pipeline((resize, CentreCrop(spec.image_size)))
 
 
-def train_transform(spec: TrainSpec) -> Transform:
+def train_transform(spec: TrainSpec) -> Pipeline:
     """uint8 `[channels, H, W]` of any size -> uint8 `[channels, image_size, image_size]`, drawn from torch's RNG.
 
     In this order: crop, mirror image, RandAugment, colour jitter, grey, erasing. mixup and CutMix are no part of it:

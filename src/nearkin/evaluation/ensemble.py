@@ -7,10 +7,13 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,11 +23,11 @@ from nearkin.data.images import Files
 from nearkin.data.look import Ranks
 from nearkin.data.sources.listing import Listing
 from nearkin.distributed import Runtime
-from nearkin.errors import ConfigError, DivergedError, ModelError, printable
+from nearkin.errors import ConfigError, DivergedError, ModelError, listed, printable
 from nearkin.evaluation.evaluator import Evaluator, Probabilities, gathered
 from nearkin.evaluation.metrics import reduced
-from nearkin.evaluation.model import DESCRIPTION, FORMAT, WEIGHTS, Bundle, load_bundle
-from nearkin.evaluation.options import Tta
+from nearkin.evaluation.model import FORMAT, WEIGHTS, Bundle, load_bundle
+from nearkin.evaluation.options import DESCRIPTION, Tta
 from nearkin.files import SaveFailed, write_atomic
 from nearkin.network import read_safetensors
 from nearkin.process import launched
@@ -33,6 +36,10 @@ from nearkin.types import Predictions
 FOLDER = "cache"
 NAME = "probabilities"
 LARGEST = 2**27  # probabilities in a cache file and in memory, per member: 512 MiB in float32
+BATCH = 64
+STEPS = 10_000
+CLOSE = 1e-6  # nats between the log loss found and the smallest possible
+LEAST = 1e-12
 PACKAGES = ("nearkin", "torch", "timm", "torchvision", "pillow")  # what turns files into numbers
 
 
@@ -60,71 +67,51 @@ def fingerprint(split: Split) -> str:
     for row in range(len(split.labels)):
         parts = [images.identity(row)]
         if isinstance(images, Files):
-            parts.append(b"%d" % _changed(images.path(row)))
+            changed = -1
+            with suppress(OSError):
+                changed = os.stat(images.path(row)).st_mtime_ns  # noqa: PTH116 - called once per image
+            parts.append(b"%d" % changed)
         for part in parts:  # with their lengths, so that no two lists look alike
             digest.update(b"%d:" % len(part) + part)
     return digest.hexdigest()
 
 
-def _changed(path: str) -> int:
-    try:
-        return os.stat(path).st_mtime_ns  # noqa: PTH116 - called once per image
-    except OSError:
-        return -1
-
-
-class Cached(NamedTuple):
-    """Probabilities `[N, C]` from a cache file, or None; note: why a file that exists was not used."""
-
-    probabilities: Tensor | None
-    note: str | None = None
-
-
-def read_cached(run: Path, key: str, shape: tuple[int, int]) -> Cached:
-    """The probabilities stored under `key`. Anything but N rows of C probabilities is not used."""
-    path = run / FOLDER / f"{key}.safetensors"
+def read_cached(path: Path, shape: tuple[int, int]) -> tuple[Tensor | None, str | None]:
+    """The probabilities `shape` = `[N, C]` in a cache file, and why a file that exists is not used, if so."""
     try:
         if not path.is_file():
-            return Cached(None)
-        stored = read_safetensors(path).get(NAME)
-    except (OSError, ModelError):
-        stored = None
-    if stored is None or stored.shape != shape or not _are_probabilities(stored):
-        shown = printable(str(path))
-        return Cached(None, f"{shown} does not hold this model's predictions; it was made anew")
-    return Cached(stored)
+            return None, None
+        rows = read_safetensors(path)[NAME]
+        ones = torch.ones(shape[0], dtype=rows.dtype)
+        if (
+            rows.shape == shape
+            and rows.dtype in (torch.float32, torch.float64)
+            and bool((rows >= 0).all())
+            and torch.allclose(rows.sum(1), ones, atol=1e-3)
+        ):
+            return rows, None
+    except (OSError, ModelError, KeyError):
+        pass
+    shown = printable(str(path))
+    return None, f"{shown} does not hold this model's predictions; it was made anew"
 
 
-def _are_probabilities(rows: Tensor) -> bool:
-    if rows.dtype not in (torch.float32, torch.float64):
-        return False
-    total = rows.sum(1)
-    return bool((rows >= 0).all()) and torch.allclose(total, torch.ones_like(total), atol=1e-3)
-
-
-def write_cached(run: Path, key: str, probabilities: Tensor) -> str | None:
+def write_cached(path: Path, probabilities: Tensor) -> str | None:
     """Store them, or return why that was not possible: evaluation goes on without a cache."""
     from safetensors.torch import save
 
-    folder = run / FOLDER
+    folder = path.parent
     if folder.is_symlink():
         return f"{printable(str(folder))} is a link, so the predictions were not kept there"
     try:
         folder.mkdir(exist_ok=True)
-        data = save({NAME: probabilities.contiguous()})
-        write_atomic(folder / f"{key}.safetensors", data)
+        write_atomic(path, save({NAME: probabilities.contiguous()}))
     except OSError as error:
-        return (
-            f"the predictions were not kept: no folder {printable(str(folder))} ({error.strerror})"
-        )
+        shown = printable(str(folder))
+        return f"the predictions were not kept: no folder {shown} ({error.strerror})"
     except SaveFailed as error:
         return f"the predictions were not kept: {error}"
     return None
-
-
-STEPS = 10_000
-CLOSE = 1e-6  # nats between the log loss found and the smallest possible
-LEAST = 1e-12
 
 
 def mixed(probabilities: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -158,43 +145,13 @@ def likelihood_weights(own: Sequence[Tensor]) -> list[float]:
     return found
 
 
-def same_classes(own: Sequence[str], wanted: Sequence[str], name: str) -> None:
-    """Raises ModelError when a member, called `name`, knows other classes than the first."""
-    if set(own) != set(wanted):
-        odd = sorted(set(own) ^ set(wanted))
-        raise ModelError(
-            f"The models of an ensemble must know the same classes; {printable(name)} differs in "
-            f"{', '.join(printable(c) for c in odd[:3])}{', ...' if len(odd) > 3 else ''}."
-        )
-
-
-BATCH = 64
-
-
 class Member(NamedTuple):
-    """A run with its model and its configuration. order: for each class of the first member, its own number; None
-    where the classes have the same order."""
+    """A run with its model and its configuration. order: for each class of the first member, its own number."""
 
     run: Path
     bundle: Bundle
     config: RunConfig
-    order: Tensor | None
-
-
-class LoadedSplit(NamedTuple):
-    """A split and what identifies it: `fingerprint` of its images, its labels as bytes."""
-
-    found: EvaluationSplit
-    images: str
-    labels: bytes
-
-
-class Source(NamedTuple):
-    """The probabilities of one member, this process's share; cached: whether they come from a file."""
-
-    batches: Iterator[Probabilities]
-    cached: bool
-    notes: tuple[str, ...]
+    order: Tensor
 
 
 class EnsemblePredictions(NamedTuple):
@@ -223,10 +180,13 @@ def load_members(runs: Sequence[Path], device: torch.device) -> list[Member]:
         bundle = load_bundle(run, device)
         config: RunConfig = validate(RunConfig, read_yaml(run / CONFIG_FILE))
         wanted = members[0].bundle.classes if members else bundle.classes
-        same_classes(bundle.classes, wanted, str(run))
-        places_of = {name: number for number, name in enumerate(bundle.classes)}
-        same = bundle.classes == wanted
-        order = None if same else torch.tensor([places_of[name] for name in wanted])
+        odd = sorted(set(bundle.classes) ^ set(wanted))
+        if odd:
+            raise ModelError(
+                f"The models of an ensemble must know the same classes; {printable(str(run))} differs in {listed(odd)}."
+            )
+        numbers = {name: number for number, name in enumerate(bundle.classes)}
+        order = torch.tensor([numbers[name] for name in wanted], device=device)
         members.append(Member(run, bundle, config, order))
     return members
 
@@ -237,50 +197,38 @@ class Ensemble:
     def __init__(
         self, members: Sequence[Member], runtime: Runtime, *, tta: Tta, workers: int, cache: bool
     ) -> None:
-        self.members, self._runtime = members, runtime
-        self._tta, self._workers, self._cache = tta, workers, cache
+        self.members, self.runtime = members, runtime
+        self.tta, self._workers, self._cache = tta, workers, cache
         self.classes = members[0].bundle.classes
-        self._loaded: dict[tuple[Any, ...], LoadedSplit] = {}
+        self._loaded: dict[tuple[Any, ...], tuple[EvaluationSplit, str]] = {}
 
     def predict(
-        self, data: Listing | None, split: str | None, weights: Sequence[float] | None = None
+        self,
+        data: Listing | None,
+        split: str | None,
+        weights: Sequence[float] | None = None,
+        *,
+        advice: str = "give DATA that none of them was trained on",
     ) -> EnsemblePredictions:
         """data: None for the members' own, which must then be the same images. weights: None for equal ones.
 
-        Raises DataError for data or a split that do not exist, ConfigError when the members' own images differ.
+        Raises DataError for data or a split that do not exist, ConfigError with `advice` when the members' own images
+        differ.
         """
-        advice = "give DATA that none of them was trained on"
-        return self._predict(data, split, weights, advice)
-
-    def predict_validation(self) -> EnsemblePredictions:
-        """The members' own validation split, which no member was trained on. Raises as `predict`."""
-        advice = (
-            "train them on the same data with one --seed and --val-split, or use --weights equal"
-        )
-        return self._predict(None, "val", None, advice)
-
-    def _predict(
-        self, data: Listing | None, split: str | None, weights: Sequence[float] | None, advice: str
-    ) -> EnsemblePredictions:
         loaded = [self._load(member, data, split) for member in self.members]
-        first = loaded[0]
-        for member, one in zip(self.members, loaded, strict=True):
-            if one.images != first.images or one.labels != first.labels:
+        (first, notes, _), images = loaded[0]
+        for member, (other, other_images) in zip(self.members, loaded, strict=True):
+            if other_images != images or not np.array_equal(other.split.labels, first.labels):
                 raise ConfigError(
                     f"{printable(str(self.members[0].run))} and {printable(str(member.run))} have other images in "
-                    f"their split {first.found.split.name}: other data, --seed or --val-split; {advice}."
+                    f"their split {first.name}: other data, --seed or --val-split; {advice}."
                 )
-        sources = [
-            self._source(member, one) for member, one in zip(self.members, loaded, strict=True)
-        ]
-        whole, members = self._combined([source.batches for source in sources], weights)
+        pairs = zip(self.members, loaded, strict=True)
+        sources = [self._source(member, found.split, images) for member, (found, _) in pairs]
+        batches, cached, more_notes = zip(*sources, strict=True)
+        whole, members = self._combined(batches, weights)
         return EnsemblePredictions(
-            first.found.split,
-            first.images,
-            whole,
-            members,
-            tuple(source.cached for source in sources),
-            (*first.found.notes, *(note for source in sources for note in source.notes)),
+            first, images, whole, members, cached, (*notes, *chain.from_iterable(more_notes))
         )
 
     def _combined(
@@ -290,88 +238,75 @@ class Ensemble:
         not grow with images x classes."""
         shares = weights or [1 / len(sources)] * len(sources)
 
-        def rows() -> Iterator[tuple[Tensor, ...]]:
+        def reduced_batches() -> Iterator[tuple[Tensor, ...]]:
             for batches in zip(*sources, strict=True):
-                parts = [reduced(*batch) for batch in batches]
+                own = [
+                    batch.probabilities[:, member.order.to(batch.probabilities.device)]
+                    for batch, member in zip(batches, self.members, strict=True)
+                ]
+                parts = [
+                    reduced(rows, *batch[1:]) for rows, batch in zip(own, batches, strict=True)
+                ]
                 labels, index = parts[0].labels, parts[0].index
                 if len(parts) > 1:
-                    mixture = mixed([batch.probabilities for batch in batches], shares)
-                    parts.append(reduced(mixture, labels.cpu(), index.cpu()))
+                    parts.append(reduced(mixed(own, shares), labels.cpu(), index.cpu()))
                 yield (*(column for part in parts for column in part[:3]), labels, index)
 
-        *columns, labels, index = gathered(self._runtime, rows())
+        *columns, labels, index = gathered(self.runtime, reduced_batches())
         found = [
             Predictions(*part, labels, index)
             for part in zip(columns[::3], columns[1::3], columns[2::3], strict=True)
         ]
         return found[-1], tuple(found[: len(sources)])
 
-    def _load(self, member: Member, data: Listing | None, split: str | None) -> LoadedSplit:
-        """The split for a member, read once for all members that need the same."""
-        config = member.config
-        options: dict[str, Any] = {
+    def _load(
+        self, member: Member, data: Listing | None, split: str | None
+    ) -> tuple[EvaluationSplit, str]:
+        """The split for a member and its `fingerprint`, read once for all members that need the same."""
+        own = ("val_split", "seed", "images_per_class") if data is None else ()
+        options = member.config.model_dump(include={"bad_images", *own}) | {
             "channels": member.bundle.description.spec.channels,
             "split": split,
             "own": data is None,
-            "bad_images": config.bad_images,
         }
-        if data is None:
-            options |= {
-                "val_split": config.val_split,
-                "seed": config.seed,
-                "images_per_class": config.images_per_class,
-            }
-        source = config.data if data is None else data
-        key = (config.data if data is None else data.data, *options.values())
+        source = data or member.config.data
+        key = (data.data if data else source, *options.items())
         if key not in self._loaded:
-            collect = self._runtime.collect
-            ranks = Ranks.on_node(self._runtime.rank, launched().per_node, collect)
+            collect = self.runtime.collect
+            ranks = Ranks.on_node(self.runtime.rank, launched().per_node, collect)
             found = load_for_evaluation(source, classes=self.classes, ranks=ranks, **options)
-            labels = found.split.labels.tobytes()
-            self._loaded[key] = LoadedSplit(found, fingerprint(found.split), labels)
+            self._loaded[key] = found, fingerprint(found.split)
         return self._loaded[key]
 
-    def _source(self, member: Member, loaded: LoadedSplit) -> Source:
-        """Where the member's probabilities come from: a cache file, or the network. With a cache, and up to `LARGEST`
-        values, the network runs at once and the probabilities are stored."""
-        split, runtime = loaded.found.split, self._runtime
+    def _source(
+        self, member: Member, split: Split, images: str
+    ) -> tuple[Iterator[Probabilities], bool, list[str]]:
+        """This process's probabilities of a member, whether they come from a cache file, and notes. With a cache, and
+        up to `LARGEST` values, the network runs at once and the probabilities are stored."""
+        runtime = self.runtime
         spec, network = member.bundle.description.transform, member.bundle.network
         evaluator = Evaluator(runtime, spec, batch_size=BATCH, workers=self._workers)
+        batches = evaluator.probabilities(network, split, self.tta)
         shape = (len(split.labels), len(self.classes))
-        use_cache, key, cached = self._cache and math.prod(shape) <= LARGEST, "", Cached(None)
-        if use_cache and runtime.is_main:
-            key = cache_key(member.run, split, loaded.images, self._tta, runtime.device)
-            cached = read_cached(member.run, key, shape)
-        notes = [cached.note]
-        if self._cache and not use_cache:
-            notes.append(
-                f"the predictions were not kept: {shape[0]} images x {shape[1]} classes are too many"
-            )
-        stored = runtime.share(cached.probabilities)
-        was_stored = stored is not None
-        batches = evaluator.probabilities(network, split, self._tta)
-        if use_cache and stored is None:
+        if not self._cache or math.prod(shape) > LARGEST:
+            counts = f"{shape[0]} images x {shape[1]} classes"
+            too_many = f"the predictions were not kept: {counts} are too many"
+            return batches, False, [too_many] if self._cache else []
+        stored, notes = None, list[str | None]()
+        if runtime.is_main:
+            key = cache_key(member.run, split, images, self.tta, runtime.device)
+            path = member.run / FOLDER / f"{key}.safetensors"
+            stored, note = read_cached(path, shape)
+            notes.append(note)
+        stored = runtime.share(stored)
+        cached = stored is not None
+        if stored is None:
             stored = gathered(runtime, batches)[0]
             if runtime.is_main:
-                notes.append(write_cached(member.run, key, stored))
-        if stored is not None:
-            labels, size = torch.from_numpy(split.labels), evaluator.batch_size(self._tta)
-            batches = _stored_batches(stored, labels, evaluator.share(split), size)
-        if member.order is not None:
-            batches = _reordered(batches, member.order)
-        return Source(batches, was_stored, tuple(note for note in notes if note))
-
-
-def _stored_batches(
-    rows: Tensor, labels: Tensor, share: range, size: int
-) -> Iterator[Probabilities]:
-    """The rows `share` of `rows` `[N, C]`, in the same batches as those of a network."""
-    for start in range(0, len(share), size):
-        index = torch.tensor(share[start : start + size])
-        yield Probabilities(rows[index], labels[index], index)
-
-
-def _reordered(batches: Iterator[Probabilities], order: Tensor) -> Iterator[Probabilities]:
-    for batch in batches:
-        columns = order.to(batch.probabilities.device)
-        yield batch._replace(probabilities=batch.probabilities[:, columns])
+                notes.append(write_cached(path, stored))
+        # The same batches as those of a network, since all members advance together.
+        share, size = evaluator.share(split), evaluator.batch_size(self.tta)
+        labels = torch.from_numpy(split.labels)
+        rows = (torch.tensor(share[start : start + size]) for start in range(0, len(share), size))
+        kept = (Probabilities(stored[index], labels[index], index) for index in rows)
+        return kept, cached, [note for note in notes if note]

@@ -63,15 +63,12 @@ def draw(labels: Rows, classes: Rows, protocol: EpisodeOptions) -> Iterator[Epis
     give the same episodes without their last classes.
     """
     rows = {int(c): np.flatnonzero(labels == c) for c in classes}
+    key = ("episode images", protocol.seed)
     for number in range(protocol.episodes):
         ways = keyed_rng("episode", protocol.seed, number).permutation(classes)[: protocol.ways]
-        drawn = np.stack([_images(rows[int(c)], protocol, number, int(c)) for c in ways])
+        orders = [keyed_rng(*key, number, int(c)).permutation(rows[int(c)]) for c in ways]
+        drawn = np.stack([order[: protocol.needed] for order in orders])
         yield Episode(ways, drawn[:, : protocol.shots], drawn[:, protocol.shots :])
-
-
-def _images(rows: Rows, protocol: EpisodeOptions, number: int, label: int) -> Rows:
-    rng = keyed_rng("episode images", protocol.seed, number, label)
-    return rng.permutation(rows)[: protocol.needed]
 
 
 def classify(

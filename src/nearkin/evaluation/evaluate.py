@@ -12,12 +12,20 @@ from typing import TYPE_CHECKING
 from nearkin.data.sources.resolve import resolve
 from nearkin.errors import ConfigError
 from nearkin.evaluation.options import Device, Tta, Weights, check_choice, check_run
-from nearkin.evaluation.results import Evaluation, MemberMetrics, Metrics
+from nearkin.evaluation.results import Evaluation, MemberMetrics
 from nearkin.files import SaveFailed
 
 if TYPE_CHECKING:
     from nearkin.data.sources.listing import Listing
-    from nearkin.evaluation.ensemble import EnsemblePredictions
+    from nearkin.evaluation.ensemble import Ensemble
+
+ONE_VALIDATION = (
+    "train them on the same data with one --seed and --val-split, or use --weights equal"
+)
+SAME_IMAGES = (
+    "the weights were chosen on this very split, so the ensemble's numbers are too good; "
+    "evaluate it on a test split or on other DATA"
+)
 
 
 def evaluate(
@@ -53,65 +61,53 @@ def evaluate(
     for one in runs:
         check_run(one)
     listing = None if data is None else resolve(str(data))
-    return _evaluate(runs, listing, split, tta, weights, cache, device, workers)
-
-
-def _evaluate(
-    runs: Sequence[Path],
-    data: Listing | None,
-    split: str | None,
-    tta: Tta,
-    weights: Weights,
-    cache: bool,
-    device: Device,
-    workers: int,
-) -> Evaluation:
     from nearkin.distributed import Runtime, choose_device
-    from nearkin.evaluation.ensemble import Ensemble, likelihood_weights, load_members
-    from nearkin.evaluation.metrics import summarise
+    from nearkin.evaluation.ensemble import Ensemble, load_members
 
     with Runtime(device=choose_device(device), precision="fp32") as runtime:
         members = load_members(runs, runtime.device)
         ensemble = Ensemble(members, runtime, tta=tta, workers=workers, cache=cache)
-        shares, validation = [1 / len(runs)] * len(runs), None
-        if weights == "validation" and len(runs) > 1:
-            validation = ensemble.predict_validation()
-            shares = likelihood_weights([member.own for member in validation.members])
-        found = ensemble.predict(data, split, shares)
-        metrics, notes = summarise(found.whole, ensemble.classes), _notes(found, validation)
-        name = _name(found.split.name, runs, data and data.data, tta, weights)
-        files = _write(runs[0], name, metrics, notes) if runtime.is_main else None
-        confusion_file, classes_file = runtime.share(files) or (None, None)
+        return _measure(ensemble, listing, split, weights)
+
+
+def _measure(
+    ensemble: Ensemble, data: Listing | None, split: str | None, weights: Weights
+) -> Evaluation:
+    from nearkin.evaluation.ensemble import likelihood_weights
+    from nearkin.evaluation.metrics import summarise, write_tables
+
+    runs, runtime = [member.run for member in ensemble.members], ensemble.runtime
+    notes: list[str] = []
+    shares, validation, files = [1 / len(runs)] * len(runs), None, None
+    if weights == "validation" and len(runs) > 1:
+        validation = ensemble.predict(None, "val", advice=ONE_VALIDATION)
+        shares = likelihood_weights([member.own for member in validation.members])
+        notes += validation.notes
+    found = ensemble.predict(data, split, shares)
+    notes += found.notes
+    if validation and validation.images == found.images:
+        notes.append(SAME_IMAGES)
+    metrics = summarise(found.whole, ensemble.classes)
+    if runtime.is_main:
+        name = _name(found.split.name, runs, data and data.data, ensemble.tta, weights)
+        try:
+            files = write_tables(runs[0], name, metrics)
+        except SaveFailed as error:  # a folder that cannot be written
+            notes.append(str(error))
+    confusion_file, classes_file = runtime.share(files) or (None, None)
+    top1 = [float((one.top[:, 0] == one.labels).double().mean()) for one in found.members]
+    columns = zip(map(str, runs), shares, top1, found.cached, strict=True)
     return Evaluation(
         **vars(metrics),
         run=str(runs[0]),
         split=found.split.name,
-        tta=tta,
+        tta=ensemble.tta,
         weights=weights,
-        members=_members(runs, found, shares),
+        members=tuple(MemberMetrics(*column) for column in columns),
         notes=tuple(dict.fromkeys(notes)),
         confusion_file=confusion_file,
         classes_file=classes_file,
     )
-
-
-def _members(
-    runs: Sequence[Path], found: EnsemblePredictions, shares: Sequence[float]
-) -> tuple[MemberMetrics, ...]:
-    top1 = [float((one.top[:, 0] == one.labels).double().mean()) for one in found.members]
-    columns = zip(map(str, runs), shares, top1, found.cached, strict=True)
-    return tuple(MemberMetrics(*column) for column in columns)
-
-
-def _notes(found: EnsemblePredictions, validation: EnsemblePredictions | None) -> list[str]:
-    """What a person should know."""
-    notes = [*(validation.notes if validation else ()), *found.notes]
-    if validation is not None and validation.images == found.images:
-        notes.append(
-            "the weights were chosen on this very split, so the ensemble's numbers are too good; "
-            "evaluate it on a test split or on other DATA"
-        )
-    return notes
 
 
 def _name(split: str, runs: Sequence[Path], data: str | None, tta: str, weights: str) -> str:
@@ -121,14 +117,3 @@ def _name(split: str, runs: Sequence[Path], data: str | None, tta: str, weights:
     where = None if data is None else os.path.realpath(data)
     key = json.dumps([[os.path.realpath(run) for run in runs], where, tta, weights])
     return f"{split}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
-
-
-def _write(run: Path, name: str, metrics: Metrics, notes: list[str]) -> tuple[Path, Path] | None:
-    """The tables of the evaluation; a folder that cannot be written is a note."""
-    from nearkin.evaluation.metrics import write_tables
-
-    try:
-        return write_tables(run, name, metrics)
-    except SaveFailed as error:
-        notes.append(str(error))
-        return None

@@ -91,14 +91,6 @@ def _features(bundle: Bundle, batches: Iterable[Batch]) -> NDArray[np.float32]:
     return found
 
 
-class Unseen(NamedTuple):
-    """Images that the run was not trained on. classes: the data's own class names; a label is a place in them."""
-
-    split: Split
-    classes: tuple[str, ...]
-    notes: tuple[str, ...]
-
-
 def measure(run: Path, data: Listing, protocol: EpisodeOptions) -> FewShot:
     """The few-shot accuracy; see `nearkin.fewshot`."""
     bundle = load_bundle(run, torch.device(choose_device(protocol.device)))
@@ -108,17 +100,14 @@ def measure(run: Path, data: Listing, protocol: EpisodeOptions) -> FewShot:
     trained = set(bundle.classes)
     shared = [names[c] for c in classes if names[c] in trained]
     if shared:
-        notes += (_shared_note(shared, len(classes)),)
+        number = "all" if len(shared) == len(classes) else f"{len(shared)} of the"
+        notes += (
+            f"the run was trained on {number} {counted(len(classes), 'class', 'classes')} drawn from, so this is "
+            f"not a few-shot result for them: {listed(shared)}",
+        )
     rows = np.flatnonzero(np.isin(split.labels, classes))
-    features = extract(
-        bundle,
-        split,
-        rows.tolist(),
-        copies=protocol.copies,
-        flip=config.flip is True,
-        seed=protocol.seed,
-        workers=protocol.workers,
-    )
+    drawn = protocol.model_dump(include={"copies", "seed", "workers"})
+    features = extract(bundle, split, rows.tolist(), flip=config.flip is True, **drawn)
     start = perf_counter()
     accuracies = play(features, split.labels[rows], classes, protocol)
     return FewShot(
@@ -151,27 +140,35 @@ def play(
 
 def _unseen(
     data: Listing, config: RunConfig, run: Path, bundle: Bundle, protocol: EpisodeOptions
-) -> Unseen:
-    """The images to draw from. Raises DataError when they do not exist, or the run was trained on some of them."""
+) -> tuple[Split, tuple[str, ...], tuple[str, ...]]:
+    """The images to draw from, the data's own class names, and notes; a label is a place among the names.
+
+    Raises DataError when the images do not exist, or the run was trained on some of them.
+    """
     own = _same(data.data, config.data)
     if own:
-        _check_own_split(data, config, protocol.split)
-    names = bundle.classes if own else _classes(data)
+        shown = printable(config.data)
+        if not {"val", "test"} & set(data.parts) and config.val_split == 0:
+            raise DataError(f"The run was trained on all images of {shown}; give other data.")
+        if protocol.split == "train":
+            raise DataError(
+                f"The run was trained on the split train of {shown}, so its images do not measure accuracy on new "
+                "ones; leave out --split, or give other data."
+            )
+    present = {name for part in data.parts.values() for name in part.present()}
+    names = bundle.classes if own else tuple(by_bytes(present))
     split, notes, _ = load_for_evaluation(
         data,
         classes=names,
-        channels=bundle.description.spec.channels,
         split=protocol.split,
         own=own,
-        val_split=config.val_split,
-        seed=config.seed,
-        images_per_class=config.images_per_class,
         bad_images=config.bad_images if own else protocol.bad_images,
+        **config.model_dump(include={"val_split", "seed", "images_per_class"}),
+        channels=bundle.description.spec.channels,
     )
     if not own and tuple(data.parts) == ("train",):
         split = split._replace(name="all")
-    notes += _refuse_trained(split, config, run)
-    return Unseen(split, names, notes)
+    return split, names, notes + _refuse_trained(split, config, run)
 
 
 def _same(data: str, trained: str) -> bool:
@@ -184,21 +181,6 @@ def _same(data: str, trained: str) -> bool:
         return False
 
 
-def _classes(listing: Listing) -> tuple[str, ...]:
-    return tuple(by_bytes({name for part in listing.parts.values() for name in part.present()}))
-
-
-def _check_own_split(listing: Listing, config: RunConfig, split: str | None) -> None:
-    shown = printable(config.data)
-    if not {"val", "test"} & set(listing.parts) and config.val_split == 0:
-        raise DataError(f"The run was trained on all images of {shown}; give other data.")
-    if split == "train":
-        raise DataError(
-            f"The run was trained on the split train of {shown}, so its images do not measure accuracy on new ones; "
-            "leave out --split, or give other data."
-        )
-
-
 def _refuse_trained(split: Split, config: RunConfig, run: Path) -> tuple[str, ...]:
     """Raises DataError when the run was trained on a file of `split`, under any path.
 
@@ -209,14 +191,9 @@ def _refuse_trained(split: Split, config: RunConfig, run: Path) -> tuple[str, ..
         return ()
     shown = printable(str(run))
     try:
-        trained = load_dataset(
-            config.data,
-            channels=config.channels,
-            val_split=config.val_split,
-            seed=config.seed,
-            images_per_class=config.images_per_class,
-            check=None,  # of an unreadable file only the name is compared
-        ).splits["train"]
+        options = config.model_dump(include={"channels", "val_split", "seed", "images_per_class"})
+        # Without a check: of an unreadable file only the name is compared.
+        trained = load_dataset(config.data, check=None, **options).splits["train"]
     except DataError:
         gone = printable(config.data)
         return (
@@ -241,11 +218,3 @@ def _inodes(images: ImageSource) -> dict[tuple[int, int], str]:
             stat = os.stat(images.path(row))  # noqa: PTH116 - a Path would normalise it
             found[stat.st_dev, stat.st_ino] = images.name(row)
     return found
-
-
-def _shared_note(shared: list[str], classes: int) -> str:
-    number = "all" if len(shared) == classes else f"{len(shared)} of the"
-    return (
-        f"the run was trained on {number} {counted(classes, 'class', 'classes')} drawn from, so this is not a "
-        f"few-shot result for them: {listed(shared)}"
-    )

@@ -80,24 +80,16 @@ def summarise(predictions: Predictions, classes: Sequence[str]) -> Metrics:
         labels, top[:, 0], labels=numbers, zero_division=0
     )
     present = support > 0
+    columns = [column.tolist() for column in (*rates, support.astype(np.int64))]
+    hits = top[:, 0] == labels
     return Metrics(
         n=len(labels),
         top1=top1,
         top5=float((top == labels[:, None]).any(1).mean()),
         log_loss=log_loss,
-        ece=calibration_error(
-            predictions.probabilities[:, 0].double().numpy(), top[:, 0] == labels
-        ),
+        ece=calibration_error(predictions.probabilities[:, 0].double().numpy(), hits),
         macro=Averages(*(float(column[present].mean()) for column in rates)),
-        per_class=tuple(
-            ClassMetrics(*row)
-            for row in zip(
-                classes,
-                *(column.tolist() for column in rates),
-                support.astype(np.int64).tolist(),
-                strict=True,
-            )
-        ),
+        per_class=tuple(ClassMetrics(*row) for row in zip(classes, *columns, strict=True)),
         confusion=_confusion(labels, top[:, 0], classes),
     )
 
@@ -133,27 +125,18 @@ def write_predictions(
     names: the path of every row of the split; `predictions.index` picks from them. top5: up to five
     pairs `[class, probability]`, most probable first. Format as `write_csv`. Raises SaveFailed.
     """
-    rows = zip(
-        predictions.index.tolist(),
-        predictions.labels.tolist(),
-        predictions.top.tolist(),
-        predictions.probabilities.tolist(),
-        strict=True,
-    )
-    write_csv(
-        path,
-        ("path", "label", "predicted", "probability", "top5"),
+    columns = (predictions.index, predictions.labels, predictions.top, predictions.probabilities)
+    rows = (
         (
-            (
-                names[row],
-                classes[label],
-                classes[top[0]],
-                values[0],
-                json.dumps([[classes[c], value] for c, value in zip(top, values, strict=True)]),
-            )
-            for row, label, top, values in rows
-        ),
+            names[row],
+            classes[label],
+            classes[top[0]],
+            values[0],
+            json.dumps([[classes[c], value] for c, value in zip(top, values, strict=True)]),
+        )
+        for row, label, top, values in zip(*(c.tolist() for c in columns), strict=True)
     )
+    write_csv(path, ("path", "label", "predicted", "probability", "top5"), rows)
 
 
 def write_tables(folder: Path, name: str, metrics: Metrics) -> tuple[Path, Path]:

@@ -54,7 +54,7 @@ class Description(BaseModel):
 
 
 class Built(NamedTuple):
-    """A network, the objective that shaped its heads, and the backbone's width."""
+    """A network, the objective that shaped its heads, and what both were built from, without `auto`."""
 
     network: Network
     objective: Objective

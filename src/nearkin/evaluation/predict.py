@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from nearkin.data.sources.folders import find_images
 from nearkin.errors import DataError, printable
@@ -33,7 +33,7 @@ def predict(
     ConfigError for an unknown `tta` or `device`: at once, before the first Prediction.
     """
     check_arguments(run, tta, device)
-    files = find_files(paths).files
+    files, _ = find_files(paths)
     import torch
 
     from nearkin.distributed import choose_device
@@ -55,15 +55,10 @@ def check_arguments(run: str | Path, tta: str, device: str) -> None:
     check_run(Path(run))
 
 
-class FoundFiles(NamedTuple):
-    """Image files in order, and sentences about what the folders hold besides."""
+def find_files(paths: str | Path | Iterable[str | Path]) -> tuple[list[str], list[str]]:
+    """The image files among `paths` and in folders among them, in order, and what the folders hold besides.
 
-    files: list[str]
-    notes: tuple[str, ...]
-
-
-def find_files(paths: str | Path | Iterable[str | Path]) -> FoundFiles:
-    """The image files among `paths` and in folders among them. A path to a file is taken whatever its name.
+    A path to a file is taken whatever its name.
 
     Raises DataError when a path does not exist or a folder holds no images.
     """
@@ -78,7 +73,7 @@ def find_files(paths: str | Path | Iterable[str | Path]) -> FoundFiles:
             files.append(str(path))
         else:
             raise DataError(f"{printable(str(path))} does not exist; give image files or folders.")
-    return FoundFiles(files, tuple(notes))
+    return files, notes
 
 
 def _predictions(
@@ -93,27 +88,25 @@ def _predictions(
     from nearkin.evaluation.tta import tta_views
 
     views = tta_views(tta, bundle.description.transform)
-    images: list[tuple[torch.Tensor, ...]] = []
-    errors: dict[int, str] = {}
-    for number, file in enumerate(files):
+    images: dict[str, tuple[torch.Tensor, ...]] = {}
+    errors: dict[str, str] = {}
+    for file in files:
         try:
-            image = read_image(file, channels=bundle.description.spec.channels)
-            images.append(views(image))
+            images[file] = views(read_image(file, channels=bundle.description.spec.channels))
         except BadImage as error:
-            errors[number] = error.reason
-    tops: list[list[int]] = []
-    values: list[list[float]] = []
+            errors[file] = error.reason
+    rows: dict[str, tuple[list[int], list[float]]] = {}
     if images:
-        batch = torch.stack([view for same in zip(*images, strict=True) for view in same])
+        batch = torch.stack([view for same in zip(*images.values(), strict=True) for view in same])
         with torch.inference_mode():
             logits = bundle.network(batch.to(device)).logits
-            tops, values = (c.tolist() for c in ranked(mean_probabilities(logits, len(images))))
-    rows = zip(tops, values, strict=True)
-    for number, file in enumerate(files):
-        if number in errors:
-            yield Prediction(file, None, None, (), errors[number])
-            continue
-        classes, probabilities = next(rows)
-        names = (bundle.classes[one] for one in classes)
-        top5 = tuple(zip(names, probabilities, strict=True))
-        yield Prediction(file, *top5[0], top5)
+            columns = ranked(mean_probabilities(logits, len(images)))
+        rows = dict(zip(images, zip(*(c.tolist() for c in columns), strict=True), strict=True))
+    for file in files:
+        if file in errors:
+            yield Prediction(file, None, None, (), errors[file])
+        else:
+            classes, probabilities = rows[file]
+            names = (bundle.classes[one] for one in classes)
+            top5 = tuple(zip(names, probabilities, strict=True))
+            yield Prediction(file, *top5[0], top5)

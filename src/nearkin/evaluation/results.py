@@ -86,20 +86,17 @@ class Evaluation(Metrics):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON. The counts of the confusion matrix are in `confusion_file` only."""
-        files = {"confusion_file": self.confusion_file, "classes_file": self.classes_file}
-        return {
-            "run": self.run,
-            "split": self.split,
-            "tta": self.tta,
-            "weights": self.weights,
-            "members": [member._asdict() for member in self.members],
-            "notes": list(self.notes),
-            **self.totals(),
+        record = {name: value for name, value in vars(self).items() if name != "confusion"}
+        return record | {
+            "macro": self.macro._asdict(),
             "per_class": [
                 {"class": row.name} | dict(zip(row._fields[1:], row[1:], strict=True))
                 for row in self.per_class
             ],
-            **{name: None if file is None else str(file) for name, file in files.items()},
+            "members": [member._asdict() for member in self.members],
+            "notes": list(self.notes),
+            "confusion_file": self.confusion_file and str(self.confusion_file),
+            "classes_file": self.classes_file and str(self.classes_file),
         }
 
 

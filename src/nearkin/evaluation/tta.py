@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
 from nearkin.data.transforms import EvalSpec, ResizeShortSide, Transform, eval_transform
 from nearkin.evaluation.options import Tta, check_choice
+from nearkin.imports import import_eager
 
 COUNTS: dict[Tta, int] = {"none": 1, "flip": 2, "tencrop": 10}
 
@@ -24,37 +25,18 @@ def tta_views(name: Tta, spec: EvalSpec) -> Callable[[Tensor], tuple[Tensor, ...
     """
     check_choice("tta", name, Tta)
     if name != "tencrop":
-        return Single(eval_transform(spec), mirrored=name == "flip")
+        return partial(_single, transform=eval_transform(spec), mirrored=name == "flip")
     size = spec.image_size
-    resize = spec.resize if spec.resize > size else round(size * 256 / 224)
-    return TenCrop(ResizeShortSide(max(resize, size + 2), spec.interpolation, spec.antialias), size)
+    resize = max(spec.resize if spec.resize > size else round(size * 256 / 224), size + 2)
+    enlarge = ResizeShortSide(resize, spec.interpolation, spec.antialias)
+    return partial(_ten_crop, resize=enlarge, size=size)
 
 
-@dataclass(frozen=True)
-class Single:
-    """The transformed image, and its mirror image if `mirrored`."""
-
-    transform: Transform
-    mirrored: bool
-
-    def __call__(self, image: Tensor) -> tuple[Tensor, ...]:
-        view = self.transform(image)
-        return (view, view.flip(-1)) if self.mirrored else (view,)
+def _single(image: Tensor, transform: Transform, mirrored: bool) -> tuple[Tensor, ...]:
+    view = transform(image)
+    return (view, view.flip(-1)) if mirrored else (view,)
 
 
-@dataclass(frozen=True)
-class TenCrop:
-    """Four corners and the centre of the resized image, then those of its mirror image."""
-
-    resize: Transform
-    size: int
-
-    def __call__(self, image: Tensor) -> tuple[Tensor, ...]:
-        resized = self.resize(image)
-        return (*self._five(resized), *self._five(resized.flip(-1)))
-
-    def _five(self, image: Tensor) -> tuple[Tensor, ...]:
-        down, right = (side - self.size for side in image.shape[-2:])
-        corners = ((0, 0), (0, right), (down, 0), (down, right))
-        places = (*corners, (round(down / 2), round(right / 2)))
-        return tuple(image[..., y : y + self.size, x : x + self.size] for y, x in places)
+def _ten_crop(image: Tensor, resize: Transform, size: int) -> tuple[Tensor, ...]:
+    functional = import_eager("torchvision.transforms.v2.functional")
+    return tuple(functional.ten_crop(resize(image), [size, size]))

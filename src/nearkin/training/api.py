@@ -5,34 +5,26 @@ torch and all that imports it are loaded late: what is wrong with options, DATA 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, Unpack, cast
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
 from nearkin.catalogue import check_objective
 from nearkin.config import FREE_ON_RESUME, RunConfig, merge, validate
-from nearkin.errors import (
-    ConfigError,
-    DataError,
-    DivergedError,
-    ModelError,
-    NearkinError,
-    printable,
-)
+from nearkin.errors import ConfigError, DataError, DivergedError, ModelError, printable
 from nearkin.settings import Settings
 from nearkin.training import run_folder
 from nearkin.training.console import say
 from nearkin.types import Result
 
 if TYPE_CHECKING:
-    from nearkin.data.look import BadImages
+    from nearkin.data.decode import BadImage
     from nearkin.data.sources.listing import Listing
     from nearkin.distributed import Runtime
     from nearkin.training.options import TrainOptions
     from nearkin.training.prepare import Prepared
 
-T = TypeVar("T")
 OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory")
 
 
@@ -63,8 +55,7 @@ def train(
 def start_run(values: Mapping[str, Any], *, quiet: bool) -> Result:
     """A new run from flat options. Raises ConfigError, DataError, ModelError, DivergedError or Stopped."""
     config, listing = checked_options(values)
-
-    def work(runtime: Runtime) -> Result:
+    with _runtime(config) as runtime:
         from nearkin.data.look import BadImages
         from nearkin.training.prepare import prepare
         from nearkin.training.trainer import Trainer
@@ -72,11 +63,12 @@ def start_run(values: Mapping[str, Any], *, quiet: bool) -> Result:
         try:
             prepared = prepare(config, runtime, listing=listing, quiet=quiet)
         except BadImages as error:
-            raise _listed(error, config, runtime) from None
+            if not runtime.is_main:
+                raise
+            path = _folder_with_list(config, error.bad) / run_folder.BAD_FILES
+            raise type(error)(f"{error} All are listed in {path}.", error.bad) from None
         folder = _create_folder(prepared, config, runtime)
         return Trainer(prepared, runtime.at(prepared.settings.precision), folder, quiet=quiet).run()
-
-    return _with_runtime(config, work)
 
 
 def continue_run(run: Path, values: Mapping[str, Any], *, quiet: bool) -> Result:
@@ -85,18 +77,17 @@ def continue_run(run: Path, values: Mapping[str, Any], *, quiet: bool) -> Result
     values: the options of the run once more, or new values of those in FREE_ON_RESUME; `data` is where the same images
     are now. Raises ModelError for other changes and other images.
     """
-    stored = run_folder.stored_settings(run)
     finished = run_folder.stored_state(run) == "finished"
+    if finished and not values:  # settings may be missing: an imported model was not trained here
+        return _finished(run, quiet)
+    stored = run_folder.stored_settings(run)
     data = str(values.get("data", stored.data))
     listing = None if finished else _list_moved(data, stored.data)
     settings = _with_changes(stored, run, values)
     if finished:
-        from nearkin.evaluation.model import read_description
+        return _finished(run, quiet)
 
-        say(f"The run {run} is finished; there is nothing left to do.", quiet)
-        return Result.of(run, read_description(run).metrics)
-
-    def work(runtime: Runtime) -> Result:
+    with _runtime(settings) as runtime:
         from nearkin.training.prepare import prepare
         from nearkin.training.trainer import Trainer
 
@@ -107,19 +98,21 @@ def continue_run(run: Path, values: Mapping[str, Any], *, quiet: bool) -> Result
             run_folder.write_settings(run, stored.model_copy(update={"data": settings.data}))
         return Trainer(prepared, runtime, run, quiet=quiet).run()
 
-    return _with_runtime(settings, work)
+
+def _finished(run: Path, quiet: bool) -> Result:
+    from nearkin.evaluation.model import read_description
+
+    say(f"The run {run} is finished; there is nothing left to do.", quiet)
+    return Result.of(run, read_description(run).metrics)
 
 
 def resolved(values: Mapping[str, Any]) -> Settings:
     """The settings that `start_run` would use."""
     config, listing = checked_options(values)
-
-    def work(runtime: Runtime) -> Settings:
+    with _runtime(config) as runtime:
         from nearkin.training.prepare import prepare
 
         return prepare(config, runtime, listing=listing, look=False).settings
-
-    return _with_runtime(config, work)
 
 
 def checked_options(values: Mapping[str, Any]) -> tuple[RunConfig, Listing | None]:
@@ -170,18 +163,19 @@ def _with_changes(stored: Settings, run: Path, values: Mapping[str, Any]) -> Set
     return stored.model_copy(update={name: getattr(given, name) for name in free})
 
 
-def _with_runtime(config: RunConfig, work: Callable[[Runtime], T]) -> T:
+@contextmanager
+def _runtime(config: RunConfig) -> Iterator[Runtime]:
+    """The processes of the run. A RuntimeError of torch becomes one sentence that says what to do."""
     from nearkin.distributed import Runtime, choose_device, choose_precision
 
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
     with Runtime(device=device, precision=precision) as runtime, _named_failures():
-        return work(runtime)
+        yield runtime
 
 
 @contextmanager
 def _named_failures() -> Iterator[None]:
-    """Turns a RuntimeError of torch into one sentence that says what to do."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -202,29 +196,23 @@ def _create_folder(prepared: Prepared, config: RunConfig, runtime: Runtime) -> P
     """Created by the first process; all others learn its name."""
     made: Path | None = None
     if runtime.is_main:
-        made = run_folder.create(config.out, data=config.data, objective=config.objective)
-        run_folder.describe(made, prepared.settings, prepared.dataset.classes)
+        dataset = prepared.dataset
+        made = _folder_with_list(config, dataset.bad)
+        run_folder.describe(made, prepared.settings, dataset.classes)
         run_folder.write_origin(made, config, prepared.identity)
-        _write_bad_files(made, prepared.dataset.bad)
     return cast("Path", runtime.share(made))
 
 
-def _write_bad_files(folder: Path, bad: Any) -> None:
+def _folder_with_list(config: RunConfig, bad: Sequence[BadImage]) -> Path:
+    """A new run folder, which lists the bad images."""
     from nearkin.data.look import write_bad_files
 
+    folder = run_folder.create(config.out, data=config.data, objective=config.objective)
     path = folder / run_folder.BAD_FILES
     path.unlink(missing_ok=True)  # of an earlier try
     if bad:
         write_bad_files(path, bad)
-
-
-def _listed(error: BadImages, config: RunConfig, runtime: Runtime) -> NearkinError:
-    """The error, after all bad images have been listed in a run folder that holds nothing else."""
-    if not runtime.is_main:
-        return error
-    folder = run_folder.create(config.out, data=config.data, objective=config.objective)
-    _write_bad_files(folder, error.bad)
-    return type(error)(f"{error} All are listed in {folder / run_folder.BAD_FILES}.", error.bad)
+    return folder
 
 
 __all__ = ["Result", "continue_run", "resolved", "start_run", "train"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from copy import deepcopy
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from nearkin.distributed import Runtime, choose_precision
 from nearkin.network import Network
-from nearkin.process import launched
+from nearkin.process import cores
 from nearkin.settings import Settings
 
 NAMES = ("precision", "memory_format", "threads")
@@ -47,11 +46,7 @@ class Tuned(NamedTuple):
 
 
 def tune(
-    settings: Settings,
-    automatic: frozenset[str],
-    network: Network,
-    views: int,
-    runtime: Runtime,
+    settings: Settings, automatic: frozenset[str], network: Network, views: int, runtime: Runtime
 ) -> Tuned:
     """Try the settings of NAMES that are in `automatic`, one after the other, on copies of `network`.
 
@@ -75,12 +70,11 @@ def tune(
 def _others(name: str, best: Choice, runtime: Runtime) -> Iterator[Choice]:
     """The other values that the setting could have."""
     device = runtime.device.type
-    cores = max(1, (os.cpu_count() or 1) // launched().per_node)
     half = choose_precision("auto", device) if device == "cuda" else "bf16"
     values: dict[str, list[Any]] = {
         "precision": [] if device == "mps" else ["fp32", half],
         "memory_format": ["contiguous", "channels_last"],
-        "threads": sorted({1, max(1, cores // 2), cores}) if device == "cpu" else [],
+        "threads": sorted({1, max(1, cores() // 2), cores()}) if device == "cpu" else [],
     }
     for value in values[name]:
         if value != getattr(best, name):
@@ -95,39 +89,33 @@ def _fastest(
     seconds: dict[Choice, float],
 ) -> Choice:
     """The fastest of all, timed in turn, so that a busy moment of the machine slows all of them."""
-    trials = {choice: Trial(choice, network, images) for choice in (best, *others)}
-    first = {choice: trial.seconds() for choice, trial in trials.items()}
-    kept = [c for c in trials if first[c] <= HOPELESS * min(first.values()) or c == best]
-    rounds = [{choice: trials[choice].seconds() for choice in kept} for _ in range(ROUNDS)]
+    copies = {choice: deepcopy(network).to(images.device) for choice in (best, *others)}
+    first = {choice: timed(choice, copy, images) for choice, copy in copies.items()}
+    kept = [c for c in copies if first[c] <= HOPELESS * min(first.values()) or c == best]
+    rounds = [{c: timed(c, copies[c], images) for c in kept} for _ in range(ROUNDS)]
     found = first | {choice: min(each[choice] for each in rounds) for choice in kept}
     seconds |= found
     fastest = min(kept, key=found.__getitem__)
     return fastest if found[fastest] < ENOUGH * found[best] else best
 
 
-class Trial:
-    """One choice on a copy of the network."""
-
-    def __init__(self, choice: Choice, network: Network, images: Tensor) -> None:
-        self.choice, self.images = choice, images
-        self.network = deepcopy(network).to(images.device).train()
-        self.network.set_memory_format(choice.memory_format)
-        self.network.key.set(0, 0, 0, 1)
-
-    def seconds(self) -> float:
-        """Of one forward and backward pass."""
-        torch.set_num_threads(self.choice.threads)
-        device = self.images.device
-        kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.choice.precision)
-        start = time.perf_counter()
-        with torch.autocast(device.type, dtype=kind, enabled=kind is not None):
-            outputs = self.network(self.images)
-        means = [output.float().square().mean() for output in outputs if output is not None]
-        torch.autograd.backward(torch.stack(means).sum())
-        self.network.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start
+def timed(choice: Choice, network: Network, images: Tensor) -> float:
+    """The seconds of one forward and backward pass. Changes `network`."""
+    network.train()
+    network.set_memory_format(choice.memory_format)
+    network.key.set(0, 0, 0, 1)
+    torch.set_num_threads(choice.threads)
+    device = images.device
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(choice.precision)
+    start = time.perf_counter()
+    with torch.autocast(device.type, dtype=kind, enabled=kind is not None):
+        outputs = network(images)
+    means = [output.float().square().mean() for output in outputs if output is not None]
+    torch.autograd.backward(torch.stack(means).sum())
+    network.zero_grad()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
 
 
 def _images(config: Settings, runtime: Runtime, views: int) -> Tensor:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 from nearkin.data.loader import SHARED_MEMORY, fitting_workers
 from nearkin.data.sampling import Draws, Sampler
@@ -21,61 +21,45 @@ from nearkin.training.optim import names_layers
 
 def check_built(settings: Settings, built: Built) -> None:
     """Raises ConfigError for settings that this network or objective cannot honour."""
-    _check_accumulation(settings, built)
     _check_batchnorm(settings, built)
-    _check_epochs(settings, built)
-    _check_evaluation(settings, built)
-    _check_layers(settings, built)
-
-
-def _check_batchnorm(settings: Settings, built: Built) -> None:
-    part = settings.batch_size // settings.accumulate
-    norms = any("BatchNorm" in type(module).__name__ for module in built.network.modules())
-    if part < 2 and norms:
-        raise ConfigError(
-            f"--batch-size {settings.batch_size} with --accumulate {settings.accumulate} gives BatchNorm one "
-            "image at a time, which has no variance; use at least two images per part."
-        )
-
-
-def _check_accumulation(settings: Settings, built: Built) -> None:
-    """Parts of a coupled batch are exact unless BatchNorm looks at one part at a time."""
-    if settings.accumulate == 1 or settings.batchnorm_by_parts:
-        return
-    for stage in built.objective.stages():
-        frozen = stage.freeze_backbone or settings.freeze_backbone
-        parts = [built.network.heads[name] for name in stage.heads]
-        parts += [] if frozen else [built.network.backbone]
-        if stage.coupled and any(
-            "BatchNorm" in type(m).__name__ for p in parts for m in p.modules()
-        ):
-            raise ConfigError(
-                f"--accumulate {settings.accumulate} cannot be exact for {settings.objective} with BatchNorm, which "
-                "would see one part at a time. Use a network without it (a transformer, or one with group norm) and "
-                "--objective.head-norm layer, --freeze-backbone, more processes, or --batchnorm-by-parts, which "
-                "accepts other gradients."
-            )
-
-
-def _check_epochs(settings: Settings, built: Built) -> None:
-    stages = built.objective.stages()
+    stages, network = built.objective.stages(), built.network
     if 0 < settings.epochs < len(stages):
         names = ", ".join(stage.name for stage in stages)
         raise ConfigError(
             f"--epochs {settings.epochs} is too short for the {len(stages)} stages of {settings.objective} "
             f"({names}); use at least {len(stages)}."
         )
-
-
-def _check_evaluation(settings: Settings, built: Built) -> None:
     if settings.eval_size != settings.image_size:
-        network, channels = built.network, settings.channels
-        check_eval_size(network.backbone, network.dim, settings.model, channels, settings.eval_size)
-
-
-def _check_layers(settings: Settings, built: Built) -> None:
-    if settings.layer_decay < 1.0 and not names_layers(built.network.backbone):
+        model, channels, size = settings.model, settings.channels, settings.eval_size
+        check_eval_size(network.backbone, network.dim, model, channels, size)
+    if settings.layer_decay < 1.0 and not names_layers(network.backbone):
         raise ConfigError(f"{settings.model} does not name its layers; leave out --layer-decay.")
+
+
+def _check_batchnorm(settings: Settings, built: Built) -> None:
+    """It needs two images a part, and parts of a coupled batch are exact unless it looks at one part at a time."""
+    batch, parts, network = settings.batch_size, settings.accumulate, built.network
+    if batch // parts < 2 and _has_batchnorm(network):
+        raise ConfigError(
+            f"--batch-size {batch} with --accumulate {parts} gives BatchNorm one "
+            "image at a time, which has no variance; use at least two images per part."
+        )
+    for stage in built.objective.stages():
+        if parts == 1 or settings.batchnorm_by_parts or not stage.coupled:
+            continue
+        frozen = stage.freeze_backbone or settings.freeze_backbone
+        trained = [network.heads[name] for name in stage.heads]
+        if any(map(_has_batchnorm, trained if frozen else [*trained, network.backbone])):
+            raise ConfigError(
+                f"--accumulate {parts} cannot be exact for {settings.objective} with BatchNorm, which "
+                "would see one part at a time. Use a network without it (a transformer, or one with group norm) and "
+                "--objective.head-norm layer, --freeze-backbone, more processes, or --batchnorm-by-parts, which "
+                "accepts other gradients."
+            )
+
+
+def _has_batchnorm(module: nn.Module) -> bool:
+    return any("BatchNorm" in type(each).__name__ for each in module.modules())
 
 
 def fit_workers(settings: Settings, views: int, *, given: bool) -> Settings:
@@ -101,29 +85,11 @@ def fit_workers(settings: Settings, views: int, *, given: bool) -> Settings:
 TOO_MANY = 0.05  # share of anchors without a positive above which the user is warned
 
 
-def expected_share(labels: NDArray[np.int64], batch_size: int) -> float:
-    """The expected share of anchors without a positive where a batch is drawn without replacement, in [0, 1].
-
-    mean over images i of C(N - n_i, B - 1) / C(N - 1, B - 1): none of the n_i - 1 others of i's class is among the
-    B - 1 other places of the batch. The logarithm of the quotient is taken by lgamma. Exact in expectation.
-    """
-    counts = np.bincount(labels).astype(np.float64)
-    counts = counts[counts > 0]
-    total, others = counts.sum(), batch_size - 1
-    possible = total - counts >= others
-    strangers = np.where(possible, total - counts, others)
-    log_none = _log_choose(strangers, others) - _log_choose(total - 1, others)
-    return float((counts / total * np.where(possible, np.exp(log_none), 0.0)).sum())
-
-
-def counted_share(draws: Draws, labels: NDArray[np.int64], batch_size: int) -> float:
-    """The share of anchors without a positive in the whole batches of one epoch, counted, in [0, 1]."""
+def share_without_positive(draws: Draws, labels: NDArray[np.int64], batch_size: int) -> float:
+    """The share of anchors without a positive in the whole batches of one epoch, in [0, 1]."""
     steps = len(labels) // batch_size
     drawn = labels[draws.rows[: steps * batch_size]].reshape(steps, batch_size)
-    lone = 0
-    for batch in drawn:
-        lone += int((np.bincount(batch) == 1).sum())
-    return lone / drawn.size
+    return sum(int((np.bincount(batch) == 1).sum()) for batch in drawn) / drawn.size
 
 
 def missing_positives_warning(share: float, batch_size: int, sampler: Sampler) -> str | None:
@@ -136,12 +102,6 @@ def missing_positives_warning(share: float, batch_size: int, sampler: Sampler) -
         f"{batch_size} and teach the contrast nothing. Use {change}, a larger --batch-size, or "
         "--objective.views 2."
     )
-
-
-def _log_choose(n: NDArray[np.float64] | float, k: int) -> NDArray[np.float64]:
-    lgamma = np.vectorize(math.lgamma, otypes=[np.float64])  # scipy takes 0.5 s to import
-    result: NDArray[np.float64] = lgamma(n + 1) - math.lgamma(k + 1) - lgamma(n - k + 1)
-    return result
 
 
 NEAR = 0.01  # relative distance from the collapsed value

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from nearkin.errors import printable
+
+if TYPE_CHECKING:
+    from nearkin.training.metrics_log import Journal
 
 
 def say(text: str, quiet: bool) -> None:
@@ -16,30 +19,28 @@ def say(text: str, quiet: bool) -> None:
 
 
 class Bar:
-    """Shows steps, remaining time, the loss and the last validation; `quiet`: only warnings; `silent`: nothing."""
+    """Shows steps, remaining time, the loss and the last validation; `quiet`: only warnings; `silent`: nothing.
 
-    def __init__(self, steps: int, *, quiet: bool, silent: bool) -> None:
+    What `say` and `warn` show is in the journal's log as well.
+    """
+
+    def __init__(self, steps: int, journal: Journal, *, quiet: bool, silent: bool) -> None:
         self._steps, self._quiet, self._silent = steps, quiet or silent, silent
+        self._journal = journal
         self._loss = self._value = ""
         self._progress: Any = None
 
     def __enter__(self) -> Self:
         if not self._quiet and sys.stderr.isatty():
+            from rich import progress
             from rich.console import Console
-            from rich.progress import (
-                BarColumn,
-                MofNCompleteColumn,
-                Progress,
-                TextColumn,
-                TimeRemainingColumn,
-            )
 
-            self._progress = Progress(
-                TextColumn("training"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[loss]}  {task.fields[value]}"),
+            self._progress = progress.Progress(
+                progress.TextColumn("training"),
+                progress.BarColumn(),
+                progress.MofNCompleteColumn(),
+                progress.TimeRemainingColumn(),
+                progress.TextColumn("{task.fields[loss]}  {task.fields[value]}"),
                 console=Console(stderr=True),
             )
             self._task = self._progress.add_task("train", total=self._steps, loss="", value="")
@@ -60,17 +61,18 @@ class Bar:
             self._progress.update(self._task, completed=step, loss=self._loss, value=self._value)
         elif record["kind"] == "validation" and not self._quiet:
             epoch, stage = record["epoch"] + 1, record["stage"]
-            self.say(
-                f"{stage} epoch {epoch}  step {step}/{self._steps}  {self._loss}  {self._value}"
-            )
+            where = f"{stage} epoch {epoch}  step {step}/{self._steps}"
+            self._print(f"{where}  {self._loss}  {self._value}")
 
     def say(self, text: str) -> None:
         """One line of text, above the bar if there is one."""
+        self._journal.log(text)
         if not self._quiet:
             self._print(text)
 
     def warn(self, text: str) -> None:
         """One line that is shown with `quiet` as well."""
+        self._journal.log(f"warning: {text}")
         if not self._silent:
             self._print(f"warning: {text}")
 

@@ -34,8 +34,7 @@ class NetworkFacts(NamedTuple):
 
     images: training images. parameters: of the backbone, their number. layered: whether it names its layers.
     prefers_adamw, memory_format: see `nearkin.network`. stem, options: of the backbone and the objective, resolved.
-    device, precision: of the runtime. ranks: processes on this machine. cores: of the machine. files: whether each
-    batch is decoded from files.
+    device, precision: of the runtime. cores: for this process. files: whether each batch is decoded from files.
     """
 
     images: int
@@ -47,7 +46,6 @@ class NetworkFacts(NamedTuple):
     options: dict[str, Any]
     device: str
     precision: str
-    ranks: int
     cores: int
     files: bool
 
@@ -56,7 +54,10 @@ def resolve_data(config: RunConfig, facts: DataFacts) -> DataSettings:
     """Every option that follows from the training images."""
     images, side, channels, room = facts
     size = min(side, 224) if config.image_size == "auto" else config.image_size
-    augment = _augment(config.objective) if config.augment == "auto" else config.augment
+    usual: Literal["light", "strong"] = (
+        "strong" if config.objective == "attract-repulse" else "light"
+    )
+    augment = usual if config.augment == "auto" else config.augment
     strong = augment == "strong"
     eval_size = size if config.eval_size == "auto" else config.eval_size
     model, model_options = default_model(size)
@@ -95,7 +96,6 @@ def resolve(config: DataSettings, facts: NetworkFacts) -> Settings:
     adam = pretrained or facts.prefers_adamw
     optimizer = config.optimizer if config.optimizer != "auto" else ("adamw" if adam else "sgd")
     sgd = optimizer == "sgd"
-    cores = max(1, facts.cores // facts.ranks)
     small = facts.parameters * config.image_size**2 < SMALL_WORK
     values: dict[str, Any] = {
         "optimizer": optimizer,
@@ -106,8 +106,8 @@ def resolve(config: DataSettings, facts: NetworkFacts) -> Settings:
         "memory_format": facts.memory_format,
         "device": facts.device,
         "precision": facts.precision,
-        "threads": 1 if small else cores,
-        "workers": min(8, cores) if facts.files else 0,
+        "threads": 1 if small else facts.cores,
+        "workers": min(8, facts.cores) if facts.files else 0,
     }
     given = config.model_dump() | {"options": facts.options, "stem": facts.stem, "out": None}
     return Settings.model_validate(_fill(given, values))
@@ -157,12 +157,9 @@ def check(config: DataSettings, *, images: int, world_size: int) -> None:
             f"use at most {images}."
         )
     if batch % parts:
-        near = ", ".join(
-            str(v) for v in (batch // parts * parts, (batch // parts + 1) * parts) if v
-        )
         raise ConfigError(
             f"--batch-size {batch} cannot be divided among {world_size} processes x "
-            f"--accumulate {config.accumulate}; use {near}."
+            f"--accumulate {config.accumulate}; use {_multiples_near(batch, parts)}."
         )
     if (config.mixup > 0 or config.cutmix > 0) and (batch // parts) % 8:
         raise ConfigError(
@@ -180,10 +177,9 @@ def check(config: DataSettings, *, images: int, world_size: int) -> None:
 def _check_sampler(config: DataSettings, batch: int) -> None:
     size = config.per_class
     if config.sampler == "balanced" and batch % size:
-        near = ", ".join(str(v) for v in (batch // size * size, (batch // size + 1) * size) if v)
         raise ConfigError(
-            f"--batch-size {batch} is no multiple of --per-class {size}; use {near}, or "
-            "another --per-class."
+            f"--batch-size {batch} is no multiple of --per-class {size}; "
+            f"use {_multiples_near(batch, size)}, or another --per-class."
         )
     if config.repeats > 1 and config.sampler != "shuffle":
         raise ConfigError(
@@ -191,6 +187,11 @@ def _check_sampler(config: DataSettings, batch: int) -> None:
         )
     if config.repeats > batch:
         raise ConfigError(f"--repeats {config.repeats} is more than --batch-size {batch}.")
+
+
+def _multiples_near(batch: int, of: int) -> str:
+    below = batch // of * of
+    return f"{below}, {below + of}" if below else f"{of}"
 
 
 def _fill(given: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
@@ -203,10 +204,6 @@ def _batch_size(images: int) -> int:
     powers = [p for p in (1, 2, 4, 8, 16, 32, 64, 128) if p <= images]
     usual = [p for p in powers if p >= 16] or powers[-1:] or [1]
     return min(usual, key=lambda power: abs(power - images / 48))
-
-
-def _augment(objective: str) -> Literal["light", "strong"]:
-    return "strong" if objective == "attract-repulse" else "light"
 
 
 def _lr(optimizer: str, pretrained: bool, image_size: int) -> float:

@@ -51,8 +51,8 @@ def legs(stages: tuple[Stage, ...], epochs: int, steps_per_epoch: int) -> list[L
 class Loop:
     """Trains the stages of a run from the start or from a snapshot.
 
-    journal: None on all processes but the first. loader(stage, first, last): yields this process's blocks of the
-    batches. validate(): a record with `value`, or None without a validation split.
+    loader(stage, first, last): yields this process's blocks of the batches. validate(): a record with `value`, or None
+    without a validation split.
     """
 
     def __init__(
@@ -61,13 +61,15 @@ class Loop:
         runtime: Runtime,
         stepper: Stepper,
         saver: Saver,
-        journal: Journal | None,
+        route: list[Leg],
+        journal: Journal,
         bar: Bar,
         loader: Callable[[Stage, int, int], Iterator[Batch]],
         validate: Callable[[], dict[str, Any] | None],
     ) -> None:
         self.settings, self.runtime, self.stepper = settings, runtime, stepper
         self.saver, self.journal, self.bar = saver, journal, bar
+        self.route, self.steps = route, route[-1].last
         self.loader, self.validate = loader, validate
         self.meters = Meters(runtime.device)
         self.flags = Flags(runtime)
@@ -75,34 +77,38 @@ class Loop:
         self.diverged = False
         self._clock = time.monotonic()
 
-    def run(self, route: list[Leg], snapshot: Snapshot | None) -> int:
+    def run(self, snapshot: Snapshot | None) -> int:
         """Train to the end of the route and return the last step. Raises Stopped or DivergedError."""
-        self.steps = route[-1].last
         step = 0
-        for leg in route:
+        for leg in self.route:
             if snapshot is not None and snapshot.state["stage"] > leg.number:
                 continue
-            self._begin(leg, snapshot)
-            step = leg.first if snapshot is None else snapshot.step
-            step = self._train(leg, step, saved=snapshot is not None)
-            snapshot = None
+            if snapshot is None and leg.number > 0:
+                self._start_from(leg.stage)
+            self.stepper.begin(leg.stage)
+            if snapshot is None:
+                step = self._train(leg, leg.first)
+            else:
+                self.saver.restore(snapshot, self.meters, self.collapse)
+                step = self._train(leg, snapshot.step, saved=True)
+                snapshot = None
         return step
 
-    def _begin(self, leg: Leg, snapshot: Snapshot | None) -> None:
-        if snapshot is None and leg.number > 0:
-            self._start_from(leg.stage)
-            self.saver.forget_best()
-        self.stepper.begin(leg.stage)
-        if snapshot is not None:
-            self.saver.restore(snapshot, self.meters, self.collapse)
+    def status(self, state: str, step: int, epoch: int, message: str = "") -> None:
+        """Replace status.json."""
+        best = self.saver.best and self.saver.best._asdict()
+        self.journal.status(
+            state, step=step, steps=self.steps, epoch=epoch, best=best, message=message
+        )
 
     def _start_from(self, stage: Stage) -> None:
         weights = self.saver.best_weights() if stage.start == "best" else None
         weights = self.runtime.share(weights)
         if weights is not None:
             self.stepper.network.load_state_dict(weights)
+        self.saver.forget_best()
 
-    def _train(self, leg: Leg, step: int, saved: bool) -> int:
+    def _train(self, leg: Leg, step: int, saved: bool = False) -> int:
         last_batch: Batch | None = None
         batches = self.loader(leg.stage, step, leg.last)
         while step < leg.last:
@@ -113,12 +119,12 @@ class Loop:
             last_batch, step, saved = batch, step + 1, False
             self.meters.add(loss)
             if step % self.settings.log_every == 0 or step == leg.last:
-                self._record_losses(leg.stage, progress, step)
+                self._record_losses(progress, step)
             ended = step % self.stepper.steps_per_epoch == 0
             if ended:
                 self._check_last_step(last_batch, step)
-                self._record_epoch(leg.stage, progress, step)
-                self._record_validation(leg.stage, progress, step)
+                self._record_epoch(progress, step)
+                self._record_validation(progress, step)
             if stop:
                 self._check_last_step(last_batch, step)
                 self._save(leg, step)
@@ -145,14 +151,12 @@ class Loop:
             raise
 
     def _progress(self, leg: Leg, step: int) -> Progress:
-        per_epoch = self.stepper.steps_per_epoch
-        return Progress(
-            stage=leg.stage.name,
-            step=step - leg.first,
-            steps=leg.last - leg.first,
-            epoch=(step - leg.first) // per_epoch,
-            epochs=(leg.last - leg.first) // per_epoch,
+        done, steps, per_epoch = (
+            step - leg.first,
+            leg.last - leg.first,
+            self.stepper.steps_per_epoch,
         )
+        return Progress(leg.stage.name, done, steps, done // per_epoch, steps // per_epoch)
 
     def _exchange_flags(self, loss: Loss, last_batch: Batch | None, step: int) -> bool:
         """Send the flags of this step; return whether any process asked to stop in the step before."""
@@ -167,34 +171,29 @@ class Loop:
         stop, bad = self.flags.read()
         if bad:
             self._raise_diverged(batch, step - 1)
-        self.flags.post(
-            stop or stop_requested(),
-            torch.zeros((), dtype=torch.bool, device=self.runtime.device),
-        )
+        finite = torch.zeros((), dtype=torch.bool, device=self.runtime.device)
+        self.flags.post(stop or stop_requested(), finite)
 
     def _due(self, loss: Loss, ended: bool) -> bool:
         """Whether to save now, on the first process. A loss that is not finite is not saved; all processes read it in
         the flags of the next step and stop together."""
-        if not (self.runtime.is_main and self.saver.due(ended)):
-            return False
-        return bool(torch.isfinite(loss.total.detach()))
+        due = self.runtime.is_main and self.saver.due(ended)
+        return due and bool(torch.isfinite(loss.total.detach()))
 
     def _raise_diverged(self, batch: Batch, step: int) -> None:
         self.diverged = True
+        # Set by the stepper before this step; all other draws are keyed to (seed, step, sample).
+        generator = torch.Generator().manual_seed(self.settings.seed + step)
         replay = {
             "step": step,
             "seed": self.settings.seed,
             "index": batch.index.tolist(),
             "labels": batch.labels.tolist(),
             "rank": self.runtime.rank,
-            # Set by the stepper before this step; all other draws are keyed to (seed, step, sample).
-            "rng_state": torch.Generator()
-            .manual_seed(self.settings.seed + step)
-            .get_state()
-            .tolist(),
+            "rng_state": generator.get_state().tolist(),
         }
         where = ""
-        if self.journal is not None:
+        if self.runtime.is_main:
             write_json(self.journal.folder / REPLAY, replay)
             where = f"; the batch is listed in {REPLAY}"
         raise DivergedError(
@@ -202,60 +201,37 @@ class Loop:
             "since. Start a new run with a lower --lr, --clip-grad 1 or --precision fp32."
         )
 
-    def _record_losses(self, stage: Stage, progress: Progress, step: int) -> None:
-        losses = self.meters.take()
-        if self.journal is None:
-            return
+    def _record_losses(self, progress: Progress, step: int) -> None:
         now = time.monotonic()
         seconds, self._clock = now - self._clock, now
-        values = {"lr": self.stepper.lr, **losses}
-        self._record("train", stage, progress, step, values, seconds)
+        values = {"lr": self.stepper.lr, **self.meters.take()}
+        self._record("train", progress, step, values, seconds)
 
-    def _record_epoch(self, stage: Stage, progress: Progress, step: int) -> None:
+    def _record_epoch(self, progress: Progress, step: int) -> None:
         means, counts = self.meters.take_epoch()
-        if self.journal is None:
-            return
-        self._record("epoch", stage, progress, step, means | counts, 0.0)
+        self._record("epoch", progress, step, means | counts, 0.0)
         collapsed = {n: float(value) for n, value in self.stepper.at_collapse.terms.items()}
-        warning = self.collapse.check(stage.name, progress.epoch, means, collapsed)
+        warning = self.collapse.check(progress.stage, progress.epoch, means, collapsed)
         if warning:
-            self._warn(warning)
+            self.bar.warn(warning)
 
-    def _record_validation(self, stage: Stage, progress: Progress, step: int) -> None:
+    def _record_validation(self, progress: Progress, step: int) -> None:
         started = time.monotonic()
         values = self.validate()
-        if values is None:
-            return
-        values["best"] = self.saver.consider(values["value"], step)
-        self._record("validation", stage, progress, step, values, time.monotonic() - started)
+        if values is not None:
+            values["best"] = self.saver.consider(values["value"], step)
+            self._record("validation", progress, step, values, time.monotonic() - started)
 
     def _record(
-        self,
-        kind: str,
-        stage: Stage,
-        progress: Progress,
-        step: int,
-        values: dict[str, Any],
-        seconds: float,
+        self, kind: str, progress: Progress, step: int, values: dict[str, Any], seconds: float
     ) -> None:
         """Write one event to the journal and the progress bar."""
-        if self.journal is None:
-            return
-        epoch, best = progress.epoch, self.saver.best
-        self.journal.record(
-            kind, stage=stage.name, step=step, epoch=epoch, clock={"seconds": seconds}, **values
-        )
-        self.journal.status(
-            "running", step=step, steps=self.steps, epoch=epoch, best=best and best._asdict()
-        )
-        self.bar.update(step, {"kind": kind, "stage": stage.name, "epoch": epoch, **values})
+        place: dict[str, Any] = {"stage": progress.stage, "epoch": progress.epoch}
+        self.journal.record(kind, **place, step=step, clock={"seconds": seconds}, **values)
+        self.status("running", step, progress.epoch)
+        self.bar.update(step, {"kind": kind, **place, **values})
 
     def _save(self, leg: Leg, step: int) -> None:
         warning = self.saver.save(step, leg.number, self.meters, self.collapse)
         if warning:
-            self._warn(warning)
-
-    def _warn(self, text: str) -> None:
-        self.bar.warn(text)
-        if self.journal is not None:
-            self.journal.log(f"warning: {text}")
+            self.bar.warn(warning)

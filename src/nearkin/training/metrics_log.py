@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,29 +25,6 @@ from nearkin.types import Loss
 WINDOWS = ("interval", "epoch")
 
 
-class _Window:
-    """Sums of named values over several steps."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.dtype = torch.float32 if device.type == "mps" else torch.float64
-        self.device = device
-        self.names: list[str] = []
-        self.sums = torch.zeros(0, dtype=self.dtype, device=device)
-        self.steps = 0
-
-    def add(self, names: list[str], values: Tensor) -> None:
-        if self.steps == 0:
-            self.names, self.sums = names, torch.zeros_like(values)
-        self.sums += values
-        self.steps += 1
-
-    def take(self) -> tuple[dict[str, float], int]:
-        """The sums and the number of steps, and start again. A transfer to the host."""
-        sums, steps = dict(zip(self.names, self.sums.tolist(), strict=True)), self.steps
-        self.names, self.sums, self.steps = [], self.sums[:0], 0
-        return sums, steps
-
-
 class Meters:
     """The loss, its terms and its counts since the last `take` and since the last `take_epoch`.
 
@@ -55,17 +32,21 @@ class Meters:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._windows = {name: _Window(device) for name in WINDOWS}
-        self._counts: tuple[str, ...] = ()
+        self._device = device
+        self._dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._sums = {window: torch.zeros(0) for window in WINDOWS}
+        self._steps = dict.fromkeys(WINDOWS, 0)
+        self._names: list[str] = []
+        self._counts: list[str] = []
 
     def add(self, loss: Loss) -> None:
         """Count one step."""
         named = {"loss": loss.total.detach(), **loss.terms, **loss.counts}
-        self._counts = tuple(loss.counts)
-        window = self._windows["interval"]
-        values = torch.stack([value.to(window.dtype) for value in named.values()])
-        for window in self._windows.values():
-            window.add(list(named), values)
+        self._names, self._counts = list(named), list(loss.counts)
+        values = torch.stack([value.to(self._dtype) for value in named.values()])
+        for window in WINDOWS:
+            self._sums[window] = self._sums[window] + values if self._steps[window] else values
+            self._steps[window] += 1
 
     def take(self) -> dict[str, float]:
         """The means of loss and terms over the interval."""
@@ -77,23 +58,23 @@ class Meters:
         return self._take("epoch")
 
     def _take(self, window: str) -> tuple[dict[str, float], dict[str, int]]:
-        sums, steps = self._windows[window].take()
-        means = {n: value / steps for n, value in sums.items() if n not in self._counts}
-        return means, {n: round(value) for n, value in sums.items() if n in self._counts}
+        steps, self._steps[window] = self._steps[window], 0
+        if steps == 0:
+            return {}, {}
+        sums = dict(zip(self._names, self._sums[window].tolist(), strict=True))
+        counts = {name: round(sums.pop(name)) for name in self._counts}
+        return {name: value / steps for name, value in sums.items()}, counts
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, object]]:
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and plain values, to be saved."""
-        plain = {name: {"names": w.names, "steps": w.steps} for name, w in self._windows.items()}
-        return {n: w.sums for n, w in self._windows.items()}, {"counts": self._counts, **plain}
+        plain = {"names": self._names, "counts": self._counts, "steps": self._steps}
+        return dict(self._sums), plain
 
-    def load(self, sums: dict[str, Tensor], state: dict[str, object]) -> None:
+    def load(self, sums: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Restore `state`."""
-        self._counts = tuple(state["counts"])  # type: ignore[arg-type]
-        for name, window in self._windows.items():
-            plain = state[name]
-            window.sums = sums[name].to(window.device)
-            window.names = list(plain["names"])  # type: ignore[index]
-            window.steps = int(plain["steps"])  # type: ignore[index]
+        self._sums = {window: total.to(self._device) for window, total in sums.items()}
+        self._names, self._counts = state["names"], state["counts"]
+        self._steps = dict(state["steps"])
 
 
 METRICS = "metrics.jsonl"
@@ -109,11 +90,11 @@ class Journal:
     of the run. `train.log`: text with times.
 
     Training never stops because one of them cannot be written: the first failure gives one warning on stderr, the rest
-    are silent; `failures` counts them by file name.
+    are silent; `failures` counts them by file name. writes: False on all processes but the first.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *, writes: bool = True) -> None:
+        self.folder, self._writes = folder, writes
         self.failures: Counter[str] = Counter()
         self._next_heartbeat = -math.inf
 
@@ -172,16 +153,17 @@ class Journal:
         another line is no JSON, and `SaveFailed` when the disk refuses.
         """
         path = self.folder / METRICS
-        kept = [line for line, fields in _lines(path) if fields["step"] <= step]
         if path.exists():
-            write_atomic(path, b"".join(line + b"\n" for line in kept))
+            kept = [line + b"\n" for line, fields in _lines(path) if fields["step"] <= step]
+            write_atomic(path, b"".join(kept))
 
     def _append(self, name: str, text: str) -> None:
         self._attempt(name, lambda: _append(self.folder / name, text.encode() + b"\n"))
 
     def _attempt(self, name: str, write: Callable[[], None]) -> None:
         try:
-            write()
+            if self._writes:
+                write()
         except (OSError, SaveFailed) as error:
             first = not self.failures
             self.failures[name] += 1
@@ -192,41 +174,27 @@ class Journal:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`, without an incomplete last line.
-
-    Raises `ModelError` when it cannot be read or another line is no JSON object with a step.
-    """
-    if not path.exists():
-        raise ModelError(f"There is no {printable(str(path))}; give the folder of a run.")
+    """The lines of a `metrics.jsonl`, without an incomplete last line. Raises `ModelError`."""
     return [fields for _, fields in _lines(path)]
 
 
-def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """Each whole line of `path` with its object; none when the file does not exist."""
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Each whole line of `path` with its object."""
     try:
-        raw = path.read_bytes() if path.exists() else b""
+        *whole, last = path.read_bytes().split(b"\n")
     except OSError as error:
         raise ModelError(f"{printable(str(path))} cannot be read: {error.strerror}.") from error
-    *whole, last = raw.split(b"\n")
-    found = []
     for number, line in enumerate([*whole, last], start=1):
-        fields = _parse(line)
-        if fields is not None:
-            found.append((line, fields))
-        elif number <= len(whole):
-            raise ModelError(
-                f"{printable(str(path))} line {number} is no JSON object with a step; "
-                "remove that line."
-            )
-    return found
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    try:
-        fields = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return fields if isinstance(fields, dict) and isinstance(fields.get("step"), int) else None
+        try:
+            fields = json.loads(line)
+            fields["step"] = int(fields["step"])
+        except (ValueError, LookupError, TypeError, RecursionError):
+            if number <= len(whole):
+                raise ModelError(
+                    f"{printable(str(path))} line {number} is no JSON object with a step; remove that line."
+                ) from None
+        else:
+            yield line, fields
 
 
 def _replace(path: Path, data: bytes) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nearkin.errors import ConfigError
 from nearkin.imports import import_eager
+from nearkin.settings import Settings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -103,31 +104,26 @@ def _without_closing(matcher: Any) -> Any:
     }
 
 
-def build_optimizer(
-    network: nn.Module,
-    name: str,
-    *,
-    lr: float,
-    weight_decay: float,
-    momentum: float,
-    nesterov: bool,
-    decay_all: bool,
-    layer_decay: float,
-) -> Optimizer:
-    """torch's `sgd` or `adamw`, or timm's `lamb`. momentum and nesterov: of `sgd`."""
+def build_optimizer(network: nn.Module, settings: Settings) -> Optimizer:
+    """torch's `sgd` or `adamw`, or timm's `lamb`, with the options that begin at `optimizer` in `RunConfig`."""
     groups = parameter_groups(
-        network, weight_decay=weight_decay, decay_all=decay_all, layer_decay=layer_decay
+        network,
+        weight_decay=settings.weight_decay,
+        decay_all=settings.decay_all,
+        layer_decay=settings.layer_decay,
     )
     kind: Any
     options: dict[str, Any]
-    if name == "lamb":
+    if settings.optimizer == "lamb":
         kind, options = import_eager("timm.optim").Lamb, {}
-    elif name == "sgd":
+    elif settings.optimizer == "sgd":
+        momentum = settings.momentum
         kind = torch.optim.SGD
-        options = {"momentum": momentum, "nesterov": nesterov and momentum > 0, "fused": True}
+        options = {"momentum": momentum, "nesterov": settings.nesterov and momentum > 0}
+        options["fused"] = True  # one pass over the weights
     else:
-        kind, options = torch.optim.AdamW, {"fused": True}  # one pass over the weights
-    optimizer: Optimizer = _eager(kind)(groups, lr=lr, weight_decay=0.0, **options)
+        kind, options = torch.optim.AdamW, {"fused": True}
+    optimizer: Optimizer = _eager(kind)(groups, lr=settings.lr, weight_decay=0.0, **options)
     return optimizer
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -21,37 +20,14 @@ from nearkin.data.sampling import Draw, drawing
 from nearkin.data.sources.listing import Listing
 from nearkin.data.sources.resolve import resolve as list_data
 from nearkin.distributed import Runtime
-from nearkin.evaluation.model import (
-    DESCRIPTION,
-    WEIGHTS,
-    Built,
-    ModelSpec,
-    build,
-    read_description,
-)
+from nearkin.evaluation.model import DESCRIPTION, WEIGHTS, Built, ModelSpec, build, read_description
 from nearkin.network import default_memory_format, load_weights, prefers_adamw
 from nearkin.objectives import Objective, get
-from nearkin.process import launched
+from nearkin.process import cores, launched
 from nearkin.settings import DataSettings, Settings
+from nearkin.training import checks, defaults
 from nearkin.training.autotune import NAMES, tune
-from nearkin.training.checks import (
-    check_built,
-    counted_share,
-    expected_share,
-    fit_workers,
-    missing_positives_warning,
-)
 from nearkin.training.console import say
-from nearkin.training.defaults import (
-    DataFacts,
-    NetworkFacts,
-    check,
-    read_whole,
-    resolve,
-    resolve_data,
-    side_in_cache,
-    side_of_scaled,
-)
 from nearkin.training.optim import names_layers
 
 
@@ -87,20 +63,23 @@ def prepare(
     options = validated_options(config)
     data, dataset = _read_data(config, runtime, listing, classes, look=look, quiet=quiet)
     train = dataset.splits["train"]
-    pretrained, device = config.pretrained and fresh, runtime.device.type
-    built = _build(data, options, dataset, device, pretrained=pretrained)
-    files, count = train.images.from_files and not read_whole(data), len(train.labels)
-    settings = resolve(data, network_facts(data, built, runtime, images=count, files=files))
-    views, given = built.objective.stages()[0].views, config.workers != "auto"
-    settings = fit_workers(settings, views, given=given)
-    check_built(settings, built)
+    pretrained = config.pretrained and fresh
+    built = _build(data, options, dataset, runtime.device.type, pretrained=pretrained)
+    files = train.images.from_files and not defaults.read_whole(data)
+    facts = network_facts(data, built, runtime, images=len(train.labels), files=files)
+    settings = defaults.resolve(data, facts)
+    checks.check_built(settings, built)
     views = built.objective.stages()[0].views
-    settings = fit_workers(settings, views, given=config.workers != "auto")
+    settings = checks.fit_workers(settings, views, given=config.workers != "auto")
     if config.freeze_backbone and not config.pretrained and config.weights is None:
         say("note: --freeze-backbone keeps random weights; give --pretrained or --weights.", quiet)
     if config.weights is not None and fresh:
         say(str(load_weights(built.network, config.weights)), quiet)
-    settings = _autotuned(settings, config, built, runtime, quiet)
+    automatic = frozenset(name for name in NAMES if getattr(config, name) == "auto")
+    if settings.autotune and automatic:
+        trial = tune(settings, automatic, built.network, views, runtime)
+        say(str(trial), quiet)
+        settings = trial.settings
     torch.set_num_threads(settings.threads)
     _warn_of_missing_positives(settings, built, train, quiet)
     return Prepared(settings, dataset, built, _identity(settings, dataset))
@@ -114,10 +93,10 @@ def validated_options(config: RunConfig) -> Objective.Config:
 
 def network_facts(
     config: DataSettings, built: Built, runtime: Runtime, *, images: int, files: bool
-) -> NetworkFacts:
+) -> defaults.NetworkFacts:
     """The facts of network, runtime and machine. images, files: as in `NetworkFacts`."""
     backbone, device = built.network.backbone, runtime.device.type
-    return NetworkFacts(
+    return defaults.NetworkFacts(
         images=images,
         parameters=sum(p.numel() for p in backbone.parameters()),
         layered=names_layers(backbone),
@@ -127,23 +106,9 @@ def network_facts(
         options=built.spec.options,
         device=device,
         precision=runtime.precision,
-        ranks=launched().per_node,
-        cores=os.cpu_count() or 1,
+        cores=cores(),
         files=files,
     )
-
-
-def _autotuned(
-    settings: Settings, config: RunConfig, built: Built, runtime: Runtime, quiet: bool
-) -> Settings:
-    """With `--autotune`: the settings that a timed trial chooses for what `config` leaves to `auto`."""
-    automatic = frozenset(name for name in NAMES if getattr(config, name) == "auto")
-    if not (settings.autotune and automatic):
-        return settings
-    views = built.objective.stages()[0].views
-    trial = tune(settings, automatic, built.network, views, runtime)
-    say(str(trial), quiet)
-    return trial.settings
 
 
 def draw_of(config: Settings, labels: NDArray[np.int64]) -> Draw:
@@ -161,12 +126,9 @@ def draw_of(config: Settings, labels: NDArray[np.int64]) -> Draw:
 def _warn_of_missing_positives(config: Settings, built: Built, train: Split, quiet: bool) -> None:
     if not any(stage.positives for stage in built.objective.stages()):
         return
-    batch = config.batch_size
-    if config.sampler == "shuffle" and config.repeats == 1:
-        share = expected_share(train.labels, batch)
-    else:
-        share = counted_share(draw_of(config, train.labels)(0), train.labels, batch)
-    text = missing_positives_warning(share, batch, config.sampler)
+    first_epoch = draw_of(config, train.labels)(0)
+    share = checks.share_without_positive(first_epoch, train.labels, config.batch_size)
+    text = checks.missing_positives_warning(share, config.batch_size, config.sampler)
     if text is not None:
         say(f"warning: {text}", quiet)
 
@@ -219,8 +181,8 @@ def _from_data(
 ) -> DataSettings:
     """With everything that follows from the training images."""
     count = len(dataset.splits["train"].labels)
-    data = resolve_data(config, DataFacts(count, side, dataset.channels, room))
-    check(data, images=count, world_size=runtime.world_size)
+    data = defaults.resolve_data(config, defaults.DataFacts(count, side, dataset.channels, room))
+    defaults.check(data, images=count, world_size=runtime.world_size)
     return data
 
 
@@ -238,19 +200,18 @@ def _decoding(
     files = chosen.files
     if files and config.cache != "off":
         where: Where = config.cache
-        contents = Contents(files, side_in_cache(config))
-        cores = max(1, os.cpu_count() or 1)
-        made = runtime.once_per_node(lambda: make_pack(contents, where, cores))
+        contents = Contents(files, defaults.side_in_cache(config))
+        on_node = cores() * launched().per_node
+        made = runtime.once_per_node(lambda: make_pack(contents, where, on_node))
         say(str(made), quiet)
-        bad = contents.bad_rows(files, made)
-        readable = leave_out(chosen, bad, config.bad_images)
+        readable = leave_out(chosen, made.bad, config.bad_images)
         return packed(to_dataset(readable, classes), contents, made.pack)
     ranks = Ranks.on_node(runtime.rank, launched().per_node, runtime.collect)
     readable = looked(chosen, config.check, config.bad_images, ranks=ranks, quiet=quiet)
     dataset = to_dataset(readable, classes)
     train = dataset.splits["train"]
     if config.decode == "scaled" and isinstance(train.images, Files):
-        scaled = train._replace(images=train.images.scaled(side_of_scaled(config)))
+        scaled = train._replace(images=train.images.scaled(defaults.side_of_scaled(config)))
         return dataset._replace(splits=dataset.splits | {"train": scaled})
     return dataset
 
@@ -267,18 +228,8 @@ def _build(
     stem = config.stem
     if stem == "auto" and config.weights is not None:
         stem = _stem_of(config.weights)
-    spec = ModelSpec(
-        model=config.model,
-        model_options=config.model_options,
-        channels=config.channels,
-        image_size=config.image_size,
-        stem=stem,
-        drop_rate=config.drop_rate,
-        drop_path=config.drop_path,
-        objective=config.objective,
-        options=config.options,
-        classes=dataset.classes,
-    )
+    shared = config.model_dump(include=set(ModelSpec.model_fields))
+    spec = ModelSpec.model_validate(shared | {"stem": stem, "classes": dataset.classes})
     return build(
         spec,
         options=options,
@@ -300,11 +251,8 @@ def _stem_of(weights: Path) -> Literal["default", "small"]:
 def _identity(settings: Settings, dataset: Dataset) -> dict[str, str]:
     free = FREE_ON_RESUME | {"data", "out"}
     fixed = {name: v for name, v in settings.flat().items() if name not in free}
-    return {
-        "settings": _digest(fixed),
-        "classes": _digest(dataset.classes),
-        "data": dataset.fingerprint,
-    }
+    classes = _digest(dataset.classes)
+    return {"settings": _digest(fixed), "classes": classes, "data": dataset.fingerprint}
 
 
 def _digest(value: Any) -> str:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from nearkin.config import CONFIG_FILE, GIVEN_FILE, RunConfig, read_yaml, to_yaml, validate
 from nearkin.errors import ConfigError, ModelError, printable
 from nearkin.files import write_atomic
 from nearkin.settings import Settings
 
+Options = TypeVar("Options", bound=RunConfig)
 BAD_FILES = "bad_files.csv"
 LOCK = ".lock"
 STATUS = "status.json"
@@ -31,12 +33,16 @@ def create(out: Path | None, *, data: str, objective: str) -> Path:
     Without `out`: runs/DATA-OBJECTIVE-DATE, with -2, -3, ... when taken. Raises ConfigError.
     """
     try:
-        return _create(out, data, objective)
+        if out is None:
+            return _next_folder(data, objective)
+        check_free(out)
+        out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         where = printable(str(out or "runs"))
         raise ConfigError(
             f"Cannot write the run folder {where}: {error.strerror}; choose another --out."
         ) from None
+    return out
 
 
 def check_free(out: Path | None) -> None:
@@ -48,26 +54,19 @@ def check_free(out: Path | None) -> None:
         )
 
 
-def _create(out: Path | None, data: str, objective: str) -> Path:
-    if out is not None:
-        check_free(out)
-        out.mkdir(parents=True, exist_ok=True)
-        return out
+def _next_folder(data: str, objective: str) -> Path:
     stem = re.sub(r"[^A-Za-z0-9_.]+", "-", Path(data).stem).strip("-.") or "data"
-    name = f"{stem[:60]}-{objective}-{datetime.now().astimezone():%Y%m%d}"
-    runs = Path("runs")
-    runs.mkdir(exist_ok=True)
-    number = 1
-    while True:
-        folder = runs / (name if number == 1 else f"{name}-{number}")
-        if _only_bad_files(folder):
-            return folder
+    first = Path("runs") / f"{stem[:60]}-{objective}-{datetime.now().astimezone():%Y%m%d}"
+    folder, number = first, 1
+    while not _only_bad_files(folder):
         try:
-            folder.mkdir()
+            folder.mkdir(parents=True)
         except FileExistsError:
             number += 1
+            folder = first.with_name(f"{first.name}-{number}")
         else:
-            return folder
+            break
+    return folder
 
 
 def _only_bad_files(folder: Path) -> bool:
@@ -99,7 +98,7 @@ def describe(folder: Path, settings: RunConfig, classes: Sequence[str]) -> None:
     """Write config.yaml, classes.json and environment.json."""
     write_settings(folder, settings)
     write_json(folder / "classes.json", list(classes))
-    write_json(folder / "environment.json", environment(command_line()))
+    write_json(folder / "environment.json", environment())
 
 
 def write_settings(folder: Path, settings: RunConfig) -> None:
@@ -118,31 +117,18 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
 
-def environment(command: str) -> dict[str, Any]:
-    """Versions and kind of machine, without names of hosts or people. command: as it was typed."""
-    import os
-
+def environment() -> dict[str, Any]:
+    """The command, versions and kind of machine, without names of hosts or people."""
     import torch
 
-    packages = {}
-    for name in PACKAGES:
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            packages[name] = "not installed"
     return {
-        "command": command,
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "python": platform.python_version(),
-        "packages": packages,
+        "packages": {name: version(name) for name in PACKAGES},
         "platform": f"{platform.system()} {platform.machine()}",
         "cores": os.cpu_count(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
-
-
-def command_line() -> str:
-    """The command as it was typed, without the folder of the program."""
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def stored_settings(run: Path) -> Settings:
@@ -153,37 +139,45 @@ def stored_settings(run: Path) -> Settings:
         raise ModelError(
             f"The run {printable(str(run))} {what}; give the folder that train printed."
         )
-    try:
-        settings: Settings = validate(Settings, read_yaml(path))
-    except ConfigError as error:
-        raise ModelError(f"{printable(str(path))} is damaged: {error}") from None
-    return settings
+    return _stored(Settings, path)
 
 
 def stored_options(run: Path) -> RunConfig:
     """The options that a run was started with. Raises ModelError."""
-    path = run / GIVEN_FILE
+    return _stored(RunConfig, run / GIVEN_FILE)
+
+
+def _stored(model: type[Options], path: Path) -> Options:
     try:
-        given: RunConfig = validate(RunConfig, read_yaml(path))
+        options: Options = validate(model, read_yaml(path))
     except ConfigError as error:
         raise ModelError(f"{printable(str(path))} is damaged: {error}") from None
-    return given
+    return options
 
 
 def stored_state(run: Path) -> str | None:
     """`state` in status.json, or None where it cannot be read."""
     try:
-        return str(json.loads((run / STATUS).read_text(encoding="utf-8"))["state"])
-    except (OSError, ValueError, LookupError, TypeError):
+        return str(_read_json(run / STATUS)["state"])
+    except (ModelError, LookupError, TypeError):
         return None
+
+
+def stored_classes(run: Path) -> tuple[str, ...]:
+    """The class map of a run."""
+    return tuple(str(name) for name in _read_json(run / "classes.json"))
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise ModelError(f"{printable(str(path))} cannot be read.") from None
 
 
 def check_identity(run: Path, identity: dict[str, str], data: str) -> None:
     """Raises ModelError unless a run was started with these settings, classes and images."""
-    try:
-        stored = json.loads((run / IDENTITY).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise ModelError(f"{printable(str(run / IDENTITY))} cannot be read.") from None
+    stored = _read_json(run / IDENTITY)
     if stored == identity:
         return
     same = {name: stored.get(name) == identity[name] for name in identity}
@@ -197,12 +191,3 @@ def check_identity(run: Path, identity: dict[str, str], data: str) -> None:
         f"The settings in {printable(str(run / CONFIG_FILE))} have changed since the run was started; put the file "
         "back, or start a new run."
     )
-
-
-def stored_classes(run: Path) -> tuple[str, ...]:
-    """The class map of a run."""
-    try:
-        names = json.loads((run / "classes.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise ModelError(f"{printable(str(run))}/classes.json cannot be read.") from None
-    return tuple(str(name) for name in names)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nearkin.data.mixing import mix
@@ -12,22 +12,8 @@ from nearkin.network import Network
 from nearkin.objectives import Objective, Stage
 from nearkin.settings import Settings
 from nearkin.teacher import TEACHER_SALT, Teacher, momentum_at
-from nearkin.training.microbatch import (
-    MicroBatch,
-    join,
-    leaves,
-    linearised,
-    mean_loss,
-    split,
-    statistics_kept,
-)
-from nearkin.training.optim import (
-    build_optimizer,
-    load_optimizer_tensors,
-    lr_factor,
-    optimizer_tensors,
-    set_lr,
-)
+from nearkin.training import microbatch, optim
+from nearkin.training.microbatch import MicroBatch
 from nearkin.types import Batch, Loss, Outputs, Progress
 
 
@@ -49,9 +35,7 @@ class Transfer:
         compute = torch.cuda.current_stream(self._device)
         compute.wait_stream(self._stream)
         for each in moved:
-            each.record_stream(
-                compute
-            )  # else the memory could be reused before the step has read it
+            each.record_stream(compute)  # else its memory may be reused before the step has read it
         return moved
 
     def _copy(self, batch: Batch) -> Batch:
@@ -82,6 +66,7 @@ class Stepper:
         self.optimizer: Optimizer
         self.at_collapse: Loss  # of constant embeddings, for the last batch of an epoch
         self.steps_done = 0
+        self.lr = 0.0  # of the step just taken
 
     def begin(self, stage: Stage) -> None:
         """Start a stage: freeze what it does not train; new optimiser, teacher and average."""
@@ -94,29 +79,20 @@ class Stepper:
         if settings.compile:
             for network in [self.network] + ([self.teacher.network] if self.teacher else []):
                 network.compile_backbone()
-        self.optimizer = build_optimizer(
-            self.network,
-            settings.optimizer,
-            lr=settings.lr,
-            weight_decay=settings.weight_decay,
-            momentum=settings.momentum,
-            nesterov=settings.nesterov,
-            decay_all=settings.decay_all,
-            layer_decay=settings.layer_decay,
-        )
+        self.optimizer = optim.build_optimizer(self.network, settings)
         self._wrapped = self.runtime.wrap(self.network)
 
     def step(self, batch: Batch, progress: Progress, step: int) -> Loss:
         """One optimiser step on this rank's block of global batch number `step`."""
         self.network.train()
         self._set_lr(progress)
-        pieces = split(self._prepare(batch, step), self.settings.accumulate)
+        pieces = microbatch.split(self._prepare(batch, step), self.settings.accumulate)
         coupled = self.stage.coupled and len(pieces) > 1
         run = self._two_passes if coupled else self._one_pass
         loss, whole = run(pieces, progress, step)
         if (step + 1) % self.steps_per_epoch == 0:
             self.at_collapse = self.objective.at_collapse(*whole, progress)
-        self._apply()
+        self.runtime.step(self.optimizer, self.settings.clip_grad)
         self.steps_done = step + 1
         self._update_averages(whole, progress)
         return loss
@@ -135,15 +111,17 @@ class Stepper:
                 self.runtime.backward(loss.total / len(pieces))
             parts.append(part)
             losses.append(loss)
-        return mean_loss(losses), whole if len(pieces) == 1 else self._gather(join(parts))
+        whole = whole if len(pieces) == 1 else self._gather(microbatch.join(parts))
+        return microbatch.mean_loss(losses), whole
 
     def _two_passes(
         self, pieces: list[Batch], progress: Progress, step: int
     ) -> tuple[Loss, MicroBatch]:
         """The loss of the whole batch: outputs without a graph, their gradients, then those of the weights."""
-        with torch.no_grad(), statistics_kept(self.network):
-            block = join([self._forward(p, step, number) for number, p in enumerate(pieces)])
-        block = block._replace(student=leaves(block.student))
+        with torch.no_grad(), microbatch.statistics_kept(self.network):
+            parts = [self._forward(piece, step, number) for number, piece in enumerate(pieces)]
+            block = microbatch.join(parts)
+        block = block._replace(student=microbatch.leaves(block.student))
         whole = self._gather(block)
         loss = self.objective(*whole, progress)
         loss.total.backward()
@@ -151,13 +129,8 @@ class Stepper:
         for number, piece in enumerate(pieces):
             with self.runtime.accumulating(self._wrapped, unfinished=number < len(pieces) - 1):
                 again = self._student_outputs(piece, step, number)
-                self.runtime.backward(linearised(again, block.student, images, number))
+                self.runtime.backward(microbatch.linearised(again, block.student, images, number))
         return loss, whole
-
-    @property
-    def lr(self) -> float:
-        """The learning rate of the step just taken."""
-        return self._lr
 
     def eval_network(self) -> Network:
         """The network that is validated, kept as `best` and saved at the end."""
@@ -167,64 +140,49 @@ class Stepper:
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Everything that a checkpoint must hold to go on from here."""
-        tensors = {
-            "network": self.network.state_dict(),
-            "objective": self.objective.state_dict(),
-            "optimizer": optimizer_tensors(self.optimizer, self.network),
-        }
-        if self.teacher is not None:
-            tensors["teacher"] = self.teacher.state_dict()
-        if self.ema is not None:
-            tensors["ema"] = self.ema.state_dict()
-        return tensors
+        optimizer = optim.optimizer_tensors(self.optimizer, self.network)
+        modules = {name: module.state_dict() for name, module in self._modules().items()}
+        return modules | {"optimizer": optimizer}
 
     def load(self, tensors: dict[str, dict[str, Tensor]]) -> None:
         """Restore what `tensors` gave, after `begin` of the same stage."""
-        self.network.load_state_dict(tensors["network"])
-        self.objective.load_state_dict(tensors["objective"])
-        load_optimizer_tensors(self.optimizer, self.network, tensors["optimizer"])
-        if self.teacher is not None:
-            self.teacher.load_state_dict(tensors["teacher"])
-        if self.ema is not None:
-            self.ema.load_state_dict(tensors["ema"])
+        for name, module in self._modules().items():
+            module.load_state_dict(tensors[name])
+        optim.load_optimizer_tensors(self.optimizer, self.network, tensors["optimizer"])
+
+    def _modules(self) -> dict[str, nn.Module]:
+        always: dict[str, nn.Module] = {"network": self.network, "objective": self.objective}
+        averages = {"teacher": self.teacher, "ema": self.ema}
+        return always | {name: module for name, module in averages.items() if module is not None}
 
     def _set_lr(self, progress: Progress) -> None:
         settings = self.settings
-        warmup = round(settings.warmup_epochs * self.steps_per_epoch)
-        factor = lr_factor(
-            progress.step,
-            steps=progress.steps,
-            warmup=min(warmup, progress.steps),
-            floor=settings.min_lr_ratio,
-        )
-        self._lr = settings.lr * self.stage.lr * factor
-        set_lr(self.optimizer, self._lr)
+        steps, floor = progress.steps, settings.min_lr_ratio
+        warmup = min(round(settings.warmup_epochs * self.steps_per_epoch), steps)
+        factor = optim.lr_factor(progress.step, steps=steps, warmup=warmup, floor=floor)
+        self.lr = settings.lr * self.stage.lr * factor
+        optim.set_lr(self.optimizer, self.lr)
 
     def _prepare(self, batch: Batch, step: int) -> Batch:
         settings, batch = self.settings, self._transfer(batch)
         if settings.mixup == 0 and settings.cutmix == 0:
             return batch
-        images, labels, index = batch
-        return Batch(
-            *mix(
-                images.to(self.runtime.dtype) / 255,
-                labels,
-                index,
-                classes=self.classes,
-                mixup=settings.mixup,
-                cutmix=settings.cutmix,
-                seed=settings.seed,
-                step=step,
-                offset=self.runtime.rank * images.shape[1],
-            )
+        mixed = mix(
+            batch.images.to(self.runtime.dtype) / 255,
+            batch.labels,
+            batch.index,
+            classes=self.classes,
+            mixup=settings.mixup,
+            cutmix=settings.cutmix,
+            seed=settings.seed,
+            step=step,
+            offset=self.runtime.rank * batch.images.shape[1],
         )
+        return Batch(*mixed)
 
     def _forward(self, batch: Batch, step: int, number: int) -> MicroBatch:
-        return MicroBatch(
-            batch,
-            self._student_outputs(batch, step, number),
-            self._teacher_outputs(batch, step, number),
-        )
+        student = self._student_outputs(batch, step, number)
+        return MicroBatch(batch, student, self._teacher_outputs(batch, step, number))
 
     def _student_outputs(self, batch: Batch, step: int, number: int) -> Outputs:
         offset = self._offset(batch, number)
@@ -259,23 +217,17 @@ class Stepper:
         return MicroBatch(whole, self._gather_outputs(part.student, size), teacher)
 
     def _gather_outputs(self, outputs: Outputs, size: int) -> Outputs:
-        if self.runtime.world_size == 1:
-            return outputs
         views = outputs.features.shape[0] // size
         return Outputs(*(None if o is None else self.runtime.gather(o, views) for o in outputs))  # type: ignore[arg-type]
-
-    def _apply(self) -> None:
-        self.runtime.step(self.optimizer, self.settings.clip_grad)
 
     def _update_averages(self, whole: MicroBatch, progress: Progress) -> None:
         """After the optimiser: update the bank, the teacher and the averaged copy."""
         with torch.no_grad():
             self.objective.update(*whole)
-        if self.teacher is not None and self.stage.teacher is not None:
-            momentum = momentum_at(
-                self.stage.teacher, progress.step + 1, progress.steps, self.steps_per_epoch
-            )
+        policy, step = self.stage.teacher, progress.step + 1
+        if self.teacher is not None and policy is not None:
+            momentum = momentum_at(policy, step, progress.steps, self.steps_per_epoch)
             self.teacher.update(self.network, momentum)
         if self.ema is not None:
             # In the first steps the plain mean of the weights so far.
-            self.ema.update(self.network, min(self.settings.ema, 1 - 1 / (progress.step + 2)))
+            self.ema.update(self.network, min(self.settings.ema, 1 - 1 / (step + 1)))

@@ -10,20 +10,15 @@ from typing import Any
 
 import torch
 
-from nearkin.data.dataset import Dataset, Split
+from nearkin.data.dataset import Split
 from nearkin.data.loader import PATIENCE, train_loader
 from nearkin.data.sampling import TrainOrder
 from nearkin.data.transforms import TrainSpec, train_transform
 from nearkin.distributed import Runtime
-from nearkin.errors import ConfigError
+from nearkin.errors import Stopped
 from nearkin.evaluation.evaluator import Evaluator
 from nearkin.evaluation.geometry import geometry
-from nearkin.evaluation.metrics import (
-    summarise,
-    top1_and_log_loss,
-    write_predictions,
-    write_tables,
-)
+from nearkin.evaluation.metrics import summarise, top1_and_log_loss, write_predictions, write_tables
 from nearkin.evaluation.model import FORMAT, Description, save_bundle
 from nearkin.objectives import Stage
 from nearkin.process import stop_signals_recorded
@@ -46,21 +41,14 @@ class Trainer:
     def __init__(self, prepared: Prepared, runtime: Runtime, folder: Path, *, quiet: bool) -> None:
         self.prepared, self.runtime, self.folder = prepared, runtime, folder
         self.settings, self.dataset = prepared.settings, prepared.dataset
+        self.train_split = self.dataset.splits["train"]
         self.steps_per_epoch = len(self.train_split.labels) // self.settings.batch_size
-        self.journal = Journal(folder) if runtime.is_main else None
+        self.journal = Journal(folder, writes=runtime.is_main)
         self.quiet = quiet or not runtime.is_main
         self.spec = eval_spec(self.settings)
-        self.evaluator = Evaluator(
-            runtime,
-            self.spec,
-            batch_size=max(64, self.settings.batch_size),
-            workers=self.settings.workers,
-        )
+        size, workers = max(64, self.settings.batch_size), self.settings.workers
+        self.evaluator = Evaluator(runtime, self.spec, batch_size=size, workers=workers)
         self._assemble()
-
-    @property
-    def train_split(self) -> Split:
-        return self.dataset.splits["train"]
 
     def run(self) -> Result:
         """Train to the end, then evaluate the test split once. Raises Stopped or DivergedError."""
@@ -69,25 +57,25 @@ class Trainer:
 
     def _run(self) -> Result:
         route = legs(self.stages, self.settings.epochs, self.steps_per_epoch)
-        self.steps = route[-1].last
         level = self.settings.log_level
         quiet, silent = self.quiet or level != "info", self.quiet or level == "error"
-        with Bar(self.steps, quiet=quiet, silent=silent) as bar, stop_signals_recorded():
-            self.bar = bar
-            self._say(self._summary())
-            snapshot = self._snapshot()
+        bar = Bar(route[-1].last, self.journal, quiet=quiet, silent=silent)
+        with bar, stop_signals_recorded():
+            bar.say(self._summary())
+            snapshot = self._snapshot(bar)
             self.loop = Loop(
                 self.settings,
                 self.runtime,
                 self.stepper,
                 self.saver,
+                route,
                 self.journal,
                 bar,
                 loader=self._loader,
                 validate=self._validate,
             )
             self.runtime.failures.callback = self._record_end
-            return self._finish(self.loop.run(route, snapshot))
+            return self._finish(self.loop.run(snapshot))
 
     def _assemble(self) -> None:
         network, objective = self.prepared.built.network, self.prepared.built.objective
@@ -98,18 +86,13 @@ class Trainer:
             from nearkin.network import synchronise_batchnorm
 
             synchronise_batchnorm(network, self.runtime.device.type)
+        classes = len(self.dataset.classes)
         if self.settings.class_weights == "balanced":
-            objective.weigh_classes(
-                balanced_weights(self.train_split, self.dataset).to(self.runtime.device)
-            )
+            weights = balanced_weights(self.train_split, classes)
+            objective.weigh_classes(weights.to(self.runtime.device))
         self.stages = objective.stages()
         self.stepper = Stepper(
-            self.settings,
-            self.runtime,
-            network,
-            objective,
-            self.steps_per_epoch,
-            len(self.dataset.classes),
+            self.settings, self.runtime, network, objective, self.steps_per_epoch, classes
         )
         self.store = Store(self.folder / "checkpoints")
         self.saver = Saver(
@@ -119,16 +102,15 @@ class Trainer:
             self.stepper,
         )
 
-    def _snapshot(self) -> Snapshot | None:
+    def _snapshot(self, bar: Bar) -> Snapshot | None:
         """The newest checkpoint, on every process; the journal is cut back to it."""
-        snapshot = self.store.load_newest(self._warn)
+        snapshot = self.store.load_newest(bar.warn)
         if snapshot is not None:
             same_run(snapshot, self.prepared.identity)
-        if self.journal is not None:
+            bar.say(f"continuing at step {snapshot.step}")
+        if self.runtime.is_main:
             self.journal.cut_back(snapshot.step if snapshot else 0)
             self.store.cut_back(snapshot.step if snapshot else 0)
-        if snapshot is not None:
-            self._say(f"continuing at step {snapshot.step}")
         return snapshot
 
     def _loader(self, stage: Stage, first: int, last: int) -> Iterator[Batch]:
@@ -188,7 +170,7 @@ class Trainer:
                     [split.images.name(row) for row in range(len(split.labels))],
                     self.dataset.classes,
                 )
-        if self.journal is not None:
+        if self.runtime.is_main:
             description = Description(
                 format=FORMAT,
                 nearkin=version("nearkin"),
@@ -198,44 +180,17 @@ class Trainer:
                 metrics=metrics,
             )
             save_bundle(self.folder, description, network.state_dict())
-            best = self.saver.best
-            self.journal.status(
-                "finished",
-                step=step,
-                steps=self.steps,
-                epoch=self.settings.epochs,
-                best=best and best._asdict(),
-            )
-            self.journal.log(f"finished at step {step}")
+        self.loop.status("finished", step, self.settings.epochs)
+        self.journal.log(f"finished at step {step}")
         return Result.of(self.folder, metrics)
 
     def _record_end(self, message: str, code: int) -> None:
         """Record the error that ends the run, of this process or another."""
-        if self.journal is not None:
-            state = "diverged" if self.loop.diverged else "failed"
-            state = "stopped" if code == 75 else state
-            best = self.saver.best
-            self.journal.log(f"{state}: {message}")
-            step = self.stepper.steps_done
-            epoch = step // max(1, self.steps_per_epoch)
-            self.journal.status(
-                state,
-                step=step,
-                steps=self.steps,
-                epoch=epoch,
-                best=best and best._asdict(),
-                message=message,
-            )
-
-    def _say(self, text: str) -> None:
-        self.bar.say(text)
-        if self.journal is not None:
-            self.journal.log(text)
-
-    def _warn(self, text: str) -> None:
-        self.bar.warn(text)
-        if self.journal is not None:
-            self.journal.log(f"warning: {text}")
+        state = "diverged" if self.loop.diverged else "failed"
+        state = "stopped" if code == Stopped.code else state
+        self.journal.log(f"{state}: {message}")
+        step = self.stepper.steps_done
+        self.loop.status(state, step, step // max(1, self.steps_per_epoch), message)
 
     def _summary(self) -> str:
         """The run in one line."""
@@ -251,9 +206,7 @@ class Trainer:
         )
 
 
-def balanced_weights(split: Split, dataset: Dataset) -> torch.Tensor:
+def balanced_weights(split: Split, classes: int) -> torch.Tensor:
     """Class weights N / (C n_c), so that their mean over the training images is 1; classes without images 0."""
-    counts = torch.bincount(torch.as_tensor(split.labels), minlength=len(dataset.classes)).float()
-    if not bool(counts.sum()):
-        raise ConfigError("--class-weights needs training images.")
+    counts = torch.bincount(torch.as_tensor(split.labels), minlength=classes).float()
     return torch.where(counts > 0, counts.sum() / (len(counts) * counts.clamp(min=1)), 0.0)

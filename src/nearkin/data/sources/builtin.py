@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nearkin.data.sources.listing import ArrayList, FileList, ListedSplit, Listing
 from nearkin.errors import DataError, printable
@@ -110,23 +109,18 @@ def _part(dataset: Any, prefix: str) -> ListedSplit:
     labels = np.asarray(_first(dataset, "targets", "labels", "_labels"), dtype=np.int64)
     classes = getattr(dataset, "classes", None) or range(int(labels.max()) + 1)
     names = tuple(str(name) for name in classes)
-    return ListedSplit(_images(dataset, prefix), labels, names)
-
-
-def _images(dataset: Any, prefix: str) -> FileList | ArrayList:
     if hasattr(dataset, "data"):
-        array = _channels_last(np.asarray(dataset.data))
-        return ArrayList(array, prefix, np.arange(len(array)))
+        array = np.asarray(dataset.data)
+        if array.ndim == 3:
+            array = array[..., None]
+        elif array.shape[1] == 3:
+            array = array.transpose(0, 2, 3, 1)
+        return ListedSplit(ArrayList(array, prefix, np.arange(len(array))), labels, names)
     files = [str(file) for file in _first(dataset, "_image_files", "_images")]
     root = os.path.commonpath([os.path.dirname(file) for file in files])  # noqa: PTH120
-    return FileList.pack(root, (os.fsencode(os.path.relpath(file, root)) for file in files))
+    paths = (os.fsencode(os.path.relpath(file, root)) for file in files)
+    return ListedSplit(FileList.pack(root, paths), labels, names)
 
 
 def _first(dataset: Any, *names: str) -> Any:
     return next(getattr(dataset, name) for name in names if hasattr(dataset, name))
-
-
-def _channels_last(array: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    if array.ndim == 3:
-        return array[..., None]
-    return array.transpose(0, 2, 3, 1) if array.shape[1] == 3 else array

@@ -11,13 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nearkin.data.sources.listing import (
-    FileList,
-    ListedSplit,
-    Listing,
-    by_bytes,
-    split_words,
-)
+from nearkin.data.sources.listing import FileList, ListedSplit, Listing, by_bytes, split_words
 from nearkin.errors import DataError, counted, listed, printable
 
 IMAGE_SUFFIXES = frozenset(
@@ -97,13 +91,11 @@ def _splits(walk: _Walk, top: list[str]) -> dict[str, str]:
                 f"{printable(splits[split])} and {printable(name)}; keep one."
             )
         splits[split] = name
-    return {split: _unnested(walk, name) for split, name in splits.items()}
-
-
-def _unnested(walk: _Walk, name: str) -> str:
-    """`train/train` where an archive was unpacked into a folder of its own name."""
-    same = os.path.join(name, name)  # noqa: PTH118
-    return same if walk.folders(name) == [name] and not walk.holds_images(name) else name
+    for split, name in splits.items():
+        if walk.folders(name) == [name] and not walk.holds_images(name):
+            # An archive was unpacked into a folder of its own name.
+            splits[split] = os.path.join(name, name)  # noqa: PTH118
+    return splits
 
 
 class _Walk:
@@ -156,7 +148,8 @@ class _Walk:
     def images(self, folder: str) -> list[bytes]:
         """Paths of all images below `folder`, sorted by their bytes."""
         found: list[bytes] = []
-        waiting = [(folder, frozenset(map(self._identity, _above(folder))))]
+        above_it = [str(path) for path in Path(folder, "x").parents[1:]] if folder else []
+        waiting = [(folder, frozenset(map(self._identity, above_it)))]
         while waiting:
             here, above = waiting.pop()
             identity = self._identity(here)
@@ -280,14 +273,6 @@ class _Walk:
         return "image" if suffix in self._suffixes else "other"
 
 
-def _above(folder: str) -> list[str]:
-    """`a/b/c` -> "", `a`, `a/b`; nothing for the root itself."""
-    return [] if not folder else ["", *map(str, [*Path(folder).parents][-2::-1])]
-
-
 def _unreadable(path: str, error: OSError) -> DataError:
     reason = (error.strerror or str(error)).lower()
     return DataError(f"The folder {printable(path)} cannot be read: {reason}.")
-
-
-__all__ = ["IMAGE_SUFFIXES", "Found", "find_images", "list_folder"]

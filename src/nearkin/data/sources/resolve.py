@@ -22,17 +22,12 @@ def resolve(data: str) -> Listing:
 
     Raises DataError when DATA is missing, empty or of a kind that nearkin does not read.
     """
-    listing = _known(data) if data in BUILTIN else _stored(data)
+    listing = list_builtin(data) if data in BUILTIN else _stored(data)
+    notes = listing.notes
+    if data in BUILTIN and os.path.isdir(data):  # noqa: PTH112
+        notes += (f"{data} is the built-in data set; for the folder of that name write ./{data}",)
     parts = {split: listing.parts[split] for split in SPLITS if split in listing.parts}
-    return listing._replace(parts=parts, data=data)
-
-
-def _known(data: str) -> Listing:
-    listing = list_builtin(data)
-    if not os.path.isdir(data):  # noqa: PTH112
-        return listing
-    note = f"{data} is the built-in data set; for the folder of that name write ./{data}"
-    return listing._replace(notes=(*listing.notes, note))
+    return listing._replace(parts=parts, data=data, notes=notes)
 
 
 def _stored(data: str) -> Listing:

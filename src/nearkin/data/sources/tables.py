@@ -70,7 +70,12 @@ def _text(path: str) -> tuple[list[_Row], tuple[str, ...]]:
     delimiter = "\t" if path.lower().endswith(".tsv") else ","
     # File names may be any bytes; `surrogateescape` keeps those that are not UTF-8.
     with Path(path).open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        _refuse_utf16(path)
+        with Path(path).open("rb") as raw:
+            start = raw.read(4)
+        if start[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in start:
+            raise DataError(
+                f"The table {printable(path)} is in UTF-16 or UTF-32; save it as UTF-8."
+            )
         reader = csv.reader(_lines(path, file), delimiter=delimiter, strict=True)
         try:
             header = [name.strip().lower() for name in next(reader, [])]
@@ -83,13 +88,6 @@ def _text(path: str) -> tuple[list[_Row], tuple[str, ...]]:
         except csv.Error as error:
             raise _fail(path, f"line {reader.line_num}", f"not valid CSV, {error}") from None
     return rows, _ignored(header)
-
-
-def _refuse_utf16(path: str) -> None:
-    with Path(path).open("rb") as file:
-        start = file.read(4)
-    if start[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in start:
-        raise DataError(f"The table {printable(path)} is in UTF-16 or UTF-32; save it as UTF-8.")
 
 
 def _lines(path: str, file: Any) -> Iterator[str]:

@@ -93,9 +93,9 @@ class Saver:
         self._stepper.steps_done = snapshot.step
         collapse.load(snapshot.state["collapse"])
         meters.load(snapshot.tensors["meters"], snapshot.state["meters"])
-        self._stepper.runtime.load_scaler_state(snapshot.state["scaler"])
+        self._stepper.runtime.scaler.load_state_dict(snapshot.state["scaler"])
         best = snapshot.state["best"]
-        self.best = None if best is None else Best(best["value"], best["step"])
+        self.best = best and Best(**best)
 
     def best_weights(self) -> dict[str, Tensor] | None:
         """The weights of `best`, from memory or from the store; None without any validation."""
@@ -103,23 +103,23 @@ class Saver:
             return None
         if self._waiting is not None:
             return self._waiting
-        path = self._store.path("best", self.best.step)
-        return read(path).tensors["network"]
+        return read(self._store.path("best", self.best.step)).tensors["network"]
 
     def _save(
         self, store: Store, step: int, stage: int, meters: Meters, collapse: CollapseWatch
     ) -> None:
-        if self._waiting is not None and self.best is not None:
-            store.save(Snapshot(self.best.step, {"network": self._waiting}, {}), kind="best")
+        best = self.best
+        if self._waiting is not None and best is not None:
+            store.save(Snapshot(best.step, {"network": self._waiting}, {}), kind="best")
             self._waiting = None
         sums, counted = meters.state()
         state: dict[str, Any] = {
             "identity": self._identity,
             "stage": stage,
-            "best": None if self.best is None else self.best._asdict(),
+            "best": best and best._asdict(),
             "meters": counted,
             "collapse": collapse.state(),
-            "scaler": self._stepper.runtime.scaler_state(),
+            "scaler": self._stepper.runtime.scaler.state_dict(),
         }
         store.save(Snapshot(step, self._stepper.tensors() | {"meters": sums}, state))
 
