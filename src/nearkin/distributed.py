@@ -117,8 +117,7 @@ class Runtime:
         self._set_precision(precision)
         self.failures = Failures(launch)
         if self.world_size > 1:
-            self.failures.watch()
-            self.failures.start_group(self.device)
+            self.failures.start(self.device)
             group = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
             self._patient_group = cast("dist.ProcessGroup", group)
 
@@ -318,8 +317,9 @@ class Failures:
         if launch.world_size > 1:
             self._store = PrefixStore(self._prefix, _store(launch))
 
-    def start_group(self, device: torch.device) -> None:
-        """Start torch's process group, with a connection of its own, since it blocks its connection while it waits."""
+    def start(self, device: torch.device) -> None:
+        """Start the thread and torch's process group. A group that waits blocks its connection, so it has its own."""
+        Thread(target=self._watch, daemon=True).start()
         if dist.is_initialized():  # of an earlier run that failed
             dist.destroy_process_group()
         dist.init_process_group(
@@ -330,10 +330,6 @@ class Failures:
             timeout=STEP_TIMEOUT,
             device_id=device if device.type == "cuda" else None,
         )
-
-    def watch(self) -> None:
-        """Start the thread."""
-        Thread(target=self._watch, daemon=True).start()
 
     def stop_watching(self) -> None:
         """Before the process that holds the store may end."""

@@ -18,7 +18,7 @@ from image_files import encoded, noise, write
 from nearkin.data import cache as cache_room
 from nearkin.data import decode
 from nearkin.data.cache import Contents, Made, home, make_pack, packed
-from nearkin.data.dataset import choose, leave_out, load_dataset, to_dataset
+from nearkin.data.dataset import choose, leave_out, load_dataset, numbered
 from nearkin.data.loader import eval_loader, train_loader
 from nearkin.data.look import BadImages
 from nearkin.data.sampling import TrainOrder
@@ -257,7 +257,7 @@ def test_bad_images_are_found_while_the_cache_is_built_and_when_it_is_found_agai
         assert list(bad) == [bytes(root / "b" / "1.png")]
         with pytest.raises(BadImages, match=r"1 of 8 images cannot be read: .*b/1.png \(it is no"):
             leave_out(chosen, bad, "error")
-        plain = to_dataset(leave_out(chosen, bad, "skip"), None)
+        plain = numbered(leave_out(chosen, bad, "skip"), None)
         cached = packed(plain, contents, result.pack).splits["train"].images
         assert len(cached) == 7
         for row in range(7):

@@ -241,3 +241,12 @@ def test_an_option_that_the_model_does_not_take_ends_before_the_folder(tmp_path,
     assert command([*words, "--model.depth", "2"]) == 2
     assert "test_resnet takes no option depth; leave out --model.depth" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_auto_is_the_model_that_the_weights_come_from(tmp_path):
+    run = run_of(tmp_path / "run", model="test_resnet").run
+    config = validate(RunConfig, TINY | {"objective": "ce", "weights": run})
+    prepared = prepare(config, Runtime(device="cpu", precision="fp32"))
+    assert prepared.settings.model == "test_resnet"
+    own = config.model_copy(update={"model": "test_vit", "image_size": 32})
+    assert prepare(own, Runtime(device="cpu", precision="fp32")).settings.model == "test_vit"

@@ -13,6 +13,7 @@ from tests.training.settings_cases import data_settings, settings
 from nearkin.errors import ConfigError
 from nearkin.objectives import Stage
 from nearkin.teacher import TeacherPolicy, momentum_at
+from nearkin.training.api import resolved
 from nearkin.training.defaults import check, side_of_scaled
 from nearkin.training.loop import legs
 from nearkin.training.metrics_log import Meters
@@ -180,4 +181,15 @@ def test_meters_average_an_interval_and_survive_a_checkpoint():
         meters.add(loss(7.0, 2.0, 0))
         assert meters.take_epoch() == ({"loss": 4.0, "ce": 8.0}, {"without_positive": 7})
         assert meters.take_epoch() == ({}, {})
+        assert meters.state()[0]["epoch"].numel() == 0
         assert meters.take() == {"loss": 7.0, "ce": 2.0}
+
+
+def test_threads_are_the_cores_that_slurm_gives_the_process(monkeypatch):
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "3")
+    before = torch.get_num_threads()
+    try:
+        assert resolved({"model": "resnet18", "image_size": 64, "objective": "ce"}).threads == 3
+    finally:
+        torch.set_num_threads(before)

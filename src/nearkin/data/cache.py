@@ -24,9 +24,9 @@ from torch import Tensor
 
 from nearkin.data.dataset import Dataset
 from nearkin.data.decode import quiet_pillow
-from nearkin.data.images import Files, in_channels
+from nearkin.data.images import Files
 from nearkin.data.look import SAMPLE, Examined, examine, in_threads
-from nearkin.data.remembered import Fact, Remembered
+from nearkin.data.remembered import Remembered
 from nearkin.data.sources.listing import Rows
 from nearkin.data.transforms import ResizeShortSide
 from nearkin.errors import ConfigError, printable
@@ -74,10 +74,7 @@ class Pack:
             size = (self.folder / PIXELS).stat().st_size
         except (OSError, ValueError):
             return False
-        return isinstance(manifest, dict) and (manifest.get("key"), manifest.get("bytes")) == (
-            key,
-            size,
-        )
+        return bool(manifest == {"key": key, "bytes": size})
 
 
 def _remove(folder: Path, process: int, owner: BinaryIO) -> None:
@@ -104,7 +101,7 @@ class Packed:
         start, end = self.pack.starts[place : place + 2].tolist()
         shape = (*self.pack.sizes[place].tolist(), self.pack.channels)
         pixels = self.pack.pixels[start:end].reshape(shape)
-        return in_channels(torch.from_numpy(pixels).permute(2, 0, 1), self.channels)
+        return torch.from_numpy(pixels).permute(2, 0, 1)
 
     def name(self, row: int) -> str:
         return self.files.name(row)
@@ -169,12 +166,12 @@ class Contents:
         """Bytes, from the headers of some evenly spread images."""
         some = self.paths[:: max(1, len(self.paths) // SAMPLE)]
         facts = [examine(path, self.channels, full=False).fact for path in some]
-        sizes = [fact.width * fact.height * self._share(fact) for fact in facts if fact is not None]
+        sizes = [
+            f.width * f.height * min(1.0, self.side / max(1, min(f.width, f.height))) ** 2
+            for f in facts
+            if f is not None
+        ]
         return int(np.mean(sizes or [0]) * len(self.paths) * self.channels)
-
-    def _share(self, fact: Fact) -> float:
-        """Of the pixels of a file that stay."""
-        return min(1.0, self.side / max(1, min(fact.width, fact.height))) ** 2
 
     def places(self, files: Files) -> NDArray[np.int64]:
         """Where in the cache each row of a split is."""

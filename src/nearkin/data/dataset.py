@@ -65,35 +65,44 @@ BadPolicy = Literal["error", "skip"]
 
 
 class Split(NamedTuple):
-    """Images with their class numbers. labels: `[N]`, places in the data set's classes."""
+    """Images with their class numbers. labels: `[N]`, places in `classes`."""
 
     name: str
     images: ImageSource
     labels: NDArray[np.int64]
+    classes: tuple[str, ...] = ()
 
     def take(self, rows: NDArray[np.int64]) -> Split:
         """The split with only `rows`, in that order."""
-        return Split(self.name, self.images.take(rows), self.labels[rows])
+        return self._replace(images=self.images.take(rows), labels=self.labels[rows])
+
+    def present(self) -> list[str]:
+        """The classes that have an image here, sorted by their bytes."""
+        return by_bytes(self.classes[place] for place in np.unique(self.labels))
 
 
 class Dataset(NamedTuple):
     """What a run trains on and is evaluated on.
 
-    classes: sorted by their bytes; a label is a place in them, in every split.
-    splits: `train` always, `val` and `test` if there.
-    notes: for the user. bad: the images left out.
+    splits: `train`, and `val` and `test` if there. `choose` leaves each with classes of its own, `numbered` gives them
+    those of the run. notes: for the user. bad: the images left out.
     """
 
     name: str
-    classes: tuple[str, ...]
     splits: dict[str, Split]
-    notes: tuple[str, ...]
-    bad: tuple[BadImage, ...]
+    notes: tuple[str, ...] = ()
+    bad: tuple[BadImage, ...] = ()
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Those of train: of a numbered data set, sorted by their bytes, or those of the run to go on with."""
+        return self.splits["train"].classes
 
     @property
     def files(self) -> dict[str, Files]:
         """The splits whose images are files."""
-        return _files(self.splits)
+        sources = {name: split.images for name, split in self.splits.items()}
+        return {name: images for name, images in sources.items() if isinstance(images, Files)}
 
     @property
     def channels(self) -> int:
@@ -112,45 +121,6 @@ class Dataset(NamedTuple):
                     # With their lengths, so that no two lists of fields look alike.
                     digest.update(b"%d:" % len(field) + field)
         return digest.hexdigest()
-
-
-class ChosenSplit(NamedTuple):
-    """The images of one split that are used. labels: `[N]`, places in `classes`, the class names of this split."""
-
-    images: ImageSource
-    labels: NDArray[np.int64]
-    classes: tuple[str, ...]
-
-    def take(self, rows: NDArray[np.int64]) -> ChosenSplit:
-        """Only `rows`, in that order."""
-        return self._replace(images=self.images.take(rows), labels=self.labels[rows])
-
-    def limited(self, most: int, seed: int) -> ChosenSplit:
-        """At most `most` images of each class."""
-        return self.take(limited(self.labels, most, seed))
-
-    def present(self) -> list[str]:
-        """The classes that have an image here, sorted by their bytes."""
-        return by_bytes(self.classes[place] for place in np.unique(self.labels))
-
-
-class Chosen(NamedTuple):
-    """The images that are used, before any file is opened. notes: what a person should know. bad: those left out."""
-
-    name: str
-    parts: dict[str, ChosenSplit]
-    notes: tuple[str, ...]
-    bad: tuple[BadImage, ...] = ()
-
-    @property
-    def files(self) -> dict[str, Files]:
-        """The splits whose images are files."""
-        return _files(self.parts)
-
-
-def _files(splits: Mapping[str, Split] | Mapping[str, ChosenSplit]) -> dict[str, Files]:
-    sources = {name: split.images for name, split in splits.items()}
-    return {name: images for name, images in sources.items() if isinstance(images, Files)}
 
 
 def load_dataset(
@@ -182,8 +152,8 @@ def load_dataset(
         seed=seed,
         images_per_class=images_per_class,
     )
-    dataset = to_dataset(chosen, classes)  # classes that do not fit are reported before the look
-    return dataset if check is None else to_dataset(looked(chosen, check, bad_images), classes)
+    dataset = numbered(chosen, classes)  # classes that do not fit are reported before the look
+    return dataset if check is None else numbered(looked(chosen, check, bad_images), classes)
 
 
 def choose(
@@ -193,7 +163,7 @@ def choose(
     val_split: float,
     seed: int,
     images_per_class: int | None,
-) -> Chosen:
+) -> Dataset:
     """The images that a run uses.
 
     channels: 1 or 3; auto is 1 for grey arrays and 3 for all else. val_split: share of train to hold out,
@@ -206,37 +176,38 @@ def choose(
     parts = hold_out(_opened(listing, channels), val_split, seed)
     notes = listing.notes
     if images_per_class is not None:
-        counts = np.bincount(parts["train"].labels)
+        train = parts["train"]
+        counts = np.bincount(train.labels)
         few = [
-            f"{parts['train'].classes[c]} ({counts[c]})"
+            f"{train.classes[c]} ({counts[c]})"
             for c in np.flatnonzero((counts > 0) & (counts < images_per_class))
         ]
         notes += tuple(_note(few, f"fewer than {images_per_class} training images"))
-        parts["train"] = parts["train"].limited(images_per_class, seed)
-    return Chosen(listing.name, parts, notes)
+        parts["train"] = train.take(limited(train.labels, images_per_class, seed))
+    return Dataset(listing.name, parts, notes)
 
 
 def looked(
-    chosen: Chosen,
+    chosen: Dataset,
     check: Check,
     policy: BadPolicy,
     *,
     ranks: Ranks = ALONE,
     quiet: bool = True,
-) -> Chosen:
+) -> Dataset:
     """Without the images that cannot be read (see `look`). Raises as `leave_out`."""
     found = look(chosen.files, check, ranks=ranks, quiet=quiet)
     return leave_out(chosen._replace(notes=(*chosen.notes, *found.notes)), found.bad, policy)
 
 
-def leave_out(chosen: Chosen, reasons: Mapping[bytes, str], policy: BadPolicy) -> Chosen:
+def leave_out(chosen: Dataset, reasons: Mapping[bytes, str], policy: BadPolicy) -> Dataset:
     """Without the bad files, absolute path -> what is wrong. No other image takes the place of one that is left out.
 
     Raises BadImages when the policy is `error`, DataError when a split is empty afterwards.
     """
     if not reasons:
         return chosen
-    parts, problems = dict(chosen.parts), []
+    parts, problems = dict(chosen.splits), []
     for name, files in chosen.files.items():
         rows = [row for row in range(len(files)) if files.key(row) in reasons]
         problems += [BadImage(files.path(row), reasons[files.key(row)]) for row in rows]
@@ -248,52 +219,50 @@ def leave_out(chosen: Chosen, reasons: Mapping[bytes, str], policy: BadPolicy) -
             )
         parts[name] = parts[name].take(kept)
     if policy == "error":
-        raise BadImages.found(problems, sum(len(part.labels) for part in chosen.parts.values()))
+        raise BadImages.found(problems, sum(len(part.labels) for part in chosen.splits.values()))
     note = f"{counted(len(problems), 'unreadable image')} left out"
-    return chosen._replace(parts=parts, notes=(*chosen.notes, note), bad=tuple(problems))
+    return chosen._replace(splits=parts, notes=(*chosen.notes, note), bad=tuple(problems))
 
 
-def to_dataset(chosen: Chosen, classes: tuple[str, ...] | None) -> Dataset:
+def numbered(chosen: Dataset, classes: tuple[str, ...] | None) -> Dataset:
     """The data set with one numbering of the classes. classes: of a run to go on with; else those of train.
 
     Raises DataError for less than two classes and for a class that is not among them.
     """
-    names = tuple(chosen.parts["train"].present()) if classes is None else classes
+    names = tuple(chosen.splits["train"].present()) if classes is None else classes
     if len(names) < 2:
         raise DataError(
             f"The data {printable(chosen.name)} have one class only, {listed(names)}; training needs two."
         )
-    ordered = [name for name in SPLITS if name in chosen.parts]
-    splits = {name: to_split(name, chosen.parts[name], names) for name in ordered}
+    ordered = [name for name in SPLITS if name in chosen.splits]
+    splits = {name: to_split(chosen.splits[name], names) for name in ordered}
     notes = (*chosen.notes, *_class_notes(splits, names))
-    return Dataset(chosen.name, names, splits, notes, chosen.bad)
+    return chosen._replace(splits=splits, notes=notes)
 
 
-def _opened(listing: Listing, channels: int | Literal["auto"]) -> dict[str, ChosenSplit]:
+def _opened(listing: Listing, channels: int | Literal["auto"]) -> dict[str, Split]:
     parts = {}
     for name, part in listing.parts.items():
         images = open_images(part.images, channels)
         channels = images.channels  # all splits as the first
-        parts[name] = ChosenSplit(images, part.labels, part.classes)
+        parts[name] = Split(name, images, part.labels, part.classes)
     return parts
 
 
-def to_split(name: str, part: ChosenSplit, classes: tuple[str, ...]) -> Split:
+def to_split(part: Split, classes: tuple[str, ...]) -> Split:
     """The part with labels as places in `classes`. Raises DataError for a class that is not among them."""
     places = {known: place for place, known in enumerate(classes)}
     unknown = [known for known in part.present() if known not in places]
     if unknown:
         raise DataError(
-            f"The split {name} has {counted(len(unknown), 'class', 'classes')} that the training has not: "
+            f"The split {part.name} has {counted(len(unknown), 'class', 'classes')} that the training has not: "
             f"{listed(unknown)}; a model can only tell the classes it was trained on."
         )
     table = np.array([places.get(known, -1) for known in part.classes], dtype=np.int64)
-    return Split(name, part.images, table[part.labels])
+    return part._replace(labels=table[part.labels], classes=classes)
 
 
-def hold_out(
-    parts: Mapping[str, ChosenSplit], val_split: float, seed: int
-) -> dict[str, ChosenSplit]:
+def hold_out(parts: Mapping[str, Split], val_split: float, seed: int) -> dict[str, Split]:
     """The parts with a val split: their own, or a share of train; none where `val_split` is 0.
 
     Raises DataError when every class has a single image, so that none can be spared.
@@ -308,7 +277,7 @@ def hold_out(
             "use --val-split 0 or give a val split."
         )
     kept = np.setdiff1d(np.arange(len(train.labels)), held)
-    return {**parts, "train": train.take(kept), "val": train.take(held)}
+    return {**parts, "train": train.take(kept), "val": train.take(held)._replace(name="val")}
 
 
 def missing_classes(split: Split, classes: tuple[str, ...]) -> list[str]:
@@ -381,10 +350,11 @@ def load_for_evaluation(
     if carved and name in ("train", "val"):
         parts = hold_out(parts, val_split, seed)
     if own and name == "train" and images_per_class is not None:
-        parts["train"] = parts["train"].limited(images_per_class, seed)
-    chosen = Chosen(listing.name, {name: parts[name]}, listing.notes)
+        train = parts["train"]
+        parts["train"] = train.take(limited(train.labels, images_per_class, seed))
+    chosen = Dataset(listing.name, {name: parts[name]}, listing.notes)
     chosen = looked(chosen, check, bad_images, ranks=ranks, quiet=quiet)
-    found = to_split(name, chosen.parts[name], classes)
+    found = to_split(chosen.splits[name], classes)
     return EvaluationSplit(found, (*chosen.notes, *missing_classes(found, classes)), chosen.bad)
 
 

@@ -295,7 +295,12 @@ def _eight_bit(image: Image) -> Image:
     from PIL import ImageChops, ImageCms
 
     if image.mode == "I" or image.mode.startswith("I;16"):
-        return _from_sixteen_bit(image)
+        values = np.asarray(image).astype(np.int64)  # Pillow's own conversion would clip at 255
+        if values.min() < 0 or values.max() > 65535:
+            raise _Refused("its 32-bit pixels do not fit 16 bits; save it with 8 or 16 bits")
+        grey = (values + 128) // 257
+        grey[values == image.info.get("transparency", -1)] = 255
+        return PIL.Image.fromarray(grey.astype(np.uint8))
     if image.mode == "F":
         raise _Refused(
             "its pixels are floating-point numbers of unknown range; save it with 8 bits"
@@ -314,18 +319,6 @@ def _eight_bit(image: Image) -> Image:
     if image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
         return ImageChops.invert(image).convert("RGB")  # only Adobe stores inks inverted
     return image.convert(OPAQUE[image.mode])
-
-
-def _from_sixteen_bit(image: Image) -> Image:
-    """Pillow's own conversion would clip at 255."""
-    from PIL import Image
-
-    values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
-        raise _Refused("its 32-bit pixels do not fit 16 bits; save it with 8 or 16 bits")
-    grey = (values + 128) // 257
-    grey[values == image.info.get("transparency", -1)] = 255
-    return Image.fromarray(grey.astype(np.uint8))
 
 
 def _reason(error: Exception) -> str:

@@ -112,7 +112,16 @@ class Arrays:
         return f"{self._prefix}/{self._numbers[row]}"
 
     def read(self, row: int) -> Tensor:
-        return in_channels(torch.from_numpy(self._array[row]).permute(2, 0, 1), self.channels)
+        """Grey from colour by ITU-R 601 in 16-bit fixed point, rounded as by Pillow, so that arrays and files give the
+        same grey."""
+        image = torch.from_numpy(self._array[row]).permute(2, 0, 1)
+        if len(image) == self.channels:
+            return image
+        if self.channels == 3:
+            return image.expand(3, -1, -1)
+        weights = torch.tensor([19595, 38470, 7471], dtype=torch.int32)
+        grey = (image.int() * weights[:, None, None]).sum(0, keepdim=True) + (1 << 15)
+        return (grey >> 16).to(torch.uint8)
 
     def identity(self, row: int) -> bytes:
         return bytes(self._array[row].tobytes())
@@ -131,15 +140,3 @@ def open_images(listed: FileList | ArrayList, channels: int | Literal["auto"]) -
         return Files(listed, 3 if channels == "auto" else channels)
     array, prefix, numbers = listed
     return Arrays(array, prefix, array.shape[-1] if channels == "auto" else channels, numbers)
-
-
-def in_channels(images: Tensor, channels: int) -> Tensor:
-    """uint8 `[..., 1 or 3, H, W]` with 1 or 3 channels. Grey from colour by ITU-R 601 in 16-bit fixed point, rounded as
-    by Pillow, so that arrays and files give the same grey."""
-    if images.shape[-3] == channels:
-        return images
-    if channels == 3:
-        return images.expand(*images.shape[:-3], 3, -1, -1)
-    weights = torch.tensor([19595, 38470, 7471], dtype=torch.int32)
-    grey = (images.int() * weights[:, None, None]).sum(-3, keepdim=True) + (1 << 15)
-    return (grey >> 16).to(torch.uint8)

@@ -49,17 +49,13 @@ def mix(
     Returns images as given, labels `[b, K]` = lam e_yi + (1 - lam) e_yp (at least float32), index `[b, 2]`
     with the partner's id second. Raises ConfigError for another b or offset, or two strengths of 0.
     """
-    if mixup <= 0 and cutmix <= 0:
-        raise ConfigError("Mixing needs --mixup or --cutmix above 0.")
     count, size, device = len(labels), images.shape[-2:], images.device
     if count % BLOCK or offset % BLOCK:
         raise ConfigError(
             f"Mixing needs a multiple of {BLOCK} images per process, not {count} at {offset}; "
             "change --batch-size, or use --mixup 0 --cutmix 0."
         )
-    cut = cutmix > 0
-    if cut and mixup > 0:  # keyed so that all ranks agree
-        cut = bool(keyed_rng("mix or cut", seed, step).random() < 0.5)
+    cut = _cuts(mixup, cutmix, seed, step)
     plans = [
         _plan(cutmix if cut else mixup, cut, size, seed, step, position)
         for position in range(offset, offset + count, BLOCK)
@@ -68,18 +64,31 @@ def mix(
     places, shifts = np.arange(count), np.repeat([plan.shift for plan in plans], BLOCK)
     partners = _to(places // BLOCK * BLOCK + (places + shifts) % BLOCK, device)
     if cut:
-        inside = np.zeros((len(plans), 1, *size), dtype=bool)
-        for mask, plan in zip(inside, plans, strict=True):
-            top, bottom, left, right = plan.box
-            mask[..., top:bottom, left:right] = True
-        mask = _to(inside, device).repeat_interleave(BLOCK, 0)
-        mixed = torch.where(mask, images[:, partners], images)
+        inside = _to(_masks(plans, size), device).repeat_interleave(BLOCK, 0)
+        mixed = torch.where(inside, images[:, partners], images)
     else:
         mixed = _blend(images, images[:, partners], shares)
     hard = labels[:, None] == torch.arange(classes, device=device)
     rows = hard.to(torch.promote_types(images.dtype, torch.float32))
     soft = _blend(rows[None], rows[None, partners], shares)[0]
     return mixed, soft, torch.stack([index, index[partners]], 1)
+
+
+def _cuts(mixup: float, cutmix: float, seed: int, step: int) -> bool:
+    """Whether this step takes CutMix: keyed so that all ranks agree."""
+    if mixup <= 0 and cutmix <= 0:
+        raise ConfigError("Mixing needs --mixup or --cutmix above 0.")
+    both = mixup > 0 and cutmix > 0
+    return bool(keyed_rng("mix or cut", seed, step).random() < 0.5) if both else cutmix > 0
+
+
+def _masks(plans: list[_Plan], size: torch.Size) -> NDArray[np.bool_]:
+    """True inside each block's box, `[b / 8, 1, H, W]`."""
+    masks = np.zeros((len(plans), 1, *size), dtype=bool)
+    for mask, plan in zip(masks, plans, strict=True):
+        top, bottom, left, right = plan.box
+        mask[..., top:bottom, left:right] = True
+    return masks
 
 
 def _plan(

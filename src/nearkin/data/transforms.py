@@ -268,25 +268,23 @@ def train_transform(spec: TrainSpec) -> Pipeline:
     In this order: crop, mirror image, RandAugment, colour jitter, grey, erasing. mixup and CutMix are no part of it:
     see `mix`.
     """
-    flip = (RandomFlip(),) if spec.flip else ()
-    return Pipeline((*_crop(spec), *flip, *_colour(spec)))
+    return Pipeline(tuple(_train_steps(spec)))
 
 
-def _crop(spec: TrainSpec) -> tuple[Transform, ...]:
-    size, scale = spec.image_size, spec.crop_scale
+def _train_steps(spec: TrainSpec) -> Iterator[Transform]:
+    size, scale, grey = spec.image_size, spec.crop_scale, spec.channels == 1
     if scale == "centre":
-        return ResizeShortSide(size), CentreCrop(size)
-    if scale == "padded":
-        return (RandomPaddedCrop(size, max(1, size // 8)),)
-    return (RandomRegion(size, (scale, 1.0)),)
-
-
-def _colour(spec: TrainSpec) -> Iterator[Transform]:
+        yield from (ResizeShortSide(size), CentreCrop(size))
+    elif scale == "padded":
+        yield RandomPaddedCrop(size, max(1, size // 8))
+    else:
+        yield RandomRegion(size, (scale, 1.0))
+    if spec.flip:
+        yield RandomFlip()
     if not (spec.randaugment or spec.jitter or spec.grey_prob or spec.erasing):
         return  # torchvision takes a while to load
     from nearkin.data import colour
 
-    grey = spec.channels == 1
     if spec.randaugment:
         yield colour.RandAugment(spec.randaugment)
     if spec.jitter and spec.jitter_prob:

@@ -63,9 +63,10 @@ def start_run(values: Mapping[str, Any], *, quiet: bool) -> Result:
         try:
             prepared = prepare(config, runtime, listing=listing, quiet=quiet)
         except BadImages as error:
-            if not runtime.is_main:
-                raise
-            path = _folder_with_list(config, error.bad) / run_folder.BAD_FILES
+            listed = _folder_with_list(config, error.bad) if runtime.is_main else None
+            path = (
+                Path(str(runtime.share(listed))) / run_folder.BAD_FILES
+            )  # any rank may report first
             raise type(error)(f"{error} All are listed in {path}.", error.bad) from None
         folder = _create_folder(prepared, config, runtime)
         return Trainer(prepared, runtime.at(prepared.settings.precision), folder, quiet=quiet).run()
@@ -170,26 +171,21 @@ def _runtime(config: RunConfig) -> Iterator[Runtime]:
 
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
-    with Runtime(device=device, precision=precision) as runtime, _named_failures():
-        yield runtime
-
-
-@contextmanager
-def _named_failures() -> Iterator[None]:
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        text = str(error).lower()
-        if isinstance(error, MemoryError) or any(words in text for words in OUT_OF_MEMORY):
-            raise DivergedError(
-                "The memory ran out; lower --batch-size, --image-size or --workers, or split the batch "
-                "with --accumulate."
-            ) from error
-        if "c++ compiler" in text:
-            raise ConfigError(
-                "--compile needs a C++ compiler, and none works here; install g++, or leave it out."
-            ) from error
-        raise
+    with Runtime(device=device, precision=precision) as runtime:
+        try:
+            yield runtime
+        except (MemoryError, RuntimeError) as error:
+            text = str(error).lower()
+            if isinstance(error, MemoryError) or any(words in text for words in OUT_OF_MEMORY):
+                raise DivergedError(
+                    "The memory ran out; lower --batch-size, --image-size or --workers, or split the batch "
+                    "with --accumulate."
+                ) from error
+            if "c++ compiler" in text:
+                raise ConfigError(
+                    "--compile needs a C++ compiler, and none works here; install g++, or leave it out."
+                ) from error
+            raise
 
 
 def _create_folder(prepared: Prepared, config: RunConfig, runtime: Runtime) -> Path:

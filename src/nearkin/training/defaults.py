@@ -13,7 +13,7 @@ from nearkin.settings import DataSettings, Settings
 DIGIT_LIKE = ("digits", "mnist", "svhn")  # a mirrored digit is another digit, or none
 SMALL_WORK = 2e9  # parameters x pixels; below it one thread is fastest
 TINY_IMAGE, SMALL_IMAGE = 16, 64
-NARROW: dict[str, Any] = {"channels": [48, 96, 128, 128], "stem_width": 16}  # 0.76 M weights
+NARROW: dict[str, Any] = {"channels": [32, 64, 128, 256], "stem_width": 16}  # 1.2 M weights
 
 
 class DataFacts(NamedTuple):
@@ -60,10 +60,10 @@ def resolve_data(config: RunConfig, facts: DataFacts) -> DataSettings:
     augment = usual if config.augment == "auto" else config.augment
     strong = augment == "strong"
     eval_size = size if config.eval_size == "auto" else config.eval_size
-    model, model_options = default_model(size)
-    own = config.model != "auto"
+    tiny, own = size <= TINY_IMAGE, config.model != "auto"
+    model_options = NARROW if tiny and not own else {}
     values: dict[str, Any] = {
-        "model": model,
+        "model": "resnet10t" if tiny else "resnet18",
         "image_size": size,
         "batch_size": _batch_size(images),
         "augment": augment,
@@ -77,9 +77,7 @@ def resolve_data(config: RunConfig, facts: DataFacts) -> DataSettings:
         "cache": "off",
     }
     parts = TrainSpec.of(augment, image_size=size, channels=channels)
-    given = config.model_dump() | {
-        "model_options": config.model_options if own else model_options | config.model_options
-    }
+    given = config.model_dump() | {"model_options": model_options | config.model_options}
     filled = DataSettings.model_validate(_fill(given, parts.model_dump() | values))
     fits = 4 * images * channels * size**2 <= room  # oblong images and other splits included
     exact = shrinks_exactly(filled) and filled.decode == "full"
@@ -141,11 +139,6 @@ def side_of_scaled(config: DataSettings) -> int:
 def eval_spec(config: DataSettings) -> EvalSpec:
     """How images are evaluated."""
     return EvalSpec.for_size(config.eval_size, config.channels, config.eval_crop)
-
-
-def default_model(image_size: int) -> tuple[str, dict[str, Any]]:
-    """timm's name and options: a narrow resnet10t up to 16 pixels, resnet18 above."""
-    return ("resnet10t", NARROW) if image_size <= TINY_IMAGE else ("resnet18", {})
 
 
 def check(config: DataSettings, *, images: int, world_size: int) -> None:

@@ -62,6 +62,7 @@ class Meters:
         if steps == 0:
             return {}, {}
         sums = dict(zip(self._names, self._sums[window].tolist(), strict=True))
+        self._sums[window] = torch.zeros(0)  # a checkpoint must not hold what has been reported
         counts = {name: round(sums.pop(name)) for name in self._counts}
         return {name: value / steps for name, value in sums.items()}, counts
 
@@ -170,7 +171,9 @@ class Journal:
             if first:
                 path = printable(str(self.folder / name))
                 reason = error.__cause__ or error  # the OSError inside a SaveFailed
-                _warn(f"{path} cannot be written ({printable(str(reason))}); training goes on.")
+                text = f"{path} cannot be written ({printable(str(reason))}); training goes on."
+                with contextlib.suppress(OSError, ValueError, AttributeError):  # stderr may be gone
+                    sys.stderr.write(f"warning: {text}\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -235,9 +238,3 @@ def _plain(value: object) -> object:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-def _warn(text: str) -> None:
-    """One line on stderr, if there still is one."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        sys.stderr.write(f"warning: {text}\n")

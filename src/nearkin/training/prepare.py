@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from nearkin.config import FREE_ON_RESUME, RunConfig, validate
 from nearkin.data.cache import Contents, Where, make_pack, packed, room_in_memory
-from nearkin.data.dataset import Chosen, Dataset, Split, choose, leave_out, looked, to_dataset
+from nearkin.data.dataset import Dataset, choose, leave_out, looked, numbered
 from nearkin.data.images import Files
 from nearkin.data.look import Ranks, usual_side
 from nearkin.data.sampling import Draw, drawing
@@ -61,10 +61,11 @@ def prepare(
     quiet = quiet or not runtime.is_main
     fresh = classes is None
     options = validated_options(config)
+    config = _with_model_of_weights(config)
     data, dataset = _read_data(config, runtime, listing, classes, look=look, quiet=quiet)
     train = dataset.splits["train"]
     pretrained = config.pretrained and fresh
-    built = _build(data, options, dataset, runtime.device.type, pretrained=pretrained)
+    built = _build(data, options, dataset, runtime.device.type, pretrained)
     files = train.images.from_files and not defaults.read_whole(data)
     facts = network_facts(data, built, runtime, images=len(train.labels), files=files)
     settings = defaults.resolve(data, facts)
@@ -81,7 +82,12 @@ def prepare(
         say(str(trial), quiet)
         settings = trial.settings
     torch.set_num_threads(settings.threads)
-    _warn_of_missing_positives(settings, built, train, quiet)
+    if any(stage.positives for stage in built.objective.stages()):
+        batch, draws = settings.batch_size, draw_of(settings, train.labels)(0)
+        share = checks.share_without_positive(draws, train.labels, batch)
+        warning = checks.missing_positives_warning(share, batch, settings.sampler)
+        if warning is not None:
+            say(f"warning: {warning}", quiet)
     return Prepared(settings, dataset, built, _identity(settings, dataset))
 
 
@@ -123,16 +129,6 @@ def draw_of(config: Settings, labels: NDArray[np.int64]) -> Draw:
     )
 
 
-def _warn_of_missing_positives(config: Settings, built: Built, train: Split, quiet: bool) -> None:
-    if not any(stage.positives for stage in built.objective.stages()):
-        return
-    first_epoch = draw_of(config, train.labels)(0)
-    share = checks.share_without_positive(first_epoch, train.labels, config.batch_size)
-    text = checks.missing_positives_warning(share, config.batch_size, config.sampler)
-    if text is not None:
-        say(f"warning: {text}", quiet)
-
-
 def _read_data(
     config: RunConfig,
     runtime: Runtime,
@@ -144,7 +140,7 @@ def _read_data(
 ) -> tuple[DataSettings, Dataset]:
     """The data set, and the settings that follow from it. Arguments as in `prepare`."""
     chosen = _load(config, runtime, listing)
-    dataset = to_dataset(chosen, classes)
+    dataset = numbered(chosen, classes)
     train = dataset.splits["train"]
     side = usual_side(train.images) if config.image_size == "auto" else 0
     room = runtime.share(room_in_memory()) if train.images.from_files else 0
@@ -159,10 +155,10 @@ def _read_data(
     return data, dataset
 
 
-def _load(config: RunConfig, runtime: Runtime, listing: Listing | None) -> Chosen:
+def _load(config: RunConfig, runtime: Runtime, listing: Listing | None) -> Dataset:
     """The images to use. The first process goes ahead, since it may have to download them."""
 
-    def load() -> Chosen:
+    def load() -> Dataset:
         return choose(
             listing or list_data(config.data),
             channels=config.channels,
@@ -189,7 +185,7 @@ def _from_data(
 def _decoding(
     config: DataSettings,
     runtime: Runtime,
-    chosen: Chosen,
+    chosen: Dataset,
     classes: tuple[str, ...] | None,
     quiet: bool,
 ) -> Dataset:
@@ -205,10 +201,10 @@ def _decoding(
         made = runtime.once_per_node(lambda: make_pack(contents, where, on_node))
         say(str(made), quiet)
         readable = leave_out(chosen, made.bad, config.bad_images)
-        return packed(to_dataset(readable, classes), contents, made.pack)
+        return packed(numbered(readable, classes), contents, made.pack)
     ranks = Ranks.on_node(runtime.rank, launched().per_node, runtime.collect)
     readable = looked(chosen, config.check, config.bad_images, ranks=ranks, quiet=quiet)
-    dataset = to_dataset(readable, classes)
+    dataset = numbered(readable, classes)
     train = dataset.splits["train"]
     if config.decode == "scaled" and isinstance(train.images, Files):
         scaled = train._replace(images=train.images.scaled(defaults.side_of_scaled(config)))
@@ -217,21 +213,16 @@ def _decoding(
 
 
 def _build(
-    config: DataSettings,
-    options: Objective.Config,
-    dataset: Dataset,
-    device: str,
-    *,
-    pretrained: bool,
+    config: DataSettings, options: Objective.Config, dataset: Dataset, device: str, pretrained: bool
 ) -> Built:
     torch.manual_seed(config.seed)
     stem = config.stem
     if stem == "auto" and config.weights is not None:
-        stem = _stem_of(config.weights)
+        source = _source(config.weights)  # weights fit the stem that their model was made with
+        stem = "small" if source is not None and source.stem == "small" else "default"
     shared = config.model_dump(include=set(ModelSpec.model_fields))
-    spec = ModelSpec.model_validate(shared | {"stem": stem, "classes": dataset.classes})
     return build(
-        spec,
+        ModelSpec.model_validate(shared | {"stem": stem, "classes": dataset.classes}),
         options=options,
         pretrained=pretrained,
         images=len(dataset.splits["train"].labels),
@@ -240,12 +231,23 @@ def _build(
     )
 
 
-def _stem_of(weights: Path) -> Literal["default", "small"]:
-    """Weights fit the stem that their model was made with; a nearkin run says which, others have the default."""
+def _source(weights: Path | None) -> ModelSpec | None:
+    """The model that `--weights` come from, where they are those of a nearkin run."""
+    if weights is None:
+        return None
     run = weights if weights.is_dir() else weights.parent
-    if weights in (run, run / WEIGHTS) and (run / DESCRIPTION).is_file():
-        return "small" if read_description(run).spec.stem == "small" else "default"
-    return "default"
+    described = weights in (run, run / WEIGHTS) and (run / DESCRIPTION).is_file()
+    return read_description(run).spec if described else None
+
+
+def _with_model_of_weights(config: RunConfig) -> RunConfig:
+    """`--model auto` with the weights of a nearkin run is the model of that run."""
+    source = _source(config.weights)
+    if source is None or config.model != "auto":
+        return config
+    return config.model_copy(
+        update={"model": source.model, "model_options": source.model_options | config.model_options}
+    )
 
 
 def _identity(settings: Settings, dataset: Dataset) -> dict[str, str]:

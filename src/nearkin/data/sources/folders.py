@@ -200,10 +200,8 @@ class _Walk:
     def _left_out(self) -> Iterator[str]:
         heif = sum(self._others[suffix] for suffix in HEIF_SUFFIXES)
         kinds = [
-            counted(
-                count, f"{suffix} file" if suffix else "file without a suffix", f"{suffix} files"
-            )
-            for suffix, count in self._others.most_common()
+            counted(n, f"{suffix} file" if suffix else "file without a suffix", f"{suffix} files")
+            for suffix, n in self._others.most_common()
         ]
         if kinds:
             help_ = " (pip install pillow-heif to read .heic)" if heif else ""

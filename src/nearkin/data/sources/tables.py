@@ -42,7 +42,7 @@ def list_table(path: str) -> Listing:
     split, a file that does not exist, and a file that is named twice.
     """
     try:
-        rows, notes = _parquet(path) if path.lower().endswith(".parquet") else _text(path)
+        rows, header = _parquet(path) if path.lower().endswith(".parquet") else _text(path)
     except OSError as error:
         reason = printable(" ".join((error.strerror or str(error)).lower().split()))[:100]
         raise DataError(f"The table {printable(path)} cannot be read: {reason}.") from None
@@ -59,6 +59,8 @@ def list_table(path: str) -> Listing:
     }
     if not parts:
         raise DataError(f"The table {printable(path)} names no images; give one in each line.")
+    extra = [name for name in header if name not in COLUMNS]
+    notes = (f"columns ignored in the table: {listed(extra)}",) if extra else ()
     return Listing(Path(path).stem, parts, notes)
 
 
@@ -66,7 +68,7 @@ def _fail(path: str, where: str, what: str) -> DataError:
     return DataError(f"{printable(path)}, {where}: {what}.")
 
 
-def _text(path: str) -> tuple[list[_Row], tuple[str, ...]]:
+def _text(path: str) -> tuple[list[_Row], list[str]]:
     delimiter = "\t" if path.lower().endswith(".tsv") else ","
     # File names may be any bytes; `surrogateescape` keeps those that are not UTF-8.
     with Path(path).open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
@@ -87,7 +89,7 @@ def _text(path: str) -> tuple[list[_Row], tuple[str, ...]]:
             ]
         except csv.Error as error:
             raise _fail(path, f"line {reader.line_num}", f"not valid CSV, {error}") from None
-    return rows, _ignored(header)
+    return rows, header
 
 
 def _lines(path: str, file: Any) -> Iterator[str]:
@@ -102,11 +104,10 @@ def _lines(path: str, file: Any) -> Iterator[str]:
 
 def _places(path: str, where: str, header: Sequence[str]) -> dict[str, int]:
     """Column -> its place. Raises DataError when `path` or `label` is missing or a column comes twice."""
-    twice = sorted({name for name in header if header.count(name) > 1 and name in COLUMNS})
-    if twice:
-        raise _fail(path, where, f"the column {twice[0]} occurs twice")
-    missing = [name for name in COLUMNS[:2] if name not in header]
-    if missing:
+    for name in sorted(COLUMNS):
+        if header.count(name) > 1:
+            raise _fail(path, where, f"the column {name} occurs twice")
+    if "path" not in header or "label" not in header:
         raise _fail(path, where, "there must be a header with the columns path,label[,split]")
     return {name: header.index(name) for name in COLUMNS if name in header}
 
@@ -127,12 +128,7 @@ def _row(path: str, where: str, fields: list[str], width: int, places: dict[str,
     return _Row(where, values["path"], sys.intern(values["label"]), split)  # labels repeat
 
 
-def _ignored(header: Sequence[str]) -> tuple[str, ...]:
-    extra = [name for name in header if name not in COLUMNS]
-    return (f"columns ignored in the table: {listed(extra)}",) if extra else ()
-
-
-def _parquet(path: str) -> tuple[list[_Row], tuple[str, ...]]:
+def _parquet(path: str) -> tuple[list[_Row], list[str]]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -152,7 +148,7 @@ def _parquet(path: str) -> tuple[list[_Row], tuple[str, ...]]:
         _row(path, f"row {number}", _strings(path, f"row {number}", fields), len(order), order)
         for number, fields in enumerate(zip(*table.values(), strict=True), start=1)
     ]
-    return rows, _ignored(header)
+    return rows, header
 
 
 def _strings(path: str, where: str, fields: Sequence[Any]) -> list[str]:
@@ -175,11 +171,8 @@ def _check_files(path: str, root: str, rows: Sequence[_Row]) -> None:
         earlier = first.setdefault(file, row)
         if earlier is not row:
             same = earlier.label == row.label
-            what = (
-                "named twice"
-                if same
-                else f"labelled both {printable(earlier.label)} and {printable(row.label)}"
-            )
+            labels = f"{printable(earlier.label)} and {printable(row.label)}"
+            what = "named twice" if same else f"labelled both {labels}"
             lines = f"{earlier.where} and {row.where}"
             raise _fail(path, lines, f"{printable(row.path)} is {what}; keep one of the two")
         if "\0" in file or not os.path.exists(file):  # noqa: PTH110

@@ -42,9 +42,8 @@ class Store:
         """The checkpoints of one kind, whole or not, highest step first."""
         if not self.folder.is_dir():
             return []
-        found = (
-            path for path in self.folder.iterdir() if re.fullmatch(rf"{kind}-\d{{10,}}", path.name)
-        )
+        name = re.compile(rf"{kind}-\d{{10,}}")
+        found = (path for path in self.folder.iterdir() if name.fullmatch(path.name))
         return sorted(found, key=_step, reverse=True)
 
     def save(self, snapshot: Snapshot, kind: Kind = "step") -> Path:
@@ -56,14 +55,16 @@ class Store:
         """
         final = self.path(kind, snapshot.step)
         with reporting(f"Checkpoint {printable(str(final))} could not be saved"):
-            self._prepare()
+            if not self.folder.is_dir():
+                self.folder.mkdir(parents=True)
+                sync_folder(self.folder.parent)
+            self._clear()
             if not _is_whole(final):
                 self._publish(snapshot, final)
             sync_folder(self.folder)
             self._verified.add(final)
-        with reporting(
-            f"{printable(final.name)} is saved, but older checkpoints could not be removed"
-        ):
+        saved = f"{printable(final.name)} is saved"
+        with reporting(f"{saved}, but older checkpoints could not be removed"):
             self._retire()
             self._clear()
         return final
@@ -98,14 +99,8 @@ class Store:
             self._rename([path for path in self.paths("best") if _step(path) > step])
             self._clear()
 
-    def _prepare(self) -> None:
-        """Make the folder, and remove what a killed process left in it."""
-        if not self.folder.is_dir():
-            self.folder.mkdir(parents=True)
-            sync_folder(self.folder.parent)
-        self._clear()
-
     def _clear(self) -> None:
+        """Remove what a save, or a killed process, left behind."""
         for temporary in self.folder.glob(".tmp-*"):
             shutil.rmtree(temporary)
 
