@@ -6,7 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from nearkin.bank import EMPTY, NeighbourBank, bank_precision
+from nearkin.bank import EMPTY, NeighbourBank
+from nearkin.objectives import CoNe
+from nearkin.types import Facts
 
 
 def rows(first, count, dim=4, classes=3):
@@ -113,15 +115,20 @@ def test_half_the_bytes():
     assert sum(b.numel() * b.element_size() for b in bank.buffers()) <= 160 * 2**20
 
 
+def bank_precision(device):
+    facts = Facts(dim=8, classes=3, images=100, batch_size=10, device=device)
+    return CoNe.Config().resolve(facts).bank_precision
+
+
 @pytest.mark.parametrize("native", [True, False])
 def test_the_precision_that_auto_means_on_a_cpu(native, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    assert bank_precision(torch.device("cpu")) == ("bf16" if native else "exact")
+    assert bank_precision("cpu") == ("bf16" if native else "exact")
 
 
 @pytest.mark.parametrize(("capability", "precision"), [((7, 5), "exact"), ((8, 0), "bf16")])
 def test_the_precision_that_auto_means_on_a_gpu(capability, precision, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    assert bank_precision(torch.device("cuda")) == precision
-    assert bank_precision(torch.device("mps")) == "exact"
+    assert bank_precision("cuda") == precision
+    assert bank_precision("mps") == "exact"

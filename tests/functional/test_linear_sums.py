@@ -7,7 +7,7 @@ from torch.nn.functional import normalize, one_hot
 
 from nearkin.functional._pairs import plain, tiled, tiles
 from nearkin.functional._pairs.linear import linear_sum
-from nearkin.functional._pairs.terms import Count, LogSum, Total
+from nearkin.functional._pairs.plain import Count, LogSum, Total
 
 OVERS = ("others", "positives", "negatives")
 HARD = torch.tensor([4, 0, 4, -1, 9, 0, 4, 2, 2, 7, -1])  # 9 and 7 stand alone

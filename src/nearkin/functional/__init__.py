@@ -10,6 +10,7 @@ so must torch.vmap, whose tensors have no single value.
 from nearkin.functional._common import PerAnchor, SoftPairs, mean_valid, soft_pairs
 from nearkin.functional.classification import binary_cross_entropy, cross_entropy, symmetric_ce
 from nearkin.functional.contrastive import (
+    gpaco,
     instance_nce,
     instance_nce_bank,
     schane,
@@ -17,7 +18,6 @@ from nearkin.functional.contrastive import (
     supcon_in,
     supcon_out,
 )
-from nearkin.functional.gpaco import gpaco
 from nearkin.functional.margin import (
     arcface_logits,
     arcface_margin,

@@ -34,36 +34,26 @@ def check_same_shape(name: str, tensor: Tensor, other_name: str, other: Tensor) 
         )
 
 
-def check_labels(labels: Tensor, count: int, *, classes: int | None = None, validate: bool) -> None:
-    """Raise ValueError unless labels are `[count]` integers or `[count, C]` floating rows.
+def check_labels(
+    labels: Tensor, count: int, *, classes: int | None = None, hard: bool = False, validate: bool
+) -> None:
+    """Raise ValueError unless labels are `[count]` integers or, if not hard, `[count, C]` floating rows.
 
     validate: also unless integers are in [0, classes) (not negative if classes is None), and rows are shares of 1.
     """
     check_rows("labels", labels, count)
-    soft = labels.ndim == 2 and labels.is_floating_point()
-    if not (soft or _hard(labels)):
+    soft = labels.ndim == 2 and labels.is_floating_point() and not hard
+    if not soft and (labels.ndim != 1 or labels.is_floating_point() or labels.is_complex()):
+        wanted = "[N] integers or [N, C] floating rows that sum to 1"
+        if hard:
+            wanted = "[N] integers here: for mixed labels, weigh the values of the two labels"
         raise ValueError(
-            f"labels are {labels.dtype} of shape {tuple(labels.shape)} "
-            "but must be [N] integers or [N, C] floating rows that sum to 1."
+            f"labels are {labels.dtype} of shape {tuple(labels.shape)} but must be {wanted}."
         )
     if soft and classes not in (None, labels.shape[1]):
         raise ValueError(f"labels have {labels.shape[1]} columns but there are {classes} classes.")
     if validate:
         check_shares("labels", labels) if soft else check_classes("labels", labels, classes)
-
-
-def check_hard_labels(
-    labels: Tensor, count: int, *, classes: int | None = None, validate: bool
-) -> None:
-    """Raise ValueError unless labels are `[count]` integers; validate: as in `check_labels`."""
-    check_rows("labels", labels, count)
-    if not _hard(labels):
-        raise ValueError(
-            f"labels are {labels.dtype} of shape {tuple(labels.shape)} but must be [N] integers "
-            "here: for mixed labels, weigh the values of the two labels."
-        )
-    if validate:
-        check_classes("labels", labels, classes)
 
 
 def check_classes(name: str, labels: Tensor, classes: int | None, least: int = 0) -> None:
@@ -97,9 +87,9 @@ def check_shares(name: str, rows: Tensor, *, zeros: bool = False) -> None:
     _require(good, message, f"{name} must be {expected}.")
 
 
-def check_unit(*, zeros: bool = False, **named: Tensor) -> None:
-    """Raise ValueError unless all rows have unit length; zeros: or are 0, as the empty slots of a bank."""
-    for name, rows in named.items():
+def check_unit(validate: bool, *, zeros: bool = False, **named: Tensor) -> None:
+    """If `validate`, raise ValueError unless all rows have unit length; zeros: or are 0, as empty slots of a bank."""
+    for name, rows in named.items() if validate else ():
         length = torch.linalg.vector_norm(rows.detach(), dim=1)
         good = ((length - 1).abs() <= TOLERANCE) | ((length == 0) & zeros)
 
@@ -132,8 +122,3 @@ def check_smoothing(smoothing: float) -> None:
     """Raise ValueError unless smoothing lies in [0, 1)."""
     if not 0 <= smoothing < 1:
         raise ValueError(f"smoothing is {smoothing} but must be in [0, 1).")
-
-
-def _hard(labels: Tensor) -> bool:
-    integer = not (labels.is_floating_point() or labels.is_complex())
-    return labels.ndim == 1 and integer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple, ParamSpec, TypeAlias, TypeVar, cast
+from typing import NamedTuple, ParamSpec, TypeAlias, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -207,20 +207,14 @@ def _in_dtype(value: object, dtype: torch.dtype) -> object:
     return value
 
 
-def differentiated_once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """`backward` of an autograd function that has no second derivative.
+def refuse_second_derivative() -> None:
+    """Call first in the backward pass of an autograd function that has no second derivative.
 
-    Raises RuntimeError under create_graph=True. torch's once_differentiable does so only when the
-    upstream gradient has a graph, and else silently leaves the second derivative out.
+    Raises RuntimeError under create_graph=True. torch's once_differentiable does so only when the upstream gradient has
+    a graph, and else silently leaves the second derivative out.
     """
-
-    @functools.wraps(backward)
-    def run(*args: Any) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "The pairs of a large batch can be differentiated once only; "
-                "create_graph=True needs a smaller batch."
-            )
-        return backward(*args)
-
-    return run
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "The pairs of a large batch can be differentiated once only; "
+            "create_graph=True needs a smaller batch."
+        )

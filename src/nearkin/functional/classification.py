@@ -29,9 +29,8 @@ def cross_entropy(
         L_i = -sum_c w_c ( (1 - s) y_ic + s/C ) log softmax_c(logits_i)
 
     logits: `[N, C]`. labels: `[N]` integers or `[N, C]` rows that sum to 1.
-    smoothing: s, in [0, 1), torch's form. class_weights: w, `[C]`; the values are not divided by them.
-    All anchors are valid. Raises ValueError when smoothing or the shape of labels is wrong.
-    Source: Szegedy et al. 2016, section 7.
+    smoothing: s, in [0, 1), torch's form. class_weights: w, `[C]`; the values are not divided by them. All anchors are
+    valid. Raises ValueError when smoothing or the shape of labels is wrong. Source: Szegedy et al. 2016, section 7.
     """
     check_labels(labels, len(logits), classes=logits.shape[1], validate=validate)
     check_smoothing(smoothing)
@@ -91,13 +90,11 @@ def symmetric_ce(
 
     logits: `[N, C]`, p their softmax. labels: `[N]` integers or `[N, C]` rows that sum to 1.
     All anchors are valid. Raises ValueError when the shape of labels is wrong.
-    Source: Wang et al. 2019 and their code; presets (alpha, beta) (0.1, 1) for about 10 classes,
-    (6, 0.1) for 100.
+    Source: Wang et al. 2019 and their code; presets (alpha, beta) (0.1, 1) for about 10 classes, (6, 0.1) for 100.
     """
     check_labels(labels, len(logits), classes=logits.shape[1], validate=validate)
     target = class_rows(labels, logits.shape[1], logits.dtype)
     log_p = logits.log_softmax(1)
     forward = -(target * log_p).sum(1)
     reverse = -LOG_OF_ZERO * ((1 - target) * log_p.exp().clamp(LEAST_PROBABILITY, 1)).sum(1)
-    value = alpha * forward + beta * reverse
-    return all_valid(value)
+    return all_valid(alpha * forward + beta * reverse)

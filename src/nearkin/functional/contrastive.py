@@ -1,4 +1,4 @@
-"""Contrast between samples: SupCon in its two forms, SINCERE, SCHaNe, and instance discrimination."""
+"""Contrast between samples: SupCon in its two forms, SINCERE, SCHaNe, instance discrimination and GPaCo."""
 
 from __future__ import annotations
 
@@ -9,15 +9,29 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from nearkin.functional._checks import check_labels, check_positive, check_same_shape, check_unit
+from nearkin.functional._checks import (
+    check_labels,
+    check_positive,
+    check_rows,
+    check_same_shape,
+    check_smoothing,
+    check_unit,
+)
 from nearkin.functional._common import (
+    BankLabels,
     Labels,
     Mask,
     PerAnchor,
     all_valid,
+    bank_pairs,
+    class_rows,
     full_precision,
     log_count,
+    log_sum,
     masked,
+    not_self,
+    shared_classes,
+    shared_with_bank,
     usable_entries,
 )
 from nearkin.functional._pairs import Count, LogSum, Total, pair_sums, softplus_sum
@@ -34,8 +48,7 @@ def supcon_out(
     with s = z z' / temperature and a_ij = sum_c y_ic y_jc, 1 or 0 when labels are hard. There is no
     base-temperature factor.
 
-    features: `[N, d]` rows of unit length. labels: `[N]` integers or `[N, C]` rows that sum to 1.
-    temperature > 0.
+    features: `[N, d]` rows of unit length. labels: `[N]` integers or `[N, C]` rows that sum to 1. temperature > 0.
     Invalid: an anchor without a positive (total positiveness over the others is 0).
     Raises ValueError when temperature or the shape of labels is wrong.
     Source: Khosla et al. 2020, equation 2; soft labels as in GenSCL (2022); the paper has no invalid anchors.
@@ -73,9 +86,8 @@ def sincere(
             = 1/|P_i| sum_{p != i} a_ip softplus( log N_i - s_ip )
         N_i = sum_{n != i} (1 - a_in) e^(s_in)
 
-    Shapes, symbols and errors as in `supcon_out`. Invalid: an anchor without a positive. Without a
-    negative its value is 0 and it is valid. Source: Feeney and Hughes 2023 (SINCERE), without
-    soft labels.
+    Shapes, symbols and errors as in `supcon_out`. Invalid: an anchor without a positive. Without a negative its value
+    is 0 and it is valid. Source: Feeney and Hughes 2023 (SINCERE), without soft labels.
     """
     _check(features, labels, temperature, validate)
     terms = LogSum("negatives"), Count("positives"), Count("negatives")
@@ -102,17 +114,14 @@ def schane(
         L_i  = -log( P_i / (P_i + sum over N(i) of w_in e^(s_in)) )
              = softplus( LSE_N((1 + h) s) - LSE_N(h s) + log|N| - log P_i )
 
-    with s = z z' / temperature and h the hardness; the gradient flows through the weights w. With
-    soft labels all sums and counts over P(i) are weighed with a_ij = sum_c y_ic y_jc, those over
-    N(i) with 1 - a_ij.
+    with s = z z' / temperature and h the hardness; the gradient flows through the weights w. With soft labels all sums
+    and counts over P(i) are weighed with a_ij = sum_c y_ic y_jc, those over N(i) with 1 - a_ij.
 
-    features: `[N, d]` rows of unit length. labels: `[N]` integers or `[N, C]` rows that sum to 1.
-    temperature > 0. hardness: 0 weighs all negatives alike, as published 1. positives: "mean", or
-    "sum" as in the later CLCE.
-    Invalid: an anchor without a positive. Without a negative its value is 0 and it is valid.
-    Raises ValueError when temperature, positives or the shape of labels is wrong.
-    Source: arXiv 2308.14893 and its code; "sum" arXiv 2402.14551; without soft labels and
-    invalid anchors.
+    features: `[N, d]` rows of unit length. labels: `[N]` integers or `[N, C]` rows that sum to 1. temperature > 0.
+    hardness: 0 weighs all negatives alike, as published 1. positives: "mean", or "sum" as in the later CLCE.
+    Invalid: an anchor without a positive. Without a negative its value is 0 and it is valid. Raises ValueError when
+    temperature, positives or the shape of labels is wrong. Source: arXiv 2308.14893 and its code; "sum" arXiv
+    2402.14551; without soft labels and invalid anchors.
     """
     if positives not in ("mean", "sum"):
         raise ValueError(f'positives is {positives!r} but must be "mean" or "sum".')
@@ -149,8 +158,7 @@ def instance_nce(
     size or temperature is wrong. Source: Chen et al. 2020 (SimCLR), equation 1.
     """
     check_same_shape("view2", view2, "view1", view1)
-    if validate:
-        check_unit(view1=view1, view2=view2)
+    check_unit(validate, view1=view1, view2=view2)
     images = torch.arange(len(view1), device=view1.device).repeat(2)
     # Each image is a class: its only positive is its other view.
     return supcon_out(torch.cat([view1, view2]), images, temperature=temperature, validate=False)
@@ -170,25 +178,80 @@ def instance_nce_bank(
 
         L_i = log( e^(q_i . k_i / T) + sum_j e^(q_i . b_j / T) ) - q_i . k_i / T,   T the temperature
 
-    query, key: `[N, d]` unit rows, row i both from image i; no gradient flows into key. bank:
-    `[K, d]` unit rows. mask: `[N, K]` or `[K]`, True where an entry may be used: no empty slot
-    and no earlier copy of the image. temperature > 0. All anchors are valid; without an entry the
-    value is 0. Raises ValueError when a shape or temperature is wrong.
+    query, key: `[N, d]` unit rows, row i both from image i; no gradient flows into key. bank: `[K, d]` unit rows. mask:
+    `[N, K]` or `[K]`, True where an entry may be used: no empty slot and no earlier copy of the image. temperature > 0.
+    All anchors are valid; without an entry the value is 0. Raises ValueError when a shape or temperature is wrong.
     Source: He et al. 2020 (MoCo), equation 1, without a mask.
     """
     check_positive("temperature", temperature)
     check_same_shape("key", key, "query", query)
-    if validate:
-        check_unit(query=query, key=key)
-        check_unit(bank=bank, zeros=True)
+    check_unit(validate, query=query, key=key)
+    check_unit(validate, bank=bank, zeros=True)
     own = (query * key.detach()).sum(1, keepdim=True) / temperature
     others = query @ bank.T / temperature
     others = others.masked_fill(~usable_entries(mask, others), -torch.inf)
     return all_valid(-torch.cat([own, others], 1).log_softmax(1)[:, 0])
 
 
+@full_precision
+def gpaco(
+    features: Float[Tensor, "n d"],
+    labels: Labels,
+    logits: Float[Tensor, "n c"],
+    bank: Float[Tensor, "k d"],
+    bank_labels: BankLabels,
+    *,
+    alpha: float,
+    temperature: float,
+    smoothing: float,
+    mask: Mask | None = None,
+    validate: bool = True,
+) -> PerAnchor:
+    """Parametric contrast: class logits and same-class samples compete in one softmax.
+
+        p_i = softmax over [logits_i; z_i . z_j / T, j != i; z_i . b_k / T]
+        v_i = [ (1 - s) y_ic + s/(C - 1) (1 - y_ic); alpha a_ij; alpha a_ik ]
+        L_i = -sum(v_i log p_i) / sum(v_i)
+
+    with a_ij = sum_c y_ic y_jc, 1 or 0 when labels are hard, T the temperature and s the smoothing,
+    as published spread over the other C - 1 classes.
+
+    features: `[N, d]` and bank: `[K, d]` rows of unit length. labels: `[N]` integers or `[N, C]` rows that sum to 1.
+    logits: `[N, C]`. bank_labels: `[K]` integers or `SoftPairs`; -1 equals no class. mask: `[N, K]` or `[K]`, True
+    where a bank entry may be used. temperature > 0, smoothing in [0, 1). All anchors are valid.
+    Raises ValueError when temperature, smoothing or a shape is wrong.
+    Source: Cui et al. 2023 (GPaCo) and its code, without soft labels and mask.
+    """
+    check_positive("temperature", temperature)
+    check_smoothing(smoothing)
+    check_rows("logits", logits, len(features))
+    classes = logits.shape[1]
+    check_labels(labels, len(features), classes=classes, validate=validate)
+    pairs = bank_pairs(bank_labels, len(bank), classes, validate=validate)
+    check_unit(validate, features=features)
+    check_unit(validate, bank=bank, zeros=True)
+
+    batch = features @ features.T / temperature
+    stored = features @ bank.T / temperature
+    scores = torch.cat([logits, batch, stored], 1)
+    present = torch.cat([torch.ones_like(logits), not_self(batch), usable_entries(mask, stored)], 1)
+    positive = torch.cat(
+        [shared_classes(labels, labels, batch.dtype), shared_with_bank(labels, pairs)], 1
+    )
+    weights = torch.cat([_class_weights(labels, logits, smoothing), alpha * positive], 1) * present
+    # log p = scores - LSE, in two sums: a masked entry gives 0 * score, never 0 * -inf.
+    value = log_sum(scores, present) - (weights * scores).sum(1) / weights.sum(1)
+    return all_valid(value)
+
+
 def _check(features: Tensor, labels: Labels, temperature: float, validate: bool) -> None:
     check_positive("temperature", temperature)
     check_labels(labels, len(features), validate=validate)
-    if validate:
-        check_unit(features=features)
+    check_unit(validate, features=features)
+
+
+def _class_weights(labels: Tensor, logits: Tensor, smoothing: float) -> Tensor:
+    """1 - smoothing on the label, the rest spread evenly over the other classes. `[N, C]`."""
+    classes = logits.shape[1]
+    own = class_rows(labels, classes, logits.dtype)
+    return (1 - smoothing) * own + smoothing / max(classes - 1, 1) * (1 - own)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from nearkin.functional._checks import check_cosines, check_hard_labels, check_unit
+from nearkin.functional._checks import check_cosines, check_labels, check_unit
 from nearkin.functional._common import Hard, class_rows, full_precision
 
 
@@ -30,7 +30,8 @@ def cosface_logits(
     margin is subtracted from the cosine. Raises ValueError when labels are not `[N]` integers.
     Source: Wang et al. 2018 (CosFace), equation 4.
     """
-    return _cosface(_cosines(features, weight, labels, validate), labels, margin, scale)
+    cosine = _cosines(features, weight, labels, validate)
+    return cosface_margin(cosine, labels, margin=margin, scale=scale, validate=False)
 
 
 @full_precision
@@ -51,7 +52,8 @@ def arcface_logits(
     only up to pi - margin, as in the paper.
     Source: Deng et al. 2019 (ArcFace), equation 3.
     """
-    return _arcface(_cosines(features, weight, labels, validate), labels, margin, scale)
+    cosine = _cosines(features, weight, labels, validate)
+    return arcface_margin(cosine, labels, margin=margin, scale=scale, validate=False)
 
 
 @full_precision
@@ -78,10 +80,7 @@ def cosface_margin(
     validate: bool = True,
 ) -> Float[Tensor, "n c"]:
     """`cosface_logits` from given cosines `[N, C]`, within [-1, 1]. Errors as there."""
-    check_hard_labels(labels, len(cosine), classes=cosine.shape[1], validate=validate)
-    if validate:
-        check_cosines(cosine)
-    return _cosface(cosine, labels, margin, scale)
+    return scale * (cosine - margin * _own(cosine, labels, validate))
 
 
 @full_precision
@@ -94,32 +93,24 @@ def arcface_margin(
     validate: bool = True,
 ) -> Float[Tensor, "n c"]:
     """`arcface_logits` from given cosines `[N, C]`, within [-1, 1]. Errors as there."""
-    check_hard_labels(labels, len(cosine), classes=cosine.shape[1], validate=validate)
-    if validate:
-        check_cosines(cosine)
-    return _arcface(cosine, labels, margin, scale)
-
-
-def _cosines(features: Tensor, weight: Tensor, labels: Tensor, validate: bool) -> Tensor:
-    """The cosine of each sample with each class `[N, C]`."""
-    check_hard_labels(labels, len(features), classes=len(weight), validate=validate)
-    if validate:
-        check_unit(features=features)
-    return features @ F.normalize(weight, dim=1).T
-
-
-def _cosface(cosine: Tensor, labels: Tensor, margin: float, scale: float) -> Tensor:
-    return scale * (cosine - margin * _own(cosine, labels))
-
-
-def _arcface(cosine: Tensor, labels: Tensor, margin: float, scale: float) -> Tensor:
+    own = _own(cosine, labels, validate)
     square = (1 - cosine) * (1 + cosine)
     # The root has an infinite gradient at 0, and rounding may make the square negative: both give 0.
     sine = square.where(square > 0, 1).sqrt().where(square > 0, 0)
     shifted = cosine * math.cos(margin) - sine * math.sin(margin)
-    return scale * shifted.where(_own(cosine, labels) > 0, cosine)
+    return scale * shifted.where(own > 0, cosine)
 
 
-def _own(cosine: Tensor, labels: Tensor) -> Tensor:
+def _cosines(features: Tensor, weight: Tensor, labels: Tensor, validate: bool) -> Tensor:
+    """The cosine of each sample with each class `[N, C]`."""
+    check_labels(labels, len(features), hard=True, classes=len(weight), validate=validate)
+    check_unit(validate, features=features)
+    return features @ F.normalize(weight, dim=1).T
+
+
+def _own(cosine: Tensor, labels: Tensor, validate: bool) -> Tensor:
     """1 at each sample's own class, `[N, C]`."""
+    check_labels(labels, len(cosine), hard=True, classes=cosine.shape[1], validate=validate)
+    if validate:
+        check_cosines(cosine)
     return class_rows(labels, cosine.shape[1], cosine.dtype)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from nearkin.functional._checks import check_hard_labels, check_labels, check_positive, check_unit
+from nearkin.functional._checks import check_labels, check_positive, check_unit
 from nearkin.functional._common import (
     Hard,
     Labels,
@@ -31,15 +31,12 @@ def triplet_batch_hard(
 
         L_i = max(0, max_{p in P(i)} |z_i - z_p| - min_{n in N(i)} |z_i - z_n| + margin)
 
-    features: `[N, d]` rows of unit length; the distance is Euclidean, with gradient 0 between rows
-    that coincide.
-    labels: `[N]` integers. margin: 0.2 to 0.3 on unit rows. Invalid: an anchor without a positive
-    or without a negative. Raises ValueError when labels are not `[N]` integers. Source: Hermans et
-    al. 2017, equation 5.
+    features: `[N, d]` rows of unit length; the distance is Euclidean, with gradient 0 between rows that coincide.
+    labels: `[N]` integers. margin: 0.2 to 0.3 on unit rows. Invalid: an anchor without a positive or without a
+    negative. Raises ValueError when labels are not `[N]` integers. Source: Hermans et al. 2017, equation 5.
     """
-    check_hard_labels(labels, len(features), validate=validate)
-    if validate:
-        check_unit(features=features)
+    check_labels(labels, len(features), hard=True, validate=validate)
+    check_unit(validate, features=features)
     same = labels[:, None] == labels
     positive = same & not_self(same)
     with torch.no_grad():
@@ -62,17 +59,14 @@ def orthogonal_projection(
         L = 1 - mean_a(z_i . z_j) + gamma mean_b(z_i . z_j)
         mean_w(x) = sum_{i != j} w_ij x_ij / (sum_{i != j} w_ij + 1e-6)
 
-    with a_ij = sum_c y_ic y_jc and b_ij = 1 - a_ij; the cosines are signed. It contains no
-    cross-entropy.
+    with a_ij = sum_c y_ic y_jc and b_ij = 1 - a_ij; the cosines are signed. It contains no cross-entropy.
 
-    features: `[N, d]` rows of unit length. labels: `[N]` integers or `[N, C]` rows that sum to 1.
-    gamma: weight of the negative pairs. Without pairs of a kind their mean counts 0. Raises
-    ValueError when the shape of labels is wrong.
+    features: `[N, d]` rows of unit length. labels: `[N]` integers or `[N, C]` rows that sum to 1. gamma: weight of the
+    negative pairs. Without pairs of a kind their mean counts 0. Raises ValueError when the shape of labels is wrong.
     Source: Ranasinghe et al. 2021 and its code, without soft labels.
     """
     check_labels(labels, len(features), validate=validate)
-    if validate:
-        check_unit(features=features)
+    check_unit(validate, features=features)
     terms = Total("positives"), Count("positives"), Total("negatives"), Count("negatives")
     sums = [each.sum() for each in pair_sums(features, labels, 1.0, *terms)]
     attraction = sums[0] / (sums[1] + COUNT_EPSILON)
@@ -99,17 +93,15 @@ def varcon(
 
     over the classes present in the batch. w has no gradient, q has.
 
-    features: `[N, d]` rows of unit length. labels: `[N]` integers. temperature > 0. epsilon >= 0.
-    All anchors are valid. Raises ValueError when temperature, epsilon or labels are wrong.
-    Source: Wang et al. 2025 (VarCon) and its code; computed in log space: as published it is NaN
-    at temperature 0.01.
+    features: `[N, d]` rows of unit length. labels: `[N]` integers. temperature > 0. epsilon >= 0. All anchors are
+    valid. Raises ValueError when temperature, epsilon or labels are wrong. Source: Wang et al. 2025 (VarCon) and its
+    code; computed in log space: as published it is NaN at temperature 0.01.
     """
     check_positive("temperature", temperature)
     if not epsilon >= 0:
         raise ValueError(f"epsilon is {epsilon} but must not be below 0.")
-    check_hard_labels(labels, len(features), validate=validate)
-    if validate:
-        check_unit(features=features)
+    check_labels(labels, len(features), hard=True, validate=validate)
+    check_unit(validate, features=features)
     value = _against_centres(features, _centres(features, labels), labels, temperature, epsilon)
     return all_valid(value)
 

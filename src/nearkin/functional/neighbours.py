@@ -57,12 +57,10 @@ def neighbour_nll(
 
     with a_ij = sum_c y_ic y_jc, 1 or 0 when labels are hard.
 
-    query: `[N, d]` and bank: `[K, d]` rows of unit length. labels: `[N]` integers or `[N, C]` rows
-    that sum to 1. bank_labels: `[K]` integers or `SoftPairs`; -1 is an empty slot.
-    mask: `[N, K]` or `[K]`, True where an entry may be used. temperature > 0. topk >= 1; more than
-    there are usable entries means all of them.
-    Invalid: an anchor to which the mask leaves no entry. One without a positive neighbour is valid
-    with value 0.
+    query: `[N, d]` and bank: `[K, d]` rows of unit length. labels: `[N]` integers or `[N, C]` rows that sum to 1.
+    bank_labels: `[K]` integers or `SoftPairs`; -1 is an empty slot. mask: `[N, K]` or `[K]`, True where an entry may be
+    used. temperature > 0. topk >= 1; more than there are usable entries means all of them.
+    Invalid: an anchor to which the mask leaves no entry. One without a positive neighbour is valid with value 0.
     Raises ValueError when temperature, topk or a shape is wrong.
     Source: CoNe, arXiv 2308.10761, and its code, without soft labels and mask.
     """
@@ -70,9 +68,8 @@ def neighbour_nll(
     check_labels(labels, len(query), validate=validate)
     classes = labels.shape[1] if labels.ndim == 2 else None
     pairs = bank_pairs(bank_labels, len(bank), classes, validate=validate)
-    if validate:
-        check_unit(query=query)
-        check_unit(bank=bank, zeros=True)
+    check_unit(validate, query=query)
+    check_unit(validate, bank=bank, zeros=True)
     scores, usable = _bank_scores(query, bank, temperature, mask)
     nearest, index = scores.topk(min(topk, len(bank)), dim=1)
     positive = shared_with_bank(labels, SoftPairs(pairs.labels[index], pairs.weights[index]))
@@ -99,14 +96,13 @@ def neighbour_target(
     mask: `[N, K]` or `[K]`, True where an entry may be used. temperature > 0.
     Raises ValueError when temperature or a shape is wrong.
     A sample to which the mask leaves no entry gets a row of
-    zeros, for which `consistency_kl` is 0 with gradient 0 (a uniform row would pull
-    towards uniform predictions).
+    zeros, for which `consistency_kl` is 0 with gradient 0 (a uniform row would pull towards uniform predictions).
     Source: CoNe, arXiv 2308.10761, and its code, without a mask.
     """
     check_rows("bank_probs", bank_probs, len(bank))
+    check_unit(validate, key=key)
+    check_unit(validate, bank=bank, zeros=True)
     if validate:
-        check_unit(key=key)
-        check_unit(bank=bank, zeros=True)
         check_shares("bank_probs", bank_probs, zeros=True)
     with torch.no_grad():
         scores, usable = _bank_scores(key, bank, temperature, mask)
@@ -121,8 +117,7 @@ def consistency_kl(
 
         L_i = sum_c d_ic ( log d_ic - log softmax_c(logits_i) ),   0 log 0 = 0
 
-    logits: `[N, C]`. target: `[N, C]` rows that sum to 1; no gradient flows into it. All anchors
-    are valid.
+    logits: `[N, C]`. target: `[N, C]` rows that sum to 1; no gradient flows into it. All anchors are valid.
     Raises ValueError when the shapes differ. Source: CoNe, arXiv 2308.10761, and its code.
     """
     check_same_shape("target", target, "logits", logits)

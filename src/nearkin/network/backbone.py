@@ -29,26 +29,6 @@ UNSUPPORTED = (
 )
 
 
-def _with_options(model: str, options: Mapping[str, Any]) -> str:
-    """The model and its options, for a message."""
-    shown = ", ".join(f"--model.{name} {value}" for name, value in options.items())
-    return f"{model} with {shown}" if shown else model
-
-
-@contextmanager
-def _explain_option(model: str, options: Mapping[str, Any]) -> Iterator[None]:
-    """Turns the TypeError for an option that the model does not have into a ConfigError."""
-    try:
-        yield
-    except TypeError as error:
-        name = next(
-            (n for n in options if f"unexpected keyword argument '{n}'" in str(error)), None
-        )
-        if name is None:
-            raise
-        raise ConfigError(f"{model} takes no option {name}; leave out --model.{name}.") from None
-
-
 @contextmanager
 def _limit_weights() -> Iterator[None]:
     """Raises ValueError once the model being built has more than `MOST_WEIGHTS`: options may come from anyone."""
@@ -67,23 +47,43 @@ def _limit_weights() -> Iterator[None]:
         hook.remove()
 
 
+def _with_options(model: str, options: Mapping[str, Any]) -> str:
+    """The model and its options, for a message."""
+    shown = ", ".join(f"--model.{name} {value}" for name, value in options.items())
+    return f"{model} with {shown}" if shown else model
+
+
 @contextmanager
-def _explain_size(
-    model: str, channels: int, image_size: int, option: str = "--image-size"
+def _explain(
+    model: str,
+    options: Mapping[str, Any],
+    channels: int,
+    image_size: int,
+    option: str = "--image-size",
 ) -> Iterator[None]:
-    """Turns what timm raises inside the block into a ConfigError about size and channels."""
+    """Turns what timm raises inside the block into a ConfigError about an option, or the size and channels."""
     try:
         yield
     except UNSUPPORTED as error:
-        if isinstance(error, TypeError) and "drop_path" in str(error):
-            raise ConfigError(f"{model} has no stochastic depth; leave out --drop-path.") from None
+        shown = _with_options(model, options)
+        if isinstance(error, TypeError):
+            for name in options:
+                if f"unexpected keyword argument '{name}'" in str(error):
+                    raise ConfigError(
+                        f"{model} takes no option {name}; leave out --model.{name}."
+                    ) from None
+            if "drop_path" in str(error):
+                raise ConfigError(
+                    f"{shown} has no stochastic depth; leave out --drop-path."
+                ) from None
         raise ConfigError(
-            f"{model} cannot take images of {image_size} x {image_size} pixels and {channels} channels "
-            f"({_first_line(error)}); try another {option} or --model."
+            f"{shown} cannot take images of {image_size} x {image_size} pixels and {channels} "
+            f"channels ({first_line(error)}); try another {option} or --model."
         ) from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, for a message of ours."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return printable(lines[0][:200])
 
@@ -160,22 +160,21 @@ def build_backbone(
     asked: dict[str, Any] = given | {"num_classes": 0, "in_chans": channels, "drop_rate": 0.0}
     if drop_path > 0.0:
         asked["drop_path_rate"] = drop_path
-    with (
-        _explain_size(_with_options(model, given), channels, image_size),
-        _explain_option(model, given),
-        _limit_weights(),
-    ):
+    with _explain(model, given, channels, image_size), _limit_weights():
         module = create_model(model, asked, image_size)
     _check_patches(model, module, image_size)
     if pretrained:
         module = _download(model, asked, image_size, _with_options(model, given))
     if stem == "small":
-        _check_open_stem(model, module)
+        if not _has_open_stem(module):
+            raise ConfigError(
+                f"--stem small does not fit {model}, whose first layer cuts patches; use --stem default."
+            )
         _keep_resolution(module)
     elif stem == "auto" and image_size <= SMALL_IMAGE and not pretrained:
         small = _with_small_stem(module, channels, image_size)
         module, stem = (module, "default") if small is None else (small, "small")
-    with _explain_size(_with_options(model, given), channels, image_size):
+    with _explain(model, given, channels, image_size):
         dim = _probe(module, channels, image_size)
     mean, std = channel_statistics(module, channels)
     return Backbone(module, dim, mean, std, "small" if stem == "small" else "default")
@@ -227,7 +226,7 @@ def default_memory_format(
 
 def check_eval_size(module: nn.Module, dim: int, model: str, channels: int, size: int) -> None:
     """Raises ConfigError unless the backbone, as it was built, gives `dim` features for images of `size` pixels too."""
-    with _explain_size(model, channels, size, option="--eval-size"):
+    with _explain(model, {}, channels, size, option="--eval-size"):
         seen = _probe(module, channels, size)
         if seen != dim:
             raise ValueError(f"it gives {seen} features, not {dim}")
@@ -270,21 +269,15 @@ def _download(model: str, options: dict[str, Any], image_size: int, shown: str) 
         return create_model(model, options | pretrained_options(model), image_size)
     except ModelError:
         raise
-    except RuntimeError as error:
-        if "size mismatch" not in str(error) and "state_dict" not in str(error):
-            raise _not_downloaded(model, error) from error
-        raise ModelError(
-            f"The pretrained weights of {model} do not fit {shown}; leave out --pretrained or these options."
-        ) from error
     except Exception as error:  # the hub, the network and a damaged cache raise many kinds
-        raise _not_downloaded(model, error) from error
-
-
-def _not_downloaded(model: str, error: Exception) -> ModelError:
-    return ModelError(
-        f"The pretrained weights of {model} could not be downloaded ({_first_line(error)}); connect once to fill "
-        "the cache, or leave out --pretrained and give --weights FILE."
-    )
+        why = (
+            f"could not be downloaded ({first_line(error)}); connect once to fill the cache, "
+            "or leave out --pretrained and give --weights FILE."
+        )
+        mismatch = any(words in str(error) for words in ("size mismatch", "state_dict"))
+        if isinstance(error, RuntimeError) and mismatch:
+            why = f"do not fit {shown}; leave out --pretrained or these options."
+        raise ModelError(f"The pretrained weights of {model} {why}") from error
 
 
 def first_convolutions(module: nn.Module) -> dict[str, nn.Conv2d]:
@@ -330,13 +323,6 @@ def _check_patches(
         raise ConfigError(
             f"{model} cuts images into patches of {patch} pixels, which do not fill {option} {image_size}; "
             f"use {f'{below} or ' if below else ''}{above}."
-        )
-
-
-def _check_open_stem(model: str, module: nn.Module) -> None:
-    if not _has_open_stem(module):
-        raise ConfigError(
-            f"--stem small does not fit {model}, whose first layer cuts patches; use --stem default."
         )
 
 
@@ -388,7 +374,6 @@ def channel_statistics(
     One channel gets the average over the three, more than three repeat them in turn: timm adapts the filters of the
     first convolution in the same way (sum for one channel, repetition for more).
     """
-    description = _description(module)
 
     def for_channels(values: Any) -> tuple[float, ...]:
         given = tuple(float(value) for value in values)
@@ -396,4 +381,5 @@ def channel_statistics(
             return (sum(given) / len(given),)
         return tuple(given[number % len(given)] for number in range(channels))
 
+    description = _description(module)
     return for_channels(description["mean"]), for_channels(description["std"])

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nearkin.distributed import gather_rows, sum_over_ranks
+from nearkin.distributed import gather_rows
 from nearkin.errors import ConfigError
 
 
@@ -34,14 +33,18 @@ def synchronise_batchnorm(module: nn.Module, device_type: str) -> nn.Module:
     Returns `module` itself unless it is a BatchNorm. Raises ConfigError for an unknown subclass of BatchNorm: left
     alone it would train on the statistics of one rank.
     """
+    from timm.layers.norm_act import BatchNormAct2d, convert_sync_batchnorm
+
     found = [
         m for m in module.modules() if isinstance(m, _BatchNorm) and type(m) is not SyncBatchNorm
     ]
     for norm in found:
-        _check_known(norm)
+        if type(norm) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNormAct2d):
+            raise ConfigError(
+                f"{type(norm).__name__} cannot be synchronised between processes; "
+                "train with one process or choose a model with another normalisation."
+            )
     if device_type == "cuda":
-        from timm.layers.norm_act import convert_sync_batchnorm
-
         converted: nn.Module = convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
         return converted
     return swap_modules(module, {norm: SyncBatchNorm(norm) for norm in found})
@@ -71,114 +74,53 @@ class SyncBatchNorm(_BatchNorm):
         return output
 
     def _normalise(self, x: Tensor) -> Tensor:
-        statistics = _statistics(x.detach())
+        mean, squares, count = _statistics(x)
         if self.track_running_stats:
-            self._track(statistics)
-        ones, zeros = statistics.mean.new_ones(()), statistics.mean.new_zeros(())
-        weight = ones.expand(self.num_features) if self.weight is None else self.weight
-        bias = zeros.expand(self.num_features) if self.bias is None else self.bias
-        inverse = torch.rsqrt(statistics.squares / statistics.n + self.eps)
-        output: Tensor = _Normalise.apply(x, statistics.mean, inverse, statistics.n, weight, bias)
-        return output
+            self._track(mean, squares / (count - 1))
+        scale = torch.rsqrt(squares / count + self.eps)
+        if self.weight is not None:
+            scale = scale * self.weight
+        output = (x.to(mean.dtype) - _per_channel(mean, x)) * _per_channel(scale, x)
+        if self.bias is not None:
+            output = output + _per_channel(self.bias.to(mean.dtype), x)
+        return output.to(x.dtype)
 
     @torch.no_grad()
-    def _track(self, statistics: _Statistics) -> None:
-        if (
-            self.running_mean is None
-            or self.running_var is None
-            or self.num_batches_tracked is None
-        ):
-            return
+    def _track(self, mean: Tensor, variance: Tensor) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
         self.num_batches_tracked += 1
         momentum = self.momentum
         if momentum is None:  # the plain average over all batches so far
             momentum = 1.0 / float(self.num_batches_tracked)
-        unbiased = statistics.squares / (statistics.n - 1)
-        self.running_mean.lerp_(statistics.mean.to(self.running_mean.dtype), momentum)
-        self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+        self.running_var.lerp_(variance.to(self.running_var.dtype), momentum)
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
             raise ValueError(f"BatchNorm needs [N, C, ...], not {tuple(input.shape)}.")
 
 
-class _Statistics(NamedTuple):
-    """mean: `[C]`. squares: `[C]`, the sum of squared distances from the mean. n: scalar, values per channel."""
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean `[C]`, sum of squared distances from it `[C]` and number of values of the channels, over all ranks.
 
-    mean: Tensor
-    squares: Tensor
-    n: Tensor
-
-
-def _check_known(norm: _BatchNorm) -> None:
-    from timm.layers.norm_act import BatchNormAct2d
-
-    if type(norm) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNormAct2d):
-        raise ConfigError(
-            f"{type(norm).__name__} cannot be synchronised between processes; "
-            "train with one process or choose a model with another normalisation."
-        )
-
-
-@torch.no_grad()
-def _statistics(x: Tensor) -> _Statistics:
-    """Statistics of the channels of x `[N, C, ...]` over all ranks, by the update of Chan, Golub and LeVeque (1979)."""
+    x: `[N, C, ...]`. By the update of Chan, Golub and LeVeque (1979); `gather_rows` gives the gradient over ranks.
+    """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    dims = _all_but_channels(x)
+    dims = [0, *range(2, x.dim())]
     mean = wide.mean(dims)
-    squares = (wide - _per_channel(mean, x)).square_().sum(dims)
+    squares = (wide - _per_channel(mean, x)).square().sum(dims)
     count = x.numel() // x.shape[1]
-    row = torch.cat([mean, squares, mean.new_full((1,), count)])
-    rows = gather_rows(row[None])
+    rows = gather_rows(torch.cat([mean, squares, mean.new_full((1,), count)])[None])
     if rows.shape[0] * count < 2:
         raise ValueError(
             "BatchNorm needs more than one value per channel to train; use a larger batch."
         )
     means, all_squares, counts = torch.split(rows, [x.shape[1], x.shape[1], 1], dim=1)
-    total = counts.sum()
-    merged = (counts / total * means).sum(0)
+    merged = (counts / counts.sum() * means).sum(0)
     between = (counts * (means - merged).square()).sum(0)
-    return _Statistics(merged, all_squares.sum(0) + between, total)
-
-
-class _Normalise(torch.autograd.Function):
-    """y = (x - mean) * inverse * weight + bias, where mean and inverse are the statistics of x over all ranks.
-
-    With h = (x - mean) * inverse, g = dL/dy and sums over all ranks:
-    dL/dx = weight * inverse * (g - sum(g) / n - h * sum(g h) / n); dL/dweight and dL/dbias are this rank's
-    share of sum(g h) and sum(g), which DDP sums like any other gradient.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        mean: Tensor,
-        inverse: Tensor,
-        count: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-    ) -> Tensor:
-        ctx.save_for_backward(x, mean, inverse, count, weight)
-        centred = x.to(mean.dtype) - _per_channel(mean, x)
-        scale = _per_channel(inverse * weight, x)
-        return torch.addcmul(_per_channel(bias.to(mean.dtype), x), centred, scale).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, inverse, count, weight = ctx.saved_tensors
-        dims = _all_but_channels(x)
-        wide = grad.to(mean.dtype)
-        normal = (x.to(mean.dtype) - _per_channel(mean, x)) * _per_channel(inverse, x)
-        local = torch.stack([wide.sum(dims), (wide * normal).sum(dims)])
-        shift, slope = sum_over_ranks(local) / count
-        wide = wide - _per_channel(shift, x) - normal * _per_channel(slope, x)
-        into_x = (wide * _per_channel(inverse * weight, x)).to(x.dtype)
-        return into_x, None, None, None, local[1].to(weight.dtype), local[0].to(weight.dtype)
-
-
-def _all_but_channels(x: Tensor) -> list[int]:
-    return [0, *range(2, x.dim())]
+    return merged, all_squares.sum(0) + between, counts.sum()
 
 
 def _per_channel(values: Tensor, x: Tensor) -> Tensor:

@@ -57,11 +57,8 @@ def _choose_attention(attention: nn.Module, inputs: tuple[Any, ...]) -> None:
     plain = False
     if inputs and inputs[0].device.type == "cpu":
         few = inputs[0].dim() == 3 and inputs[0].shape[1] <= MOST_TOKENS
-        plain = (few and torch.is_autocast_enabled("cpu")) or _learns_bias(attention)
+        # timm keeps a learned bias of the products as `rel_pos`, or as a parameter of the module's own.
+        own = next(attention.parameters(recurse=False), None)
+        biased = own is not None or getattr(attention, "rel_pos", None) is not None
+        plain = biased or (few and torch.is_autocast_enabled("cpu"))
     attention.fused_attn = not plain  # type: ignore[assignment]
-
-
-def _learns_bias(attention: nn.Module) -> bool:
-    """Whether it adds a learned bias to the products: timm keeps that as `rel_pos`, or as a parameter of its own."""
-    own = next(attention.parameters(recurse=False), None)
-    return own is not None or getattr(attention, "rel_pos", None) is not None

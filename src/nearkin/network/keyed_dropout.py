@@ -50,7 +50,7 @@ class RandomKey:
         """Compute the words of the rows before the first draw. Compiled code then reads a tensor; the numbers of the
         key differ in each step and would cause a new compilation."""
         if self._key is not None:
-            self._state = self._images(device)
+            self._words(device)
 
     def draw(self, number: int, shape: Sequence[int], device: torch.device) -> Tensor:
         """Uniform int64 of `shape` for module `number`.
@@ -61,15 +61,12 @@ class RandomKey:
         if self._rows == 0 or shape[0] % self._rows:
             raise ValueError(f"A mask of {tuple(shape)} does not divide among {self._rows} images.")
         elements = torch.arange(math.prod(shape) // self._rows, device=device) + (number << 32)
-        return _absorb(self._images(device)[:, None], elements).view(*shape)
-
-    def _images(self, device: torch.device) -> Tensor:
-        """`[rows]`, one mixed 64-bit word per row; computed once per pass."""
-        if self._state is None:
-            self._state = self._words(device)
-        return self._state
+        return _absorb(self._words(device)[:, None], elements).view(*shape)
 
     def _words(self, device: torch.device) -> Tensor:
+        """`[rows]`, one mixed 64-bit word per row; computed once per pass."""
+        if self._state is not None:
+            return self._state
         if self._key is None:
             raise ValueError(
                 "Dropout needs network.key.set(seed, step, offset, views) before training."
@@ -79,10 +76,11 @@ class RandomKey:
             raise ValueError(f"{self._rows} images are not {views} views of the same number.")
         row = torch.arange(self._rows, device=device)
         size = self._rows // views
-        state = _absorb(torch.zeros_like(row), torch.full_like(row, seed))
-        state = _absorb(state, torch.full_like(row, step))
-        state = _absorb(state, row // size)
-        return _absorb(state, row % size + offset)
+        state = torch.zeros_like(row)
+        for word in (torch.full_like(row, seed), torch.full_like(row, step), row // size):
+            state = _absorb(state, word)
+        self._state = _absorb(state, row % size + offset)
+        return self._state
 
 
 class KeyedDropout(nn.Module):
@@ -96,13 +94,8 @@ class KeyedDropout(nn.Module):
         self.p, self.key, self.number, self.channels = p, key, number, channels
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0.0:
-            return x
         shape = x.shape[:2] if self.channels else x.shape
-        return _dropped(x, shape, self.p, 1.0 - self.p, self.key, self.number)
-
-    def extra_repr(self) -> str:
-        return f"p={self.p}, number={self.number}"
+        return _dropped(self, x, shape, self.p, 1.0 - self.p)
 
 
 class KeyedDropPath(nn.Module):
@@ -116,13 +109,8 @@ class KeyedDropPath(nn.Module):
         self.drop_prob, self.key, self.number, self.scale_by_keep = p, key, number, scale_by_keep
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.drop_prob == 0.0:
-            return x
         share = 1.0 - self.drop_prob if self.scale_by_keep else 1.0
-        return _dropped(x, x.shape[:1], self.drop_prob, share, self.key, self.number)
-
-    def extra_repr(self) -> str:
-        return f"drop_prob={self.drop_prob}, number={self.number}"
+        return _dropped(self, x, x.shape[:1], self.drop_prob, share)
 
 
 def key_randomness(module: nn.Module, key: RandomKey) -> nn.Module:
@@ -135,41 +123,35 @@ def key_randomness(module: nn.Module, key: RandomKey) -> nn.Module:
 
     replacements: dict[nn.Module, nn.Module] = {}
     for part in module.modules():
-        _refuse_unkeyed(part)
-        if isinstance(part, nn.modules.dropout._DropoutNd | DropPath):
-            replacements[part] = _keyed(part, key, len(replacements))
+        kind, number = type(part).__name__, len(replacements)
+        rate = getattr(part, UNKEYED.get(kind, ""), None)
+        if isinstance(rate, float) and rate > 0.0:
+            raise ConfigError(
+                f"{kind} draws numbers that depend on how the batch is split; set its {UNKEYED[kind]} to 0."
+            )
+        if isinstance(part, nn.modules.dropout._DropoutNd):
+            channels = isinstance(part, nn.Dropout1d | nn.Dropout2d | nn.Dropout3d)
+            replacements[part] = KeyedDropout(part.p, key, number, channels=channels)
+        elif isinstance(part, DropPath):
+            by_keep = bool(part.scale_by_keep)
+            replacements[part] = KeyedDropPath(float(part.drop_prob), key, number, by_keep)
         attention_dropout = getattr(part, "attn_drop", None)
         if hasattr(part, "fused_attn") and getattr(attention_dropout, "p", 0.0) > 0.0:
             part.fused_attn = False  # type: ignore[assignment]
+    for part, keyed in replacements.items():
+        keyed.train(part.training)
     return swap_modules(module, replacements)
 
 
-def _keyed(part: nn.Module, key: RandomKey, number: int) -> nn.Module:
-    new: nn.Module
-    if isinstance(part, nn.modules.dropout._DropoutNd):
-        channels = isinstance(part, nn.Dropout1d | nn.Dropout2d | nn.Dropout3d)
-        new = KeyedDropout(part.p, key, number, channels=channels)
-    else:
-        new = KeyedDropPath(float(part.drop_prob), key, number, bool(part.scale_by_keep))  # type: ignore[arg-type]
-    return new.train(part.training)
-
-
-def _refuse_unkeyed(part: nn.Module) -> None:
-    kind = type(part).__name__
-    rate = getattr(part, UNKEYED.get(kind, ""), None)
-    if isinstance(rate, float) and rate > 0.0:
-        raise ConfigError(
-            f"{kind} draws numbers that depend on how the batch is split; set its {UNKEYED[kind]} to 0."
-        )
-
-
 def _dropped(
-    x: Tensor, shape: Sequence[int], p: float, share: float, key: RandomKey, number: int
+    module: KeyedDropout | KeyedDropPath, x: Tensor, shape: Sequence[int], p: float, share: float
 ) -> Tensor:
+    if not module.training or p == 0.0:
+        return x
     if p >= 1.0:
         return x * 0.0
     threshold = min(round(p * 2**64) - 2**63, 2**63 - 1)
-    keep = key.draw(number, shape, x.device) >= threshold
+    keep = module.key.draw(module.number, shape, x.device) >= threshold
     scale = keep.to(x.dtype) / share
     return x * scale.view(*shape, *[1] * (x.dim() - len(shape)))
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nearkin.errors import ModelError, printable
-from nearkin.network.backbone import first_convolutions
+from nearkin.network.backbone import first_convolutions, first_line
 from nearkin.network.network import Network
 
 LARGEST_FILE = 8 << 30
@@ -81,7 +81,12 @@ def load_weights(module: nn.Module, file: Path) -> LoadReport:
         given |= _adapted(module, given, own, list(other))
     loaded = tuple(name for name in shared if _fits(given[name], own[name]))
     if not any(isinstance(own[name], nn.Parameter) for name in loaded):
-        raise ModelError(_nothing_fits(file, given, own))
+        in_file = printable(next(iter(given), "nothing"))[:80]
+        here = next((n for n, tensor in own.items() if isinstance(tensor, nn.Parameter)), "nothing")
+        raise ModelError(
+            f"{_shown(file)} does not fit this model: it holds {in_file}, ..., the model {here}, ...; "
+            "give weights of the same --model under timm's names."
+        )
     broken = [name for name in loaded if not bool(given[name].isfinite().all())]
     if broken:
         raise ModelError(f"{_shown(file)} holds values that are not finite, first in {broken[0]}.")
@@ -109,9 +114,8 @@ def _adapted(
     names_of_filter = ("checkpoint_filter_fn", "_checkpoint_filter_fn")
     filters = [getattr(family, name) for name in names_of_filter if hasattr(family, name)]
     tensors = {n.removeprefix(prefix): t for n, t in given.items() if n.startswith(prefix)}
-    if (
-        filters
-    ):  # position embeddings, by the function with which timm reads weights of this kind of model
+    if filters:
+        # Position embeddings, by the function with which timm reads weights of this kind of model.
         # A file can hold anything under these names. Warnings: of timm's code, about speed.
         with suppress(Exception), warnings.catch_warnings(action="ignore"):
             tensors = dict(filters[0](tensors, backbone))
@@ -157,7 +161,7 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = load_file(file, device="cpu")
     except (OSError, SafetensorError, LookupError, ValueError, RuntimeError) as error:
         raise ModelError(
-            f"{_shown(file)} is damaged or no safetensors file ({_first_line(error)})."
+            f"{_shown(file)} is damaged or no safetensors file ({first_line(error)})."
         ) from None
     return tensors
 
@@ -193,7 +197,7 @@ def _read_pickled(file: Path) -> dict[str, Tensor]:
     except ModelError:
         raise
     except OSError as error:
-        raise ModelError(f"{_shown(file)} cannot be read ({_first_line(error)}).") from None
+        raise ModelError(f"{_shown(file)} cannot be read ({first_line(error)}).") from None
     except Exception as error:  # a malicious file can make the reader raise any kind
         if "GLOBAL" in str(error):
             raise ModelError(
@@ -271,17 +275,6 @@ def _fits(given: Tensor, own: Tensor) -> bool:
     return given.shape == own.shape and given.is_floating_point() == own.is_floating_point()
 
 
-def _nothing_fits(file: Path, given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
-    in_file = printable(next(iter(given), "nothing"))[:80]
-    here = next(
-        (name for name, tensor in own.items() if isinstance(tensor, nn.Parameter)), "nothing"
-    )
-    return (
-        f"{_shown(file)} does not fit this model: it holds {in_file}, ..., the model {here}, ...; "
-        "give weights of the same --model under timm's names."
-    )
-
-
 def _listed(what: str, names: tuple[str, ...] | list[str], most: int = 4) -> str:
     if not names:
         return ""
@@ -295,8 +288,3 @@ def _shape(tensor: Tensor) -> str:
 
 def _shown(file: Path) -> str:
     return printable(str(file))
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return printable(lines[0])[:120]

@@ -1,4 +1,4 @@
-"""The objectives, one file each. Every file in this package is imported; a new file is a new objective."""
+"""The objectives, one file per family. Every file in this package is imported; a new file is a new objective."""
 
 from __future__ import annotations
 
@@ -8,24 +8,18 @@ from importlib.metadata import entry_points
 
 from nearkin.catalogue import ENTRY_POINTS, unknown_objective
 from nearkin.network import Head
+from nearkin.objectives.attract_repulse import AttractRepulse
 from nearkin.objectives.base import Objective, Stage
+from nearkin.objectives.classification import CrossEntropy, SymmetricCE
+from nearkin.objectives.cone import CoNe
+from nearkin.objectives.contrast import Sincere, SupCon, VarCon
+from nearkin.objectives.gpaco import GPaCo
+from nearkin.objectives.margin import ArcFace, CosFace
+from nearkin.objectives.metric import OrthogonalProjection, Triplet
+from nearkin.objectives.schane import SCHaNe
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
-
-from nearkin.objectives.arcface import ArcFace  # noqa: E402 - the loop above decides the order
-from nearkin.objectives.attract_repulse import AttractRepulse  # noqa: E402
-from nearkin.objectives.ce import CrossEntropy  # noqa: E402
-from nearkin.objectives.cone import CoNe  # noqa: E402
-from nearkin.objectives.cosface import CosFace  # noqa: E402
-from nearkin.objectives.gpaco import GPaCo  # noqa: E402
-from nearkin.objectives.opl import OrthogonalProjection  # noqa: E402
-from nearkin.objectives.sce import SymmetricCE  # noqa: E402
-from nearkin.objectives.schane import SCHaNe  # noqa: E402
-from nearkin.objectives.sincere import Sincere  # noqa: E402
-from nearkin.objectives.supcon import SupCon  # noqa: E402
-from nearkin.objectives.triplet import Triplet  # noqa: E402
-from nearkin.objectives.varcon import VarCon  # noqa: E402
 
 
 def get(name: str) -> type[Objective]:

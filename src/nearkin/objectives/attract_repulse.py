@@ -1,5 +1,6 @@
 """Attract-and-Repulse (arXiv 2206.06168)."""
 
+# ruff: noqa: ARG002 - the interface fixes the arguments of every objective
 from __future__ import annotations
 
 import math
@@ -26,7 +27,7 @@ from nearkin.objectives.base import (
     smoothed,
     unit,
 )
-from nearkin.objectives.sce import preset
+from nearkin.objectives.classification import preset
 from nearkin.teacher import TeacherPolicy
 from nearkin.types import Batch, Facts, Loss, Outputs, Progress
 
@@ -82,8 +83,7 @@ class AttractRepulse(Objective, name="attract-repulse"):
         if sizes.negatives == "bank":
             self.bank = NeighbourBank(sizes.bank, sizes.projection)
         head = projection_head(dim, dim, sizes.projection, norm=sizes.head_norm)
-        projection = Head(head, reads="features", writes="projection")
-        return {"projection": projection} | super().build(dim, classes)
+        return {"projection": Head(head, "features", "projection")} | super().build(dim, classes)
 
     def stages(self) -> tuple[Stage, ...]:
         share, horizon = self.config.contrast_share, self.config.teacher_horizon
@@ -121,13 +121,10 @@ class AttractRepulse(Objective, name="attract-repulse"):
         consistency = consistency_kl(required(student.logits), target, validate=False)
         return combine(sce=sce, consistency=(self._trust(progress), consistency))
 
-    def update(self, batch: Batch, student: Outputs, teacher: Outputs | None) -> None:  # noqa: ARG002
-        if (
-            self.config.negatives == "bank"
-            and teacher is not None
-            and teacher.projection is not None
-        ):
-            self.bank.write(unit(teacher.projection), batch.labels, None, batch.index)
+    def update(self, batch: Batch, student: Outputs, teacher: Outputs | None) -> None:
+        keys = teacher.projection if teacher is not None else None
+        if self.config.negatives == "bank" and keys is not None:
+            self.bank.write(unit(keys), batch.labels, None, batch.index)
 
     def _attract(self, batch: Batch, student: Outputs) -> PerAnchor:
         logits = required(student.logits)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import ClassVar, Literal, NamedTuple, Self, overload
+from typing import Any, ClassVar, Literal, NamedTuple, Self, overload
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -29,9 +29,8 @@ class Stage(NamedTuple):
     start: `fresh` weights as initialised, `continue` with the last ones, or the `best` so far.
     views: crops loaded per image, the teacher's own crop included.
     teacher: how the teacher is updated, or None for no teacher.
-    coupled: whether an anchor's value depends on the other samples of the batch.
-    positives: whether an anchor needs another image of its class in the batch.
-    freeze_backbone: the backbone gets no gradient and runs in eval mode.
+    coupled: whether an anchor's value depends on the other samples of the batch. positives: whether an anchor needs
+    another image of its class in the batch. freeze_backbone: the backbone gets no gradient and runs in eval mode.
     lr: the stage's peak learning rate as a share of the run's.
     final: whether student or teacher is evaluated and saved.
     """
@@ -118,12 +117,9 @@ class Objective(nn.Module):
 
     def classify(self, logits: Tensor, labels: Tensor) -> PerAnchor:
         """The cross-entropy term, with label smoothing and class weights."""
+        smoothing, weights = self.config.smoothing, self.class_weights
         return cross_entropy(
-            logits,
-            labels,
-            smoothing=self.config.smoothing,
-            class_weights=self.class_weights,
-            validate=False,
+            logits, labels, smoothing=smoothing, class_weights=weights, validate=False
         )
 
     def weigh(self, losses: PerAnchor, labels: Tensor) -> PerAnchor:
@@ -166,12 +162,8 @@ class Objective(nn.Module):
             for module in self.modules():
                 if isinstance(module, NeighbourBank):
                     stack.enter_context(module.collapsed())
-            return self.forward(
-                batch,
-                _collapsed(student),
-                None if teacher is None else _collapsed(teacher),
-                progress,
-            )
+            other = None if teacher is None else _collapsed(teacher)
+            return self.forward(batch, _collapsed(student), other, progress)
 
 
 def combine(**terms: tuple[float | Tensor, PerAnchor | Tensor]) -> Loss:
@@ -194,14 +186,12 @@ def per_class(function: Callable[[Tensor], PerAnchor], labels: Tensor) -> PerAnc
     if labels.ndim == 1:
         return function(labels)
     pairs = soft_pairs(labels, validate=False)
-    value, valid = None, None
+    shares, counts = [], []
     for classes, weights in zip(pairs.labels.unbind(1), pairs.weights.unbind(1), strict=True):
         part = function(classes)
-        counts = part.valid & (weights > 0)
-        share = (weights.to(part.value.dtype) * part.value).where(counts, 0)
-        value = share if value is None else value + share
-        valid = counts if valid is None else valid | counts
-    return PerAnchor(required(value), required(valid))
+        counts.append(part.valid & (weights > 0))
+        shares.append((weights.to(part.value.dtype) * part.value).where(counts[-1], 0))
+    return PerAnchor(shares[0] + shares[1], counts[0] | counts[1])
 
 
 def smoothed(labels: Tensor, classes: int, smoothing: float) -> Tensor:
@@ -213,13 +203,11 @@ def smoothed(labels: Tensor, classes: int, smoothing: float) -> Tensor:
 
 def _collapsed(outputs: Outputs) -> Outputs:
     """Constant embeddings, equal logits."""
-    features, embedding, projection, logits = outputs
-    return Outputs(
-        torch.ones_like(features),
-        torch.ones_like(embedding),
-        None if projection is None else torch.ones_like(projection),
-        None if logits is None else torch.zeros_like(logits),
-    )
+    constant: dict[str, Any] = {
+        name: None if value is None else torch.full_like(value, float(name != "logits"))
+        for name, value in outputs._asdict().items()
+    }
+    return Outputs(**constant)
 
 
 def unit(rows: Tensor) -> Tensor:

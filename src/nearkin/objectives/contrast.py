@@ -1,5 +1,6 @@
-"""Base of the contrastive objectives: a projection for the contrast, beside a linear classifier."""
+"""The contrastive objectives: a projection for the contrast, beside a linear classifier."""
 
+# ruff: noqa: ARG002 - the interface fixes the arguments of every objective
 from __future__ import annotations
 
 from typing import Literal, Self
@@ -7,13 +8,14 @@ from typing import Literal, Self
 from torch import Tensor
 
 from nearkin.config import AutoCount, option
-from nearkin.functional import PerAnchor
+from nearkin.functional import PerAnchor, sincere, supcon_in, supcon_out, varcon
 from nearkin.network import Head, Norm, projection_head, projection_sizes
 from nearkin.objectives.base import (
     Objective,
     Stage,
     combine,
     lonely,
+    per_class,
     repeat_views,
     required,
     unit,
@@ -59,8 +61,7 @@ class Contrastive(Objective):
     def build(self, dim: int, classes: int) -> dict[str, Head]:
         sizes = self.config
         head = projection_head(dim, sizes.hidden, sizes.projection, norm=sizes.head_norm)
-        projection = Head(head, reads="features", writes="projection")
-        return {"projection": projection} | super().build(dim, classes)
+        return {"projection": Head(head, "features", "projection")} | super().build(dim, classes)
 
     def stages(self) -> tuple[Stage, ...]:
         views, share = self.config.views, self.config.contrast_share
@@ -77,11 +78,7 @@ class Contrastive(Objective):
         return (contrast,) if joint else (contrast, linear)
 
     def forward(
-        self,
-        batch: Batch,
-        student: Outputs,
-        teacher: Outputs | None,  # noqa: ARG002
-        progress: Progress,
+        self, batch: Batch, student: Outputs, teacher: Outputs | None, progress: Progress
     ) -> Loss:
         if progress.stage == "linear":
             return combine(ce=(1.0, self._classification(batch, student)))
@@ -97,3 +94,63 @@ class Contrastive(Objective):
     def _classification(self, batch: Batch, student: Outputs) -> PerAnchor:
         logits = required(student.logits)
         return self.classify(logits, repeat_views(batch.labels, logits))
+
+
+class SupCon(Contrastive, name="supcon"):
+    """Pull the images of one class together, push all others away (arXiv 2004.11362).
+
+    Joint with CE, or in two stages as published.
+    """
+
+    term = "supcon"
+
+    class Config(Contrastive.Config):
+        """Temperature as published."""
+
+        variant: Literal["out", "in"] = option("out", "L_out or L_in of the paper")
+
+    config: Config
+
+    def contrast(self, features: Tensor, labels: Tensor) -> PerAnchor:
+        function = supcon_out if self.config.variant == "out" else supcon_in
+        return function(features, labels, temperature=self.config.temperature, validate=False)
+
+
+class Sincere(Contrastive, name="sincere"):
+    """Each positive alone against the other classes: no positive repels another (arXiv 2309.14277).
+
+    Joint with CE, or in two stages as published.
+    """
+
+    term = "sincere"
+
+    def contrast(self, features: Tensor, labels: Tensor) -> PerAnchor:
+        return sincere(features, labels, temperature=self.config.temperature, validate=False)
+
+
+class VarCon(Contrastive, name="varcon"):
+    """Samples against the class centres of the batch; targets follow confidence (arXiv 2506.07413).
+
+    Joint with CE, or in two stages as published. A mixed image is computed for both of its classes.
+    """
+
+    term = "varcon"
+
+    class Config(Contrastive.Config):
+        """Temperature and epsilon as published."""
+
+        epsilon: float = option(0.02, "how far the target's temperature follows confidence", ge=0)
+
+    config: Config
+
+    def contrast(self, features: Tensor, labels: Tensor) -> PerAnchor:
+        def centred(classes: Tensor) -> PerAnchor:
+            return varcon(
+                features,
+                classes,
+                temperature=self.config.temperature,
+                epsilon=self.config.epsilon,
+                validate=False,
+            )
+
+        return per_class(centred, labels)

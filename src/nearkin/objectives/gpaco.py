@@ -1,5 +1,6 @@
 """GPaCo, generalised parametric contrastive learning (Cui et al. 2023, arXiv 2209.12400)."""
 
+# ruff: noqa: ARG002 - the interface fixes the arguments of every objective
 from __future__ import annotations
 
 from typing import Literal, Self
@@ -10,14 +11,7 @@ from nearkin.bank import NeighbourBank
 from nearkin.config import AutoCount, option
 from nearkin.functional import SoftPairs, gpaco, soft_pairs
 from nearkin.network import Head, Norm, projection_head, projection_sizes
-from nearkin.objectives.base import (
-    Objective,
-    Stage,
-    combine,
-    default_bank,
-    required,
-    unit,
-)
+from nearkin.objectives.base import Objective, Stage, combine, default_bank, required, unit
 from nearkin.teacher import TeacherPolicy
 from nearkin.types import Batch, Facts, Loss, Outputs, Progress
 
@@ -55,8 +49,7 @@ class GPaCo(Objective, name="gpaco"):
         sizes = self.config
         self.bank = NeighbourBank(sizes.bank, sizes.projection)
         head = projection_head(dim, sizes.hidden, sizes.projection, norm=sizes.head_norm)
-        projection = Head(head, reads="features", writes="projection")
-        return {"projection": projection} | super().build(dim, classes)
+        return {"projection": Head(head, "features", "projection")} | super().build(dim, classes)
 
     def stages(self) -> tuple[Stage, ...]:
         crop = self.config.teacher_crop
@@ -66,11 +59,7 @@ class GPaCo(Objective, name="gpaco"):
         return (Stage("joint", 1.0, heads, views=views, teacher=policy, coupled=True),)
 
     def forward(
-        self,
-        batch: Batch,
-        student: Outputs,
-        teacher: Outputs | None,
-        progress: Progress,  # noqa: ARG002
+        self, batch: Batch, student: Outputs, teacher: Outputs | None, progress: Progress
     ) -> Loss:
         keys = unit(required(teacher, "projection")).detach()
         now = soft_pairs(batch.labels, validate=False)
@@ -89,6 +78,6 @@ class GPaCo(Objective, name="gpaco"):
         )
         return combine(gpaco=(1.0, self.weigh(losses, batch.labels)))
 
-    def update(self, batch: Batch, student: Outputs, teacher: Outputs | None) -> None:  # noqa: ARG002
+    def update(self, batch: Batch, student: Outputs, teacher: Outputs | None) -> None:
         keys = unit(required(teacher, "projection"))
         self.bank.write(keys, batch.labels, None, batch.index)

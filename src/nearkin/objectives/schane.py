@@ -1,5 +1,6 @@
 """SCHaNe (arXiv 2308.14893; later CLCE, arXiv 2402.14551)."""
 
+# ruff: noqa: ARG002 - the interface fixes the arguments of every objective
 from __future__ import annotations
 
 from typing import Literal
@@ -10,15 +11,7 @@ from torch import Tensor
 from nearkin.config import Count, option
 from nearkin.functional import PerAnchor, schane
 from nearkin.network import Head, projection_head
-from nearkin.objectives.base import (
-    Objective,
-    Stage,
-    combine,
-    lonely,
-    repeat_views,
-    required,
-    unit,
-)
+from nearkin.objectives.base import Objective, Stage, combine, lonely, repeat_views, required, unit
 from nearkin.types import Batch, Loss, Outputs, Progress
 
 
@@ -49,8 +42,7 @@ class SCHaNe(Objective, name="schane"):
 
     def build(self, dim: int, classes: int) -> dict[str, Head]:
         head = projection_head(dim, dim, self.config.projection, norm="none")
-        projection = Head(head, reads="features", writes="projection")
-        return {"projection": projection} | super().build(dim, classes)
+        return {"projection": Head(head, "features", "projection")} | super().build(dim, classes)
 
     def stages(self) -> tuple[Stage, ...]:
         views = self.config.views
@@ -58,11 +50,7 @@ class SCHaNe(Objective, name="schane"):
         return (Stage("joint", 1.0, heads, views=views, coupled=True, positives=views == 1),)
 
     def forward(
-        self,
-        batch: Batch,
-        student: Outputs,
-        teacher: Outputs | None,  # noqa: ARG002
-        progress: Progress,  # noqa: ARG002
+        self, batch: Batch, student: Outputs, teacher: Outputs | None, progress: Progress
     ) -> Loss:
         logits, features = required(student.logits), unit(required(student.projection))
         labels = repeat_views(batch.labels, logits)
@@ -73,11 +61,12 @@ class SCHaNe(Objective, name="schane"):
 
     def _contrast(self, features: Tensor, labels: Tensor, images: int) -> PerAnchor:
         """The losses of all rows, each contrasted with the rows of its block of images."""
+        z, y = (rows.view(-1, images, *rows.shape[1:]) for rows in (features, labels))
         size = self.config.within or images
         blocks = [
             schane(
-                _block(features, images, start, size),
-                _block(labels, images, start, size),
+                z[:, start : start + size].flatten(0, 1),
+                y[:, start : start + size].flatten(0, 1),
                 temperature=self.config.temperature,
                 hardness=self.config.hardness,
                 positives=self.config.positives,
@@ -86,9 +75,3 @@ class SCHaNe(Objective, name="schane"):
             for start in range(0, images, size)
         ]
         return PerAnchor(*(torch.cat(column) for column in zip(*blocks, strict=True)))
-
-
-def _block(rows: Tensor, images: int, start: int, size: int) -> Tensor:
-    """All views of the images `start` to `start + size`, of rows that stand view after view."""
-    views = rows.view(-1, images, *rows.shape[1:])
-    return views[:, start : start + size].flatten(0, 1)

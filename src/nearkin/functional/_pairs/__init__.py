@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nearkin.functional._common import Labels
 from nearkin.functional._pairs import plain, tiled
-from nearkin.functional._pairs.terms import Count, LogSum, Term, Total
+from nearkin.functional._pairs.plain import Count, LogSum, Term, Total
 
 __all__ = ["Count", "LogSum", "Total", "pair_sums", "softplus_sum"]
 
@@ -22,12 +22,10 @@ LARGE_ON_GPU = 4096  # not measured: below, a matrix takes less than 64 MiB
 # within the range of the type.
 STEEPEST = {torch.float32: 70.0, torch.float64: 690.0}
 
-Sums = tuple[Tensor, ...]
-
 
 def pair_sums(
     features: Float[Tensor, "n d"], labels: Labels, temperature: float, *terms: Term
-) -> Sums:
+) -> tuple[Tensor, ...]:
     """The `terms` of each sample, `[N]` each, with s = z z' / temperature. Tiles can be differentiated once only.
 
     features: `[N, d]` rows of unit length. labels: `[N]` integers or `[N, C]` rows. Checks nothing.

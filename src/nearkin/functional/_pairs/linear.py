@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nearkin.functional._common import Hard, Labels
-from nearkin.functional._pairs.terms import Count, Total
+from nearkin.functional._pairs.plain import Count, Total
 
 
 def linear_sum(

@@ -1,31 +1,48 @@
-"""Sums over pairs from `[N, N]` matrices, differentiated by autograd."""
+"""The sums over a sample's pairs that a loss may need, and these from `[N, N]` matrices by autograd."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from nearkin.functional._common import Labels, log_sum, not_self, shared_classes
-from nearkin.functional._pairs.terms import Count, LogSum, Over, Term
 
+Over = Literal["others", "positives", "negatives"]
 EXACT = 40.0  # beyond it softplus(x) = x to the last bit of float64
 
 
-class Pairs(NamedTuple):
-    """similarity: z_i . z_j / temperature. positive: a_ij. other: 1, but 0 for i = j."""
+class Count(NamedTuple):
+    """sum_j w_ij, with w_ij = 1, a_ij or 1 - a_ij for j != i, by `over`."""
 
-    similarity: Float[Tensor, "n n"]
-    positive: Float[Tensor, "n n"]
-    other: Float[Tensor, "n n"]
+    over: Over
 
-    @classmethod
-    def of(cls, features: Tensor, labels: Labels, temperature: float) -> Pairs:
-        similarity = features @ features.T / temperature
-        shared = shared_classes(labels, labels, features.dtype)
-        return cls(similarity, shared, not_self(similarity).to(features.dtype))
+
+class Total(NamedTuple):
+    """sum_j w_ij s_ij."""
+
+    over: Over
+
+
+class LogSum(NamedTuple):
+    """log sum_j w_ij e^(scale s_ij); 0, with gradient 0, for a sample whose weights are all 0."""
+
+    over: Over
+    scale: float = 1.0
+
+
+Term = Count | Total | LogSum
+
+
+class Pairs:
+    """similarity: z_i . z_j / temperature. positive: a_ij. other: 1, but 0 for i = j. All `[N, N]`."""
+
+    def __init__(self, features: Tensor, labels: Labels, temperature: float) -> None:
+        self.similarity = features @ features.T / temperature
+        self.positive = shared_classes(labels, labels, features.dtype)
+        self.other = not_self(self.similarity).to(features.dtype)
 
     def weights(self, over: Over) -> Float[Tensor, "n n"]:
         """1, a_ij or 1 - a_ij; 0 for i = j."""
@@ -46,12 +63,11 @@ def sums(
     features: Tensor, labels: Labels, temperature: float, terms: tuple[Term, ...]
 ) -> tuple[Tensor, ...]:
     """As `pair_sums`."""
-    pairs = Pairs.of(features, labels, temperature)
-    return tuple(map(pairs.sum, terms))
+    return tuple(map(Pairs(features, labels, temperature).sum, terms))
 
 
 def softplus_sum(features: Tensor, labels: Labels, temperature: float, level: Tensor) -> Tensor:
     """As `nearkin.functional._pairs.softplus_sum`."""
-    pairs = Pairs.of(features, labels, temperature)
+    pairs = Pairs(features, labels, temperature)
     softplus = F.softplus(level[:, None] - pairs.similarity, threshold=EXACT)
     return (pairs.weights("positives") * softplus).sum(1)

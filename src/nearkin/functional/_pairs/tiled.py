@@ -7,11 +7,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from nearkin.functional._common import Labels, differentiated_once, hard_if_known
+from nearkin.functional._common import (
+    Labels,
+    hard_if_known,
+    refuse_second_derivative,
+    shared_classes,
+)
 from nearkin.functional._pairs.linear import linear_sum
-from nearkin.functional._pairs.plain import EXACT
-from nearkin.functional._pairs.terms import LogSum, Term
+from nearkin.functional._pairs.plain import EXACT, LogSum, Term
 from nearkin.functional._pairs.tiles import Tile, Tiles
 
 
@@ -33,10 +38,23 @@ def sums(
 
 
 def softplus_sum(features: Tensor, labels: Labels, temperature: float, level: Tensor) -> Tensor:
-    """As `nearkin.functional._pairs.softplus_sum`; tiles without a positive pair are skipped."""
+    """As `nearkin.functional._pairs.softplus_sum`, from strips of rows and the columns that may share their classes."""
     tiles = Tiles(features, hard_if_known(labels), temperature)
-    summed: Tensor = _Softplus.apply(features, level, tiles)
-    return summed
+    z, level = tiles.sorted(features) * tiles.scale, tiles.sorted(level)
+    strips = [
+        checkpoint(_softplus_strip, z, tiles.labels, level, rows, columns, use_reentrant=False)
+        for rows, columns in tiles.strips()
+    ]
+    return tiles.unsorted(torch.cat(strips))
+
+
+def _softplus_strip(
+    z: Tensor, labels: Tensor, level: Tensor, rows: slice, columns: slice
+) -> Tensor:
+    positive = shared_classes(labels[rows], labels[columns], z.dtype)
+    positive.diagonal(rows.start - columns.start).zero_()  # a sample with itself
+    softplus = F.softplus(level[rows, None] - z[rows] @ z[columns].T, threshold=EXACT)
+    return (positive * softplus).sum(1)
 
 
 class _LogSums(torch.autograd.Function):
@@ -60,8 +78,8 @@ class _LogSums(torch.autograd.Function):
         return tiles.unsorted(sums.where(sums > 0, 1).log(), dim=1)
 
     @staticmethod
-    @differentiated_once
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        refuse_second_derivative()
         tiles: Tiles = ctx.tiles
         (sums,) = ctx.saved_tensors
         # The common factor of a sample's derivatives: upstream scale / sum; 0 where all weights are 0.
@@ -91,48 +109,3 @@ def _slopes(tile: Tile, terms: list[tuple[LogSum, Tensor]]) -> Tensor:
             slopes[:height].addcmul_(buffer, exponential)
     assert slopes is not None  # `sums` asks for at least one term
     return slopes
-
-
-class _Softplus(torch.autograd.Function):
-    """sum_p a_ip softplus(level_i - s_ip), `[N]`."""
-
-    @staticmethod
-    def forward(ctx: Any, features: Tensor, level: Tensor, tiles: Tiles) -> Tensor:  # noqa: ARG004
-        level = tiles.sorted(level)
-        sums = torch.zeros_like(level)
-        for tile in tiles.near():
-            by_row, by_col = (F.softplus(x, threshold=EXACT) for x in _differences(tile, level))
-            tile.add_rows(sums, _positive(tile, by_row))
-            sums[tile.cols].add_(_positive(tile, by_col).sum(0))
-        ctx.tiles = tiles
-        ctx.save_for_backward(level)
-        return tiles.unsorted(sums)
-
-    @staticmethod
-    @differentiated_once
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None]:
-        tiles: Tiles = ctx.tiles
-        (level,) = ctx.saved_tensors
-        upstream = tiles.sorted(upstream)
-        gradient, steepness = torch.zeros_like(tiles.z), torch.zeros_like(level)
-        for tile in tiles.near():
-            by_row, by_col = (_positive(tile, x.sigmoid_()) for x in _differences(tile, level))
-            tile.add_rows(steepness, by_row)
-            steepness[tile.cols].add_(by_col.sum(0))
-            slopes = by_row.mul_(-upstream[tile.rows, None])
-            slopes.addcmul_(by_col, upstream[tile.cols], value=-1)
-            tile.add_gradient(gradient, slopes, tiles.z)
-        to_level = tiles.unsorted(upstream * steepness)
-        return tiles.unsorted(gradient).mul_(tiles.scale), to_level, None
-
-
-def _differences(tile: Tile, level: Tensor) -> tuple[Tensor, Tensor]:
-    """level_i - s_ij with the rows as anchors, and with the columns."""
-    height = len(tile.similarity)
-    by_row = torch.sub(level[tile.rows, None], tile.similarity, out=tile.buffer("by row", height))
-    by_col = torch.sub(level[tile.cols], tile.similarity, out=tile.buffer("by column", height))
-    return by_row, by_col
-
-
-def _positive(tile: Tile, values: Tensor) -> Tensor:
-    return tile.clear_own_(tile.weigh_(values, "positives"))

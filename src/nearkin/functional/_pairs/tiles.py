@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nearkin.functional._common import Labels, shared_classes
-from nearkin.functional._pairs.terms import Over
+from nearkin.functional._pairs.plain import Over
 
 # Rows and columns of a tile. On a CPU it stays in the cache together with its exponentials, and products of wide tiles
 # take up to 1.5 times as long as those of tall ones in some processes. A GPU needs large products and few calls (not
@@ -26,7 +26,7 @@ class Tile:
 
     def __init__(
         self,
-        buffers: Buffers,
+        tiles: Tiles,
         rows: slice,
         cols: slice,
         similarity: Tensor,
@@ -35,7 +35,7 @@ class Tile:
         self.rows, self.cols, self.similarity = rows, cols, similarity
         self.own = similarity.shape[1] if rows.start == cols.start else 0
         self.near = len(labels[0])
-        self._labels, self._buffers = labels, buffers
+        self._labels, self._tiles = labels, tiles
         self._shared: dict[Over, Tensor] = {}
 
     def height(self, over: Over) -> int:
@@ -44,7 +44,7 @@ class Tile:
 
     def buffer(self, name: str, height: int) -> Tensor:
         """Memory `[height, cols]`, reused by the next tile."""
-        return self._buffers.of(name, (height, self.similarity.shape[1]))
+        return self._tiles.buffer(name, (height, self.similarity.shape[1]))
 
     def exponentials(self, scales: set[float]) -> dict[float, Tensor]:
         """e^(scale s_ij) for each scale, 0 for a sample with itself. Scale 1 overwrites the similarity."""
@@ -53,21 +53,16 @@ class Tile:
             out = self.buffer(f"e^{scale}s", len(self.similarity))
             found[scale] = torch.mul(self.similarity, scale, out=out).exp_()
         found[1.0] = self.similarity.exp_()
-        for values in found.values():
-            self.clear_own_(values)
+        for values in found.values() if self.own else ():
+            values.fill_diagonal_(0)
         if 2.0 in scales:  # a square is cheaper than an exponential
             found[2.0] = torch.square(found[1.0], out=self.buffer("e^2s", len(self.similarity)))
         return found
 
-    def clear_own_(self, values: Tensor) -> Tensor:
-        """Set the pairs of a sample with itself to 0."""
-        return values.fill_diagonal_(0) if self.own else values
-
-    def weigh_(self, values: Tensor, over: Over) -> Tensor:
+    def weigh_(self, values: Tensor, over: Over) -> None:
         """Multiply `values` of `height(over)` rows by 1, a_ij or 1 - a_ij."""
         if self.near and over != "others":
             values[: self.near].mul_(self._weights(over))
-        return values
 
     def add_weighed(self, sums: Tensor, values: Tensor, over: Over) -> None:
         """Add each sample's weighed sum of `values` of `height(over)` rows to `sums` `[N]`."""
@@ -80,14 +75,10 @@ class Tile:
 
     def add(self, sums: Tensor, values: Tensor, first: int = 0) -> None:
         """Add the sums of the rows of `values`, which begin at row `first`, and of its columns to `sums` `[N]`."""
-        self.add_rows(sums, values, first)
-        sums[self.cols].add_(values.sum(0))
-
-    def add_rows(self, sums: Tensor, values: Tensor, first: int = 0) -> None:
-        """Add the sums of the rows, without the own ones: these are columns as well."""
-        skipped = max(self.own - first, 0)
+        own = max(self.own - first, 0)  # these rows are columns as well
         start = self.rows.start + first
-        sums[start + skipped : start + len(values)].add_(values[skipped:].sum(1))
+        sums[start + own : start + len(values)].add_(values[own:].sum(1))
+        sums[self.cols].add_(values.sum(0))
 
     def add_gradient(self, gradient: Tensor, slopes: Tensor, z: Tensor) -> None:
         """Add slopes times z to `gradient` `[N, d]`. slopes: for s_ij plus for s_ji, of the first rows."""
@@ -105,19 +96,6 @@ class Tile:
         return self._shared[over]
 
 
-class Buffers:
-    """Named memory, allocated at its first use."""
-
-    def __init__(self, like: Tensor) -> None:
-        self._like = like
-        self._named: dict[str, Tensor] = {}
-
-    def of(self, name: str, shape: tuple[int, int]) -> Tensor:
-        if name not in self._named or self._named[name].numel() < shape[0] * shape[1]:
-            self._named[name] = self._like.new_empty(shape[0] * shape[1])
-        return self._named[name][: shape[0] * shape[1]].view(shape)
-
-
 class Tiles:
     """All tiles of a batch whose samples are sorted by label, so that positive pairs lie near the diagonal.
 
@@ -131,20 +109,24 @@ class Tiles:
         self._places = self._order.argsort()
         self.scale = temperature**-0.5
         self.z = self.sorted(features.detach()).mul_(self.scale)
-        self._labels = self.sorted(labels.detach())
-        self._buffers = Buffers(self.z)
+        self.labels = self.sorted(labels.detach())
+        self._memory: dict[str, Tensor] = {}
         self._height, width = SHAPE if features.device.type == "cpu" else SHAPE_ON_GPU
         count = len(features)
         self._cols = [slice(at, min(at + width, count)) for at in range(0, count, width)]
 
-    def all(self) -> Iterator[Tile]:
-        """The lower triangle."""
-        return self._tiles([len(self.z)] * len(self._cols), self._class_ends())
+    def strips(self) -> list[tuple[slice, slice]]:
+        """Samples in strips as wide as a tile, each with the samples that may share a class with it.
 
-    def near(self) -> Iterator[Tile]:
-        """Only tiles whose rows may share a class with a column."""
-        ends = self._class_ends()
-        return self._tiles(ends, ends)
+        All may for soft labels, which may share a class anywhere, and on a GPU, which would have to be waited for.
+        """
+        if self.labels.ndim == 2 or self.labels.device.type != "cpu":
+            return [(cols, slice(0, len(self.z))) for cols in self._cols]
+        first = torch.searchsorted(self.labels, self.labels[[c.start for c in self._cols]])
+        last = self.labels[[c.stop - 1 for c in self._cols]]
+        end = torch.searchsorted(self.labels, last, right=True)
+        ranges = map(slice, first.tolist(), end.tolist())
+        return list(zip(self._cols, ranges, strict=True))
 
     def sorted(self, samples: Tensor, dim: int = 0) -> Tensor:
         """From the order of the batch to that of the tiles."""
@@ -154,25 +136,20 @@ class Tiles:
         """From the order of the tiles to that of the batch."""
         return samples.index_select(dim, self._places)
 
-    def _tiles(self, stops: list[int], ends: list[int]) -> Iterator[Tile]:
-        """Each column strip from the diagonal to its row in `stops`; rows after that in `ends` share no class."""
-        for cols, stop, end in zip(self._cols, stops, ends, strict=True):
-            for start in range(cols.start, stop, self._height):
-                rows = slice(start, min(start + self._height, stop))
-                labels = self._labels[start : min(rows.stop, end)], self._labels[cols]
-                out = self._buffers.of(
-                    "similarity", (rows.stop - rows.start, cols.stop - cols.start)
-                )
+    def buffer(self, name: str, shape: tuple[int, int]) -> Tensor:
+        """Memory of this name, allocated at its first use."""
+        size = shape[0] * shape[1]
+        if name not in self._memory or self._memory[name].numel() < size:
+            self._memory[name] = self.z.new_empty(size)
+        return self._memory[name][:size].view(shape)
+
+    def all(self) -> Iterator[Tile]:
+        """The lower triangle: each column strip from the diagonal down."""
+        for cols, others in self.strips():
+            for start in range(cols.start, len(self.z), self._height):
+                rows = slice(start, min(start + self._height, len(self.z)))
+                labels = self.labels[start : min(rows.stop, others.stop)], self.labels[cols]
+                shape = rows.stop - rows.start, cols.stop - cols.start
+                out = self.buffer("similarity", shape)
                 torch.mm(self.z[rows], self.z[cols].T, out=out)
-                yield Tile(self._buffers, rows, cols, out, labels)
-
-    def _class_ends(self) -> list[int]:
-        """The row at which the last class of each column strip ends.
-
-        The last row for soft labels, which may share a class anywhere, and on a GPU, which would have to be waited for.
-        """
-        if self._labels.ndim == 2 or self._labels.device.type != "cpu":
-            return [len(self.z)] * len(self._cols)
-        last = self._labels[[cols.stop - 1 for cols in self._cols]]
-        ends: list[int] = torch.searchsorted(self._labels, last, right=True).tolist()
-        return ends
+                yield Tile(self, rows, cols, out, labels)

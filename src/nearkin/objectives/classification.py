@@ -1,15 +1,47 @@
-"""Symmetric cross-entropy (Wang et al. 2019, arXiv 1908.06112)."""
+"""Cross-entropy, the baseline, and its symmetric form (Wang et al. 2019, arXiv 1908.06112)."""
 
+# ruff: noqa: ARG002 - the interface fixes the arguments of every objective
 from __future__ import annotations
 
-from typing import Self
+from typing import Literal, Self
 
 from nearkin.config import AutoAmount, option
-from nearkin.functional import symmetric_ce
+from nearkin.functional import binary_cross_entropy, symmetric_ce
 from nearkin.objectives.base import Objective, combine, required, smoothed
 from nearkin.types import Batch, Facts, Loss, Outputs, Progress
 
-FEW_CLASSES = 30  # between the two published presets
+FEW_CLASSES = 30  # between the two published presets of the symmetric form
+
+
+class CrossEntropy(Objective, name="ce"):
+    """Cross-entropy of a softmax, or binary per class: the baseline (arXiv 2110.00476).
+
+    total = CE(logits, labels). Heads: one linear classifier on the pooled features.
+    """
+
+    class Config(Objective.Config):
+        """The binary form is that of timm's A1 to A3 recipes."""
+
+        loss: Literal["softmax", "bce"] = option(
+            "softmax", "classes compete, or each is a yes-or-no question"
+        )
+
+    config: Config
+
+    def forward(
+        self, batch: Batch, student: Outputs, teacher: Outputs | None, progress: Progress
+    ) -> Loss:
+        logits = required(student.logits)
+        if self.config.loss == "softmax":
+            return combine(ce=(1.0, self.classify(logits, batch.labels)))
+        losses = binary_cross_entropy(
+            logits,
+            batch.labels,
+            smoothing=self.config.smoothing,
+            class_weights=self.class_weights,
+            validate=False,
+        )
+        return combine(bce=(1.0, losses))
 
 
 def preset(classes: int) -> tuple[float, float]:
@@ -39,11 +71,7 @@ class SymmetricCE(Objective, name="sce"):
     config: Config
 
     def forward(
-        self,
-        batch: Batch,
-        student: Outputs,
-        teacher: Outputs | None,  # noqa: ARG002
-        progress: Progress,  # noqa: ARG002
+        self, batch: Batch, student: Outputs, teacher: Outputs | None, progress: Progress
     ) -> Loss:
         logits = required(student.logits)
         labels = smoothed(batch.labels, logits.shape[1], self.config.smoothing)
