@@ -258,20 +258,3 @@ def test_soft_labels_are_sorted_too(small):
     first = IN_PAIRS["supcon_out"](z, labels, 0.1).value
     second = IN_PAIRS["supcon_out"](z[order], labels[order], 0.1).value
     torch.testing.assert_close(first[order], second, rtol=1e-12, atol=1e-12)
-
-
-@every
-def test_one_tile_after_another_takes_the_same_memory(name, small, monkeypatch):
-    """However many tiles there are, and however many of their rows share a class: no name for each of them."""
-    small("tiles")
-    names = set()
-    of = tiles.Buffers.of
-    monkeypatch.setattr(
-        tiles.Buffers, "of", lambda self, name, shape: names.add(name) or of(self, name, shape)
-    )
-    found = []
-    for count in (20, 60):
-        classes = torch.arange(count) ** 2 // 60  # of many sizes
-        values_and_gradient(name, rows_of(count), classes, 0.1)
-        found.append(len(names))
-    assert found[1] == found[0]
