@@ -1,4 +1,4 @@
-"""Every objective, with the defaults that a person gets, learns: three epochs on real digits."""
+"""Every objective learns with its default options: three epochs of a full-width resnet10t on real digits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from nearkin.objectives import Objective
 def learns(name, folder):
     import nearkin
 
-    result = nearkin.train("digits", name, epochs=3, threads=1, out=folder / "run")
+    options = {"model": "resnet10t", "epochs": 3, "threads": 1}
+    result = nearkin.train("digits", name, out=folder / "run", **options)
     (folder / "accuracy").write_text(str(result.test_top1))
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Unpack, cast
 from nearkin.catalogue import check_objective
 from nearkin.config import FREE_ON_RESUME, RunConfig, merge, validate
 from nearkin.errors import ConfigError, DataError, DivergedError, ModelError, printable
+from nearkin.process import exit_if_importing_main
 from nearkin.settings import Settings
 from nearkin.training import run_folder
 from nearkin.training.console import say
@@ -54,6 +55,7 @@ def train(
 
 def start_run(values: Mapping[str, Any], *, quiet: bool) -> Result:
     """A new run from flat options. Raises ConfigError, DataError, ModelError, DivergedError or Stopped."""
+    exit_if_importing_main()
     config, listing = checked_options(values)
     with _runtime(config) as runtime:
         from nearkin.data.look import BadImages
@@ -78,6 +80,7 @@ def continue_run(run: Path, values: Mapping[str, Any], *, quiet: bool) -> Result
     values: the options of the run once more, or new values of those in FREE_ON_RESUME; `data` is where the same images
     are now. Raises ModelError for other changes and other images.
     """
+    exit_if_importing_main()
     finished = run_folder.stored_state(run) == "finished"
     if finished and not values:  # settings may be missing: an imported model was not trained here
         return _finished(run, quiet)
