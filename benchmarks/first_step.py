@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 MODEL, CHANNELS, CLASSES, SIDE, BATCH, LR = "resnet10t", 1, 10, 8, 32, 0.025
-NARROW: dict[str, Any] = {"channels": [32, 64, 128, 256], "stem_width": 16}
+NARROW: dict[str, Any] = {"channels": [48, 96, 192, 384], "stem_width": 24}
 
 
 def train(folder: str) -> None:

@@ -168,9 +168,14 @@ def test_no_step_is_taken_again(stopped, monkeypatch):
     assert torch.get_num_threads() == stored_settings(stopped).threads
 
 
-def test_the_earliest_of_equal_validations_is_kept():
+def test_of_equal_validations_the_lower_log_loss_is_kept():
     saver = Saver(None, {}, 5.0, stepper=None)
-    assert [saver.consider(value, step) for step, value in enumerate([0.5, 0.7, 0.6, 0.7])] == [
-        *[True, True, False, False]
-    ]
-    assert saver.best == (0.7, 1)
+    seen = [(0.5, 0.9), (0.7, 0.8), (0.6, 0.1), (0.7, 0.9), (0.7, 0.6), (0.7, 0.6)]
+    kept = [saver.consider(value, step, loss) for step, (value, loss) in enumerate(seen)]
+    assert kept == [True, True, False, False, True, False]
+    assert saver.best == (0.7, 4, 0.6)
+
+
+def test_without_a_log_loss_the_earliest_of_equal_validations_is_kept():
+    saver = Saver(None, {}, 5.0, stepper=None)
+    assert [saver.consider(0.7, step) for step in range(2)] == [True, False]

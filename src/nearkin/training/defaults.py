@@ -13,7 +13,7 @@ from nearkin.settings import DataSettings, Settings
 DIGIT_LIKE = ("digits", "mnist", "svhn")  # a mirrored digit is another digit, or none
 SMALL_WORK = 2e9  # parameters x pixels; below it one thread is fastest
 TINY_IMAGE, SMALL_IMAGE = 16, 64
-NARROW: dict[str, Any] = {"channels": [32, 64, 128, 256], "stem_width": 16}  # 1.2 M weights
+NARROW: dict[str, Any] = {"channels": [48, 96, 192, 384], "stem_width": 24}  # 2.8 M weights
 
 
 class DataFacts(NamedTuple):

@@ -219,7 +219,7 @@ class Loop:
         started = time.monotonic()
         values = self.validate()
         if values is not None:
-            values["best"] = self.saver.consider(values["value"], step)
+            values["best"] = self.saver.consider(values["value"], step, values.get("log_loss", 0.0))
             self._record("validation", progress, step, values, time.monotonic() - started)
 
     def _record(

@@ -20,10 +20,11 @@ FAILURES = 3  # in a row until the run stops
 
 
 class Best(NamedTuple):
-    """The best weights of the current stage: its validation value, and the step after which it was measured."""
+    """The best weights of the current stage: validation value and log loss, and the step of the validation."""
 
     value: float
     step: int
+    log_loss: float = 0.0
 
 
 class Saver:
@@ -44,11 +45,14 @@ class Saver:
         self._failures = 0
         self._waiting: dict[str, Tensor] | None = None
 
-    def consider(self, value: float, step: int) -> bool:
-        """Whether `value` is the best so far (the earliest wins a tie); then its weights are kept."""
-        if self.best is not None and value <= self.best.value:
+    def consider(self, value: float, step: int, log_loss: float = 0.0) -> bool:
+        """Whether `value` is the best so far; then its weights are kept.
+
+        Of equal values the lower log loss wins, then the earlier (docs/decisions/017-best-epoch.md).
+        """
+        if self.best and (value, -log_loss) <= (self.best.value, -self.best.log_loss):
             return False
-        self.best = Best(value, step)
+        self.best = Best(value, step, log_loss)
         if self._store is not None:
             weights = self._stepper.eval_network().state_dict()
             self._waiting = {name: t.detach().cpu().clone() for name, t in weights.items()}
