@@ -135,9 +135,19 @@ class Network(nn.Module):
         return Outputs(**fields)  # type: ignore[arg-type]  # features and embedding are never None
 
     def _normalise(self, images: Tensor) -> Tensor:
-        pixels = images.to(self.mean.dtype)
+        images = images.contiguous(memory_format=self._memory_format)
         if images.is_floating_point():
-            pixels = (pixels - self.mean) / self.std
-        else:  # in place on the copy that `to` made: fresh memory for each operation costs more than the operation
-            pixels.div_(255).sub_(self.mean).div_(self.std)
-        return pixels.contiguous(memory_format=self._memory_format)
+            return (images.to(self.mean.dtype) - self.mean) / self.std
+        if self._memory_format != torch.channels_last:
+            # In place: fresh memory for each operation costs more than the operation.
+            return images.to(self.mean.dtype).div_(255).sub_(self.mean).div_(self.std)
+        # Whole rows, since three values at a time take three times as long; on a CPU two images at a time, which stay
+        # in its cache between the two passes. Without this, loading from a cache takes twice as long.
+        scale, shift = 1 / (255 * self.std), -self.mean / self.std
+        scale, shift = (each.flatten().repeat(images.shape[-1]) for each in (scale, shift))
+        pixels = torch.empty_like(images, dtype=self.mean.dtype)
+        together = max(1, len(images)) if images.is_cuda else 2
+        rows = [each.permute(0, 2, 3, 1).flatten(2) for each in (pixels, images)]
+        for out, given in zip(*(torch.split(each, together) for each in rows), strict=True):
+            torch.addcmul(shift, out.copy_(given), scale, out=out)
+        return pixels
