@@ -223,4 +223,10 @@ def test_a_script_without_a_guard_gets_one_sentence(tmp_path, method):
     done = subprocess.run(words, capture_output=True, text=True, timeout=240, cwd=tmp_path)
     assert done.stdout.count("\n") == 1, done.stdout + done.stderr
     assert 'if __name__ == "__main__":' in done.stdout
-    assert done.stderr == ""
+    # Python's resource tracker may warn of the semaphores that a child held when it was ended; which, is a race.
+    ours = [
+        x
+        for x in done.stderr.splitlines()
+        if "resource_tracker" not in x and "warnings.warn(" not in x
+    ]
+    assert ours == []
