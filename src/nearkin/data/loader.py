@@ -35,8 +35,8 @@ POLL = 1.0  # seconds between two looks at signals and workers while a batch is 
 PATIENCE = 20.0  # seconds from a stop signal until a missing batch is given up; Slurm kills at 30
 PREFETCH = 2  # batches that a worker makes ahead
 SHARED_MEMORY = Path("/dev/shm")
-# Decoded images are transformed together until they have this many bytes: draws in a row find their code in the
-# processor's caches, but photographs are large.
+# Bytes of decoded images that are transformed together: the random numbers of all of them are drawn first, which takes
+# less time than between the pixels of two images.
 TOGETHER = 1 << 23
 
 Views = Callable[[ImageSource, Sequence[SampleKey]], list[Tensor]]

@@ -65,10 +65,9 @@ def start_run(values: Mapping[str, Any], *, quiet: bool) -> Result:
         try:
             prepared = prepare(config, runtime, listing=listing, quiet=quiet)
         except BadImages as error:
-            listed = _folder_with_list(config, error.bad) if runtime.is_main else None
-            path = (
-                Path(str(runtime.share(listed))) / run_folder.BAD_FILES
-            )  # any rank may report first
+            folder = _folder_with_list(config, error.bad) if runtime.is_main else None
+            # Every rank learns the path, since any of them may report the error first.
+            path = Path(str(runtime.share(folder))) / run_folder.BAD_FILES
             raise type(error)(f"{error} All are listed in {path}.", error.bad) from None
         folder = _create_folder(prepared, config, runtime)
         return Trainer(prepared, runtime.at(prepared.settings.precision), folder, quiet=quiet).run()
