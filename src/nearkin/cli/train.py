@@ -26,9 +26,9 @@ def main(given: dict[str, Any]) -> int:
     keep_freed_memory()
     given = _with_data(given)
     as_json, quiet = given.pop("json", False), given.pop("quiet", False)
-    show, resume = given.pop("print_config", False), given.pop("resume", None)
+    print_config, resume = given.pop("print_config", False), given.pop("resume", None)
     values = merge(*(read_yaml(recipe_or_file(name)) for name in given.pop("config", [])), given)
-    if show:
+    if print_config:
         sys.stdout.write(_shown(values, resume))
     elif resume is None:
         _report(start_run(values, quiet=quiet), as_json)

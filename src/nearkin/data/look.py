@@ -24,6 +24,7 @@ from nearkin.data.images import Files, ImageSource
 from nearkin.data.remembered import Fact, Remembered
 from nearkin.errors import DataError, NearkinError, printable
 from nearkin.files import write_atomic
+from nearkin.process import cores
 
 T = TypeVar("T")
 Check = Literal["auto", "full", "headers"]
@@ -120,8 +121,7 @@ def look(
             raise DataError("The processes see different files; give all of them the same data.")
         count = sum(found for _, _, found in known)
         full = check == "full" or (check == "auto" and count <= MOST_DECODED)
-        workers = max(1, (os.cpu_count() or 1) // ranks.size)
-        learned = _on_all(ranks, lambda: _learn(new, channels, full, workers, remembered, quiet))
+        learned = _on_all(ranks, lambda: _learn(new, channels, full, cores(), remembered, quiet))
     bad: dict[bytes, str] = {}
     for part in (*(found for _, found, _ in known), *learned):
         bad |= part
