@@ -141,4 +141,5 @@ def test_settings_have_no_auto_and_are_options_again():
     assert issubclass(Settings, RunConfig)
     required = {name for name, field in Settings.model_fields.items() if field.is_required()}
     automatic = {name for name, field in RunConfig.model_fields.items() if field.default == "auto"}
-    assert required == automatic - {"model", "check"}
+    # Photos start from pretrained weights although the option is off.
+    assert required == (automatic - {"model", "check"}) | {"pretrained"}

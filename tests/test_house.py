@@ -136,7 +136,7 @@ def test_nothing_runs_foreign_code():
             path
         )
         if "torch.load" in calls:
-            assert path.name == "weights.py"
+            assert path.name == "tensor_files.py"
             assert "weights_only=True" in ast.unparse(calls["torch.load"])
 
 

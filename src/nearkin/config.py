@@ -102,12 +102,17 @@ if TYPE_CHECKING:
     AutoCount = int
     AutoNatural = int
     AutoAmount = float
+    AutoShare = float
+    AutoViews = int
 else:
     AutoCount = Count | Auto
     AutoNatural = Natural | Auto
     AutoAmount = Amount | Auto
+    AutoShare = Share | Auto
+    AutoViews = Annotated[int, Field(ge=1, le=8)] | Auto
 FREE = {"objective": "options", "model": "model_options"}  # `objective.NAME` -> the field it is in
 LARGEST_YAML = 1 << 20
+SCRATCH_OBJECTIVE = "cone"  # what `--objective auto` is from scratch; photos: training/defaults.py
 CONFIG_FILE = "config.yaml"  # in every run folder
 # What a resumed run may change: nothing that touches the weights.
 FREE_ON_RESUME = frozenset({"check", "workers", "log_level", "log_every", "save_minutes"})
@@ -126,10 +131,15 @@ class RunConfig(BaseModel):
 
     # Data, objective and length.
     data: str = option("digits", "built-in name, folder of class folders, or CSV/parquet table")
-    objective: str = option("cone", "loss to minimise (nearkin list objectives)")
+    objective: str = option("auto", "loss to minimise (nearkin list objectives)")
     options: dict[str, Any] = option({}, "options of the objective, as --objective.NAME")
     seed: Seed = option(0, "seed of data order, augmentation, initialisation")
-    epochs: Natural | Auto = option("auto", "passes over the training images")
+    epochs: Natural | Auto = option(
+        "auto", "passes over the training images, at most; 0 stops after the probe"
+    )
+    minutes: Amount | Auto = option(
+        "auto", "end within so many minutes by fewer epochs or blocks; 0 = no limit"
+    )
     batch_size: Count | Auto = option("auto", "images per step, over all processes")
     accumulate: Count = option(1, "parts the batch is split into to save memory")
     batchnorm_by_parts: bool = option(
@@ -139,13 +149,25 @@ class RunConfig(BaseModel):
     # The network.
     model: str = option("auto", "any timm model (nearkin list models)")
     model_options: ModelOptions = option({}, "options of the timm model, as --model.NAME")
-    pretrained: bool = option(False, "start from timm's pretrained weights")
+    pretrained: bool = option(
+        False, "start from pretrained weights (auto for --model auto on photos)"
+    )
+    from_scratch: bool = option(False, "start from random weights, on photos too")
     weights: Path | None = option(None, "start from the weights in this file")
+    probe: bool | Auto = option(
+        "auto", "start the classifier from a logistic regression on the frozen features"
+    )
+    blocks: Natural | Literal["auto", "all"] = option(
+        "auto", "last blocks of the backbone that learn; those before them stay as they are"
+    )
     image_size: Side | Auto = option("auto", "side of the square input, in pixels")
     channels: Count | Auto = option("auto", "colour channels: 1 or 3 for image files")
     stem: Literal["auto", "default", "small"] = option("auto", "first layers for small images")
     drop_rate: Share = option(0.0, "dropout of the pooled features")
     drop_path: Share = option(0.0, "stochastic depth of the backbone")
+    freeze_batchnorm: bool | Auto = option(
+        "auto", "BatchNorm of the backbone keeps its statistics (auto if pretrained)"
+    )
     freeze_backbone: bool = option(False, "train the heads only")
 
     # The data.
@@ -177,8 +199,8 @@ class RunConfig(BaseModel):
     eval_crop: Annotated[float, Field(ge=0.1, le=1)] | Auto = option(
         "auto", "share of the short side that the centre crop keeps there"
     )
-    sampler: Literal["shuffle", "balanced", "weighted"] = option(
-        "shuffle", "every image once; groups of a class; or classes equally often"
+    sampler: Literal["auto", "shuffle", "balanced", "weighted"] = option(
+        "auto", "every image once; groups of a class; or classes equally often"
     )
     per_class: Count = option(4, "images in a group of the balanced sampler")
     repeats: Count = option(1, "crops of an image in one batch, of fewer images per epoch")
@@ -196,6 +218,7 @@ class RunConfig(BaseModel):
         "auto", "torch's SGD or AdamW, or LAMB"
     )
     lr: Amount | Auto = option("auto", "peak learning rate")
+    head_lr: Positive | Auto = option("auto", "learning rate of the heads / of the backbone")
     min_lr_ratio: Amount = option(1e-3, "final learning rate / peak", le=1)
     warmup_epochs: Amount | Auto = option("auto", "linear warm-up, in epochs")
     weight_decay: Amount | Auto = option("auto", "decay of weights")

@@ -77,3 +77,9 @@ def listed(names: Sequence[str]) -> str:
 def counted(number: int, thing: str, things: str | None = None) -> str:
     """`1 image`, `2 images`, `1 class`, `2 classes`."""
     return f"{number} {thing if number == 1 else things or thing + 's'}"
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, for a message of ours."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return printable(lines[0][:200])

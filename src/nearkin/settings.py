@@ -10,13 +10,26 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from nearkin.config import Amount, Count, Fraction, Magnitude, Natural, Probability, RunConfig, Side
+from nearkin.config import (
+    Amount,
+    Count,
+    Fraction,
+    Magnitude,
+    Natural,
+    Positive,
+    Probability,
+    RunConfig,
+    Side,
+)
 
 
 class DataSettings(RunConfig):
     """A configuration without `auto` in the options that follow from the training images."""
 
+    objective: str
     epochs: Natural
+    minutes: Amount
+    pretrained: bool
     batch_size: Count
     image_size: Side
     channels: Count
@@ -42,12 +55,17 @@ class Settings(DataSettings):
     """
 
     stem: Literal["default", "small"]
+    probe: bool
+    sampler: Literal["shuffle", "balanced", "weighted"]
+    blocks: Natural | Literal["all"]
+    freeze_batchnorm: bool
     workers: Natural
     optimizer: Literal["sgd", "adamw", "lamb"]
     lr: Amount
     warmup_epochs: Amount
     weight_decay: Amount
     layer_decay: Fraction
+    head_lr: Positive
     precision: Literal["fp32", "bf16", "fp16", "fp64"]
     memory_format: Literal["contiguous", "channels_last"]
     device: Literal["cpu", "cuda", "mps"]

@@ -102,7 +102,7 @@ class Facts(NamedTuple):
     """What an objective's `auto` options are resolved from.
 
     dim: width of the backbone's features. images: training images after the splits. batch_size: images per step over
-    all processes. device: its type; decides what the bank stores.
+    all processes. device: its type; decides what the bank stores. pretrained: whether the backbone is.
     """
 
     dim: int
@@ -110,3 +110,4 @@ class Facts(NamedTuple):
     images: int
     batch_size: int
     device: str = "cpu"
+    pretrained: bool = False

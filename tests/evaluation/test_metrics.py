@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nearkin.errors import DataError, DivergedError
 from nearkin.evaluation.metrics import reduced, summarise, write_predictions, write_tables
-from nearkin.evaluation.results import Metrics
+from nearkin.evaluation.results import Metrics, wilson
 
 
 class Given(NamedTuple):
@@ -123,7 +123,20 @@ def assert_matches(given: Given, classes: int) -> None:
         assert line.name == name
         assert line.support == values[3]
         assert list(line[1:4]) == pytest.approx(values[:3], rel=1e-12)
+    assert actual.interval == wilson(expected["top1"], expected["n"])
+    wrong = [
+        (images, -true, -said)
+        for true, row in enumerate(expected["confusion"])
+        for said, images in enumerate(row)
+        if images and true != said
+    ]
+    images, true, said = max(wrong, default=(0, 0, 0))
+    names = letters(classes)
+    assert actual.worst == ((names[-true], names[-said], images) if wrong else None)
     assert json.loads(json.dumps(actual.totals(), allow_nan=False)) == actual.totals()
+    assert set(actual.totals()) == {
+        *("n", "top1", "interval", "top5", "log_loss", "ece", "macro", "most_confused")
+    }
 
 
 @pytest.mark.parametrize("classes", [2, 3, 4, 5, 6, 7, 23])
@@ -233,6 +246,45 @@ def test_nothing_grows_with_the_square_of_the_classes(tmp_path: Path) -> None:
         "f1": "0.0",
         "support": "1",
     }
+
+
+@pytest.mark.parametrize("n", [1, 2, 10, 360, 50_000])
+def test_the_ends_of_the_interval_are_where_the_test_of_the_share_just_accepts(n: int) -> None:
+    """Wilson's interval holds the shares p with |share - p| <= z sqrt(p (1 - p) / n)."""
+    z = 1.959964
+    for right in {0, 1, n // 3, n // 2, n - 1, n}:
+        share = right / n
+        for end in wilson(share, n):
+            square = z * z * end * (1 - end) / n
+            assert (share - end) ** 2 == pytest.approx(square, rel=1e-9, abs=1e-15)
+        low, high = wilson(share, n)
+        assert 0 <= low <= share + 1e-12
+        assert share - 1e-12 <= high <= 1
+        mirrored = [1 - end for end in wilson(1 - share, n)]
+        assert [high, low] == pytest.approx(mirrored, abs=1e-12)
+
+
+def test_known_values_of_the_interval() -> None:
+    assert wilson(0.0, 10) == pytest.approx((0.0, 0.27754), abs=1e-5)
+    assert wilson(0.5, 10) == pytest.approx((0.23659, 0.76341), abs=1e-5)
+    assert wilson(1.0, 10) == pytest.approx((0.72246, 1.0), abs=1e-5)
+    summary = summary_of(predictions([[0.9, 0.1]] * 2, [0, 1]), "ab")
+    assert summary.totals()["interval"] == list(wilson(0.5, 2))
+
+
+def test_the_two_classes_that_are_confused_most_often() -> None:
+    sure = torch.eye(3)
+    one = predictions(sure[[0, 0, 0, 1, 2, 1]], [0, 0, 1, 2, 1, 2])
+    worst = summary_of(one, ["cat", "dog", "gnu"]).worst
+    assert worst == ("gnu", "dog", 2)
+    assert summary_of(one, ["cat", "dog", "gnu"]).totals()["most_confused"] == {
+        "true": "gnu",
+        "predicted": "dog",
+        "images": 2,
+    }
+    right = summary_of(predictions(sure, [0, 1, 2]), ["cat", "dog", "gnu"])
+    assert right.worst is None
+    assert right.totals()["most_confused"] is None
 
 
 NAMES = [

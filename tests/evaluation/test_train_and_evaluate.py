@@ -81,7 +81,9 @@ def test_many_classes_leave_small_files(many):
     # 2 000 class names of 8 bytes; a dense matrix would add 8 MB.
     assert (run / "model.json").stat().st_size < 100_000
     metrics = json.loads((run / "model.json").read_text())["metrics"]
-    assert set(metrics) == {"split", "n", "top1", "top5", "log_loss", "ece", "macro"}
+    totals = {"n", "top1", "interval", "top5", "log_loss", "ece", "macro", "most_confused"}
+    assert set(metrics) == totals | {"split"}
+    assert set(metrics["most_confused"]) == {"true", "predicted", "images"}
     with (run / "confusion-val.csv").open(newline="") as file:
         counts = list(csv.DictReader(file))
     assert sum(int(row["count"]) for row in counts) == CLASSES

@@ -89,5 +89,7 @@ def test_a_damaged_cache_is_one_sentence(weights, cache):
 
 
 def test_a_model_without_weights_says_so(cache):
-    with pytest.raises(ModelError, match="no pretrained weights for convnext_atto_rms"):
+    with pytest.raises(ModelError, match="no pretrained weights for convnext_atto_rms") as caught:
         build("convnext_atto_rms")
+    assert "--weights FILE" in str(caught.value)
+    assert "--from-scratch" in str(caught.value)

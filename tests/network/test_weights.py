@@ -11,7 +11,7 @@ from tests.network.weights_cases import make, refused, same, timm_tensors, write
 from torch import nn
 
 from nearkin.errors import ModelError
-from nearkin.network import load_weights, read_safetensors
+from nearkin.network import load_weights, read_safetensors, tensor_files
 from nearkin.network import weights as room
 
 
@@ -134,7 +134,7 @@ def test_paths_that_are_no_file(tmp_path):
 
 
 def test_a_file_that_is_too_large_is_not_opened(tmp_path, timm_weights, monkeypatch):
-    monkeypatch.setattr(room, "LARGEST_FILE", 1000)
+    monkeypatch.setattr(tensor_files, "LARGEST_FILE", 1000)
     assert "larger than" in refused(write(tmp_path / "w.pth", timm_weights))
     assert "larger than" in refused(write(tmp_path / "w.safetensors", timm_weights))
 

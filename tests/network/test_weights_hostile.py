@@ -10,7 +10,7 @@ import pytest
 import torch
 from tests.network.weights_cases import refused, timm_tensors, write
 
-from nearkin.network import weights as room
+from nearkin.network import tensor_files
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_a_stride_of_zero_is_refused(tmp_path, timm_weights):
 
 
 def test_too_many_tensors_are_refused(tmp_path, monkeypatch, timm_weights):
-    monkeypatch.setattr(room, "MOST_TENSORS", 10)
+    monkeypatch.setattr(tensor_files, "MOST_TENSORS", 10)
     assert "more than 10 tensors" in refused(write(tmp_path / "w.pth", timm_weights))
 
 

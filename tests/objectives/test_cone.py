@@ -143,6 +143,29 @@ def test_automatic_sizes(images, classes, size, bank, topk, warmup):
     assert (config.hidden, config.embedding) == (1024, 256)
 
 
+@pytest.mark.parametrize(
+    ("options", "pretrained", "reads", "classifier", "bank"),
+    [
+        ({}, False, "embedding", 5, 5),
+        ({}, True, "features", 6, 6),
+        ({"classifier": "features"}, False, "features", 6, 5),
+        ({"attach": "features"}, False, "features", 6, 6),
+        ({"attach": "projection"}, True, "features", 6, 5),
+        ({"attach": "projection", "classifier": "embedding"}, True, "embedding", 5, 5),
+    ],
+)
+def test_which_rows_are_contrasted_and_classified(options, pretrained, reads, classifier, bank):
+    config = CoNe.Config(bank=8, embedding=5, hidden=7, **options)
+    objective = CoNe(config, dim=6, classes=3, pretrained=pretrained)
+    head = objective.heads["classifier"]
+    assert (head.reads, head.module.in_features) == (reads, classifier)
+    assert objective.bank.keys.shape == (8, bank)
+    rows = torch.ones(2, 6)
+    contrasted = objective.heads["projection"].module.eval()(rows)
+    assert contrasted.shape == (2, bank)
+    assert torch.equal(contrasted, rows) == (bank == 6)
+
+
 def test_a_bank_larger_than_the_data_warms_up_for_one_epoch():
     config = CoNe.Config(bank=1000).resolve(FACTS)
     assert config.warmup_steps == 5  # 40 images, 8 a step

@@ -17,14 +17,26 @@ DIM, CLASSES, SIZE = 12, 4, 16
 SIZES = {"dim": DIM, "classes": CLASSES, "images": 64, "batch_size": SIZE}
 # Options that change the mathematics; the defaults of an objective that is not listed are a case by themselves.
 VARIANTS = {
-    "attract-repulse": [{}, {"negatives": "bank"}],
+    "attract-repulse": [{}, {"negatives": "bank"}, {"negatives": "bank", "attach": "features"}],
     "ce": [{}, {"loss": "bce", "smoothing": 0.1}],
-    "cone": [{}, {"guard": True}, {"teacher_crop": "own"}],
-    "gpaco": [{}, {"teacher_crop": "same", "smoothing": 0.1}],
+    "cone": [
+        {},
+        {"guard": True},
+        {"teacher_crop": "own"},
+        {"attach": "features"},
+        {"classifier": "features"},
+    ],
+    "gpaco": [{}, {"teacher_crop": "same", "smoothing": 0.1}, {"attach": "features"}],
     "sce": [{}, {"smoothing": 0.1}],
-    "schane": [{}, {"hardness": 0.3, "positives": "sum"}, {"within": 4}],
+    "schane": [{}, {"hardness": 0.3, "positives": "sum"}, {"within": 4}, {"attach": "features"}],
     "sincere": [{}, {"views": 1}],
-    "supcon": [{}, {"mode": "two-stage"}, {"variant": "in", "views": 1}],
+    "supcon": [
+        {},
+        {"mode": "two-stage"},
+        {"variant": "in", "views": 1},
+        {"mode": "two-stage", "attach": "features"},
+    ],
+    "varcon": [{}, {"attach": "features"}],
 }
 
 
@@ -129,7 +141,8 @@ def test_every_active_head_learns_and_no_other(bench):
     for name, head in bench.network.heads.items():
         gradients = [p.grad for p in head.parameters()]
         learns = any(g is not None and g.abs().sum() > 0 for g in gradients)
-        assert learns == (name in bench.stage.heads), name
+        can_learn = bool(gradients)  # features that are contrasted as they are have no weights
+        assert learns == (name in bench.stage.heads and can_learn), name
     trained = any(p.grad is not None for p in bench.network.backbone.parameters())
     assert trained != bench.stage.freeze_backbone
 
@@ -288,6 +301,28 @@ def test_every_objective_knows_its_value_for_constant_embeddings(name):
     assert not found.total.requires_grad
     for term, value in AT_COLLAPSE.get(name, {}).items():
         assert float(found.terms[term]) == pytest.approx(value, rel=1e-4), term
+
+
+ATTACHED = sorted(
+    name for name, kind in Objective.registry.items() if "attach" in kind.Config.model_fields
+)
+
+
+@pytest.mark.parametrize("name", ATTACHED)
+def test_what_is_contrasted_follows_from_the_weights_that_a_run_starts_from(name):
+    kind = Objective.registry[name]
+    for pretrained, expected in ((False, "projection"), (True, "features")):
+        objective = kind(kind.Config(), **SIZES, pretrained=pretrained)
+        assert objective.config.attach == expected
+        has_weights = any(True for _ in objective.heads["projection"].module.parameters())
+        assert has_weights == (expected == "projection")
+        given = kind(kind.Config(attach="projection"), **SIZES, pretrained=pretrained)
+        assert given.config.attach == "projection"
+
+
+def test_objectives_that_contrast_have_the_option():
+    contrasting = {"attract-repulse", "cone", "gpaco", "schane", "sincere", "supcon", "varcon"}
+    assert contrasting <= set(ATTACHED)
 
 
 def test_a_collapsed_bank_gives_its_mean_as_the_target():

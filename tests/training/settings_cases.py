@@ -10,13 +10,27 @@ from nearkin.network import default_memory_format, prefers_adamw
 from nearkin.training.defaults import DataFacts, NetworkFacts, resolve, resolve_data
 
 
-def data_settings(images=500, side=96, channels=3, room=0, **options):
-    return resolve_data(RunConfig(**options), DataFacts(images, side, channels, room))
+def data_settings(images=500, side=96, channels=3, room=0, *, files=False, device="cpu", **options):
+    """files: whether the images are files, so that large ones are photos."""
+    facts = DataFacts(images, side, channels, room, files=files, device=device)
+    return resolve_data(RunConfig(**options), facts)
 
 
-def settings(images=500, side=96, device="cpu", *, layered=True, parameters=11_000_000, **options):
-    """What a run on `images` images of `side` pixels would use; `parameters` and `layered` are said of its network."""
-    config = data_settings(images, side, **options)
+def settings(
+    images=500,
+    side=96,
+    device="cpu",
+    *,
+    files=False,
+    layered=True,
+    probed=True,
+    positives=False,
+    parameters=11_000_000,
+    **options,
+):
+    """What a run on `images` images of `side` pixels would use; `parameters`, `layered`, `probed` and
+    `positives` are said of its network and its objective."""
+    config = data_settings(images, side, files=files, device=device, **options)
     with torch.device("meta"):
         backbone = timm.create_model(config.model, num_classes=0, **config.model_options)
     facts = NetworkFacts(
@@ -27,6 +41,8 @@ def settings(images=500, side=96, device="cpu", *, layered=True, parameters=11_0
         memory_format=default_memory_format(backbone, device, config.image_size),
         stem="default",
         options={},
+        probed=probed,
+        positives=positives,
         device=device,
         precision="fp32",
         cores=2,

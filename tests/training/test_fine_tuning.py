@@ -15,6 +15,7 @@ from nearkin.data.transforms import TrainSpec
 from nearkin.distributed import Runtime
 from nearkin.errors import ConfigError, ModelError
 from nearkin.evaluation.model import load_bundle
+from nearkin.training import defaults
 from nearkin.training.api import continue_run, start_run
 from nearkin.training.loop import legs
 from nearkin.training.prepare import prepare
@@ -36,7 +37,8 @@ def run_of(out, **values):
     return start_run(TINY | {"objective": "ce", "epochs": 1, "out": out} | values, quiet=True)
 
 
-def test_layer_decay_is_for_what_starts_from_weights_with_adamw(tmp_path):
+def test_layer_decay_is_for_what_starts_from_weights_with_adamw(tmp_path, monkeypatch):
+    monkeypatch.setattr(defaults, "TUNED_DECAY", 0.75)
     assert settings(pretrained=True).layer_decay == 0.75
     assert settings(weights=tmp_path).layer_decay == 0.75
     assert settings().layer_decay == 1.0

@@ -9,14 +9,18 @@ import torch
 from torch import nn
 
 from nearkin.errors import ConfigError
-from nearkin.network import Network, build_backbone, projection_head
+from nearkin.network import (
+    Network,
+    build_backbone,
+    layer_scales,
+    names_layers,
+    projection_head,
+)
 from nearkin.objectives import Head
 from nearkin.settings import Settings
 from nearkin.training.optim import (
     build_optimizer,
-    layer_scales,
     load_optimizer_tensors,
-    names_layers,
     optimizer_tensors,
     parameter_groups,
     set_lr,
@@ -88,7 +92,7 @@ def network_of(model, **options):
 
 def optimizer_of(net, name="adamw", **options):
     given = {"lr": 0.1, "weight_decay": 0.05, "momentum": 0.0, "nesterov": False}
-    given |= {"decay_all": False, "layer_decay": DECAY}
+    given |= {"decay_all": False, "layer_decay": DECAY, "head_lr": 1.0}
     return build_optimizer(net, Settings.model_construct(optimizer=name, **given | options))
 
 
@@ -164,9 +168,22 @@ def test_only_what_closes_the_backbone_joins_the_heads():
 def test_a_backbone_that_does_not_name_its_layers():
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
     assert not names_layers(plain)
-    with pytest.raises(ConfigError, match="leave out --layer-decay"):
+    with pytest.raises(ConfigError, match="leave out --layer-decay and --blocks"):
         parameter_groups(plain, weight_decay=0.0, decay_all=False, layer_decay=0.9)
     assert len(parameter_groups(plain, weight_decay=0.0, decay_all=False, layer_decay=1.0)) == 2
+
+
+def test_the_rate_of_the_heads_is_beside_the_scales_of_the_layers():
+    net = network_of("test_vit")
+    depth = len(net.backbone.blocks)
+    names = {id(p): name for name, p in net.named_parameters()}
+    options = {"weight_decay": 0.05, "decay_all": False, "layer_decay": DECAY, "head_lr": 3.0}
+    for group in parameter_groups(net, **options):
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            inside = name.startswith("backbone.")
+            below = depth_in_vit(name.removeprefix("backbone."), depth)
+            assert group["lr_scale"] == pytest.approx(DECAY**below if inside else 3.0), name
 
 
 def test_the_schedule_multiplies_by_the_scale_and_the_step_shows_it():

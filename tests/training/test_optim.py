@@ -39,7 +39,7 @@ def network():
 
 def build(net, name, **options):
     given = {"lr": 0.1, "weight_decay": 0.01, "momentum": 0.9, "nesterov": True}
-    given |= {"decay_all": False, "layer_decay": 1.0} | options
+    given |= {"decay_all": False, "layer_decay": 1.0, "head_lr": 1.0} | options
     return build_optimizer(net, Settings.model_construct(optimizer=name, **given))
 
 
@@ -80,6 +80,21 @@ def test_a_group_may_scale_its_learning_rate():
     optimizer.param_groups[1]["lr_scale"] = 0.5
     set_lr(optimizer, 0.2)
     assert [group["lr"] for group in optimizer.param_groups] == [0.2, 0.1]
+
+
+@pytest.mark.parametrize("decay_all", [False, True])
+def test_the_heads_may_learn_faster_than_the_backbone(decay_all):
+    net = network()
+    optimizer = build(net, "adamw", head_lr=3.0, decay_all=decay_all)
+    set_lr(optimizer, 0.2)
+    rates = {}
+    for group in optimizer.param_groups:
+        rates |= dict.fromkeys(names(net, group), group["lr"])
+    assert rates == {
+        name: pytest.approx(0.6 if name.startswith("heads.") else 0.2)
+        for name, _ in net.named_parameters()
+    }
+    assert all("lr_scale" not in group for group in groups_of(net, decay_all))
 
 
 def advance(net, optimizer, seed):

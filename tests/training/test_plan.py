@@ -11,8 +11,9 @@ import torch
 from tests.training.settings_cases import data_settings, settings
 
 from nearkin.errors import ConfigError
-from nearkin.objectives import Stage
+from nearkin.objectives import Stage, SupCon
 from nearkin.teacher import TeacherPolicy, momentum_at
+from nearkin.training import defaults
 from nearkin.training.api import resolved
 from nearkin.training.defaults import check, side_of_scaled
 from nearkin.training.loop import legs
@@ -125,19 +126,110 @@ def test_defaults_follow_the_data():
     )
     assert (config.optimizer, config.lr, config.weight_decay) == ("sgd", 0.2 * 32 / 256, 5e-4)
     assert config.warmup_epochs == pytest.approx(0.6)
-    config = settings(200_000, 500, data="photos")
-    assert (config.model, config.epochs, config.image_size, config.flip) == (
-        "resnet18",
-        30,
-        224,
-        True,
-    )
-    assert config.weight_decay == 1e-4
+    for files in (False, True):
+        config = settings(200_000, 500, data="photos", files=files, from_scratch=files)
+        assert (config.model, config.epochs, config.image_size, config.flip) == (
+            "resnet18",
+            30,
+            224,
+            True,
+        )
+        assert config.weight_decay == 1e-4
+        assert (config.objective, config.sampler, config.minutes) == ("cone", "shuffle", 0)
+        assert (config.pretrained, config.probe, config.blocks, config.head_lr) == (
+            False,
+            False,
+            "all",
+            1.0,
+        )
     config = settings(5000, 64, model="vit_tiny_patch16_224")
     assert (config.optimizer, config.weight_decay) == ("adamw", 0.05)
     assert config.lr == pytest.approx(5e-4 * 128 / 256)
-    assert settings(5000, 64, pretrained=True).lr == pytest.approx(1e-4 * 128 / 256)
     assert (settings(5000, 64, augment="strong").mixup, settings(5000, 64).mixup) == (0.2, 0.0)
+
+
+PHOTO_DEFAULTS = (
+    "model",
+    "pretrained",
+    "objective",
+    "image_size",
+    "epochs",
+    "minutes",
+    "batch_size",
+    "optimizer",
+    "lr",
+    "head_lr",
+    "layer_decay",
+    "blocks",
+    "probe",
+)
+
+
+def photo_defaults(device="cpu", **options):
+    config = settings(3068, 500, device, data="photos", files=True, **options)
+    return {name: getattr(config, name) for name in PHOTO_DEFAULTS}
+
+
+def test_photos_start_from_pretrained_weights_unless_from_scratch(monkeypatch):
+    monkeypatch.setattr(defaults, "TUNED_DECAY", 0.7)
+    tuned = {
+        "model": "tf_efficientnet_lite0",
+        "pretrained": True,
+        "objective": defaults.TUNED_OBJECTIVE,
+        "image_size": defaults.TUNED_SIDE,
+        "epochs": defaults.TUNED_EPOCHS,
+        "minutes": 15,
+        "batch_size": 32,
+        "optimizer": "adamw",
+        "lr": defaults.TUNED_LR,
+        "head_lr": defaults.TUNED_HEAD_LR,
+        "layer_decay": 1,
+        "blocks": defaults.TUNED_BLOCKS,
+        "probe": True,
+    }
+    assert photo_defaults() == tuned
+    assert photo_defaults("cuda") == tuned | {"image_size": 224, "minutes": 0}
+    assert photo_defaults(epochs=3) == tuned | {"epochs": 3, "minutes": 0}
+    assert photo_defaults(probed=False) == tuned | {"probe": False}
+    of_sgd = {"optimizer": "sgd", "lr": 0.1 * 32 / 256, "head_lr": 1}
+    assert photo_defaults(optimizer="sgd") == tuned | of_sgd
+    whole = {"model": "resnet18", "image_size": 224, "blocks": "all", "layer_decay": 0.7}
+    resnet = {"model": "resnet18", "pretrained": True}
+    assert photo_defaults(**resnet) == tuned | whole
+    assert photo_defaults(**resnet, layered=False) == tuned | whole | {"layer_decay": 1}
+    assert photo_defaults(**resnet, optimizer="sgd") == tuned | whole | of_sgd | {"layer_decay": 1}
+    scratch = {
+        "model": "resnet18",
+        "pretrained": False,
+        "objective": "cone",
+        "image_size": 224,
+        "epochs": 100,
+        "minutes": 0,
+        "batch_size": 64,
+        "optimizer": "sgd",
+        "lr": 0.1 * 64 / 256,
+        "head_lr": 1,
+        "layer_decay": 1,
+        "blocks": "all",
+        "probe": False,
+    }
+    assert photo_defaults(from_scratch=True) == scratch
+    assert photo_defaults(model="resnet18") == scratch
+    assert settings(3068, 64, data="photos", files=True).pretrained is False
+    assert settings(3068, 65, data="photos", files=True).pretrained is True
+
+
+def test_the_rate_from_pretrained_weights_grows_with_the_root_of_the_batch():
+    for batch, factor in ((8, 0.5), (32, 1.0), (128, 2.0)):
+        found = settings(5000, 64, pretrained=True, batch_size=batch).lr
+        assert found == pytest.approx(factor * defaults.TUNED_LR)
+        vit = {"model": "vit_tiny_patch16_224", "pretrained": True, "batch_size": batch}
+        assert settings(5000, 64, **vit).lr == pytest.approx(factor * defaults.TUNED_LR / 3)
+
+
+@pytest.mark.parametrize(("images", "epochs"), [(100, 60), (8_333, 60), (20_000, 25), (90_000, 10)])
+def test_epochs_from_pretrained_weights(images, epochs):
+    assert settings(images, 500, data="photos", files=True).epochs == epochs
 
 
 def test_what_was_asked_for_stays():
@@ -193,3 +285,23 @@ def test_threads_are_the_cores_that_slurm_gives_the_process(monkeypatch):
         assert resolved({"model": "resnet18", "image_size": 64, "objective": "ce"}).threads == 3
     finally:
         torch.set_num_threads(before)
+
+
+def test_batches_are_balanced_where_pretrained_contrast_needs_other_images_of_the_class():
+    photos = {"side": 500, "files": True, "positives": True}
+    assert settings(**photos).sampler == "balanced"
+    assert settings(**photos | {"positives": False}).sampler == "shuffle"
+    assert settings(**photos, from_scratch=True).sampler == "shuffle"
+    assert settings(**photos, per_class=5).sampler == "shuffle"  # 5 does not divide the batch
+    assert settings(**photos, repeats=2).sampler == "shuffle"
+    assert settings(**photos, sampler="weighted").sampler == "weighted"
+
+
+@pytest.mark.parametrize(
+    ("pretrained", "images", "views"), [(True, 20, 1), (True, 19, 2), (False, 1000, 2)]
+)
+def test_one_crop_an_image_where_its_class_has_others(pretrained, images, views):
+    objective = SupCon(dim=8, classes=10, images=images, pretrained=pretrained)
+    assert objective.config.views == objective.stages()[0].views == views
+    given = SupCon(SupCon.Config(views=3), dim=8, classes=10, images=images, pretrained=pretrained)
+    assert given.config.views == 3

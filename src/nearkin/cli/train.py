@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ from nearkin.catalogue import check_objective, recipe_or_file
 from nearkin.cli import show
 from nearkin.cli.arguments import Parser, options_table
 from nearkin.config import FREE, RunConfig, merge, read_yaml, to_yaml, validate
-from nearkin.errors import ConfigError, printable
+from nearkin.errors import ConfigError, counted, printable
+from nearkin.evaluation.results import wilson
 from nearkin.process import interrupt, keep_freed_memory, stop_handler
 from nearkin.training.api import Result, continue_run, resolved, start_run
 from nearkin.training.run_folder import stored_options, stored_settings
@@ -88,10 +91,29 @@ def _objective_help(given: dict[str, Any]) -> str:
 
 
 def _report(result: Result, as_json: bool) -> None:
-    text = "neither a test nor a validation split"
-    if result.metrics:
-        split, count = result.metrics["split"], result.metrics["n"]
-        text = f"{split} top-1 {100 * result.metrics['top1']:.2f} % ({count} images)"
-        if split == "val":
-            text += "; there is no test split, and this one chose the best epoch"
-    show(result.to_dict(), f"{text}\nrun {result.run}\n", as_json=as_json)
+    run = printable(str(result.run))
+    lines = [
+        *_accuracy(result.metrics),
+        f"run {run}",
+        f"next: nearkin predict {shlex.quote(run)} PHOTOS",
+    ]
+    show(result.to_dict(), "\n".join(lines) + "\n", as_json=as_json)
+
+
+def _accuracy(metrics: dict[str, Any]) -> Iterator[str]:
+    if not metrics:
+        yield "neither a test nor a validation split"
+        return
+    split, count = metrics["split"], metrics["n"]
+    low, high = (100 * end for end in wilson(metrics["top1"], count))
+    text = (
+        f"{split} top-1 {100 * metrics['top1']:.2f} % (95 % interval {low:.1f} to {high:.1f} %, "
+        f"{counted(count, 'image')})"
+    )
+    if split == "val":
+        text += "; there is no test split, and this one chose the best epoch"
+    yield text
+    worst = metrics.get("most_confused")
+    if worst is not None:
+        true, predicted = printable(worst["true"]), printable(worst["predicted"])
+        yield f"most often confused: {true}, taken for {predicted} ({counted(worst['images'], 'image')})"

@@ -40,7 +40,7 @@ class Evaluator:
     """
 
     def __init__(self, runtime: Runtime, spec: EvalSpec, *, batch_size: int, workers: int) -> None:
-        self._runtime, self._spec = runtime, spec
+        self._runtime, self.spec = runtime, spec
         self._batch_size, self._workers = batch_size, workers
 
     def predictions(self, network: Network, split: Split, tta: Tta = "none") -> Predictions:
@@ -76,6 +76,15 @@ class Evaluator:
         found = ((outputs.embedding.float(), index) for outputs, _, index in batches)
         return gathered(self._runtime, found)[0]
 
+    def features(self, network: Network, split: Split) -> Tensor:
+        """The backbone's features `[N, 2, d]` of each image and of its mirror image, on every process."""
+        batches = self._outputs(network, split, self.share(split), "flip")
+        found = (
+            (outputs.features.float().view(2, len(index), -1).transpose(0, 1), index)
+            for outputs, _, index in batches
+        )
+        return gathered(self._runtime, found)[0]
+
     def knn(self, network: Network, train: Split, split: Split) -> tuple[float, Tensor]:
         """The kNN accuracy of the embeddings, which measures a stage without a classifier; and the embeddings."""
         count = len(train.labels)
@@ -99,7 +108,7 @@ class Evaluator:
         self, network: Network, split: Split, rows: Sequence[int], tta: Tta = "none"
     ) -> Iterator[tuple[Outputs, Tensor, Tensor]]:
         """Outputs of the network in eval mode, labels and index of each batch, on the device."""
-        views, size = tta_views(tta, self._spec), self.batch_size(tta)
+        views, size = tta_views(tta, self.spec), self.batch_size(tta)
         device, training = self._runtime.device, network.training
         network.eval()
         try:

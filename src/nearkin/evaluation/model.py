@@ -76,6 +76,7 @@ def build(
     spec: ModelSpec,
     *,
     options: Objective.Config | None = None,
+    load_pretrained: bool = False,
     pretrained: bool = False,
     images: int = 1,
     batch_size: int = 1,
@@ -83,8 +84,9 @@ def build(
 ) -> Built:
     """Backbone, heads and objective.
 
-    options: the objective's, where they are validated already; by default those of `spec`. images, batch_size, device:
-    of the training, from which `auto` options follow; the options of a trained model have none.
+    options: the objective's, where they are validated already; by default those of `spec`. load_pretrained: load timm's
+    or packaged weights. pretrained: whether the backbone will have trained weights, these or others. images,
+    batch_size, device: of the training. From the last four follow `auto` options; a trained model has none.
 
     Raises ConfigError for an unknown model, objective or option.
     """
@@ -93,7 +95,7 @@ def build(
         options = cast("Objective.Config", validate(kind.Config, spec.options, prefix="objective."))
     backbone = build_backbone(
         spec.model,
-        pretrained=pretrained,
+        pretrained=load_pretrained,
         channels=spec.channels,
         image_size=spec.image_size,
         stem=spec.stem,
@@ -107,6 +109,7 @@ def build(
         images=images,
         batch_size=batch_size,
         device=device,
+        pretrained=pretrained,
     )
     network = Network(
         backbone.module,

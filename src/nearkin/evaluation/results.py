@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,10 +53,35 @@ class Metrics:
     per_class: tuple[ClassMetrics, ...]
     confusion: tuple[Confused, ...]
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % confidence interval of `top1`."""
+        return wilson(self.top1, self.n)
+
+    @property
+    def worst(self) -> Confused | None:
+        """The two classes that are confused most often; None where nothing is wrong."""
+        wrong = (pair for pair in self.confusion if pair.true != pair.predicted)
+        return max(wrong, key=lambda pair: pair.images, default=None)
+
     def totals(self) -> dict[str, Any]:
         """The values that do not grow with the number of classes."""
         names = ("n", "top1", "top5", "log_loss", "ece")
-        return {name: getattr(self, name) for name in names} | {"macro": self.macro._asdict()}
+        return {name: getattr(self, name) for name in names} | {
+            "interval": list(self.interval),
+            "macro": self.macro._asdict(),
+            "most_confused": self.worst and self.worst._asdict(),
+        }
+
+
+def wilson(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's interval of a share of n independent trials, by default of 95 % confidence (Wilson 1927).
+
+    (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n).
+    """
+    centre, spread = share + z * z / (2 * n), share * (1 - share) / n + (z / (2 * n)) ** 2
+    half, scale = z * math.sqrt(spread), 1 + z * z / n
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
 
 
 class MemberMetrics(NamedTuple):

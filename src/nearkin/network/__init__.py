@@ -10,10 +10,14 @@ from nearkin.network.backbone import (
 from nearkin.network.batchnorm import SyncBatchNorm, synchronise_batchnorm
 from nearkin.network.heads import CosineClassifier, Head, Norm, projection_head, projection_sizes
 from nearkin.network.keyed_dropout import KeyedDropout, KeyedDropPath, RandomKey, key_randomness
+from nearkin.network.layers import blocks_below_heads, layer_scales, names_layers
 from nearkin.network.network import Network
-from nearkin.network.weights import LoadReport, load_weights, read_safetensors, read_tensors
+from nearkin.network.packaged import PACKAGED
+from nearkin.network.tensor_files import read_safetensors, read_tensors
+from nearkin.network.weights import LoadReport, load_weights
 
 __all__ = [
+    "PACKAGED",
     "Backbone",
     "CosineClassifier",
     "Head",
@@ -24,11 +28,14 @@ __all__ = [
     "Norm",
     "RandomKey",
     "SyncBatchNorm",
+    "blocks_below_heads",
     "build_backbone",
     "check_eval_size",
     "default_memory_format",
     "key_randomness",
+    "layer_scales",
     "load_weights",
+    "names_layers",
     "prefers_adamw",
     "projection_head",
     "projection_sizes",

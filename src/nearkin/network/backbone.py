@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from nearkin.errors import ConfigError, ModelError, nearest, printable
+from nearkin.errors import ConfigError, ModelError, first_line, nearest, printable
 from nearkin.imports import import_eager
+from nearkin.network.packaged import PACKAGED, load_packaged
 
 MOST_WEIGHTS = 1 << 31  # in float32 as many bytes as the largest file of weights that is read
 # What a timm model may raise for an image size, a number of channels or an option that it does not support.
@@ -82,12 +83,6 @@ def _explain(
         ) from error
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, for a message of ours."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return printable(lines[0][:200])
-
-
 def pretrained_options(model: str) -> dict[str, Any]:
     """Arguments of `timm.create_model` for pretrained weights, from the hub's cache if they are there.
 
@@ -96,7 +91,8 @@ def pretrained_options(model: str) -> dict[str, Any]:
     published = import_eager("timm").get_pretrained_cfg(model)
     if published is None or not published.has_weights:
         raise ModelError(
-            f"timm has no pretrained weights for {model}; leave out --pretrained or give --weights FILE."
+            f"timm has no pretrained weights for {model}; give a file with --weights FILE, or start with "
+            "--from-scratch."
         )
     cached = None if published.custom_load else _cached(published)
     if cached is None:
@@ -263,6 +259,10 @@ def create_model(model: str, options: dict[str, Any], image_size: int) -> nn.Mod
 
 def _download(model: str, options: dict[str, Any], image_size: int, shown: str) -> nn.Module:
     """The same model with pretrained weights. It was built without them before, so that errors are of the download."""
+    if model in PACKAGED:
+        module = create_model(model, options, image_size)
+        load_packaged(module, model)
+        return module
     # The hub logs every retry without a network; one message is enough.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
@@ -271,8 +271,8 @@ def _download(model: str, options: dict[str, Any], image_size: int, shown: str) 
         raise
     except Exception as error:  # the hub, the network and a damaged cache raise many kinds
         why = (
-            f"could not be downloaded ({first_line(error)}); connect once to fill the cache, "
-            "or leave out --pretrained and give --weights FILE."
+            f"could not be downloaded ({first_line(error)}). Connect once to fill the cache, give a file with "
+            "--weights FILE, or start with --from-scratch."
         )
         mismatch = any(words in str(error) for words in ("size mismatch", "state_dict"))
         if isinstance(error, RuntimeError) and mismatch:

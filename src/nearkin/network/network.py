@@ -7,11 +7,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from nearkin.errors import ModelError, printable
 from nearkin.network.cpu import avoid_slow_attention, fill_strides
 from nearkin.network.heads import Head
 from nearkin.network.keyed_dropout import RandomKey, key_randomness
+from nearkin.network.layers import blocks_below_heads
 from nearkin.types import Outputs
 
 
@@ -53,6 +55,7 @@ class Network(nn.Module):
         avoid_slow_attention(self)
         # Parameters that are fixed from the start stay fixed in every stage.
         self._fixed = frozenset(n for n, p in self.named_parameters() if not p.requires_grad)
+        self._still: set[str] = set()  # names of the parts of the backbone that stay in eval mode
         self.activate(tuple(heads), freeze_backbone=False)
 
     @property
@@ -79,11 +82,36 @@ class Network(nn.Module):
             part.requires_grad_(False)
         self.train(self.training)
 
+    def learn_blocks(self, blocks: int) -> None:
+        """Let only the last `blocks` blocks of the backbone and what follows them learn (`blocks_below_heads`).
+
+        The parts before them get no gradient and stay in eval mode, so that no graph is kept for them and their
+        BatchNorm keeps its statistics. Raises ConfigError for a backbone that does not name its layers.
+        """
+        numbers = blocks_below_heads(self.backbone)
+        self._fixed |= {f"backbone.{name}" for name, number in numbers.items() if number > blocks}
+        for name, part in self.backbone.named_modules(prefix="backbone"):
+            own = [f"{name}.{inner}" for inner, _ in part.named_parameters()]
+            if own and self._fixed.issuperset(own):
+                self._still.add(name)
+        self.activate(self.active, self.freeze_backbone)
+
+    def keep_statistics(self) -> None:
+        """Let BatchNorm in the backbone normalise by the statistics that it has, in training too, and keep them."""
+        for name, part in self.backbone.named_modules(prefix="backbone"):
+            if isinstance(part, _BatchNorm):
+                self._still.add(name)
+        self.train(self.training)
+
     def train(self, mode: bool = True) -> Network:
         """Training mode for all but the frozen parts."""
         super().train(mode)
         for part in self._frozen():
             part.eval()
+        if self._still:
+            parts = dict(self.named_modules())
+            for name in self._still:
+                parts[name].eval()
         return self
 
     def _frozen(self) -> list[nn.Module]:

@@ -17,9 +17,13 @@ from nearkin.functional import (
 )
 from nearkin.network import Head, Norm, projection_head
 from nearkin.objectives.base import (
+    Attach,
     Objective,
     Stage,
+    attach_option,
+    attached,
     combine,
+    default_attach,
     default_bank,
     probabilities,
     repeat_views,
@@ -60,6 +64,7 @@ class AttractRepulse(Objective, name="attract-repulse"):
         bank: AutoCount = option("auto", "entries K of the bank")
         projection: Count = option(128, "width of the projection")
         head_norm: Norm = option("batch", "in the projection: batch, layer or none")
+        attach: Attach = attach_option()
         contrast_share: float = option(
             0.7, "share of the epochs before the Mean Teacher", gt=0, lt=1
         )
@@ -73,7 +78,8 @@ class AttractRepulse(Objective, name="attract-repulse"):
 
         def resolve(self, facts: Facts) -> Self:
             # The published weight 0.1 of CE is for long training on noisy labels (docs/decisions/009).
-            return self.fill(alpha=1.0, beta=preset(facts.classes)[1], bank=default_bank(facts))
+            beta, bank = preset(facts.classes)[1], default_bank(facts)
+            return self.fill(alpha=1.0, beta=beta, bank=bank, attach=default_attach(facts))
 
     config: Config
     bank: NeighbourBank
@@ -81,9 +87,11 @@ class AttractRepulse(Objective, name="attract-repulse"):
     def build(self, dim: int, classes: int) -> dict[str, Head]:
         sizes = self.config
         if sizes.negatives == "bank":
-            self.bank = NeighbourBank(sizes.bank, sizes.projection)
+            width = dim if sizes.attach == "features" else sizes.projection
+            self.bank = NeighbourBank(sizes.bank, width)
         head = projection_head(dim, dim, sizes.projection, norm=sizes.head_norm)
-        return {"projection": Head(head, "features", "projection")} | super().build(dim, classes)
+        rows = attached(sizes.attach, head)
+        return {"projection": Head(rows, "features", "projection")} | super().build(dim, classes)
 
     def stages(self) -> tuple[Stage, ...]:
         share, horizon = self.config.contrast_share, self.config.teacher_horizon

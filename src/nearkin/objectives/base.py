@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from nearkin.bank import NeighbourBank
-from nearkin.config import option
+from nearkin.config import AutoShare, option
 from nearkin.functional import PerAnchor, cross_entropy, mean_valid, soft_pairs
 from nearkin.functional._common import class_rows
 from nearkin.network import Head
@@ -19,6 +19,7 @@ from nearkin.teacher import TeacherPolicy
 from nearkin.types import Batch, Facts, Loss, Outputs, Progress
 
 Start = Literal["fresh", "continue", "best"]
+Attach = Literal["auto", "features", "projection"]
 
 
 class Stage(NamedTuple):
@@ -58,7 +59,8 @@ class Objective(nn.Module):
 
     config: the options; every `auto` is resolved here. dim: width of the backbone's features. classes: C.
     images, batch_size: training images and images per step, from which `auto` sizes follow. Their defaults give a bank
-    of 4096 entries. device: type of the device that trains, from which the precision of a bank follows.
+    of 4096 entries. device: type of the device that trains, from which the precision of a bank follows. pretrained:
+    whether the backbone is, from which follows what is contrasted.
 
     `heads` belong to the network (`Network(backbone, objective.heads, ...)`), and so do their weights. The objective
     itself has no state but its bank.
@@ -76,7 +78,9 @@ class Objective(nn.Module):
         """Options that every objective has."""
 
         model_config = ConfigDict(frozen=True, extra="forbid")
-        smoothing: float = option(0.0, "label smoothing of the cross-entropy", ge=0.0, lt=1.0)
+        smoothing: AutoShare = option(
+            "auto", "label smoothing of the cross-entropy; auto: 0.1 if pretrained, else 0"
+        )
 
         def resolve(self, facts: Facts) -> Self:  # noqa: ARG002 - most objectives have nothing to resolve
             """The same options with every `auto` replaced by a number that follows from `facts`."""
@@ -104,10 +108,12 @@ class Objective(nn.Module):
         images: int = 8192,
         batch_size: int = 128,
         device: str = "cpu",
+        pretrained: bool = False,
     ) -> None:
         super().__init__()
-        facts = Facts(dim, classes, images, batch_size, device)
-        self.config = (config or self.Config()).resolve(facts)
+        facts = Facts(dim, classes, images, batch_size, device, pretrained)
+        smoothing = 0.1 if pretrained else 0.0
+        self.config = (config or self.Config()).fill(smoothing=smoothing).resolve(facts)
         self.register_buffer("class_weights", None, persistent=False)
         self.heads = self.build(dim, classes)
 
@@ -164,6 +170,23 @@ class Objective(nn.Module):
                     stack.enter_context(module.collapsed())
             other = None if teacher is None else _collapsed(teacher)
             return self.forward(batch, _collapsed(student), other, progress)
+
+
+def attach_option() -> Any:
+    """The option of every contrastive objective that says which rows it contrasts."""
+    return option(
+        "auto", "what is contrasted: the backbone's features (auto if pretrained), or a projection"
+    )
+
+
+def default_attach(facts: Facts) -> Attach:
+    """The value of an automatic `attach`: pretrained features are good, and a fresh projection hides them."""
+    return "features" if facts.pretrained else "projection"
+
+
+def attached(attach: Attach, projection: nn.Module) -> nn.Module:
+    """The head whose output is contrasted: `projection`, or the features as they are."""
+    return nn.Identity() if attach == "features" else projection
 
 
 def combine(**terms: tuple[float | Tensor, PerAnchor | Tensor]) -> Loss:

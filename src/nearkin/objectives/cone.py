@@ -15,9 +15,13 @@ from nearkin.functional import PerAnchor, consistency_kl
 from nearkin.functional._bank_attention import bank_attention, multiplies_bf16
 from nearkin.network import Head, projection_head, projection_sizes
 from nearkin.objectives.base import (
+    Attach,
     Objective,
     Stage,
+    attach_option,
+    attached,
     combine,
+    default_attach,
     default_bank,
     probabilities,
     required,
@@ -57,6 +61,11 @@ class CoNe(Objective, name="cone"):
         guard: bool = option(False, "published code: no CE, no consistency for certain samples")
         hidden: AutoCount = option("auto", "hidden width of the projection")
         embedding: AutoCount = option("auto", "width of the embedding")
+        attach: Attach = attach_option()
+        classifier: Literal["auto", "embedding", "features"] = option(
+            "auto",
+            "what it reads: the embedding as published, or the features (auto if pretrained)",
+        )
         teacher_schedule: Literal["constant", "cosine"] = option(
             "constant", "momentum constant, or the paper's cosine to 1"
         )
@@ -72,7 +81,13 @@ class CoNe(Objective, name="cone"):
         def resolve(self, facts: Facts) -> Self:
             """K = min(65 536, N / 2), at least a batch; k = min(K / 4, clamp(8 K / C, 32, 512))."""
             hidden, embedding = projection_sizes(facts.dim)
-            sized = self.fill(bank=default_bank(facts), hidden=hidden, embedding=embedding)
+            sized = self.fill(
+                bank=default_bank(facts),
+                hidden=hidden,
+                embedding=embedding,
+                attach=default_attach(facts),
+                classifier="features" if facts.pretrained else "embedding",
+            )
             wanted = min(max(8 * sized.bank // facts.classes, 32), 512)
             # Where the hardware does not multiply bf16, casts make it slower: 395 ms at 65 536 entries, exact 283.
             fast = multiplies_bf16(torch.device(facts.device))
@@ -88,12 +103,18 @@ class CoNe(Objective, name="cone"):
     def build(self, dim: int, classes: int) -> dict[str, Head]:
         sizes = self.config
         storage = torch.float32 if sizes.bank_precision == "exact" else torch.bfloat16
-        self.bank = NeighbourBank(sizes.bank, sizes.embedding, classes, storage)
+        width = dim if sizes.attach == "features" else sizes.embedding
+        self.bank = NeighbourBank(sizes.bank, width, classes, storage)
         projection = projection_head(dim, sizes.hidden, sizes.embedding)
-        classifier = nn.Linear(sizes.embedding, classes)
+        reads: Literal["features", "embedding"] = "embedding"
+        if "features" in (
+            sizes.attach,
+            sizes.classifier,
+        ):  # with `attach features` they are the same rows
+            reads, width = "features", dim
         return {
-            "projection": Head(projection, reads="features", writes="embedding"),
-            "classifier": Head(classifier, reads="embedding", writes="logits"),
+            "projection": Head(attached(sizes.attach, projection), "features", "embedding"),
+            "classifier": Head(nn.Linear(width, classes), reads=reads, writes="logits"),
         }
 
     def stages(self) -> tuple[Stage, ...]:

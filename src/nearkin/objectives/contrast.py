@@ -7,13 +7,17 @@ from typing import Literal, Self
 
 from torch import Tensor
 
-from nearkin.config import AutoCount, option
+from nearkin.config import AutoCount, AutoViews, option
 from nearkin.functional import PerAnchor, sincere, supcon_in, supcon_out, varcon
 from nearkin.network import Head, Norm, projection_head, projection_sizes
 from nearkin.objectives.base import (
+    Attach,
     Objective,
     Stage,
+    attach_option,
+    attached,
     combine,
+    default_attach,
     lonely,
     per_class,
     repeat_views,
@@ -40,17 +44,27 @@ class Contrastive(Objective):
         )
         weight: float = option(0.5, "weight of the contrastive term (joint)", ge=0)
         temperature: float = option(0.1, "divides the cosine similarities", gt=0)
-        views: int = option(2, "crops per image", ge=1, le=8)
+        views: AutoViews = option(
+            "auto",
+            "crops per image; auto: 1 if pretrained and classes have 2 images or more, else 2",
+        )
         contrast_share: float = option(
             0.8, "share of the epochs that contrast (two-stage)", gt=0, lt=1
         )
         hidden: AutoCount = option("auto", "hidden width of the projection")
         projection: AutoCount = option("auto", "width of the projection")
         head_norm: Norm = option("batch", "in the projection: batch, layer or none")
+        attach: Attach = attach_option()
 
         def resolve(self, facts: Facts) -> Self:
             hidden, out = projection_sizes(facts.dim)
-            return self.fill(hidden=hidden, projection=out)
+            one = facts.pretrained and facts.images >= 2 * facts.classes
+            return self.fill(
+                hidden=hidden,
+                projection=out,
+                views=1 if one else 2,
+                attach=default_attach(facts),
+            )
 
     config: Config
 
@@ -61,7 +75,8 @@ class Contrastive(Objective):
     def build(self, dim: int, classes: int) -> dict[str, Head]:
         sizes = self.config
         head = projection_head(dim, sizes.hidden, sizes.projection, norm=sizes.head_norm)
-        return {"projection": Head(head, "features", "projection")} | super().build(dim, classes)
+        rows = attached(sizes.attach, head)
+        return {"projection": Head(rows, "features", "projection")} | super().build(dim, classes)
 
     def stages(self) -> tuple[Stage, ...]:
         views, share = self.config.views, self.config.contrast_share

@@ -11,7 +11,18 @@ from nearkin.bank import NeighbourBank
 from nearkin.config import AutoCount, option
 from nearkin.functional import SoftPairs, gpaco, soft_pairs
 from nearkin.network import Head, Norm, projection_head, projection_sizes
-from nearkin.objectives.base import Objective, Stage, combine, default_bank, required, unit
+from nearkin.objectives.base import (
+    Attach,
+    Objective,
+    Stage,
+    attach_option,
+    attached,
+    combine,
+    default_attach,
+    default_bank,
+    required,
+    unit,
+)
 from nearkin.teacher import TeacherPolicy
 from nearkin.types import Batch, Facts, Loss, Outputs, Progress
 
@@ -33,6 +44,7 @@ class GPaCo(Objective, name="gpaco"):
         hidden: AutoCount = option("auto", "hidden width of the projection")
         projection: AutoCount = option("auto", "width of the projection")
         head_norm: Norm = option("batch", "in the projection: batch, layer or none")
+        attach: Attach = attach_option()
         teacher_horizon: float = option(0.3, "memory of the teacher in epochs", gt=0)
         teacher_crop: Literal["same", "own"] = option(
             "own", "the teacher reads the student's crop, or one of its own"
@@ -40,16 +52,23 @@ class GPaCo(Objective, name="gpaco"):
 
         def resolve(self, facts: Facts) -> Self:
             hidden, out = projection_sizes(facts.dim)
-            return self.fill(bank=default_bank(facts), hidden=hidden, projection=out)
+            return self.fill(
+                bank=default_bank(facts),
+                hidden=hidden,
+                projection=out,
+                attach=default_attach(facts),
+            )
 
     config: Config
     bank: NeighbourBank
 
     def build(self, dim: int, classes: int) -> dict[str, Head]:
         sizes = self.config
-        self.bank = NeighbourBank(sizes.bank, sizes.projection)
+        width = dim if sizes.attach == "features" else sizes.projection
+        self.bank = NeighbourBank(sizes.bank, width)
         head = projection_head(dim, sizes.hidden, sizes.projection, norm=sizes.head_norm)
-        return {"projection": Head(head, "features", "projection")} | super().build(dim, classes)
+        rows = attached(sizes.attach, head)
+        return {"projection": Head(rows, "features", "projection")} | super().build(dim, classes)
 
     def stages(self) -> tuple[Stage, ...]:
         crop = self.config.teacher_crop

@@ -3,7 +3,7 @@
 # ruff: noqa: ARG002 - the interface fixes the arguments of every objective
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -11,8 +11,20 @@ from torch import Tensor
 from nearkin.config import Count, option
 from nearkin.functional import PerAnchor, schane
 from nearkin.network import Head, projection_head
-from nearkin.objectives.base import Objective, Stage, combine, lonely, repeat_views, required, unit
-from nearkin.types import Batch, Loss, Outputs, Progress
+from nearkin.objectives.base import (
+    Attach,
+    Objective,
+    Stage,
+    attach_option,
+    attached,
+    combine,
+    default_attach,
+    lonely,
+    repeat_views,
+    required,
+    unit,
+)
+from nearkin.types import Batch, Facts, Loss, Outputs, Progress
 
 
 class SCHaNe(Objective, name="schane"):
@@ -37,12 +49,17 @@ class SCHaNe(Objective, name="schane"):
             None, "contrast within blocks of so many images, not the whole batch"
         )
         projection: Count = option(128, "width of the projection")
+        attach: Attach = attach_option()
+
+        def resolve(self, facts: Facts) -> Self:
+            return self.fill(attach=default_attach(facts))
 
     config: Config
 
     def build(self, dim: int, classes: int) -> dict[str, Head]:
         head = projection_head(dim, dim, self.config.projection, norm="none")
-        return {"projection": Head(head, "features", "projection")} | super().build(dim, classes)
+        rows = attached(self.config.attach, head)
+        return {"projection": Head(rows, "features", "projection")} | super().build(dim, classes)
 
     def stages(self) -> tuple[Stage, ...]:
         views = self.config.views

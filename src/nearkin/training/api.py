@@ -5,13 +5,14 @@ torch and all that imports it are loaded late: what is wrong with options, DATA 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
 from nearkin.catalogue import check_objective
-from nearkin.config import FREE_ON_RESUME, RunConfig, merge, validate
+from nearkin.config import FREE_ON_RESUME, SCRATCH_OBJECTIVE, RunConfig, merge, validate
 from nearkin.errors import ConfigError, DataError, DivergedError, ModelError, printable
 from nearkin.process import exit_if_importing_main
 from nearkin.settings import Settings
@@ -41,7 +42,8 @@ def train(
     """Train an image classifier; returns its run folder and test accuracy.
 
     data: a built-in name, a folder of class folders, or a CSV/parquet table; default `digits`. objective: default
-    `cone`. options: as on the command line, with underscores for hyphens. quiet: nothing on stderr.
+    `cone`, from pretrained weights `supcon`. options: as on the command line, with underscores for hyphens. quiet:
+    nothing on stderr.
     resume: a run folder to continue with its own settings; then `data` is where the same images are now.
     Raises the errors of `nearkin.errors`, whose `code` is the exit code of the command line.
     """
@@ -55,6 +57,7 @@ def train(
 
 def start_run(values: Mapping[str, Any], *, quiet: bool) -> Result:
     """A new run from flat options. Raises ConfigError, DataError, ModelError, DivergedError or Stopped."""
+    started = time.monotonic()
     exit_if_importing_main()
     config, listing = checked_options(values)
     with _runtime(config) as runtime:
@@ -63,7 +66,7 @@ def start_run(values: Mapping[str, Any], *, quiet: bool) -> Result:
         from nearkin.training.trainer import Trainer
 
         try:
-            prepared = prepare(config, runtime, listing=listing, quiet=quiet)
+            prepared = prepare(config, runtime, listing=listing, quiet=quiet, started=started)
         except BadImages as error:
             folder = _folder_with_list(config, error.bad) if runtime.is_main else None
             # Every rank learns the path, since any of them may report the error first.
@@ -94,8 +97,14 @@ def continue_run(run: Path, values: Mapping[str, Any], *, quiet: bool) -> Result
         from nearkin.training.prepare import prepare
         from nearkin.training.trainer import Trainer
 
-        classes = run_folder.stored_classes(run)
-        prepared = prepare(settings, runtime, listing=listing, classes=classes, quiet=quiet)
+        prepared = prepare(
+            settings,
+            runtime,
+            listing=listing,
+            classes=run_folder.stored_classes(run),
+            begun=run_folder.has_checkpoint(run),
+            quiet=quiet,
+        )
         run_folder.check_identity(run, prepared.identity, settings.data)
         if runtime.is_main and settings.data != stored.data:
             run_folder.write_settings(run, stored.model_copy(update={"data": settings.data}))
@@ -122,7 +131,13 @@ def checked_options(values: Mapping[str, Any]) -> tuple[RunConfig, Listing | Non
     """The options and what DATA holds, after every check that needs no torch: values, run folder, objective, DATA."""
     config: RunConfig = validate(RunConfig, values)
     run_folder.check_free(config.out)
-    check_objective(config.objective, config.options)
+    if config.objective == "auto" and config.options:  # options of an objective choose it
+        config = config.model_copy(update={"objective": SCRATCH_OBJECTIVE})
+    if config.objective != "auto":
+        check_objective(config.objective, config.options)
+    if config.from_scratch and (config.pretrained or config.weights is not None):
+        other = "--pretrained" if config.pretrained else "--weights"
+        raise ConfigError(f"--from-scratch and {other} exclude each other; give one of them.")
     return config, _list_data(config.data)
 
 
@@ -151,6 +166,7 @@ def _with_changes(stored: Settings, run: Path, values: Mapping[str, Any]) -> Set
     """The stored settings with what a continued run may change. Raises ModelError for another change."""
     from nearkin.training.prepare import validated_options
 
+    values = {k: v for k, v in values.items() if (k, v) != ("objective", "auto")}
     given: RunConfig = validate(RunConfig, merge(stored.flat(), values))
     check_objective(given.objective, given.options)
     options = validated_options(given).model_dump(mode="json")

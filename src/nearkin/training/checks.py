@@ -13,10 +13,9 @@ from nearkin.data.loader import SHARED_MEMORY, fitting_workers
 from nearkin.data.sampling import Draws, Sampler
 from nearkin.errors import ConfigError
 from nearkin.evaluation.model import Built
-from nearkin.network import check_eval_size
+from nearkin.network import check_eval_size, names_layers
 from nearkin.process import launched
 from nearkin.settings import Settings
-from nearkin.training.optim import names_layers
 
 
 def check_built(settings: Settings, built: Built) -> None:
@@ -39,7 +38,8 @@ def check_built(settings: Settings, built: Built) -> None:
 def _check_batchnorm(settings: Settings, built: Built) -> None:
     """It needs two images a part, and parts of a coupled batch are exact unless it looks at one part at a time."""
     batch, parts, network = settings.batch_size, settings.accumulate, built.network
-    if batch // parts < 2 and _has_batchnorm(network):
+    still = settings.freeze_batchnorm  # then the heads alone may have statistics of a batch
+    if batch // parts < 2 and _has_batchnorm(network.heads if still else network):
         raise ConfigError(
             f"--batch-size {batch} with --accumulate {parts} gives BatchNorm one "
             "image at a time, which has no variance; use at least two images per part."
@@ -47,7 +47,7 @@ def _check_batchnorm(settings: Settings, built: Built) -> None:
     for stage in built.objective.stages():
         if parts == 1 or settings.batchnorm_by_parts or not stage.coupled:
             continue
-        frozen = stage.freeze_backbone or settings.freeze_backbone
+        frozen = stage.freeze_backbone or settings.freeze_backbone or still
         trained = [network.heads[name] for name in stage.heads]
         if any(map(_has_batchnorm, trained if frozen else [*trained, network.backbone])):
             raise ConfigError(

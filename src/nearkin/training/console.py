@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from typing import TYPE_CHECKING, Any, Self
 
 from nearkin.errors import printable
 
 if TYPE_CHECKING:
     from nearkin.training.metrics_log import Journal
+
+
+def duration(seconds: float) -> str:
+    """`40 s`, `12 min`, `3 h 5 min`."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def say(text: str, quiet: bool) -> None:
@@ -19,15 +28,21 @@ def say(text: str, quiet: bool) -> None:
 
 
 class Bar:
-    """Shows steps, remaining time, the loss and the last validation; `quiet`: only warnings; `silent`: nothing.
+    """Shows steps, images per second, remaining time, the loss, the last validation and the best one; `quiet`: only
+    warnings; `silent`: nothing.
 
-    What `say` and `warn` show is in the journal's log as well.
+    images: in a step. What `say` and `warn` show is in the journal's log as well.
     """
 
-    def __init__(self, steps: int, journal: Journal, *, quiet: bool, silent: bool) -> None:
-        self._steps, self._quiet, self._silent = steps, quiet or silent, silent
+    def __init__(
+        self, steps: int, images: int, journal: Journal, *, quiet: bool, silent: bool
+    ) -> None:
+        self._steps, self._images = steps, images
+        self._quiet, self._silent = quiet or silent, silent
         self._journal = journal
-        self._loss = self._value = ""
+        self._loss = self._value = self._rate = ""
+        self._best: float | None = None  # of the stage
+        self._began: tuple[int, float] | None = None  # the step that was seen first, and when
         self._progress: Any = None
 
     def __enter__(self) -> Self:
@@ -40,10 +55,14 @@ class Bar:
                 progress.BarColumn(),
                 progress.MofNCompleteColumn(),
                 progress.TimeRemainingColumn(),
-                progress.TextColumn("{task.fields[loss]}  {task.fields[value]}"),
+                progress.TextColumn(
+                    "{task.fields[rate]}  {task.fields[loss]}  {task.fields[value]}"
+                ),
                 console=Console(stderr=True),
             )
-            self._task = self._progress.add_task("train", total=self._steps, loss="", value="")
+            self._task = self._progress.add_task(
+                "train", total=self._steps, rate="", loss="", value=""
+            )
             self._progress.start()
         return self
 
@@ -56,13 +75,30 @@ class Bar:
         if record["kind"] == "train":
             self._loss = f"loss {record['loss']:.4f}"
         elif record["kind"] == "validation":
-            self._value = f"{record['metric']} {100 * record['value']:.2f} %"
+            self._best = record["value"] if record["best"] else self._best
+            best = "" if self._best is None else f" (best {100 * self._best:.2f} %)"
+            self._value = f"{record['metric']} {100 * record['value']:.2f} %{best}"
+        left = self._measure(step)
         if self._progress is not None:
-            self._progress.update(self._task, completed=step, loss=self._loss, value=self._value)
-        elif record["kind"] == "validation" and not self._quiet:
+            shown = {"rate": self._rate, "loss": self._loss, "value": self._value}
+            self._progress.update(self._task, completed=step, **shown)
+        elif record["kind"] == "validation" and step > 0 and not self._quiet:
             epoch, stage = record["epoch"] + 1, record["stage"]
             where = f"{stage} epoch {epoch}  step {step}/{self._steps}"
-            self._print(f"{where}  {self._loss}  {self._value}")
+            parts = [where, self._loss, self._value, self._rate, left]
+            self._print("  ".join(part for part in parts if part))
+
+    def _measure(self, step: int) -> str:
+        """Update the rate; the remaining time in words. Validation counts, since it takes part of the time."""
+        now = time.monotonic()
+        if self._began is None:
+            self._began = step, now
+        first, began = self._began
+        if step <= first or now <= began:
+            return ""
+        rate = (step - first) / (now - began)
+        self._rate = f"{rate * self._images:.0f} images/s"
+        return f"{duration((self._steps - step) / rate)} left" if step < self._steps else ""
 
     def say(self, text: str) -> None:
         """One line of text, above the bar if there is one."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, Literal, NamedTuple
 
-from nearkin.config import RunConfig
+from nearkin.config import SCRATCH_OBJECTIVE, RunConfig
 from nearkin.data.transforms import EvalSpec, TrainSpec
 from nearkin.errors import ConfigError
 from nearkin.settings import DataSettings, Settings
@@ -13,6 +13,19 @@ from nearkin.settings import DataSettings, Settings
 DIGIT_LIKE = ("digits", "mnist", "svhn")  # a mirrored digit is another digit, or none
 SMALL_WORK = 2e9  # parameters x pixels; below it one thread is fastest
 TINY_IMAGE, SMALL_IMAGE = 16, 64
+
+# On photos, from pretrained weights (docs/decisions/018-photos.md; benchmarks/photo_search.py chose them).
+PHOTO_MODEL = "tf_efficientnet_lite0"
+MINUTES = 15.0  # without a GPU
+TUNED_OBJECTIVE = "supcon"
+TUNED_SIDE, TUNED_EVAL_SIDE = 160, 192  # without a GPU; random crops enlarge what they show
+TUNED_EPOCHS = 60
+TUNED_LR = 3e-4  # at a batch of 32; a third of it for networks with attention
+TUNED_HEAD_LR = 3.0
+TUNED_BLOCKS = (
+    4  # of the photo model, all with one learning rate; other models learn whole, with TUNED_DECAY
+)
+TUNED_DECAY = 0.75
 NARROW: dict[str, Any] = {"channels": [48, 96, 192, 384], "stem_width": 24}  # 2.8 M weights
 
 
@@ -20,13 +33,16 @@ class DataFacts(NamedTuple):
     """What is known once the data set is listed.
 
     images: training images after the splits. side: their median short side in pixels; 0 where `image_size` is given.
-    channels: of the images. room: bytes of memory that a cache may take; 0 where there are no files to decode.
+    channels: of the images. room: bytes of memory that a cache may take; 0 where there are no files to decode. files:
+    whether the images are files. device: type of the device that trains.
     """
 
     images: int
     side: int
     channels: int
     room: int = 0
+    files: bool = False
+    device: str = "cpu"
 
 
 class NetworkFacts(NamedTuple):
@@ -34,7 +50,8 @@ class NetworkFacts(NamedTuple):
 
     images: training images. parameters: of the backbone, their number. layered: whether it names its layers.
     prefers_adamw, memory_format: see `nearkin.network`. stem, options: of the backbone and the objective, resolved.
-    device, precision: of the runtime. cores: for this process. files: whether each batch is decoded from files.
+    probed: whether the classifier reads the features. positives: whether the objective needs other images of the
+    class. device, precision: of the runtime. cores: for this process. files: whether each batch is decoded from files.
     """
 
     images: int
@@ -44,6 +61,8 @@ class NetworkFacts(NamedTuple):
     memory_format: Literal["contiguous", "channels_last"]
     stem: Literal["default", "small"]
     options: dict[str, Any]
+    probed: bool
+    positives: bool
     device: str
     precision: str
     cores: int
@@ -52,23 +71,35 @@ class NetworkFacts(NamedTuple):
 
 def resolve_data(config: RunConfig, facts: DataFacts) -> DataSettings:
     """Every option that follows from the training images."""
-    images, side, channels, room = facts
-    size = min(side, 224) if config.image_size == "auto" else config.image_size
-    usual: Literal["light", "strong"] = (
-        "strong" if config.objective == "attract-repulse" else "light"
+    images, channels = facts.images, facts.channels
+    size = _image_size(config, facts)
+    photos = facts.files and size > SMALL_IMAGE
+    own = config.model != "auto"
+    pretrained = config.pretrained or (
+        photos and not own and config.weights is None and not config.from_scratch
     )
+    tuned = pretrained or config.weights is not None
+    objective = config.objective
+    if objective == "auto":
+        objective = TUNED_OBJECTIVE if tuned else SCRATCH_OBJECTIVE
+    usual: Literal["light", "strong"] = "strong" if objective == "attract-repulse" else "light"
     augment = usual if config.augment == "auto" else config.augment
     strong = augment == "strong"
-    eval_size = size if config.eval_size == "auto" else config.eval_size
-    tiny, own = size <= TINY_IMAGE, config.model != "auto"
+    usual_size = TUNED_EVAL_SIDE if size == TUNED_SIDE and photos and pretrained else size
+    eval_size = usual_size if config.eval_size == "auto" else config.eval_size
+    tiny = size <= TINY_IMAGE
     model_options = NARROW if tiny and not own else {}
+    scratch = "resnet10t" if tiny else "resnet18"
+    limited = photos and tuned and facts.device == "cpu" and config.epochs == "auto"
     values: dict[str, Any] = {
-        "model": "resnet10t" if tiny else "resnet18",
+        "objective": objective,
+        "model": PHOTO_MODEL if photos and pretrained else scratch,
         "image_size": size,
-        "batch_size": _batch_size(images),
+        "batch_size": min(_batch_size(images), 32) if tuned else _batch_size(images),
+        "minutes": MINUTES if limited else 0.0,
         "augment": augment,
         "channels": channels,
-        "epochs": 12 if config.data == "digits" else max(30, min(100, 500_000 // max(images, 1))),
+        "epochs": _epochs(config.data, images, tuned),
         "flip": augment != "none" and config.data not in DIGIT_LIKE,
         "eval_size": eval_size,
         "eval_crop": 1.0 if eval_size <= SMALL_IMAGE else 0.875,
@@ -77,9 +108,12 @@ def resolve_data(config: RunConfig, facts: DataFacts) -> DataSettings:
         "cache": "off",
     }
     parts = TrainSpec.of(augment, image_size=size, channels=channels)
-    given = config.model_dump() | {"model_options": model_options | config.model_options}
+    given = config.model_dump() | {
+        "model_options": model_options | config.model_options,
+        "pretrained": pretrained,
+    }
     filled = DataSettings.model_validate(_fill(given, parts.model_dump() | values))
-    fits = 4 * images * channels * size**2 <= room  # oblong images and other splits included
+    fits = 4 * images * channels * size**2 <= facts.room  # oblong images and other splits included
     exact = shrinks_exactly(filled) and filled.decode == "full"
     in_memory = config.cache == "auto" and fits and exact
     return filled.model_copy(update={"cache": "ram"}) if in_memory else filled
@@ -90,17 +124,27 @@ def resolve(config: DataSettings, facts: NetworkFacts) -> Settings:
 
     `out` is dropped: the place of a run is no setting, and another run may reuse them.
     """
-    pretrained = config.pretrained or config.weights is not None
+    pretrained = is_pretrained(config)
     adam = pretrained or facts.prefers_adamw
     optimizer = config.optimizer if config.optimizer != "auto" else ("adamw" if adam else "sgd")
     sgd = optimizer == "sgd"
+    photo_model = config.model == PHOTO_MODEL
+    decays = pretrained and facts.layered and optimizer == "adamw" and not photo_model
+    # Where contrast needs other images of the class, they must meet in a batch.
+    fits = config.batch_size % config.per_class == 0 and config.repeats == 1
+    grouped = pretrained and facts.positives and fits
     small = facts.parameters * config.image_size**2 < SMALL_WORK
     values: dict[str, Any] = {
         "optimizer": optimizer,
-        "lr": _lr(optimizer, pretrained, config.image_size) * config.batch_size / 256,
+        "lr": _lr(optimizer, config, pretrained, facts.prefers_adamw),
+        "head_lr": TUNED_HEAD_LR if pretrained and optimizer == "adamw" else 1.0,
+        "blocks": TUNED_BLOCKS if pretrained and photo_model else "all",
+        "probe": pretrained and facts.probed,
+        "freeze_batchnorm": pretrained,
+        "sampler": "balanced" if grouped else "shuffle",
         "weight_decay": (5e-4 if facts.images < 100_000 else 1e-4) if sgd else 0.05,
-        "layer_decay": 0.75 if pretrained and facts.layered and optimizer == "adamw" else 1.0,
-        "warmup_epochs": 0.05 * config.epochs,
+        "layer_decay": TUNED_DECAY if decays else 1.0,
+        "warmup_epochs": warmup_epochs(config.epochs),
         "memory_format": facts.memory_format,
         "device": facts.device,
         "precision": facts.precision,
@@ -109,6 +153,16 @@ def resolve(config: DataSettings, facts: NetworkFacts) -> Settings:
     }
     given = config.model_dump() | {"options": facts.options, "stem": facts.stem, "out": None}
     return Settings.model_validate(_fill(given, values))
+
+
+def is_pretrained(config: RunConfig) -> bool:
+    """Whether the run starts from trained weights."""
+    return config.pretrained or config.weights is not None
+
+
+def warmup_epochs(epochs: int) -> float:
+    """A twentieth of the training."""
+    return 0.05 * epochs
 
 
 def shrinks_exactly(config: DataSettings) -> bool:
@@ -174,7 +228,7 @@ def _check_sampler(config: DataSettings, batch: int) -> None:
             f"--batch-size {batch} is no multiple of --per-class {size}; "
             f"use {_multiples_near(batch, size)}, or another --per-class."
         )
-    if config.repeats > 1 and config.sampler != "shuffle":
+    if config.repeats > 1 and config.sampler not in ("auto", "shuffle"):
         raise ConfigError(
             f"--repeats {config.repeats} needs --sampler shuffle, not {config.sampler}."
         )
@@ -199,8 +253,28 @@ def _batch_size(images: int) -> int:
     return min(usual, key=lambda power: abs(power - images / 48))
 
 
-def _lr(optimizer: str, pretrained: bool, image_size: int) -> float:
-    """Per 256 images. Small images: 0.1 at a batch of 128, as is usual there (docs/decisions/005)."""
+def _lr(optimizer: str, config: DataSettings, pretrained: bool, attention: bool) -> float:
+    """From scratch in proportion to the batch; small images: 0.1 at a batch of 128, as is usual there
+    (docs/decisions/005). Pretrained, with AdamW: with the square root of the batch."""
+    per_256 = config.batch_size / 256
     if optimizer == "sgd":
-        return 0.2 if image_size <= SMALL_IMAGE else 0.1
-    return 1e-4 if pretrained else 5e-4
+        return (0.2 if config.image_size <= SMALL_IMAGE else 0.1) * per_256
+    if not pretrained:
+        return 5e-4 * per_256
+    return TUNED_LR * math.sqrt(config.batch_size / 32) / (3 if attention else 1)
+
+
+def _epochs(data: str, images: int, tuned: bool) -> int:
+    least, most = (10, TUNED_EPOCHS) if tuned else (30, 100)
+    return 12 if data == "digits" else max(least, min(most, 500_000 // max(images, 1)))
+
+
+def _image_size(config: RunConfig, facts: DataFacts) -> int:
+    """That of the images, up to 224. The default network for photos reads them larger than small originals are, as it
+    was trained with 224 pixels; without a GPU at TUNED_SIDE."""
+    if config.image_size != "auto":
+        return config.image_size
+    default = facts.files and facts.side > SMALL_IMAGE and config.model == "auto"
+    if default and not config.from_scratch and config.weights is None:
+        return TUNED_SIDE if facts.device == "cpu" else 224
+    return min(facts.side, 224)

@@ -24,6 +24,7 @@ from nearkin.training.step import Stepper
 from nearkin.types import Batch, Loss, Progress
 
 REPLAY = "replay.json"
+PROBE = "probe"  # in the journal, the stage of the validation before the first step
 
 
 class Leg(NamedTuple):
@@ -52,7 +53,7 @@ class Loop:
     """Trains the stages of a run from the start or from a snapshot.
 
     loader(stage, first, last): yields this process's blocks of the batches. validate(): a record with `value`, or None
-    without a validation split.
+    without a validation split. probed: whether the network as given is validated before the first step.
     """
 
     def __init__(
@@ -66,11 +67,12 @@ class Loop:
         bar: Bar,
         loader: Callable[[Stage, int, int], Iterator[Batch]],
         validate: Callable[[], dict[str, Any] | None],
+        probed: bool,
     ) -> None:
         self.settings, self.runtime, self.stepper = settings, runtime, stepper
         self.saver, self.journal, self.bar = saver, journal, bar
         self.route, self.steps = route, route[-1].last
-        self.loader, self.validate = loader, validate
+        self.loader, self.validate, self.probed = loader, validate, probed
         self.meters = Meters(runtime.device)
         self.flags = Flags(runtime)
         self.collapse = CollapseWatch()
@@ -80,6 +82,8 @@ class Loop:
     def run(self, snapshot: Snapshot | None) -> int:
         """Train to the end of the route and return the last step. Raises Stopped or DivergedError."""
         step = 0
+        if snapshot is None and self.probed:
+            self._start_from_probe()
         for leg in self.route:
             if snapshot is not None and snapshot.state["stage"] > leg.number:
                 continue
@@ -100,6 +104,16 @@ class Loop:
         self.journal.status(
             state, step=step, steps=self.steps, epoch=epoch, best=best, message=message
         )
+
+    def _start_from_probe(self) -> None:
+        """Validate the network as it is, with its classifier: what the run gives is at least as good."""
+        self.stepper.begin(self.route[-1].stage)
+        self._record_validation(Progress(PROBE, 0, 0, 0, 0), 0)
+        if self.saver.best is not None:
+            top1 = 100 * self.saver.best.value
+            self.bar.say(f"probe of the frozen features: val top-1 {top1:.2f} %")
+        if len(self.route) > 1:
+            self.saver.keep_probe()
 
     def _start_from(self, stage: Stage) -> None:
         weights = self.saver.best_weights() if stage.start == "best" else None

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import inspect
 import math
-import re
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from nearkin.errors import ConfigError
 from nearkin.imports import import_eager
+from nearkin.network import layer_scales
 from nearkin.settings import Settings
 
 if TYPE_CHECKING:
@@ -32,10 +31,16 @@ def lr_factor(step: int, *, steps: int, warmup: int, floor: float) -> float:
 
 
 def parameter_groups(
-    network: nn.Module, *, weight_decay: float, decay_all: bool, layer_decay: float
+    network: nn.Module,
+    *,
+    weight_decay: float,
+    decay_all: bool,
+    layer_decay: float,
+    head_lr: float = 1.0,
 ) -> list[dict[str, Any]]:
     """Weight decay for matrices and filters, none for norms and biases; with `decay_all` for everything.
 
+    head_lr: learning rate of all that is not in the backbone, as a multiple of the last layer's.
     A backbone may name further parameters that never decay (`no_weight_decay`, e.g. position embeddings).
     layer_decay: below 1 there are two such groups per layer, each with its `lr_scale`: see `layer_scales`.
 
@@ -44,64 +49,23 @@ def parameter_groups(
     backbone = getattr(network, "backbone", network)
     exempt = getattr(backbone, "no_weight_decay", None)
     names = {f"backbone.{name}" for name in (exempt() if callable(exempt) else ())}
-    layered = layer_decay < 1.0
-    scales = layer_scales(backbone, layer_decay) if layered else {}
+    scales = layer_scales(backbone, layer_decay) if layer_decay < 1.0 else {}
+    scaled = layer_decay < 1.0 or head_lr != 1.0
     groups: dict[tuple[float, bool], list[Tensor]] = {}
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
             decays = decay_all or (parameter.dim() > 1 and name not in names)
-            scale = scales.get(name.removeprefix("backbone."), 1.0)
+            bare = name.removeprefix("backbone.")
+            head = backbone is not network and bare == name
+            scale = head_lr if head else scales.get(bare, 1.0)
             groups.setdefault((scale, decays), []).append(parameter)
     return [
         {"params": parameters, "weight_decay": weight_decay if decays else 0.0}
-        | ({"lr_scale": scale} if layered else {})
+        | ({"lr_scale": scale} if scaled else {})
         for (scale, decays), parameters in sorted(
             groups.items(), key=lambda group: group[0], reverse=True
         )
     ]
-
-
-def layer_scales(backbone: nn.Module, decay: float) -> dict[str, float]:
-    """For each of the backbone's parameters, decay^(layers between it and the heads).
-
-    The layers are the backbone's own (timm's `group_matcher`); the heads are the layer above. Modules after the last
-    block, like a final norm, belong to the heads. In a ViT of depth D, then: patch embedding and tokens
-    decay^(D+1), block i from 0 decay^(D-i), final norm 1. Source: Bao et al., BEiT, 2021, published code.
-
-    Raises ConfigError for a backbone that does not name its layers.
-    """
-    from timm.models._manipulate import group_with_matcher
-
-    if not names_layers(backbone):
-        raise ConfigError("This --model does not name its layers; leave out --layer-decay.")
-    heads = "\0heads"  # a name that no matcher knows is put into the topmost layer
-    names = [heads, *(name for name, _ in backbone.named_parameters())]
-    matcher = _without_closing(backbone.group_matcher(coarse=False))  # type: ignore[operator]
-    layers = group_with_matcher(((name, name) for name in names), matcher, reverse=True)
-    return {name: decay ** (layers[heads] - layers[name]) for name in names[1:]}
-
-
-def names_layers(backbone: nn.Module) -> bool:
-    """Whether a backbone says which layer each parameter belongs to."""
-    return callable(getattr(backbone, "group_matcher", None))
-
-
-def _without_closing(matcher: Any) -> Any:
-    """timm's matcher without the entries that join the modules after the last block to that block."""
-    from timm.models._manipulate import MATCH_PREV_GROUP
-
-    def closes(entry: Any) -> bool:
-        pattern, suffix = entry
-        return bool(suffix == MATCH_PREV_GROUP and re.compile(pattern).groups == 0)
-
-    if not isinstance(matcher, dict):
-        return matcher  # a function: nothing to remove
-    return {
-        group: entries
-        if isinstance(entries, str | None)
-        else [entry for entry in entries if not closes(entry)]
-        for group, entries in matcher.items()
-    }
 
 
 def build_optimizer(network: nn.Module, settings: Settings) -> Optimizer:
@@ -111,6 +75,7 @@ def build_optimizer(network: nn.Module, settings: Settings) -> Optimizer:
         weight_decay=settings.weight_decay,
         decay_all=settings.decay_all,
         layer_decay=settings.layer_decay,
+        head_lr=settings.head_lr,
     )
     kind: Any
     options: dict[str, Any]

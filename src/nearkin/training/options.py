@@ -14,18 +14,23 @@ class TrainOptions(TypedDict, total=False):
 
     seed: int
     epochs: int | Auto
+    minutes: float | Auto
     batch_size: int | Auto
     accumulate: int
     batchnorm_by_parts: bool
     model: str
     model_options: Mapping[str, Any]
     pretrained: bool
+    from_scratch: bool
     weights: str | Path | None
+    probe: bool | Auto
+    blocks: int | Literal["auto", "all"]
     image_size: int | Auto
     channels: int | Auto
     stem: Literal["auto", "default", "small"]
     drop_rate: float
     drop_path: float
+    freeze_batchnorm: bool | Auto
     freeze_backbone: bool
     val_split: float
     images_per_class: int | None
@@ -43,7 +48,7 @@ class TrainOptions(TypedDict, total=False):
     cutmix: float | Auto
     eval_size: int | Auto
     eval_crop: float | Auto
-    sampler: Literal["shuffle", "balanced", "weighted"]
+    sampler: Literal["auto", "shuffle", "balanced", "weighted"]
     per_class: int
     repeats: int
     class_weights: Literal["none", "balanced"]
@@ -52,6 +57,7 @@ class TrainOptions(TypedDict, total=False):
     workers: int | Auto
     optimizer: Literal["auto", "sgd", "adamw", "lamb"]
     lr: float | Auto
+    head_lr: float | Auto
     min_lr_ratio: float
     warmup_epochs: float | Auto
     weight_decay: float | Auto

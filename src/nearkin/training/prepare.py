@@ -4,43 +4,46 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from nearkin.config import FREE_ON_RESUME, RunConfig, validate
 from nearkin.data.cache import Contents, Where, make_pack, packed, room_in_memory
-from nearkin.data.dataset import Dataset, choose, leave_out, looked, numbered
+from nearkin.data.dataset import Dataset, Split, choose, leave_out, looked, numbered
 from nearkin.data.images import Files
 from nearkin.data.look import Ranks, usual_side
-from nearkin.data.sampling import Draw, drawing
 from nearkin.data.sources.listing import Listing
 from nearkin.data.sources.resolve import resolve as list_data
 from nearkin.distributed import Runtime
+from nearkin.evaluation.evaluator import Evaluator
 from nearkin.evaluation.model import DESCRIPTION, WEIGHTS, Built, ModelSpec, build, read_description
-from nearkin.network import default_memory_format, load_weights, prefers_adamw
+from nearkin.network import default_memory_format, load_weights, names_layers, prefers_adamw
 from nearkin.objectives import Objective, get
 from nearkin.process import cores, launched
 from nearkin.settings import DataSettings, Settings
 from nearkin.training import checks, defaults
 from nearkin.training.autotune import NAMES, tune
+from nearkin.training.batches import draw_of
 from nearkin.training.console import say
-from nearkin.training.optim import names_layers
+from nearkin.training.plan import fix_parts, plan
+from nearkin.training.probe import readable, start_from_probe
 
 
 class Prepared(NamedTuple):
     """Everything resolved and built, before the first step.
 
-    identity: SHA-256 of what a resumed run must have in common with the run it continues: `settings`, `classes` and
-    `data` (names, sizes and classes of the images, wherever they are).
+    built: on the device. evaluator: of the run's splits. identity: SHA-256 of what a resumed run must have in common
+    with the run it continues: `settings`, `classes` and `data` (names, sizes and classes of the images, wherever they
+    are).
     """
 
     settings: Settings
     dataset: Dataset
     built: Built
+    evaluator: Evaluator
     identity: dict[str, str]
 
 
@@ -50,45 +53,80 @@ def prepare(
     *,
     listing: Listing | None = None,
     classes: tuple[str, ...] | None = None,
+    begun: bool = False,
     look: bool = True,
     quiet: bool = True,
+    started: float | None = None,
 ) -> Prepared:
     """Everything that can fail before the first step. listing: of `config.data`, where it is made already. classes: of
-    the run that is continued, if one is. look: whether image files are looked at and a cache is built.
+    the run that is continued, if one is. begun: whether it has a checkpoint, which replaces all first weights. look:
+    whether image files are looked at, a cache is built and, in a new run, the probe is fitted. started: when the run
+    was, by `time.monotonic`.
 
-    Raises ConfigError, DataError or ModelError; writes nothing.
+    Raises ConfigError, DataError or ModelError; writes nothing but caches.
     """
+    started = time.monotonic() if started is None else started
     quiet = quiet or not runtime.is_main
-    fresh = classes is None
-    options = validated_options(config)
     config = _with_model_of_weights(config)
+    if config.objective != "auto":
+        validated_options(config)  # what is wrong with them is said before images are looked at
     data, dataset = _read_data(config, runtime, listing, classes, look=look, quiet=quiet)
     train = dataset.splits["train"]
-    pretrained = config.pretrained and fresh
-    built = _build(data, options, dataset, runtime.device.type, pretrained)
-    files = train.images.from_files and not defaults.read_whole(data)
-    facts = network_facts(data, built, runtime, images=len(train.labels), files=files)
-    settings = defaults.resolve(data, facts)
-    checks.check_built(settings, built)
-    views = built.objective.stages()[0].views
-    settings = checks.fit_workers(settings, views, given=config.workers != "auto")
-    if config.freeze_backbone and not config.pretrained and config.weights is None:
+    settings, built = _resolve(config, data, dataset, runtime, load=not begun)
+    if settings.freeze_backbone and not (settings.pretrained or settings.weights):
         say("note: --freeze-backbone keeps random weights; give --pretrained or --weights.", quiet)
-    if config.weights is not None and fresh:
-        say(str(load_weights(built.network, config.weights)), quiet)
+    if settings.weights is not None and not begun:
+        say(str(load_weights(built.network, settings.weights)), quiet)
+    views = built.objective.stages()[0].views
     automatic = frozenset(name for name in NAMES if getattr(config, name) == "auto")
     if settings.autotune and automatic:
         trial = tune(settings, automatic, built.network, views, runtime)
         say(str(trial), quiet)
         settings = trial.settings
+    evaluator = _placed(settings, built, runtime)
+    if look and settings.probe and not begun:
+        start_from_probe(built, dataset, evaluator, runtime)
+    if look and settings.minutes > 0:
+        at, spent = runtime.at(settings.precision), time.monotonic() - started
+        planned = plan(settings, built, dataset, evaluator, at, config=config, spent=spent)
+        say(str(planned), quiet)
+        settings = planned.settings
+    fix_parts(built.network, settings)
+    _warn_of_missing_positives(settings, built, train, quiet)
+    return Prepared(settings, dataset, built, evaluator, _identity(settings, dataset))
+
+
+def _resolve(
+    config: RunConfig, data: DataSettings, dataset: Dataset, runtime: Runtime, *, load: bool
+) -> tuple[Settings, Built]:
+    """The network, and the settings that follow from it. load: whether pretrained weights are loaded."""
+    images = dataset.splits["train"].images
+    built = _build(data, dataset, runtime.device.type, load=load and data.pretrained)
+    files = images.from_files and not defaults.read_whole(data)
+    facts = network_facts(data, built, runtime, images=len(images), files=files)
+    settings = defaults.resolve(data, facts)
+    checks.check_built(settings, built)
+    views = built.objective.stages()[0].views
+    return checks.fit_workers(settings, views, given=config.workers != "auto"), built
+
+
+def _placed(settings: Settings, built: Built, runtime: Runtime) -> Evaluator:
+    """Put network and objective on the device. Returns what evaluates them there."""
     torch.set_num_threads(settings.threads)
+    runtime.place(built.network)
+    runtime.place(built.objective)
+    built.network.set_memory_format(settings.memory_format)
+    spec, size = defaults.eval_spec(settings), max(64, settings.batch_size)
+    return Evaluator(runtime, spec, batch_size=size, workers=settings.workers)
+
+
+def _warn_of_missing_positives(settings: Settings, built: Built, train: Split, quiet: bool) -> None:
     if any(stage.positives for stage in built.objective.stages()):
         batch, draws = settings.batch_size, draw_of(settings, train.labels)(0)
         share = checks.share_without_positive(draws, train.labels, batch)
         warning = checks.missing_positives_warning(share, batch, settings.sampler)
         if warning is not None:
             say(f"warning: {warning}", quiet)
-    return Prepared(settings, dataset, built, _identity(settings, dataset))
 
 
 def validated_options(config: RunConfig) -> Objective.Config:
@@ -110,22 +148,12 @@ def network_facts(
         memory_format=default_memory_format(backbone, device, config.image_size),
         stem="small" if built.spec.stem == "small" else "default",
         options=built.spec.options,
+        probed=readable(built.objective.heads) is not None,
+        positives=any(stage.positives for stage in built.objective.stages()),
         device=device,
         precision=runtime.precision,
         cores=cores(),
         files=files,
-    )
-
-
-def draw_of(config: Settings, labels: NDArray[np.int64]) -> Draw:
-    """How the run's epochs draw their images."""
-    return drawing(
-        config.sampler,
-        labels,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        per_class=config.per_class,
-        repeats=config.repeats,
     )
 
 
@@ -177,7 +205,15 @@ def _from_data(
 ) -> DataSettings:
     """With everything that follows from the training images."""
     count = len(dataset.splits["train"].labels)
-    data = defaults.resolve_data(config, defaults.DataFacts(count, side, dataset.channels, room))
+    facts = defaults.DataFacts(
+        count,
+        side,
+        dataset.channels,
+        room,
+        files=dataset.splits["train"].images.from_files,
+        device=runtime.device.type,
+    )
+    data = defaults.resolve_data(config, facts)
     defaults.check(data, images=count, world_size=runtime.world_size)
     return data
 
@@ -212,9 +248,8 @@ def _decoding(
     return dataset
 
 
-def _build(
-    config: DataSettings, options: Objective.Config, dataset: Dataset, device: str, pretrained: bool
-) -> Built:
+def _build(config: DataSettings, dataset: Dataset, device: str, *, load: bool) -> Built:
+    """load: whether pretrained weights are loaded."""
     torch.manual_seed(config.seed)
     stem = config.stem
     if stem == "auto" and config.weights is not None:
@@ -223,8 +258,9 @@ def _build(
     shared = config.model_dump(include=set(ModelSpec.model_fields))
     return build(
         ModelSpec.model_validate(shared | {"stem": stem, "classes": dataset.classes}),
-        options=options,
-        pretrained=pretrained,
+        options=validated_options(config),
+        load_pretrained=load,
+        pretrained=defaults.is_pretrained(config),
         images=len(dataset.splits["train"].labels),
         batch_size=config.batch_size,
         device=device,

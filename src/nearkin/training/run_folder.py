@@ -23,6 +23,7 @@ Options = TypeVar("Options", bound=RunConfig)
 BAD_FILES = "bad_files.csv"
 LOCK = ".lock"
 STATUS = "status.json"
+CHECKPOINTS = "checkpoints"
 IDENTITY = "identity.json"
 PACKAGES = ("nearkin", "torch", "torchvision", "timm", "numpy", "pillow")
 
@@ -30,7 +31,8 @@ PACKAGES = ("nearkin", "torch", "torchvision", "timm", "numpy", "pillow")
 def create(out: Path | None, *, data: str, objective: str) -> Path:
     """A new folder. `out` must not exist (or hold only the list of bad images that an earlier try left there).
 
-    Without `out`: runs/DATA-OBJECTIVE-DATE, with -2, -3, ... when taken. Raises ConfigError.
+    Without `out`: runs/DATA-OBJECTIVE-DATE (without OBJECTIVE where it is `auto`), with -2, -3, ... when taken. Raises
+    ConfigError.
     """
     try:
         if out is None:
@@ -56,7 +58,8 @@ def check_free(out: Path | None) -> None:
 
 def _next_folder(data: str, objective: str) -> Path:
     stem = re.sub(r"[^A-Za-z0-9_.]+", "-", Path(data).stem).strip("-.") or "data"
-    first = Path("runs") / f"{stem[:60]}-{objective}-{datetime.now().astimezone():%Y%m%d}"
+    name = stem[:60] if objective == "auto" else f"{stem[:60]}-{objective}"
+    first = Path("runs") / f"{name}-{datetime.now().astimezone():%Y%m%d}"
     folder, number = first, 1
     while not _only_bad_files(folder):
         try:
@@ -161,6 +164,11 @@ def stored_state(run: Path) -> str | None:
         return str(_read_json(run / STATUS)["state"])
     except (ModelError, LookupError, TypeError):
         return None
+
+
+def has_checkpoint(run: Path) -> bool:
+    """Whether the run has saved anything to go on from."""
+    return any((run / CHECKPOINTS).glob("step-*"))
 
 
 def stored_classes(run: Path) -> tuple[str, ...]:

@@ -11,26 +11,24 @@ from typing import Any
 import torch
 
 from nearkin.data.dataset import Split
-from nearkin.data.loader import PATIENCE, train_loader
-from nearkin.data.sampling import TrainOrder
-from nearkin.data.transforms import TrainSpec, train_transform
 from nearkin.distributed import Runtime
-from nearkin.errors import Stopped
-from nearkin.evaluation.evaluator import Evaluator
+from nearkin.errors import Stopped, counted, printable
 from nearkin.evaluation.geometry import geometry
 from nearkin.evaluation.metrics import summarise, top1_and_log_loss, write_predictions, write_tables
 from nearkin.evaluation.model import FORMAT, Description, save_bundle
+from nearkin.network import PACKAGED
 from nearkin.objectives import Stage
 from nearkin.process import stop_signals_recorded
+from nearkin.settings import Settings
+from nearkin.training.batches import train_batches
 from nearkin.training.checkpoint.saver import Saver, same_run
 from nearkin.training.checkpoint.snapshot import Snapshot
 from nearkin.training.checkpoint.store import Store
 from nearkin.training.console import Bar
-from nearkin.training.defaults import eval_spec
 from nearkin.training.loop import Loop, legs
 from nearkin.training.metrics_log import Journal
-from nearkin.training.prepare import Prepared, draw_of
-from nearkin.training.run_folder import locked
+from nearkin.training.prepare import Prepared
+from nearkin.training.run_folder import CHECKPOINTS, locked
 from nearkin.training.step import Stepper
 from nearkin.types import Batch, Result
 
@@ -45,9 +43,7 @@ class Trainer:
         self.steps_per_epoch = len(self.train_split.labels) // self.settings.batch_size
         self.journal = Journal(folder, writes=runtime.is_main)
         self.quiet = quiet or not runtime.is_main
-        self.spec = eval_spec(self.settings)
-        size, workers = max(64, self.settings.batch_size), self.settings.workers
-        self.evaluator = Evaluator(runtime, self.spec, batch_size=size, workers=workers)
+        self.evaluator = prepared.evaluator
         self._assemble()
 
     def run(self) -> Result:
@@ -59,7 +55,8 @@ class Trainer:
         route = legs(self.stages, self.settings.epochs, self.steps_per_epoch)
         level = self.settings.log_level
         quiet, silent = self.quiet or level != "info", self.quiet or level == "error"
-        bar = Bar(route[-1].last, self.journal, quiet=quiet, silent=silent)
+        images = self.settings.batch_size
+        bar = Bar(route[-1].last, images, self.journal, quiet=quiet, silent=silent)
         with bar, stop_signals_recorded():
             bar.say(self._summary())
             snapshot = self._snapshot(bar)
@@ -73,15 +70,13 @@ class Trainer:
                 bar,
                 loader=self._loader,
                 validate=self._validate,
+                probed=self.settings.probe,
             )
             self.runtime.failures.callback = self._record_end
             return self._finish(self.loop.run(snapshot))
 
     def _assemble(self) -> None:
         network, objective = self.prepared.built.network, self.prepared.built.objective
-        self.runtime.place(network)
-        self.runtime.place(objective)
-        network.set_memory_format(self.settings.memory_format)
         if self.runtime.world_size > 1:
             from nearkin.network import synchronise_batchnorm
 
@@ -94,7 +89,7 @@ class Trainer:
         self.stepper = Stepper(
             self.settings, self.runtime, network, objective, self.steps_per_epoch, classes
         )
-        self.store = Store(self.folder / "checkpoints")
+        self.store = Store(self.folder / CHECKPOINTS)
         self.saver = Saver(
             self.store if self.runtime.is_main else None,
             self.prepared.identity,
@@ -109,32 +104,14 @@ class Trainer:
             same_run(snapshot, self.prepared.identity)
             bar.say(f"continuing at step {snapshot.step}")
         if self.runtime.is_main:
-            self.journal.cut_back(snapshot.step if snapshot else 0)
+            self.journal.cut_back(snapshot.step if snapshot else -1)
             self.store.cut_back(snapshot.step if snapshot else 0)
         return snapshot
 
     def _loader(self, stage: Stage, first: int, last: int) -> Iterator[Batch]:
-        settings = self.settings
-        transform = train_transform(TrainSpec.model_validate(settings, from_attributes=True))
-        order = TrainOrder(
-            len(self.train_split.labels),
-            seed=settings.seed,
-            batch_size=settings.batch_size,
-            first=first,
-            last=last,
-            rank=self.runtime.rank,
-            world_size=self.runtime.world_size,
-            draw=draw_of(settings, self.train_split.labels),
-        )
-        return train_loader(
-            self.train_split,
-            transform,
-            order,
-            views=stage.views,
-            seed=settings.seed,
-            workers=settings.workers,
-            pin_memory=self.runtime.device.type == "cuda",
-            patience=PATIENCE if self.runtime.world_size > 1 else 0.0,
+        views, split = stage.views, self.train_split
+        return train_batches(
+            self.settings, split, self.runtime, views=views, first=first, last=last
         )
 
     def _validate(self) -> dict[str, Any] | None:
@@ -153,7 +130,7 @@ class Trainer:
 
     def _finish(self, step: int) -> Result:
         network = self.stepper.eval_network()
-        weights = self.runtime.share(self.saver.best_weights())
+        weights = self.runtime.share(self.saver.final_weights())
         if weights is not None:
             network.load_state_dict(weights)
         metrics: dict[str, Any] = {}
@@ -175,7 +152,7 @@ class Trainer:
                 format=FORMAT,
                 nearkin=version("nearkin"),
                 spec=self.prepared.built.spec,
-                transform=self.spec,
+                transform=self.evaluator.spec,
                 heads=self.stages[-1].heads,
                 metrics=metrics,
             )
@@ -200,10 +177,23 @@ class Trainer:
         share = f" ({settings.batch_size // ranks} per process)" if ranks > 1 else ""
         return (
             f"{self.dataset.name}: {images} images of {len(self.dataset.classes)} classes | "
-            f"{settings.objective} on {settings.model}, {settings.image_size} px, {weights:.1f} M weights | "
-            f"{settings.epochs} epochs of {self.steps_per_epoch} x {settings.batch_size}{share} | "
-            f"{settings.precision} on {settings.device}, {settings.threads} thread(s) | {self.folder}"
+            f"{settings.objective} on {settings.model}, {settings.image_size} px, {weights:.1f} M weights, "
+            f"{origin(settings)} | "
+            f"{counted(settings.epochs, 'epoch')} of {self.steps_per_epoch} x {settings.batch_size}{share} | "
+            f"{settings.precision} on {settings.device}, {counted(settings.threads, 'thread')} | {self.folder}"
         )
+
+
+def origin(settings: Settings) -> str:
+    """Where the first weights of the backbone come from."""
+    if settings.weights is not None:
+        return f"from {printable(str(settings.weights))}"
+    if not settings.pretrained:
+        return "from scratch"
+    package = PACKAGED.get(settings.model)
+    if package is not None:
+        return f"pretrained on ImageNet (package {package.distribution})"
+    return "pretrained (timm's weights)"
 
 
 def balanced_weights(split: Split, classes: int) -> torch.Tensor:

@@ -26,6 +26,11 @@ class Best(NamedTuple):
     step: int
     log_loss: float = 0.0
 
+    @property
+    def rank(self) -> tuple[float, float]:
+        """Higher is better: of equal values the lower log loss wins (docs/decisions/017-best-epoch.md)."""
+        return self.value, -self.log_loss
+
 
 class Saver:
     """Saves every `minutes`, at the ends of stages, and at ends of epochs while that stays cheap.
@@ -38,6 +43,7 @@ class Saver:
         self, store: Store | None, identity: dict[str, str], minutes: float, stepper: Stepper
     ) -> None:
         self.best: Best | None = None
+        self.probe: Best | None = None  # of a run with several stages
         self._store, self._identity, self._stepper = store, identity, stepper
         self._interval = minutes * 60
         self._began = self._last = time.monotonic()
@@ -48,15 +54,23 @@ class Saver:
     def consider(self, value: float, step: int, log_loss: float = 0.0) -> bool:
         """Whether `value` is the best so far; then its weights are kept.
 
-        Of equal values the lower log loss wins, then the earlier (docs/decisions/017-best-epoch.md).
+        Of equals the earlier wins.
         """
-        if self.best and (value, -log_loss) <= (self.best.value, -self.best.log_loss):
+        found = Best(value, step, log_loss)
+        if self.best and found.rank <= self.best.rank:
             return False
-        self.best = Best(value, step, log_loss)
+        self.best = found
         if self._store is not None:
             weights = self._stepper.eval_network().state_dict()
             self._waiting = {name: t.detach().cpu().clone() for name, t in weights.items()}
         return True
+
+    def keep_probe(self) -> None:
+        """Keep the best weights, those of the probe, beside the best ones of each stage."""
+        self.probe = self.best
+        if self._store is not None and self._waiting is not None:
+            self._store.save(Snapshot(0, {"network": self._waiting}, {}), kind="probe")
+        self.forget_best()
 
     def forget_best(self) -> None:
         """Start a new stage, which has its own best weights."""
@@ -99,7 +113,15 @@ class Saver:
         meters.load(snapshot.tensors["meters"], snapshot.state["meters"])
         self._stepper.runtime.scaler.load_state_dict(snapshot.state["scaler"])
         best = snapshot.state["best"]
-        self.best = best and Best(**best)
+        probe = snapshot.state["probe"]
+        self.best, self.probe = best and Best(**best), probe and Best(**probe)
+
+    def final_weights(self) -> dict[str, Tensor] | None:
+        """The weights that the run gives: the best of the last stage, or the probe's where they are better."""
+        probe, best = self.probe, self.best
+        if probe is None or (best is not None and best.rank >= probe.rank) or self._store is None:
+            return self.best_weights()
+        return read(self._store.path("probe", 0)).tensors["network"]
 
     def best_weights(self) -> dict[str, Tensor] | None:
         """The weights of `best`, from memory or from the store; None without any validation."""
@@ -121,6 +143,7 @@ class Saver:
             "identity": self._identity,
             "stage": stage,
             "best": best and best._asdict(),
+            "probe": self.probe and self.probe._asdict(),
             "meters": counted,
             "collapse": collapse.state(),
             "scaler": self._stepper.runtime.scaler.state_dict(),

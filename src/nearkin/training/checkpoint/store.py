@@ -17,7 +17,7 @@ from nearkin.errors import ModelError, printable
 from nearkin.files import reporting, sync_folder
 from nearkin.training.checkpoint.snapshot import Damaged, Snapshot, best_of, read, verify, write
 
-Kind = Literal["step", "best"]
+Kind = Literal["step", "best", "probe"]
 KEEP = 2  # newest whole `step` checkpoints that stay
 
 
@@ -25,8 +25,8 @@ class Store:
     """The checkpoints of one run, written by one process.
 
     folder: created by the first save. The newest two whole `step` checkpoints stay. A `best` checkpoint stays while a
-    kept `step` checkpoint refers to it by `state["best"]["step"]`; the newest `best` always stays. Save the `best`
-    before the `step` that refers to it.
+    kept `step` checkpoint refers to it by `state["best"]["step"]`; the newest `best` always stays, and so does the
+    `probe`. Save the `best` before the `step` that refers to it.
     """
 
     def __init__(self, folder: Path) -> None:

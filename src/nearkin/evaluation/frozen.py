@@ -1,0 +1,77 @@
+"""Features of frozen networks, computed once and kept in the cache folder for the next run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from safetensors.torch import save
+from torch import Tensor
+
+from nearkin.data.cache import Packed
+from nearkin.data.dataset import Split
+from nearkin.data.images import Files
+from nearkin.distributed import Runtime
+from nearkin.errors import DataError, ModelError
+from nearkin.evaluation.evaluator import Evaluator
+from nearkin.files import SaveFailed, cache_folder, write_atomic
+from nearkin.network import Network, read_safetensors
+
+NAME = "features"
+LARGEST = 1 << 30  # bytes; more is computed anew each time
+
+
+def frozen_features(
+    evaluator: Evaluator, runtime: Runtime, network: Network, split: Split, architecture: str
+) -> Tensor:
+    """The features `[N, 2, d]` of every image of `split` and of its mirror image, float32, on every process.
+
+    Kept under a key of everything that they depend on: `architecture` (what the backbone was built from, as text),
+    its weights, the evaluation transform, and names, sizes and times of the files. A file that is damaged or cannot be
+    written only costs the computation.
+    """
+    path = _path(evaluator, network, split, architecture) if runtime.is_main else None
+    found = runtime.share(None if path is None else _read(path, len(split.labels)))
+    if found is None:
+        found = evaluator.features(network, split)
+        if path is not None and found.nbytes <= LARGEST:
+            with suppress(SaveFailed, OSError):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_atomic(path, save({NAME: found.contiguous()}))
+    if not found.isfinite().all():
+        raise ModelError("The backbone gives features that are not finite; give other weights.")
+    return found
+
+
+def _path(evaluator: Evaluator, network: Network, split: Split, architecture: str) -> Path | None:
+    try:
+        folder = cache_folder()
+    except DataError:
+        return None
+    digest = hashlib.sha256(json.dumps([architecture, evaluator.spec.model_dump()]).encode())
+    for name, tensor in network.state_dict().items():
+        if name.startswith(("backbone.", "mean", "std")):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    images = split.images
+    if isinstance(images, Packed):
+        digest.update(images.pack.sizes.tobytes())  # these pixels are shrunk
+    files = images.files if isinstance(images, Packed) else images
+    for row in range(len(split.labels)):
+        digest.update(files.identity(row))
+        if isinstance(files, Files):
+            with suppress(OSError, ValueError):
+                status = os.stat(files.path(row))  # noqa: PTH116 - called once per image
+                digest.update(b"%d" % status.st_mtime_ns)
+    return folder / f"features-{digest.hexdigest()[:16]}.safetensors"
+
+
+def _read(path: Path, images: int) -> Tensor | None:
+    try:
+        found = read_safetensors(path)[NAME]
+    except (ModelError, LookupError):
+        return None
+    return found if found.dim() == 3 and len(found) == images else None

@@ -1,0 +1,146 @@
+"""`--minutes`: how many epochs, and how many blocks that learn, fit into the time, from a short measurement."""
+
+from __future__ import annotations
+
+import time
+from copy import deepcopy
+from typing import NamedTuple
+
+import torch
+
+from nearkin.config import RunConfig
+from nearkin.data.dataset import Dataset
+from nearkin.distributed import Runtime
+from nearkin.evaluation.evaluator import Evaluator
+from nearkin.evaluation.model import Built
+from nearkin.network import Network, blocks_below_heads, names_layers
+from nearkin.settings import Settings
+from nearkin.training.batches import train_batches
+from nearkin.training.defaults import warmup_epochs
+from nearkin.training.step import Stepper
+from nearkin.types import Progress
+
+RESERVE = 0.06  # share of the time for what is not measured: saving, and a machine that slows down
+ENOUGH = 10  # epochs; where fewer fit, fewer blocks learn
+STEPS, SECONDS = (
+    12,
+    5.0,
+)  # a measurement ends after so many steps, or after the first step past these seconds
+WARM = 2  # steps that do not count
+IMAGES = 128  # that are evaluated to measure validation
+
+
+class Plan(NamedTuple):
+    """settings: with the epochs and blocks chosen. epoch: seconds of one. left: seconds for training."""
+
+    settings: Settings
+    epoch: float
+    left: float
+
+    def __str__(self) -> str:
+        epochs, minutes = self.settings.epochs, self.left / 60
+        if epochs == 0:
+            return (
+                f"no fine-tuning: an epoch takes about {self.epoch / 60:.1f} min, and {minutes:.1f} min are left; "
+                "give more --minutes, or --epochs"
+            )
+        took = epochs * self.epoch / 60
+        return f"plan: {epochs} epochs in about {took:.1f} of {minutes:.1f} min that are left"
+
+
+def plan(
+    settings: Settings,
+    built: Built,
+    dataset: Dataset,
+    evaluator: Evaluator,
+    runtime: Runtime,
+    *,
+    config: RunConfig,
+    spent: float,
+) -> Plan:
+    """The largest number of epochs, up to `settings.epochs`, with which the run ends within `settings.minutes`.
+
+    config: the options as given; with `auto` blocks, fewer of them learn where fewer than ENOUGH epochs fit.
+    spent: seconds since the start of the run. A run without a probe trains at least one epoch a stage.
+    All processes choose the same. Changes no weights and no global random state.
+    """
+    started = time.monotonic()
+    one = _evaluation(built, dataset, evaluator)
+    count = {name: len(split.labels) for name, split in dataset.splits.items()}
+    stages = len(built.objective.stages())
+    found: list[Plan] = []
+    for blocks in _candidates(settings, built, config.blocks == "auto"):
+        tried = settings.model_copy(update={"blocks": blocks})
+        epoch = _epoch(tried, built, dataset, runtime) + one * count.get("val", 0)
+        gone = spent + time.monotonic() - started + one * count.get("test", 0)
+        left = settings.minutes * 60 * (1 - RESERVE) - gone
+        epoch, left = runtime.share((epoch, left))
+        fitting = max(0, min(settings.epochs, int(left / epoch)))
+        if fitting < stages:
+            fitting = 0 if settings.probe else stages
+        chosen = {"epochs": fitting, "minutes": 0.0}
+        if config.warmup_epochs == "auto":
+            chosen["warmup_epochs"] = warmup_epochs(fitting)
+        found.append(Plan(tried.model_copy(update=chosen), epoch, left))
+        if fitting >= min(ENOUGH, settings.epochs):
+            break
+    return max(found, key=lambda each: each.settings.epochs)
+
+
+def fix_parts(network: Network, settings: Settings) -> None:
+    """Fix what the settings say does not learn."""
+    if settings.blocks != "all":
+        network.learn_blocks(settings.blocks)
+    if settings.freeze_batchnorm:
+        network.keep_statistics()
+
+
+def _candidates(settings: Settings, built: Built, choose: bool) -> list[int | str]:
+    """The blocks to try: those of the settings, then half as many, and so on."""
+    backbone = built.network.backbone
+    if not choose or settings.freeze_backbone or not names_layers(backbone):
+        return [settings.blocks]
+    most = max(blocks_below_heads(backbone).values())
+    number = most if settings.blocks == "all" else min(settings.blocks, most)
+    tried: list[int | str] = [settings.blocks]
+    while number > 0:
+        number //= 2
+        tried.append(number)
+    return tried
+
+
+def _epoch(settings: Settings, built: Built, dataset: Dataset, runtime: Runtime) -> float:
+    """Seconds of an epoch, by a few steps of each stage on copies of network and objective."""
+    split = dataset.splits["train"]
+    steps = len(split.labels) // settings.batch_size
+    network, objective = deepcopy(built.network), deepcopy(built.objective)
+    fix_parts(network, settings)
+    seconds = 0.0
+    with torch.random.fork_rng(devices=[runtime.device] if runtime.device.type == "cuda" else []):
+        stepper = Stepper(settings, runtime, network, objective, steps, len(dataset.classes))
+        for stage in objective.stages():
+            stepper.begin(stage)
+            batches = train_batches(
+                settings, split, runtime, views=stage.views, first=0, last=STEPS
+            )
+            times: list[float] = []
+            began = previous = time.monotonic()
+            for step, batch in enumerate(batches):
+                stepper.step(batch, Progress(stage.name, step, STEPS, 0, 1), step).total.item()
+                times.append(time.monotonic() - previous)
+                previous += times[-1]
+                # Every process takes as many steps as the first.
+                if runtime.share(len(times) > WARM and previous - began > SECONDS):
+                    break
+            counted = times[WARM:] or times
+            seconds += stage.share * sum(counted) / len(counted)
+    return seconds * steps
+
+
+def _evaluation(built: Built, dataset: Dataset, evaluator: Evaluator) -> float:
+    """Seconds to evaluate one image."""
+    split = dataset.splits.get("val", dataset.splits["train"])
+    some = split.take(torch.arange(min(IMAGES, len(split.labels))).numpy())
+    started = time.monotonic()
+    evaluator.embeddings(built.network, some, range(len(some.labels)))
+    return (time.monotonic() - started) / len(some.labels)

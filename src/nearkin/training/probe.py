@@ -1,0 +1,156 @@
+"""The linear probe with which a run from pretrained weights begins: logistic regression on frozen features.
+
+Its weights become the classifier's first weights (linear probing, then fine-tuning: Kumar et al. 2022, arXiv
+2202.10054), and its accuracy is the first validation.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from nearkin.data.dataset import Dataset, Split, limited
+from nearkin.distributed import Runtime
+from nearkin.evaluation.evaluator import Evaluator
+from nearkin.evaluation.frozen import frozen_features
+from nearkin.evaluation.model import Built
+from nearkin.network import CosineClassifier, Head
+
+Labels = NDArray[np.int64]
+Rows = NDArray[np.float32]
+Fold = tuple[Rows, Labels, Rows, Labels]  # to fit, then held out
+
+STRENGTHS = (1e-3, 1e-2, 3e-2, 1e-1, 1.0)  # scikit-learn's C, the inverse of the penalty
+USUAL = 3e-2  # where nothing can be held out
+FEW = 5  # validation images per class, below which the training images are cross-validated as well
+FOLDS = 3
+MOST_IMAGES = 20_000  # to fit; more take minutes and change the weights little
+MOST_TO_CHOOSE = 2_000  # for the strength by cross-validation
+ITERATIONS = 300
+
+
+class Probe(NamedTuple):
+    """logits = features @ weight.T + bias. weight: `[C, d]`. bias: `[C]`. strength: scikit-learn's C."""
+
+    weight: Tensor
+    bias: Tensor
+    strength: float
+
+
+def readable(heads: dict[str, Head]) -> nn.Linear | CosineClassifier | None:
+    """The classifier that can start from a probe: the one that reads the features; None where another head is
+    between."""
+    for head in heads.values():
+        if head.writes == "logits" and head.reads == "features":
+            module = head.module
+            return module if isinstance(module, nn.Linear | CosineClassifier) else None
+    return None
+
+
+def start_from_probe(
+    built: Built, dataset: Dataset, evaluator: Evaluator, runtime: Runtime
+) -> Probe:
+    """Fit a probe on the training images, and give its weights to the classifier.
+
+    The features are of the evaluation transform and its mirror image. A classifier of cosines takes the directions of
+    the weights only. Raises ValueError for an objective without a classifier that reads the features.
+    """
+    classifier = readable(built.objective.heads)
+    if classifier is None:
+        raise ValueError("The objective has no classifier that reads the features.")
+    architecture = built.spec.model_dump_json(
+        include={"model", "model_options", "channels", "image_size", "stem"}
+    )
+
+    def features(split: Split) -> tuple[Rows, Labels]:
+        found = frozen_features(evaluator, runtime, built.network, split, architecture)
+        return found.numpy(), split.labels
+
+    train, validation = dataset.splits["train"], dataset.splits.get("val")
+    if len(train.labels) > MOST_IMAGES:
+        each = max(1, MOST_IMAGES // len(dataset.classes))
+        train = train.take(limited(train.labels, each, seed=0))
+    given = features(train)
+    held_out = None if validation is None else features(validation)
+    probe = runtime.share(fit(*given, held_out) if runtime.is_main else None)
+    assert probe is not None
+    with torch.no_grad():
+        classifier.weight.copy_(probe.weight)
+        if isinstance(classifier, nn.Linear):
+            classifier.bias.copy_(probe.bias)
+    return probe
+
+
+def fit(features: Rows, labels: Labels, validation: tuple[Rows, Labels] | None) -> Probe:
+    """Multinomial logistic regression by scikit-learn, of the strength with the most hits on held-out images; of equals
+    that with the lowest log loss.
+
+    features: `[N, V, d]`, V views of each image. labels: `[N]`; every class below the largest occurs.
+    validation: the same of held-out images, whose first view counts. Where it is missing or has fewer than FEW images a
+    class, training images are held out in turn as well.
+    """
+    classes = int(labels.max()) + 1
+    folds: list[Fold] = []
+    if validation is not None:
+        folds.append((features, labels, validation[0][:, 0], validation[1]))
+    if validation is None or len(validation[1]) < FEW * classes:
+        folds += _folds(features, labels)
+    if not folds:
+        return _fitted(features, labels, classes, USUAL)
+    best = max(STRENGTHS, key=lambda strength: _score(classes, strength, folds))
+    return _fitted(features, labels, classes, best)
+
+
+def _folds(features: Rows, labels: Labels) -> Iterator[Fold]:
+    """Cross-validation over at most MOST_TO_CHOOSE images; nothing where every class has a single image."""
+    from sklearn.model_selection import StratifiedKFold
+
+    classes = int(labels.max()) + 1
+    some = limited(labels, max(FOLDS, MOST_TO_CHOOSE // classes), seed=0)
+    features, labels = features[some], labels[some]
+    folds = min(FOLDS, int(np.bincount(labels).max()))
+    if folds < 2:
+        return
+    splitter = StratifiedKFold(folds, shuffle=True, random_state=0)
+    with warnings.catch_warnings(action="ignore"):  # about classes with fewer images than folds
+        parts = list(splitter.split(labels, labels))
+    for kept, held in parts:
+        yield features[kept], labels[kept], features[held][:, 0], labels[held]
+
+
+def _fitted(features: Rows, labels: Labels, classes: int, strength: float) -> Probe:
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    views = features.shape[1]
+    rows, own = features.reshape(-1, features.shape[-1]), np.repeat(labels, views)
+    model = LogisticRegression(C=strength, max_iter=ITERATIONS, tol=1e-3)
+    with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):
+        model.fit(rows, own)
+    weight, bias = model.coef_, model.intercept_
+    if len(model.classes_) == 2:  # one row, for the second class
+        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+    # A class without an image in a fold is as improbable as the most improbable one.
+    all_weights = torch.zeros(classes, rows.shape[1])
+    biases = torch.full((classes,), float(bias.min()))
+    all_weights[model.classes_] = torch.from_numpy(weight).float()
+    biases[model.classes_] = torch.from_numpy(bias).float()
+    return Probe(all_weights, biases, strength)
+
+
+def _score(classes: int, strength: float, folds: list[Fold]) -> tuple[int, float]:
+    """Hits on the held-out images, and minus the sum of their log losses."""
+    hits, losses = 0, 0.0
+    for features, labels, held_out, own in folds:
+        probe = _fitted(features, labels, classes, strength)
+        logits = torch.from_numpy(held_out) @ probe.weight.T + probe.bias
+        right = torch.from_numpy(own)
+        hits += int((logits.argmax(1) == right).sum())
+        losses += float(nn.functional.cross_entropy(logits, right, reduction="sum"))
+    return hits, -losses

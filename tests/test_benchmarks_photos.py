@@ -1,0 +1,82 @@
+"""The table of photos is made in pieces and says what is missed; plain fine-tuning learns; a search goes on."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from benchmarks import photo_search, photos, plain_finetuning
+from tests.training.test_photos import write_photo
+
+from nearkin.data.dataset import load_dataset
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """The runs that were made, instead of running them."""
+    runs = []
+
+    def run(root, cell, method, seed):
+        runs.append((cell, method, seed))
+        top1 = {"probe": 0.6, "default": 0.7 + 0.02 * seed, "plain": 0.5}[method]
+        values = (cell, method, seed, top1, top1, 10.0 + seed, "")
+        return dict(zip(photos.FIELDS, values, strict=True))
+
+    monkeypatch.setattr(photos, "RESULTS", tmp_path / "photos.csv")
+    monkeypatch.setattr(photos, "_run", run)
+    monkeypatch.setenv("NEARKIN_BENCH_PHOTOS", str(tmp_path))
+    return runs
+
+
+def test_what_is_there_is_not_run_again(made, monkeypatch):
+    monkeypatch.setenv("NEARKIN_BENCH_SEEDS", "1")
+    monkeypatch.setenv("NEARKIN_BENCH_METHODS", "probe")
+    photos.table()
+    assert made == [(cell, "probe", 0) for cell in photos.CELLS]
+    monkeypatch.setenv("NEARKIN_BENCH_METHODS", "probe,default")
+    photos.table()
+    assert made[4:] == [(cell, "default", 0) for cell in photos.CELLS]
+    monkeypatch.delenv("NEARKIN_BENCH_PHOTOS")
+    assert len(photos.table().rows) == 8
+    assert len(made) == 8
+
+
+def test_means_and_targets(made):
+    rows = {row.what: row for row in photos.table().rows}
+    five = rows["grocery81, 5 per class: default"]
+    assert (five.ratio, five.median) == (pytest.approx(72), pytest.approx(2))
+    assert (five.target, five.missed, five.runs, five.ours) == (69.0, False, 3, 12.0)
+    assert rows["grocery81, all: default"].missed
+    assert rows["clothing10, all: default"].target == pytest.approx(65)
+    assert rows["clothing10, all: plain"].target is None
+
+
+def test_a_search_appends_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(photo_search, "RESULTS", tmp_path / "search.csv")
+    monkeypatch.setenv("NEARKIN_BENCH_PHOTOS", str(tmp_path))
+    done = []
+
+    def run(root, data, images, name):
+        done.append((data, images, name))
+        values = ("nearkin", data, images or "all", 0, name, 0.5, 1.0, 2.0)
+        return dict(zip(photo_search.FIELDS, values, strict=True))
+
+    monkeypatch.setattr(photo_search, "_run", run)
+    monkeypatch.setattr(sys, "argv", ["photo_search", "default"])
+    photo_search.main()
+    monkeypatch.setattr(sys, "argv", ["photo_search", "default", "ce"])
+    photo_search.main()
+    assert [name for _, _, name in done] == ["default"] * 4 + ["ce"] * 4
+    assert len((tmp_path / "search.csv").read_text().splitlines()) == 9
+
+
+@pytest.mark.slow
+def test_plain_fine_tuning_learns(tmp_path, monkeypatch):
+    monkeypatch.setattr(plain_finetuning, "SIDE", 64)
+    for split, numbers in (("train", range(12)), ("val", range(12, 16))):
+        for label, kind in enumerate("abc"):
+            for number in numbers:
+                write_photo(tmp_path / split / kind / f"{number}.jpg", label, number)
+    data = load_dataset(str(tmp_path))
+    network = plain_finetuning.trained(data, 1e-3, seconds=20.0, seed=0, workers=0)
+    assert plain_finetuning.accuracy(network, data.splits["val"], 0) > 0.6

@@ -1,0 +1,127 @@
+"""What a run says while it trains: lines without a terminal, and what a duration is in words."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from nearkin.training import console
+from nearkin.training.console import Bar, duration
+
+
+class Log:
+    """In place of the journal."""
+
+    def __init__(self):
+        self.lines = []
+
+    def log(self, text):
+        self.lines.append(text)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that the test sets."""
+    now = [100.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    return now
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.2, "0 s"),
+        (40, "40 s"),
+        (60, "1 min"),
+        (12.4 * 60, "12 min"),
+        (59.4 * 60, "59 min"),
+        (3 * 3600 + 5 * 60, "3 h 5 min"),
+        (48 * 3600, "48 h 0 min"),
+    ],
+)
+def test_durations(seconds, words):
+    assert duration(seconds) == words
+
+
+def train(loss):
+    return {"kind": "train", "loss": loss}
+
+
+def validation(value, epoch=0, stage="joint", best=True):
+    record = {"kind": "validation", "metric": "val top-1", "value": value, "best": best}
+    return record | {"epoch": epoch, "stage": stage}
+
+
+def test_a_validation_is_a_line_with_rate_best_and_remaining_time(clock, capsys):
+    with Bar(40, 32, Log(), quiet=False, silent=False) as bar:
+        bar.update(0, validation(0.25, stage="probe"))
+        assert capsys.readouterr().err == "", "the probe has a sentence of its own"
+        clock[0] += 10.0
+        bar.update(10, train(1.23456))
+        assert capsys.readouterr().err == ""
+        clock[0] += 10.0
+        bar.update(20, validation(0.5))
+        clock[0] += 40.0
+        bar.update(30, validation(0.475, 1, best=False))
+        clock[0] += 20.0
+        bar.update(40, validation(0.6, 2))
+    assert capsys.readouterr().err.splitlines() == [
+        "joint epoch 1  step 20/40  loss 1.2346  val top-1 50.00 % (best 50.00 %)  32 images/s  20 s left",
+        "joint epoch 2  step 30/40  loss 1.2346  val top-1 47.50 % (best 50.00 %)  16 images/s  20 s left",
+        "joint epoch 3  step 40/40  loss 1.2346  val top-1 60.00 % (best 60.00 %)  16 images/s",
+    ]
+
+
+def test_the_rate_of_a_continued_run_counts_its_own_steps(clock, capsys):
+    with Bar(40, 32, Log(), quiet=False, silent=False) as bar:
+        bar.update(30, train(1.0))
+        clock[0] += 5.0
+        bar.update(35, validation(0.5))
+    assert "  32 images/s  5 s left\n" in capsys.readouterr().err
+
+
+def test_a_first_record_has_no_rate(clock, capsys):
+    with Bar(40, 32, Log(), quiet=False, silent=False) as bar:
+        bar.update(10, validation(0.5))
+    expected = "joint epoch 1  step 10/40  val top-1 50.00 % (best 50.00 %)\n"
+    assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize(
+    ("quiet", "silent", "expected"),
+    [
+        (False, False, ["said", "warning: warned"]),
+        (True, False, ["warning: warned"]),
+        (True, True, []),
+    ],
+)
+def test_what_is_shown_is_in_the_log_as_well(quiet, silent, expected, capsys):
+    log = Log()
+    with Bar(40, 32, log, quiet=quiet, silent=silent) as bar:
+        bar.say("said")
+        bar.warn("warned")
+        bar.update(10, validation(0.5))
+    shown = capsys.readouterr().err.splitlines()
+    assert shown[: len(expected)] == expected
+    assert len(shown) == len(expected) + (not quiet)
+    assert log.lines == ["said", "warning: warned"]
+
+
+def test_a_terminal_shows_the_same_beside_its_bar(clock, monkeypatch):
+    shown = []
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with Bar(40, 32, Log(), quiet=False, silent=False) as bar:
+        monkeypatch.setattr(bar._progress, "update", lambda _, **values: shown.append(values))
+        bar.update(0, validation(0.25, stage="probe"))
+        clock[0] += 10.0
+        bar.update(20, train(1.5))
+    assert shown == [
+        {"completed": 0, "rate": "", "loss": "", "value": "val top-1 25.00 % (best 25.00 %)"},
+        {
+            "completed": 20,
+            "rate": "64 images/s",
+            "loss": "loss 1.5000",
+            "value": "val top-1 25.00 % (best 25.00 %)",
+        },
+    ]

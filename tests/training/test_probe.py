@@ -1,0 +1,85 @@
+"""The probe: scikit-learn's logistic regression, its strength by held-out images, and how it starts a classifier."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+
+from nearkin.objectives import Objective, get
+from nearkin.training import probe as probe_module
+from nearkin.training.probe import FOLDS, ITERATIONS, STRENGTHS, USUAL, fit, readable
+
+
+def clouds(classes, each, dim=6, spread=1.0, seed=0, centres=7):
+    """Features `[N, 2, dim]` around one centre a class, and labels; the second view is a little off."""
+    rng = np.random.default_rng(seed)
+    middle = np.random.default_rng(centres).normal(size=(classes, dim)) * 2
+    labels = np.repeat(np.arange(classes), each)
+    first = middle[labels] + spread * rng.normal(size=(len(labels), dim))
+    views = np.stack([first, first + 0.1 * rng.normal(size=first.shape)], 1)
+    return views.astype(np.float32), labels
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_it_is_the_result_of_scikit_learn(classes):
+    features, labels = clouds(classes, 20)
+    held_out, own = clouds(classes, 30, seed=1)
+    probe = fit(features, labels, (held_out, own))
+    rows, twice = features.reshape(-1, 6), np.repeat(labels, 2)
+    model = LogisticRegression(C=probe.strength, max_iter=ITERATIONS, tol=1e-3).fit(rows, twice)
+    logits = torch.from_numpy(held_out[:, 0]) @ probe.weight.T + probe.bias
+    expected = model.predict_proba(held_out[:, 0])
+    np.testing.assert_allclose(logits.softmax(1).numpy(), expected, atol=1e-5)
+
+
+def test_the_strength_is_the_one_with_the_most_hits():
+    features, labels = clouds(4, 8, spread=2.5)
+    held_out, own = clouds(4, 50, spread=2.5, seed=1)
+    rows, twice = features.reshape(-1, 6), np.repeat(labels, 2)
+    hits = {}
+    for strength in STRENGTHS:
+        model = LogisticRegression(C=strength, max_iter=ITERATIONS, tol=1e-3).fit(rows, twice)
+        hits[strength] = int((model.predict(held_out[:, 0]) == own).sum())
+    assert len(set(hits.values())) > 1  # or any choice would do
+    chosen = fit(features, labels, (held_out, own)).strength
+    assert hits[chosen] == max(hits.values())
+
+
+@pytest.mark.parametrize(("each", "joined"), [(4, True), (5, False)])
+def test_few_validation_images_are_joined_by_cross_validation(each, joined, monkeypatch):
+    given = []
+
+    def scored(classes, strength, folds):
+        given.append(len(folds))
+        return 0, 0.0
+
+    monkeypatch.setattr(probe_module, "_score", scored)
+    features, labels = clouds(3, 12)
+    fit(features, labels, clouds(3, each, seed=2))
+    assert set(given) == {1 + FOLDS if joined else 1}
+
+
+def test_one_image_a_class_and_no_validation_takes_the_usual_strength():
+    features, labels = clouds(3, 1)
+    assert fit(features, labels, None).strength == USUAL
+
+
+def test_a_class_that_a_fold_lacks_is_improbable_there_but_learned_in_the_end():
+    features, labels = clouds(3, 6)
+    kept = np.flatnonzero((labels != 2) | (np.arange(len(labels)) == len(labels) - 1))
+    probe = fit(features[kept], labels[kept], None)
+    logits = torch.from_numpy(features[-1, 0]) @ probe.weight.T + probe.bias
+    assert logits.argmax() == 2
+
+
+OWN = {"cone"}  # its classifier reads the embedding, as published
+
+
+@pytest.mark.parametrize("name", sorted(Objective.registry))
+def test_every_objective_can_start_from_a_probe_where_its_classifier_reads_the_features(name):
+    fresh = get(name)(dim=8, classes=3)
+    assert (readable(fresh.heads) is None) == (name in OWN)
+    pretrained = get(name)(dim=8, classes=3, pretrained=True)
+    classifier = readable(pretrained.heads)
+    assert classifier is not None
+    assert classifier.weight.shape == (3, 8)
