@@ -20,6 +20,7 @@ MINUTES = 15.0  # without a GPU
 TUNED_OBJECTIVE = "supcon"
 TUNED_SIDE, TUNED_EVAL_SIDE = 160, 192  # without a GPU; random crops enlarge what they show
 TUNED_EPOCHS = 60
+TUNED_BATCH = 32
 TUNED_LR = 3e-4  # at a batch of 32; a third of it for networks with attention
 TUNED_HEAD_LR = 3.0
 TUNED_BLOCKS = (
@@ -95,7 +96,7 @@ def resolve_data(config: RunConfig, facts: DataFacts) -> DataSettings:
         "objective": objective,
         "model": PHOTO_MODEL if photos and pretrained else scratch,
         "image_size": size,
-        "batch_size": min(_batch_size(images), 32) if tuned else _batch_size(images),
+        "batch_size": _batch_size(images, TUNED_BATCH if tuned else None),
         "minutes": MINUTES if limited else 0.0,
         "augment": augment,
         "channels": channels,
@@ -246,11 +247,11 @@ def _fill(given: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     return given | {name: value for name, value in values.items() if given[name] == "auto"}
 
 
-def _batch_size(images: int) -> int:
-    """The power of two nearest N / 48, within 16 ... 128, never above N."""
+def _batch_size(images: int, wanted: int | None) -> int:
+    """The power of two nearest to `wanted`, by default N / 48, within 16 ... 128, never above N."""
     powers = [p for p in (1, 2, 4, 8, 16, 32, 64, 128) if p <= images]
     usual = [p for p in powers if p >= 16] or powers[-1:] or [1]
-    return min(usual, key=lambda power: abs(power - images / 48))
+    return min(usual, key=lambda power: abs(power - (wanted or images / 48)))
 
 
 def _lr(optimizer: str, config: DataSettings, pretrained: bool, attention: bool) -> float:

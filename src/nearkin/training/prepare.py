@@ -92,7 +92,8 @@ def prepare(
         say(str(planned), quiet)
         settings = planned.settings
     fix_parts(built.network, settings)
-    _warn_of_missing_positives(settings, built, train, quiet)
+    if config.sampler != "auto" or settings.sampler != "balanced":  # else there is nothing better
+        _warn_of_missing_positives(settings, built, train, quiet)
     return Prepared(settings, dataset, built, evaluator, _identity(settings, dataset))
 
 
