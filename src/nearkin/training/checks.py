@@ -53,9 +53,8 @@ def _check_batchnorm(settings: Settings, built: Built) -> None:
             raise ConfigError(
                 f"--accumulate {parts} cannot be exact for {settings.objective} with BatchNorm, which "
                 "would see one part at a time. Use a network without it (a transformer, or one with group norm) and "
-                "--objective.head-norm layer, --freeze-batchnorm or --freeze-backbone with trained weights, more processes, "
-                "or --batchnorm-by-parts, which "
-                "accepts other gradients."
+                "--objective.head-norm layer, --freeze-batchnorm or --freeze-backbone with trained weights, more "
+                "processes, or --batchnorm-by-parts, which accepts other gradients."
             )
 
 
