@@ -22,10 +22,8 @@ from nearkin.types import Progress
 
 RESERVE = 0.06  # share of the time for what is not measured: saving, and a machine that slows down
 ENOUGH = 10  # epochs; where fewer fit, fewer blocks learn
-STEPS, SECONDS = (
-    12,
-    5.0,
-)  # a measurement ends after so many steps, or after the first step past these seconds
+STEPS = 12  # at most, in a measurement
+SECONDS = 5.0  # after which it ends
 WARM = 2  # steps that do not count
 IMAGES = 128  # that are evaluated to measure validation
 
