@@ -9,7 +9,6 @@ split is not looked at. Rows with the source `prototype` come from a loop that w
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import subprocess
@@ -18,6 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from benchmarks.bench import append_row, read_rows
 
 RESULTS = Path("benchmarks/photo_search.csv")
 FIELDS = (
@@ -75,29 +76,13 @@ def main() -> None:
     root = Path(os.environ["NEARKIN_BENCH_PHOTOS"])
     for name in names:
         for data, images in DATA:
-            if not any(_is(row, data, images, name) for row in _rows()):
-                _append(_run(root, data, images, name))
+            if not any(_is(row, data, images, name) for row in read_rows(RESULTS)):
+                append_row(RESULTS, _run(root, data, images, name))
 
 
 def _is(row: dict[str, str], data: str, images: int | None, name: str) -> bool:
     given = row["source"], row["data"], row["images_per_class"], row["name"]
     return given == ("nearkin", data, str(images or "all"), name)
-
-
-def _rows() -> list[dict[str, str]]:
-    if not RESULTS.exists():
-        return []
-    with RESULTS.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def _append(row: dict[str, Any]) -> None:
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 def _run(root: Path, data: str, images: int | None, name: str, seed: int = 0) -> dict[str, Any]:

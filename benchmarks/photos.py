@@ -8,7 +8,6 @@ what is there is not run again, so the table can be made in pieces. NEARKIN_BENC
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import statistics
@@ -19,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bench import Row, Table
+from benchmarks.bench import Row, Table, append_row, read_rows
 
 RESULTS = Path("docs/data/photos.csv")
 FIELDS = ("cell", "method", "seed", "test_top1", "val_top1", "seconds", "detail")
@@ -43,8 +42,8 @@ def table() -> Table:
         for seed in seeds:
             for cell in CELLS:
                 for method in methods:
-                    if not any(_is(row, cell, method, seed) for row in _rows()):
-                        _append(_run(Path(root), cell, method, seed))
+                    if not any(_is(row, cell, method, seed) for row in read_rows(RESULTS)):
+                        append_row(RESULTS, _run(Path(root), cell, method, seed))
     return Table(
         "Photos",
         "test top-1 in %, mean over seeds, of whole processes on this machine; n = runs; medians = standard deviation",
@@ -54,22 +53,6 @@ def table() -> Table:
 
 def _is(row: dict[str, str], cell: str, method: str, seed: int) -> bool:
     return (row["cell"], row["method"], row["seed"]) == (cell, method, str(seed))
-
-
-def _rows() -> list[dict[str, str]]:
-    if not RESULTS.exists():
-        return []
-    with RESULTS.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def _append(row: dict[str, Any]) -> None:
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 def _run(root: Path, cell: str, method: str, seed: int) -> dict[str, Any]:
@@ -116,7 +99,7 @@ def _best(run: Path) -> float:
 def _shown(cell: str) -> list[Row]:
     rows, means = [], {}
     for method in METHODS:
-        found = [r for r in _rows() if (r["cell"], r["method"]) == (cell, method)]
+        found = [r for r in read_rows(RESULTS) if (r["cell"], r["method"]) == (cell, method)]
         if not found:
             continue
         values = [100 * float(r["test_top1"]) for r in found]

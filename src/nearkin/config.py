@@ -240,7 +240,10 @@ class RunConfig(BaseModel):
     compile: bool = option(False, "compile the backbone (torch.compile)")
 
     # The record.
-    out: Path | None = option(None, "run folder (must not exist); default runs/DATA-OBJECTIVE-DATE")
+    out: Path | None = option(
+        None,
+        "run folder (must not exist); default runs/DATA-DATE, with --objective runs/DATA-OBJECTIVE-DATE",
+    )
     log_every: Count = option(10, "steps between records in metrics.jsonl")
     save_minutes: Positive = option(5.0, "minutes between checkpoints")
     log_level: Literal["info", "warning", "error"] = option("info", "least text on stderr")
