@@ -136,6 +136,23 @@ def schane(z, labels, temperature, hardness, positives="mean"):
     return per_anchor(len(z), value)
 
 
+def sigsup(z, labels, log_scale, bias, normalise="positives"):
+    def value(i):
+        others = [j for j in range(len(z)) if j != i]
+        if not others:
+            return None
+        total = positives = 0.0
+        for j in others:
+            score = math.exp(log_scale) * float(z[i] @ z[j]) + bias
+            same = overlap(labels, i, labels, j)
+            total -= same * math.log(1 / (1 + math.exp(-score)))
+            total -= (1 - same) * math.log(1 / (1 + math.exp(score)))
+            positives += same
+        return total / max(1.0, positives) if normalise == "positives" else total
+
+    return per_anchor(len(z), value)
+
+
 def orthogonal_projection(z, labels, gamma):
     """One number."""
     pairs = [(i, j) for i in range(len(z)) for j in range(len(z)) if i != j]

@@ -178,7 +178,7 @@ def test_no_room_hides_a_public_function():
 
 def test_the_public_functions():
     expected = set(
-        "supcon_out supcon_in instance_nce sincere schane neighbour_nll neighbour_target consistency_kl "
+        "supcon_out supcon_in instance_nce sincere schane sigsup neighbour_nll neighbour_target consistency_kl "
         "symmetric_ce triplet_batch_hard cosface_logits arcface_logits gpaco varcon "
         "orthogonal_projection PerAnchor SoftPairs mean_valid cross_entropy soft_pairs".split()
     )

@@ -42,7 +42,8 @@ def objectives() -> dict[str, ObjectiveEntry]:
         for keyword in node.keywords:
             if keyword.arg == "name" and isinstance(keyword.value, ast.Constant):
                 summary = (ast.get_docstring(node) or "").partition("\n")[0]
-                options = tuple(_options(node, classes))
+                # Once each: a class may give an option of its base another default or description.
+                options = tuple(dict.fromkeys(_options(node, classes)))
                 found[str(keyword.value.value)] = ObjectiveEntry(summary, options)
     return dict(sorted(found.items()))
 

@@ -32,12 +32,15 @@ class Outputs(NamedTuple):
     embedding:  `[N, e]` the input of the classifier; the features unless a head writes it.
     projection: `[N, p]` output of a head for the contrastive loss only, or None.
     logits:     `[N, C]` class logits, or None in a stage without a classifier.
+    scale_bias: `[N, 2]` two learned numbers of a loss of pairs, log of the scale and bias, the same in every row, or
+        None. As rows they are gathered and back-propagated as all outputs are.
     """
 
     features: Tensor
     embedding: Tensor
     projection: Tensor | None
     logits: Tensor | None
+    scale_bias: Tensor | None = None
 
 
 class Loss(NamedTuple):

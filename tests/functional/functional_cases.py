@@ -1,5 +1,6 @@
 """Every public function on one common sample, so that a property can be tested on all of them."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -77,6 +78,14 @@ def _margin(function):
     return run
 
 
+def _sigsup(normalise):
+    def run(x, t, v=True):
+        scale_bias = {"log_scale": -math.log(t), "bias": -0.5 / t}
+        return F.sigsup(x.features, x.labels, **scale_bias, normalise=normalise, validate=v)
+
+    return run
+
+
 SOFT = {
     "supcon_out": lambda x, t, v=True: F.supcon_out(
         x.features, x.labels, temperature=t, validate=v
@@ -89,6 +98,8 @@ SOFT = {
     "schane_sum": lambda x, t, v=True: F.schane(
         x.features, x.labels, temperature=t, hardness=0.5, positives="sum", validate=v
     ),
+    "sigsup": _sigsup("positives"),
+    "sigsup_sum": _sigsup("none"),
     "neighbour_nll": lambda x, t, v=True: F.neighbour_nll(
         x.features, x.labels, x.bank, x.bank_labels, temperature=t, topk=6, mask=x.mask, validate=v
     ),

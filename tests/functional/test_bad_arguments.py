@@ -13,7 +13,7 @@ from nearkin import functional as F
 X = make([0, 0, 1, 1])
 NAMES = """PerAnchor SoftPairs arcface_logits arcface_margin binary_cross_entropy consistency_kl cosface_logits
 cosface_margin cosine_logits cross_entropy gpaco instance_nce instance_nce_bank mean_valid
-neighbour_nll neighbour_target orthogonal_projection schane sincere soft_pairs supcon_in supcon_out
+neighbour_nll neighbour_target orthogonal_projection schane sigsup sincere soft_pairs supcon_in supcon_out
 symmetric_ce triplet_batch_hard varcon""".split()
 
 
@@ -84,6 +84,7 @@ def test_a_setting_out_of_range(call, message):
         lambda: F.neighbour_nll(X.features, X.labels, X.bank[:, :3], X.bank_labels, **bank()),
         lambda: F.cosface_logits(X.features, X.weight.T, X.labels, margin=0.1, scale=1.0),
         lambda: F.instance_nce(X.features, X.features[:2], temperature=0.1),
+        lambda: F.sigsup(X.features, X.labels, log_scale=torch.zeros(4), bias=0.0),
     ],
 )
 def test_shapes_in_the_signatures_are_enforced_here(call):
@@ -141,6 +142,11 @@ ONE_ROW = torch.tensor([0])
             ),
             "positives is 'median'",
         ),
+        (
+            lambda: F.sigsup(X.features, X.labels, log_scale=1.0, bias=0.0, normalise="mean"),
+            "normalise is 'mean'",
+        ),
+        (lambda: F.sigsup(X.features, ONE_ROW, log_scale=1.0, bias=0.0), "labels .* 4 rows"),
     ],
 )
 def test_a_mistake_that_broadcasting_would_hide(call, message):

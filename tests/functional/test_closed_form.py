@@ -56,6 +56,38 @@ def test_sincere_of_constant_embeddings_counts_the_other_classes_only():
     assert values(F.sincere(CONSTANT, LABELS, temperature=T)) == near(*[large] * 4, *[small] * 2)
 
 
+def test_sigsup_of_classes_at_right_angles():
+    """Cosine 1 in a class and 0 between classes, with the scale and bias that SigLIP starts from."""
+    same, other = math.log(2), math.log1p(math.exp(-10))
+    sums = [3 * same + 2 * other] * 4 + [same + 4 * other] * 2
+    start = {"log_scale": math.log(10), "bias": -10.0}
+    assert values(F.sigsup(CORNERS, LABELS, **start, normalise="none")) == near(*sums)
+    means = [value / positives for value, positives in zip(sums, [3] * 4 + [1] * 2, strict=True)]
+    assert values(F.sigsup(CORNERS, LABELS, **start)) == near(*means)
+
+
+def test_sigsup_is_the_published_loss_where_each_anchor_has_one_positive():
+    rows, labels = CONSTANT[:4], torch.tensor([0, 0, 1, 1])
+    numbers = {"log_scale": 0.5, "bias": -1.0}
+    published = F.sigsup(rows, labels, **numbers, normalise="none")
+    assert torch.equal(F.sigsup(rows, labels, **numbers).value, published.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sigsup_of_extreme_scores_has_small_values_to_full_precision(dtype):
+    """At scores of 80 and -80 a difference of large numbers would give 0; at 10^5 nothing overflows."""
+    rows, small = CORNERS.to(dtype), math.exp(-80)
+    right = F.sigsup(rows, LABELS, log_scale=math.log(160), bias=-80.0)
+    expected = [(3 + 2) * small / 3] * 4 + [(1 + 4) * small] * 2
+    assert values(right) == pytest.approx(expected, rel=1e-4)
+    leaf = rows.clone().requires_grad_()
+    wrong = F.sigsup(leaf, LABELS, log_scale=math.log(2e5), bias=-3e5)
+    assert values(wrong) == pytest.approx([1e5] * 6, rel=1e-6)
+    (gradient,) = torch.autograd.grad(wrong.value.sum(), leaf)
+    assert gradient.isfinite().all()
+    assert gradient.abs().max() > 0
+
+
 @pytest.mark.parametrize("hardness", [0.0, 1.0, 3.0])
 def test_schane_of_constant_embeddings_does_not_depend_on_hardness(hardness):
     mean = F.schane(CONSTANT, LABELS, temperature=T, hardness=hardness)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from functional_cases import ALL, CLASSES, SOFT, differentiated, make, mixed
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 
 from nearkin import functional as F
 from nearkin.functional.metric import _against_centres, _centres
@@ -41,6 +41,21 @@ def test_soft_bank(name):
     x = make(SOFT_LABELS)
     stored = F.soft_pairs(mixed(x.bank_labels.clamp(min=0), range(len(x.bank)), 0.6))
     check(SOFT[name], x._replace(bank_labels=stored))
+
+
+@pytest.mark.parametrize("labels", [HARD_LABELS, SOFT_LABELS], ids=["hard", "soft"])
+@pytest.mark.parametrize("normalise", ["positives", "none"])
+def test_scale_and_bias_of_sigsup(labels, normalise):
+    x = make(labels)
+    numbers = (torch.tensor(n, dtype=torch.float64, requires_grad=True) for n in (1.5, -2.0))
+
+    def function(features, log_scale, bias):
+        options = {"log_scale": log_scale, "bias": bias, "normalise": normalise}
+        return F.sigsup(features, x.labels, **options).value
+
+    leaves = x.features.clone().requires_grad_(), *numbers
+    assert gradcheck(function, leaves)
+    assert gradgradcheck(function, leaves)
 
 
 def test_consistency_with_the_target_held_fixed():

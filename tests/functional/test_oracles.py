@@ -1,5 +1,7 @@
 """Every function against a loop written from its equation."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -53,6 +55,19 @@ def test_schane(name, t, hardness, positives):
     expected = oracles.schane(*arrays(x.features, x.labels), t, hardness, positives)
     result = F.schane(x.features, x.labels, temperature=t, hardness=hardness, positives=positives)
     agree(result, expected)
+
+
+@every_labels
+@pytest.mark.parametrize(("scale", "bias"), [(10.0, -10.0), (1.0, 0.0), (30.0, 4.0)])
+@pytest.mark.parametrize("normalise", ["positives", "none"])
+@pytest.mark.parametrize("learned", [False, True])
+def test_sigsup(name, scale, bias, normalise, learned):
+    x = make(LABELS[name])
+    numbers = {"log_scale": math.log(scale), "bias": bias}
+    expected = oracles.sigsup(*arrays(x.features, x.labels), *numbers.values(), normalise)
+    if learned:
+        numbers = {name: torch.tensor(n, dtype=torch.float64) for name, n in numbers.items()}
+    agree(F.sigsup(x.features, x.labels, **numbers, normalise=normalise), expected)
 
 
 @temperature

@@ -24,6 +24,7 @@ IN_PAIRS = {
         for h in (0.0, 0.7, 1.0, 2.5)
         for p in ("mean", "sum")
     },
+    "sigsup": lambda z, y, t: F.sigsup(z, y, log_scale=-math.log(t), bias=-0.5 / t),
     "instance_nce": lambda z, y, t: F.instance_nce(*z.chunk(2), temperature=t),
     "orthogonal_projection": lambda z, y, t: F.PerAnchor(
         F.orthogonal_projection(z, y, gamma=0.5)[None], torch.ones(1, dtype=torch.bool)
@@ -217,6 +218,20 @@ def test_4096_samples(name, kind):
         similarity[torch.arange(len(few)), few] = -torch.inf
         wanted = (similarity.logsumexp(1) - mean) * valid[few]
         torch.testing.assert_close(value[few].double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["some", "mixed"])
+def test_tiles_give_the_gradients_of_scale_and_bias(kind, small):
+    z, labels = rows_of(22), labels_of(kind, 22)
+
+    def gradients():
+        numbers = [torch.tensor(n, dtype=z.dtype, requires_grad=True) for n in (2.0, -3.0)]
+        losses = F.sigsup(z, labels, log_scale=numbers[0], bias=numbers[1])
+        return torch.autograd.grad(F.mean_valid(losses), numbers)
+
+    expected = gradients()
+    small("tiles")
+    torch.testing.assert_close(gradients(), expected, rtol=1e-12, atol=0)
 
 
 def test_large_batches_are_differentiated_once(small):

@@ -32,6 +32,16 @@ def test_a_triplet_needs_a_negative():
     ].any()
 
 
+@pytest.mark.parametrize("name", ["sigsup", "sigsup_sum"])
+@pytest.mark.parametrize("labels", [LONE, [1, 1, 1], [0, 1, 2, 3], [2]])
+def test_pairs_that_are_judged_alone_need_no_positive(name, labels):
+    """Only a sample without any other is invalid."""
+    result, gradients = differentiated(ALL[name], make(labels), 0.1)
+    assert result.valid.tolist() == [len(labels) > 1] * len(labels)
+    assert ((result.value > 0) == result.valid).all()
+    assert (gradients[0].abs().amax(1) > 0).tolist() == result.valid.tolist()
+
+
 @pytest.mark.parametrize("name", PER_SAMPLE)
 @pytest.mark.parametrize("labels", [LONE, [0], [1, 1, 1], [0, 1, 2, 3]])
 def test_what_is_per_sample_is_always_valid(name, labels):

@@ -16,6 +16,7 @@ from nearkin import functional as F
 from nearkin.bank import NeighbourBank
 from nearkin.objectives import get
 from nearkin.objectives.base import per_class
+from nearkin.training.optim import parameter_groups
 from nearkin.types import Batch, Outputs, Progress
 
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2, 3, 3])
@@ -28,7 +29,8 @@ def rows(count, width, seed=0):
 
 def outputs(count, seed=0):
     features, projection = rows(count, 6, seed), rows(count, 5, seed + 1)
-    return Outputs(features, features, projection, rows(count, 4, seed + 2))
+    numbers = torch.tensor([2.0, -3.0]).double().expand(count, 2)
+    return Outputs(features, features, projection, rows(count, 4, seed + 2), numbers)
 
 
 def batch(labels=LABELS, views=1):
@@ -57,6 +59,7 @@ def ce(logits, labels):
 
 JOINT = {
     "supcon": (0.5, lambda z, y: oracles.supcon_out(z, y, 0.1)),
+    "sigsup": (0.5, lambda z, y: oracles.sigsup(z, y, 2.0, -3.0)),
     "sincere": (0.5, lambda z, y: oracles.sincere(z, y, 0.1)),
     "varcon": (0.5, lambda z, y: oracles.varcon(z, y, 0.1, 0.02)),
 }
@@ -73,6 +76,25 @@ def test_joint_contrast_adds_its_term_to_cross_entropy(name):
     )
     assert float(found.terms[name]) == pytest.approx(contrast, rel=1e-6)
     assert int(found.counts["without_positive"]) == 0
+
+
+def test_sigsup_starts_as_siglip_and_learns_scale_and_bias():
+    """The numbers are a head: rows of it reach the loss, and weight decay leaves them out."""
+    objective = make("sigsup")
+    heads = {name: head.module for name, head in objective.heads.items()}
+    numbers = heads["scale"](rows(3, 6))
+    assert numbers.shape == (3, 2)
+    assert numbers[2].tolist() == pytest.approx([math.log(10), -10.0], rel=1e-6)
+    other = get("sigsup").Config(temperature=0.5, bias=2.0)
+    start = get("sigsup")(other, dim=6, classes=4).heads["scale"].module
+    assert start.log_scale.item() == pytest.approx(math.log(2))
+    assert start.bias.item() == 2
+
+    network = nn.ModuleDict({"backbone": nn.Linear(2, 2), "heads": nn.ModuleDict(heads)})
+    options = {"weight_decay": 0.1, "decay_all": False, "layer_decay": 1.0}
+    groups = parameter_groups(network, **options)
+    undecayed = {id(p) for group in groups if not group["weight_decay"] for p in group["params"]}
+    assert {id(p) for p in heads["scale"].parameters()} <= undecayed
 
 
 def test_anchors_without_a_positive_are_counted():

@@ -29,6 +29,12 @@ VARIANTS = {
     "gpaco": [{}, {"teacher_crop": "same", "smoothing": 0.1}, {"attach": "features"}],
     "sce": [{}, {"smoothing": 0.1}],
     "schane": [{}, {"hardness": 0.3, "positives": "sum"}, {"within": 4}, {"attach": "features"}],
+    "sigsup": [
+        {},
+        {"mode": "two-stage"},
+        {"normalise": "none", "views": 1},
+        {"bias": -2.0, "attach": "features"},
+    ],
     "sincere": [{}, {"views": 1}],
     "supcon": [
         {},
@@ -283,6 +289,11 @@ AT_COLLAPSE = {
     "opl": {"ce": math.log(CLASSES), "opl": 0.5},
     "sce": {"sce": 0.1 * math.log(CLASSES) - math.log(1e-4) * (1 - 1 / CLASSES)},
     "schane": {"ce": math.log(CLASSES), "schane": math.log(1 + STRANGERS)},
+    # Scale 10 and bias -10: every score is 0.
+    "sigsup": {
+        "ce": math.log(CLASSES),
+        "sigsup": (ROWS - 1) * math.log(2) / (2 * SAME - 1),
+    },
     "sincere": {"ce": math.log(CLASSES), "sincere": math.log(1 + STRANGERS)},
     "supcon": {"ce": math.log(CLASSES), "supcon": math.log(ROWS - 1)},
     "triplet": {"ce": math.log(CLASSES), "triplet": 0.2},
@@ -321,8 +332,8 @@ def test_what_is_contrasted_follows_from_the_weights_that_a_run_starts_from(name
 
 
 def test_objectives_that_contrast_have_the_option():
-    contrasting = {"attract-repulse", "cone", "gpaco", "schane", "sincere", "supcon", "varcon"}
-    assert contrasting <= set(ATTACHED)
+    contrasting = "attract-repulse cone gpaco schane sigsup sincere supcon varcon"
+    assert set(contrasting.split()) <= set(ATTACHED)
 
 
 def test_a_collapsed_bank_gives_its_mean_as_the_target():

@@ -193,6 +193,7 @@ SPLIT = {
     "ce": {},
     "supcon": LAYER_NORM,
     "schane": {"augment": "strong"},
+    "sigsup": LAYER_NORM,
     "gpaco": LAYER_NORM,
     "attract-repulse": LAYER_NORM,
     "triplet": {"objective.views": 2},

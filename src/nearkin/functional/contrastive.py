@@ -1,7 +1,8 @@
-"""Contrast between samples: SupCon in its two forms, SINCERE, SCHaNe, instance discrimination and GPaCo."""
+"""Contrast between samples: SupCon in its two forms, SINCERE, SCHaNe, sigmoid pairs, instances and GPaCo."""
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -34,7 +35,15 @@ from nearkin.functional._common import (
     shared_with_bank,
     usable_entries,
 )
-from nearkin.functional._pairs import Count, LogSum, Total, pair_sums, softplus_sum
+from nearkin.functional._pairs import (
+    Count,
+    LogSum,
+    Number,
+    Total,
+    pair_sums,
+    sigmoid_sum,
+    softplus_sum,
+)
 
 
 @full_precision
@@ -140,6 +149,47 @@ def schane(
     repulsion = steeper - weights + log_count(negative_count)
     value = F.softplus(repulsion - attraction).where(negative_count > 0, 0)
     return masked(value, positive_count > 0)
+
+
+@full_precision
+def sigsup(
+    features: Float[Tensor, "n d"],
+    labels: Labels,
+    *,
+    log_scale: Number,
+    bias: Number,
+    normalise: Literal["positives", "none"] = "positives",
+    validate: bool = True,
+) -> PerAnchor:
+    """Supervised contrast by pairs: each pair alone is classified as of one class or of two.
+
+        L_i  = 1/m_i sum_{j != i} a_ij softplus(-s_ij) + (1 - a_ij) softplus(s_ij)
+        s_ij = e^(log_scale) z_i . z_j + bias
+        m_i  = max(1, |P_i|), or 1 without normalisation,   |P_i| = sum_{j != i} a_ij
+
+    With hard labels a term is softplus(-s_ij) in a class and softplus(s_ij) between classes. Two views of an image are
+    a pair of one class. The gradient flows into log_scale and bias, which are meant to be learned.
+
+    features: `[N, d]` rows of unit length. labels: `[N]` integers or `[N, C]` rows that sum to 1. log_scale, bias: any
+    finite numbers, or tensors without dimensions; SigLIP starts them at log 10 and -10. normalise: "positives" keeps
+    the value independent of the number of images per class; "none" is the published sum.
+    Invalid: the only sample of a batch. Without a positive or a negative the other pairs remain, and it is valid.
+    Raises ValueError when normalise or the shape of labels is wrong.
+    Source: SigLIP (arXiv 2303.15343), algorithm 1, which sums over all pairs and divides by the batch size, with one
+    positive per anchor: there m_i is 1 as well. With labels: arXiv 2512.17954, whose term on style distances is left
+    out. Our choices: m_i for several positives, soft labels, and no pair of a sample with itself, which images and
+    texts do not have.
+    """
+    if normalise not in ("positives", "none"):
+        raise ValueError(f'normalise is {normalise!r} but must be "positives" or "none".')
+    check_labels(labels, len(features), validate=validate)
+    check_unit(validate, features=features)
+    scale = log_scale.exp() if isinstance(log_scale, Tensor) else math.exp(log_scale)
+    value = sigmoid_sum(features, labels, scale, bias)
+    if normalise == "positives":
+        (count,) = pair_sums(features, labels, 1.0, Count("positives"))
+        value = value / count.detach().clamp(min=1)
+    return masked(value, torch.full_like(value, len(features) > 1, dtype=torch.bool))
 
 
 def instance_nce(

@@ -8,7 +8,14 @@ from nearkin.network.backbone import (
     prefers_adamw,
 )
 from nearkin.network.batchnorm import SyncBatchNorm, synchronise_batchnorm
-from nearkin.network.heads import CosineClassifier, Head, Norm, projection_head, projection_sizes
+from nearkin.network.heads import (
+    CosineClassifier,
+    Head,
+    Norm,
+    ScaleBias,
+    projection_head,
+    projection_sizes,
+)
 from nearkin.network.keyed_dropout import KeyedDropout, KeyedDropPath, RandomKey, key_randomness
 from nearkin.network.layers import blocks_below_heads, layer_scales, names_layers
 from nearkin.network.network import Network
@@ -27,6 +34,7 @@ __all__ = [
     "Network",
     "Norm",
     "RandomKey",
+    "ScaleBias",
     "SyncBatchNorm",
     "blocks_below_heads",
     "build_backbone",

@@ -1,4 +1,4 @@
-"""Heads of a network: the projection of contrastive objectives, and a cosine classifier."""
+"""Heads of a network: the projection of contrastive objectives, learned scale and bias, a cosine classifier."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from nearkin.functional import cosine_logits
 
 Norm = Literal["batch", "layer", "none"]
-Slot = Literal["features", "embedding", "projection", "logits"]
+Slot = Literal["features", "embedding", "projection", "logits", "scale_bias"]
 
 
 class Head(NamedTuple):
@@ -51,3 +51,18 @@ class CosineClassifier(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return cosine_logits(features, self.weight, scale=self.scale)
+
+
+class ScaleBias(nn.Module):
+    """`[N, ...]` -> `[N, 2]`: the learned numbers log_scale and bias in every row, whatever the input.
+
+    They have no dimensions, so that weight decay leaves them out as it does other biases (`parameter_groups`).
+    """
+
+    def __init__(self, log_scale: float, bias: float) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.tensor(log_scale))
+        self.bias = nn.Parameter(torch.tensor(bias))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return torch.stack([self.log_scale, self.bias]).expand(len(rows), 2)

@@ -151,6 +151,7 @@ class Network(nn.Module):
             "embedding": features,
             "projection": None,
             "logits": None,
+            "scale_bias": None,
         }
         for name in self.active:
             reads, writes = self._slots[name]

@@ -17,6 +17,7 @@ from nearkin.objectives.gpaco import GPaCo
 from nearkin.objectives.margin import ArcFace, CosFace
 from nearkin.objectives.metric import OrthogonalProjection, Triplet
 from nearkin.objectives.schane import SCHaNe
+from nearkin.objectives.sigsup import SigSup
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
@@ -46,6 +47,7 @@ __all__ = [
     "Objective",
     "OrthogonalProjection",
     "SCHaNe",
+    "SigSup",
     "Sincere",
     "Stage",
     "SupCon",

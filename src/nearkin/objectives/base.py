@@ -225,12 +225,12 @@ def smoothed(labels: Tensor, classes: int, smoothing: float) -> Tensor:
 
 
 def _collapsed(outputs: Outputs) -> Outputs:
-    """Constant embeddings, equal logits."""
+    """Constant embeddings, equal logits; learned numbers stay."""
     constant: dict[str, Any] = {
         name: None if value is None else torch.full_like(value, float(name != "logits"))
         for name, value in outputs._asdict().items()
     }
-    return Outputs(**constant)
+    return Outputs(**constant)._replace(scale_bias=outputs.scale_bias)
 
 
 def unit(rows: Tensor) -> Tensor:

@@ -72,6 +72,10 @@ class Contrastive(Objective):
         """The contrastive losses of unit rows `[N, p]` with labels `[N]` or `[N, C]`."""
         raise NotImplementedError
 
+    def losses(self, student: Outputs, labels: Tensor) -> PerAnchor:
+        """The contrastive losses of the outputs; for a subclass that needs more of them than the unit rows."""
+        return self.contrast(unit(required(student.projection)), labels)
+
     def build(self, dim: int, classes: int) -> dict[str, Head]:
         sizes = self.config
         head = projection_head(dim, sizes.hidden, sizes.projection, norm=sizes.head_norm)
@@ -97,8 +101,8 @@ class Contrastive(Objective):
     ) -> Loss:
         if progress.stage == "linear":
             return combine(ce=(1.0, self._classification(batch, student)))
-        features = unit(required(student.projection))
-        losses = self.contrast(features, repeat_views(batch.labels, features))
+        rows = required(student.projection)
+        losses = self.losses(student, repeat_views(batch.labels, rows))
         if progress.stage == "contrast":
             loss = combine(**{self.term: (1.0, losses)})
         else:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from nearkin.functional._common import Labels
 from nearkin.functional._pairs import plain, tiled
-from nearkin.functional._pairs.plain import Count, LogSum, Term, Total
+from nearkin.functional._pairs.plain import Count, LogSum, Number, Term, Total
 
-__all__ = ["Count", "LogSum", "Total", "pair_sums", "softplus_sum"]
+__all__ = ["Count", "LogSum", "Number", "Total", "pair_sums", "sigmoid_sum", "softplus_sum"]
 
 LARGE = 512  # samples from which tiles are faster on a CPU (measured: docs/performance.md)
 LARGE_ON_GPU = 4096  # not measured: below, a matrix takes less than 64 MiB
@@ -45,6 +45,18 @@ def softplus_sum(
     if _tile_dtype(features, 0.0) is None:  # softplus cannot overflow
         return plain.softplus_sum(features, labels, temperature, level)
     return tiled.softplus_sum(features, labels, temperature, level)
+
+
+def sigmoid_sum(
+    features: Float[Tensor, "n d"], labels: Labels, scale: Number, bias: Number
+) -> Float[Tensor, " n"]:
+    """sum_{j != i} a_ij softplus(-s_ij) + (1 - a_ij) softplus(s_ij), `[N]`, with s = scale z z' + bias.
+
+    Differentiable in features, scale and bias, any number of times; else as `pair_sums`.
+    """
+    if _tile_dtype(features, 0.0) is None:  # softplus cannot overflow
+        return plain.sigmoid_sum(features, labels, scale, bias)
+    return tiled.sigmoid_sum(features, labels, scale, bias)
 
 
 def _tile_dtype(features: Tensor, steepness: float) -> torch.dtype | None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from nearkin.functional._common import Labels, log_sum, not_self, shared_classes
 
 Over = Literal["others", "positives", "negatives"]
+Number = float | Float[Tensor, ""]
 EXACT = 40.0  # beyond it softplus(x) = x to the last bit of float64
 
 
@@ -71,3 +72,18 @@ def softplus_sum(features: Tensor, labels: Labels, temperature: float, level: Te
     pairs = Pairs(features, labels, temperature)
     softplus = F.softplus(level[:, None] - pairs.similarity, threshold=EXACT)
     return (pairs.weights("positives") * softplus).sum(1)
+
+
+def sigmoid_sum(features: Tensor, labels: Labels, scale: Number, bias: Number) -> Tensor:
+    """As `nearkin.functional._pairs.sigmoid_sum`."""
+    pairs = Pairs(features, labels, 1.0)
+    return (pairs.other * binary_losses(scale * pairs.similarity + bias, pairs.positive)).sum(1)
+
+
+def binary_losses(scores: Tensor, positive: Tensor) -> Tensor:
+    """a softplus(-s) + (1 - a) softplus(s) of every pair.
+
+    Written as softplus(s) - a s, the small losses of pairs that are right would be differences of large numbers.
+    """
+    attraction, repulsion = (F.softplus(each, threshold=EXACT) for each in (-scores, scores))
+    return positive * attraction + (1 - positive) * repulsion

@@ -16,8 +16,8 @@ from nearkin.functional._common import (
     shared_classes,
 )
 from nearkin.functional._pairs.linear import linear_sum
-from nearkin.functional._pairs.plain import EXACT, LogSum, Term
-from nearkin.functional._pairs.tiles import Tile, Tiles
+from nearkin.functional._pairs.plain import EXACT, LogSum, Number, Term, binary_losses
+from nearkin.functional._pairs.tiles import Tile, Tiles, tile_shape
 
 
 def sums(
@@ -55,6 +55,37 @@ def _softplus_strip(
     positive.diagonal(rows.start - columns.start).zero_()  # a sample with itself
     softplus = F.softplus(level[rows, None] - z[rows] @ z[columns].T, threshold=EXACT)
     return (positive * softplus).sum(1)
+
+
+def sigmoid_sum(features: Tensor, labels: Labels, scale: Number, bias: Number) -> Tensor:
+    """As `nearkin.functional._pairs.sigmoid_sum`, from tiles of the whole matrix.
+
+    The triangle would halve the products, but takes a backward pass of its own, for scale and bias too.
+    """
+    labels, count = hard_if_known(labels), len(features)
+    height, width = tile_shape(features.device)
+    columns = [slice(at, min(at + height, count)) for at in range(0, count, height)]
+    strips = []
+    for at in range(0, count, width):
+        rows = slice(at, min(at + width, count))
+        parts = [
+            checkpoint(
+                _sigmoid_tile, features, labels, scale, bias, rows, each, use_reentrant=False
+            )
+            for each in columns
+        ]
+        strips.append(torch.stack(parts).sum(0))
+    return torch.cat(strips)
+
+
+def _sigmoid_tile(
+    z: Tensor, labels: Tensor, scale: Number, bias: Number, rows: slice, columns: slice
+) -> Tensor:
+    positive = shared_classes(labels[rows], labels[columns], z.dtype)
+    losses = binary_losses(scale * (z[rows] @ z[columns].T) + bias, positive)
+    own = torch.arange(rows.start, rows.stop, device=z.device)[:, None]
+    others = own != torch.arange(columns.start, columns.stop, device=z.device)
+    return (losses * others).sum(1)
 
 
 class _LogSums(torch.autograd.Function):

@@ -17,6 +17,11 @@ SHAPE = 2048, 256
 SHAPE_ON_GPU = 8192, 2048
 
 
+def tile_shape(device: torch.device) -> tuple[int, int]:
+    """Rows and columns of a tile on this device."""
+    return SHAPE if device.type == "cpu" else SHAPE_ON_GPU
+
+
 class Tile:
     """The similarities s_ij of the samples `rows` with the samples `cols`, whose first sample is not after the rows'.
 
@@ -111,7 +116,7 @@ class Tiles:
         self.z = self.sorted(features.detach()).mul_(self.scale)
         self.labels = self.sorted(labels.detach())
         self._memory: dict[str, Tensor] = {}
-        self._height, width = SHAPE if features.device.type == "cpu" else SHAPE_ON_GPU
+        self._height, width = tile_shape(features.device)
         count = len(features)
         self._cols = [slice(at, min(at + width, count)) for at in range(0, count, width)]
 
