@@ -33,7 +33,9 @@ FLOORS = [
     {"objectives"},
     {"data"},
     {"evaluation"},
+    {"report"},  # takes plain values, so that all that trains can use it
     {"training"},
+    {"comparison"},
     {"contrib"},
     {"cli"},
     {"__main__", "__init__"},
@@ -142,6 +144,7 @@ def test_nothing_runs_foreign_code():
 
 def test_the_public_names():
     assert sorted(nearkin.__all__) == [
+        "Comparison",
         "ConfigError",
         "DataError",
         "DivergedError",
@@ -153,6 +156,7 @@ def test_the_public_names():
         "Result",
         "Stopped",
         "__version__",
+        "compare",
         "evaluate",
         "fewshot",
         "predict",
@@ -197,6 +201,7 @@ HEAVY = (
     "PIL",
     "pydantic",
     "rich",
+    "jinja2",
 )
 
 

@@ -9,6 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from nearkin.comparison.api import compare
+    from nearkin.comparison.results import Comparison
     from nearkin.errors import (
         ConfigError,
         DataError,
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _NAMES = {
+    "nearkin.comparison.api": ("compare",),
+    "nearkin.comparison.results": ("Comparison",),
     "nearkin.training.api": ("train", "Result"),
     "nearkin.evaluation.evaluate": ("evaluate",),
     "nearkin.evaluation.predict": ("predict",),
@@ -35,6 +39,7 @@ _NAMES = {
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
+    "Comparison",
     "ConfigError",
     "DataError",
     "DivergedError",
@@ -46,6 +51,7 @@ __all__ = [
     "Result",
     "Stopped",
     "__version__",
+    "compare",
     "evaluate",
     "fewshot",
     "predict",

@@ -172,6 +172,7 @@ class RunConfig(BaseModel):
 
     # The data.
     val_split: Share = option(0.1, "share of train held out where no split exists")
+    split_seed: Seed | None = option(None, "seed of that split; by default the seed of the run")
     images_per_class: Count | None = option(None, "at most so many training images a class")
     bad_images: Literal["error", "skip"] = option(
         "error", "unreadable images stop the run, or are left out"
@@ -293,6 +294,28 @@ class EpisodeOptions(BaseModel):
     def needed(self) -> int:
         """Images that a class must have: those of its support and its queries."""
         return self.shots + self.queries
+
+
+class CompareOptions(BaseModel):
+    """What is compared, on which terms, and where it runs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    objectives: str = option(
+        "ce,supcon,cone",
+        "NAME[+ls|+ema][:OPTION=VALUE]..., separated by commas; ce is always there",
+    )
+    seeds: Count = option(5, "runs of each, at seeds from --seed on; three are the least")
+    budget: Literal["crops", "minutes"] = option(
+        "crops", "what is equal: crops of images that train the network, or --minutes"
+    )
+    match_head: bool = option(False, "give ce the projection head of cone")
+    tune: Natural = option(0, "trials to choose the options of each, on validation (needs Optuna)")
+    jobs: Count | Auto = option("auto", "runs at a time; auto: one a core, on a GPU one")
+    submit: Literal["no", "slurm", "ray"] = option(
+        "no", "a SLURM array or Ray tasks instead of processes on this machine"
+    )
+    pick: bool = option(False, "train the winner on validation once more, on train and validation")
 
 
 def validate(model: type[BaseModel], values: Mapping[str, Any], prefix: str = "") -> Any:

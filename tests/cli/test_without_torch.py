@@ -53,13 +53,25 @@ CASES = {
     "fewshot on missing data": (3, "nowhere", "fewshot done nowhere"),
     "import a missing file": (4, "nowhere.pth", "import-cone nowhere.pth"),
     "import nothing": (2, "Import which file?", "import-cone"),
+    "compare nothing": (2, "nothing to compare ce with", "compare photos --objectives ce"),
+    "compare an unknown objective": (2, "Did you mean cone?", "compare --objectives ce,kone"),
+    "compare, unknown rival": (2, "ce+ls (label smoothing)", "compare --objectives ce+sl"),
+    "compare, unknown option": (2, "Did you mean weight?", "compare --objectives supcon:weigth=1"),
+    "compare what is not fair": (2, "is the same for all", "compare --objectives ce:epochs=3"),
+    "compare with an objective": (2, "give --objectives", "compare --objective.weight 1"),
+    "compare, minutes missing": (2, "needs --minutes", "compare --budget minutes"),
+    "compare on missing data": (3, "nowhere", "compare nowhere"),
+    "compare in a folder of others": (2, "exists", "compare photos --out photos"),
     "list nothing": (2, "One of models, objectives, recipes", "list"),
     "list an unknown kind": (2, "Did you mean recipes?", "list recipe"),
     "list objectives": (0, "", "list objectives"),
     "list recipes": (0, "", "list recipes"),
     "version": (0, "", "--version"),
     **{f"help of {verb}": (0, "", f"{verb} --help") for verb in ("train", "evaluate", "predict")},
-    **{f"help of {verb}": (0, "", f"{verb} --help") for verb in ("fewshot", "import-cone", "list")},
+    **{
+        f"help of {verb}": (0, "", f"{verb} --help")
+        for verb in ("fewshot", "import-cone", "list", "compare")
+    },
 }
 PROGRAM = """
 import contextlib, io, json, sys

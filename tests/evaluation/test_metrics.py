@@ -309,7 +309,14 @@ def test_the_table_gives_every_text_and_number_back(tmp_path: Path) -> None:
     for row, label, values in zip(
         rows, given.labels.tolist(), given.probabilities.tolist(), strict=True
     ):
-        assert list(row) == ["path", "label", "predicted", "probability", "top5"]
+        assert list(row) == [
+            "path",
+            "label",
+            "label_probability",
+            "predicted",
+            "probability",
+            "top5",
+        ]
         ranking = sorted(range(7), key=lambda c: (-values[c], c))[:5]
         assert row["label"] == classes[label]
         assert row["predicted"] == classes[ranking[0]]

@@ -18,6 +18,7 @@ nearkin trains image classifiers that learn from their near kin: neighbours of t
 usage: nearkin VERB ...
 
   train     [DATA]            train a classifier, from images to a run folder
+  compare   [DATA]            several objectives on equal terms: does another one help on my data?
   evaluate  RUN... [DATA]     exact metrics of a trained model; several are an ensemble
   predict   RUN IMAGES...     classes of image files and folders, as CSV or JSON
   fewshot   RUN DATA          accuracy on classes that the model has not seen, from a few images of each
@@ -37,6 +38,7 @@ Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 bug, 2 co
 # Verb -> module. A module `list` would hide the builtin in this package.
 VERBS = {
     "train": "train",
+    "compare": "compare",
     "evaluate": "evaluate",
     "predict": "predict",
     "fewshot": "fewshot",

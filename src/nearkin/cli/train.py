@@ -27,7 +27,7 @@ With --objective NAME, --help shows its options as well."""
 @stop_handler(interrupt)
 def main(given: dict[str, Any]) -> int:
     keep_freed_memory()
-    given = _with_data(given)
+    given = with_data(given)
     as_json, quiet = given.pop("json", False), given.pop("quiet", False)
     print_config, resume = given.pop("print_config", False), given.pop("resume", None)
     values = merge(*(read_yaml(recipe_or_file(name)) for name in given.pop("config", [])), given)
@@ -68,7 +68,7 @@ def parser() -> Parser:
     return parser
 
 
-def _with_data(given: dict[str, Any]) -> dict[str, Any]:
+def with_data(given: dict[str, Any]) -> dict[str, Any]:
     """The options, with DATA as `data` whether it was given as a word or as --data."""
     if "word" not in given:
         return given

@@ -128,6 +128,7 @@ def load_dataset(
     *,
     channels: int | Literal["auto"] = "auto",
     val_split: float = 0.1,
+    split_seed: int | None = None,
     seed: int = 0,
     images_per_class: int | None = None,
     bad_images: BadPolicy = "error",
@@ -136,9 +137,9 @@ def load_dataset(
 ) -> Dataset:
     """The splits of DATA (see `nearkin.data.sources.resolve`) for training.
 
-    channels, val_split, seed, images_per_class: see `choose`. check: how files are looked at (see `look`); None trusts
-    them. bad_images: whether an unreadable image stops everything or is left out. classes: of a run to go on with;
-    those of the data must be among them.
+    channels, val_split, split_seed, seed, images_per_class: see `choose`. check: how files are looked at (see `look`);
+    None trusts them. bad_images: whether an unreadable image stops everything or is left out. classes: of a run to go
+    on with; those of the data must be among them.
 
     Raises BadImages (a DataError) for unreadable images; DataError for data that are missing or empty, for
     less than two classes, a class that train does not have, or no image to hold out; ConfigError for
@@ -149,6 +150,7 @@ def load_dataset(
         listing,
         channels=channels,
         val_split=val_split,
+        split_seed=split_seed,
         seed=seed,
         images_per_class=images_per_class,
     )
@@ -163,17 +165,18 @@ def choose(
     val_split: float,
     seed: int,
     images_per_class: int | None,
+    split_seed: int | None = None,
 ) -> Dataset:
     """The images that a run uses.
 
     channels: 1 or 3; auto is 1 for grey arrays and 3 for all else. val_split: share of train to hold out,
-    stratified, where the source has no val split; 0 = none. seed: of that choice and of `images_per_class`,
-    the most training images of a class, applied after it.
+    stratified, where the source has no val split; 0 = none. images_per_class: the most training images of a class,
+    chosen after that. seed: of both choices; split_seed: of the first, where it is given.
 
     Raises DataError without a train split, and when every class has a single image, so that none can be held out.
     """
     _choose("train", list(listing.parts), listing.data)
-    parts = hold_out(_opened(listing, channels), val_split, seed)
+    parts = hold_out(_opened(listing, channels), val_split, _split_seed(seed, split_seed))
     notes = listing.notes
     if images_per_class is not None:
         train = parts["train"]
@@ -262,6 +265,10 @@ def to_split(part: Split, classes: tuple[str, ...]) -> Split:
     return part._replace(labels=table[part.labels], classes=classes)
 
 
+def _split_seed(seed: int, given: int | None) -> int:
+    return seed if given is None else given
+
+
 def hold_out(parts: Mapping[str, Split], val_split: float, seed: int) -> dict[str, Split]:
     """The parts with a val split: their own, or a share of train; none where `val_split` is 0.
 
@@ -323,6 +330,7 @@ def load_for_evaluation(
     split: str | None = None,
     own: bool = True,
     val_split: float = 0.1,
+    split_seed: int | None = None,
     seed: int = 0,
     images_per_class: int | None = None,
     bad_images: BadPolicy = "error",
@@ -332,8 +340,8 @@ def load_for_evaluation(
 ) -> EvaluationSplit:
     """One split of DATA. split: by default test, else val.
 
-    own: DATA is what the model was trained on; then `val_split`, `seed` and `images_per_class` of that run
-    give its very splits again. Other data without splits are one split, test, as a whole.
+    own: DATA is what the model was trained on; then `val_split`, `split_seed`, `seed` and `images_per_class` of that
+    run give its very splits again. Other data without splits are one split, test, as a whole.
     classes: of the model; only those that the chosen split has need to be among them.
     check, ranks, quiet: as in `look`; only images of the split are looked at.
 
@@ -348,7 +356,7 @@ def load_for_evaluation(
     name = _choose(split, there, listing.data)
     parts = _opened(listing, channels)
     if carved and name in ("train", "val"):
-        parts = hold_out(parts, val_split, seed)
+        parts = hold_out(parts, val_split, _split_seed(seed, split_seed))
     if own and name == "train" and images_per_class is not None:
         train = parts["train"]
         parts["train"] = train.take(limited(train.labels, images_per_class, seed))

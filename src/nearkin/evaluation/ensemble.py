@@ -263,7 +263,7 @@ class Ensemble:
         self, member: Member, data: Listing | None, split: str | None
     ) -> tuple[EvaluationSplit, str]:
         """The split for a member and its `fingerprint`, read once for all members that need the same."""
-        own = ("val_split", "seed", "images_per_class") if data is None else ()
+        own = ("val_split", "split_seed", "seed", "images_per_class") if data is None else ()
         options = member.config.model_dump(include={"bad_images", *own}) | {
             "channels": member.bundle.description.spec.channels,
             "split": split,

@@ -163,7 +163,7 @@ def _unseen(
         split=protocol.split,
         own=own,
         bad_images=config.bad_images if own else protocol.bad_images,
-        **config.model_dump(include={"val_split", "seed", "images_per_class"}),
+        **config.model_dump(include={"val_split", "split_seed", "seed", "images_per_class"}),
         channels=bundle.description.spec.channels,
     )
     if not own and tuple(data.parts) == ("train",):
@@ -191,7 +191,9 @@ def _refuse_trained(split: Split, config: RunConfig, run: Path) -> tuple[str, ..
         return ()
     shown = printable(str(run))
     try:
-        options = config.model_dump(include={"channels", "val_split", "seed", "images_per_class"})
+        options = config.model_dump(
+            include={"channels", "val_split", "split_seed", "seed", "images_per_class"}
+        )
         # Without a check: of an unreadable file only the name is compared.
         trained = load_dataset(config.data, check=None, **options).splits["train"]
     except DataError:

@@ -120,23 +120,32 @@ def calibration_error(confidence: NDArray[np.float64], correct: NDArray[np.bool_
 def write_predictions(
     path: Path, predictions: Predictions, names: Sequence[str], classes: Sequence[str]
 ) -> None:
-    """Write a CSV: path, label, predicted, its probability, and top5 as JSON in a cell.
+    """Write a CSV: path, label, its probability, predicted, its probability, and top5 as JSON in a cell.
 
     names: the path of every row of the split; `predictions.index` picks from them. top5: up to five
     pairs `[class, probability]`, most probable first. Format as `write_csv`. Raises SaveFailed.
     """
-    columns = (predictions.index, predictions.labels, predictions.top, predictions.probabilities)
+    columns = (
+        predictions.index,
+        predictions.labels,
+        predictions.own,
+        predictions.top,
+        predictions.probabilities,
+    )
     rows = (
         (
             names[row],
             classes[label],
+            own,
             classes[top[0]],
             values[0],
             json.dumps([[classes[c], value] for c, value in zip(top, values, strict=True)]),
         )
-        for row, label, top, values in zip(*(c.tolist() for c in columns), strict=True)
+        for row, label, own, top, values in zip(*(c.tolist() for c in columns), strict=True)
     )
-    write_csv(path, ("path", "label", "predicted", "probability", "top5"), rows)
+    write_csv(
+        path, ("path", "label", "label_probability", "predicted", "probability", "top5"), rows
+    )
 
 
 def write_tables(folder: Path, name: str, metrics: Metrics) -> tuple[Path, Path]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
+from torch import nn
+
 from nearkin.config import AutoAmount, option
 from nearkin.functional import binary_cross_entropy, symmetric_ce
-from nearkin.objectives.base import Objective, combine, required, smoothed
+from nearkin.network import Head, projection_head, projection_sizes
+from nearkin.objectives.base import Objective, Stage, combine, required, smoothed
 from nearkin.types import Batch, Facts, Loss, Outputs, Progress
 
 FEW_CLASSES = 30  # between the two published presets of the symmetric form
@@ -16,7 +19,8 @@ FEW_CLASSES = 30  # between the two published presets of the symmetric form
 class CrossEntropy(Objective, name="ce"):
     """Cross-entropy of a softmax, or binary per class: the baseline (arXiv 2110.00476).
 
-    total = CE(logits, labels). Heads: one linear classifier on the pooled features.
+    total = CE(logits, labels). Heads: one linear classifier on the pooled features, or on the embedding of cone's
+    projection, which shows how much of a gain the head alone would give.
     """
 
     class Config(Objective.Config):
@@ -25,8 +29,23 @@ class CrossEntropy(Objective, name="ce"):
         loss: Literal["softmax", "bce"] = option(
             "softmax", "classes compete, or each is a yes-or-no question"
         )
+        classifier: Literal["features", "embedding"] = option(
+            "features", "what it reads: the features, or the embedding of a projection as in cone"
+        )
 
     config: Config
+
+    def build(self, dim: int, classes: int) -> dict[str, Head]:
+        if self.config.classifier == "features":
+            return super().build(dim, classes)
+        hidden, width = projection_sizes(dim)
+        return {
+            "projection": Head(projection_head(dim, hidden, width), "features", "embedding"),
+            "classifier": Head(nn.Linear(width, classes), reads="embedding", writes="logits"),
+        }
+
+    def stages(self) -> tuple[Stage, ...]:
+        return (Stage("classify", 1.0, heads=tuple(self.heads)),)
 
     def forward(
         self, batch: Batch, student: Outputs, teacher: Outputs | None, progress: Progress

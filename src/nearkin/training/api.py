@@ -60,7 +60,7 @@ def start_run(values: Mapping[str, Any], *, quiet: bool) -> Result:
     started = time.monotonic()
     exit_if_importing_main()
     config, listing = checked_options(values)
-    with _runtime(config) as runtime:
+    with running(config) as runtime:
         from nearkin.data.look import BadImages
         from nearkin.training.prepare import prepare
         from nearkin.training.trainer import Trainer
@@ -93,7 +93,7 @@ def continue_run(run: Path, values: Mapping[str, Any], *, quiet: bool) -> Result
     if finished:
         return _finished(run, quiet)
 
-    with _runtime(settings) as runtime:
+    with running(settings) as runtime:
         from nearkin.training.prepare import prepare
         from nearkin.training.trainer import Trainer
 
@@ -121,7 +121,7 @@ def _finished(run: Path, quiet: bool) -> Result:
 def resolved(values: Mapping[str, Any]) -> Settings:
     """The settings that `start_run` would use."""
     config, listing = checked_options(values)
-    with _runtime(config) as runtime:
+    with running(config) as runtime:
         from nearkin.training.prepare import prepare
 
         return prepare(config, runtime, listing=listing, look=False).settings
@@ -183,7 +183,7 @@ def _with_changes(stored: Settings, run: Path, values: Mapping[str, Any]) -> Set
 
 
 @contextmanager
-def _runtime(config: RunConfig) -> Iterator[Runtime]:
+def running(config: RunConfig) -> Iterator[Runtime]:
     """The processes of the run. A RuntimeError of torch becomes one sentence that says what to do."""
     from nearkin.distributed import Runtime, choose_device, choose_precision
 

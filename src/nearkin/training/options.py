@@ -33,6 +33,7 @@ class TrainOptions(TypedDict, total=False):
     freeze_batchnorm: bool | Auto
     freeze_backbone: bool
     val_split: float
+    split_seed: int | None
     images_per_class: int | None
     bad_images: Literal["error", "skip"]
     check: Literal["auto", "full", "headers"]

@@ -192,6 +192,7 @@ def _load(config: RunConfig, runtime: Runtime, listing: Listing | None) -> Datas
             listing or list_data(config.data),
             channels=config.channels,
             val_split=config.val_split,
+            split_seed=config.split_seed,
             seed=config.seed,
             images_per_class=config.images_per_class,
         )

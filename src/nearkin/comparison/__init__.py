@@ -1,0 +1,1 @@
+"""`nearkin compare`: objectives trained on equal terms, and whether their differences are more than chance."""

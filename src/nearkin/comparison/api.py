@@ -1,0 +1,309 @@
+"""`nearkin.compare`: from options to finished runs, their statistics and the files that show them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Unpack
+
+import yaml
+
+from nearkin.comparison.entries import Entry, parse
+from nearkin.config import Auto, CompareOptions, RunConfig, read_yaml, to_yaml, validate
+from nearkin.errors import ConfigError, Stopped, counted, printable
+from nearkin.files import write_atomic
+from nearkin.process import cores, exit_if_importing_main, launched
+from nearkin.training import run_folder
+from nearkin.training.api import checked_options, running
+from nearkin.training.console import duration, say
+
+if TYPE_CHECKING:
+    from nearkin.comparison.plan import Job, Terms
+    from nearkin.comparison.results import Comparison
+    from nearkin.data.sources.listing import Listing
+    from nearkin.training.options import TrainOptions
+
+REQUEST = "compare.yaml"
+RUNS = "runs"
+SPLIT = "split.csv"
+ROOM = 2 << 30  # bytes of memory for each run on a CPU
+FREE = ("jobs", "submit", "seeds", "objectives", "pick")  # what a later call may change
+
+
+class Request(NamedTuple):
+    """A comparison as it was asked for. values: flat options of every run, without objective, seed and out."""
+
+    options: CompareOptions
+    entries: tuple[Entry, ...]
+    values: dict[str, Any]
+    seed: int
+
+    @property
+    def seeds(self) -> range:
+        return range(self.seed, self.seed + self.options.seeds)
+
+
+def compare(
+    data: str | Path | None = None,
+    objectives: str | Sequence[str] = "ce,supcon,cone",
+    *,
+    seeds: int = 5,
+    budget: Literal["crops", "minutes"] = "crops",
+    match_head: bool = False,
+    tune: int = 0,
+    jobs: int | Auto = "auto",
+    submit: Literal["no", "slurm", "ray"] = "no",
+    pick: bool = False,
+    quiet: bool = True,
+    **options: Unpack[TrainOptions],
+) -> Comparison:
+    """Train several objectives on equal terms, and say whether their differences are more than chance.
+
+    objectives: names, each with its options (`supcon:weight=1:lr=1e-3`), or `ce+ls` and `ce+ema`; `ce` is added. Other
+    arguments: as on the command line (`nearkin compare --help`). options: of every run; `out` is the folder of the
+    comparison, and a folder of an earlier call goes on: finished runs stay, seeds and objectives may be added.
+
+    Raises the errors of `nearkin.errors`. A run that fails is part of the result and raises nothing.
+    """
+    names = objectives if isinstance(objectives, str) else ",".join(objectives)
+    asked = {"objectives": names, "seeds": seeds, "budget": budget, "match_head": match_head}
+    asked |= {"tune": tune, "jobs": jobs, "submit": submit, "pick": pick}
+    values = dict(options) | ({} if data is None else {"data": str(data)})
+    return compare_options(asked, values, quiet=quiet)
+
+
+def compare_options(
+    asked: Mapping[str, Any], values: Mapping[str, Any], *, quiet: bool
+) -> Comparison:
+    """As `compare`, from the flat options of `CompareOptions` and of `RunConfig`."""
+    exit_if_importing_main()
+    if launched().world_size > 1:
+        raise ConfigError(
+            "compare starts processes of its own; run it without torchrun or srun, or with --submit slurm."
+        )
+    request, out = _request(asked, values)
+    config, listing = checked_options(request.values | {"objective": "ce"})
+    folder, known = _folder(out, config.data, request)
+    try:
+        planned = _plan(folder, config, listing, request, quiet)
+    except BaseException:
+        if not known:  # nothing has run in it
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    if not known:
+        _write_request(folder, request)
+    if request.options.tune:
+        from nearkin.comparison.tuning import tuned
+
+        number = at_a_time(request.options.jobs, request.options.tune, planned.device)
+        planned = planned._replace(terms=tuned(folder, planned, request, number, quiet=quiet))
+    from nearkin.comparison.plan import jobs
+    from nearkin.comparison.results import collect
+    from nearkin.comparison.tables import write
+
+    every = jobs(planned.terms, planned.values, request.seeds)
+    _write_jobs(folder / RUNS, every)
+    _run_all(folder, every, request.options, planned.device, quiet)
+    found = collect(
+        folder,
+        planned.terms,
+        every,
+        data=config.data,
+        equal=_equal(request, planned.terms),
+        notes=planned.notes,
+    )
+    if request.options.pick and all(run.state != "waiting" for run in found.runs):
+        from nearkin.comparison.pick import pick
+
+        found = pick(found, planned, request, quiet=quiet)
+    write(found)
+    return found
+
+
+class Planned(NamedTuple):
+    """values: flat options of every run, with the data that are used. device: its type. notes: for a person."""
+
+    terms: tuple[Terms, ...]
+    values: dict[str, Any]
+    device: str
+    notes: tuple[str, ...]
+
+
+def _plan(
+    folder: Path, config: RunConfig, listing: Listing | None, request: Request, quiet: bool
+) -> Planned:
+    """The terms of all entries, on data with a test split."""
+    from nearkin.comparison.plan import terms
+    from nearkin.comparison.splits import with_test
+
+    (folder / RUNS).mkdir(exist_ok=True)
+    table, values, notes = folder / SPLIT, request.values, tuple[str, ...]()
+    if table.exists() or (listing is not None and with_test(listing, table)):
+        values = values | {"data": str(table)}
+        note = f"{config.data} has no test split: a fifth of its training images is held out, see {table}"
+        notes = (note,)
+        say(f"note: {note}", quiet)
+    with running(config) as runtime:
+        found = terms(
+            request.entries,
+            values,
+            budget=request.options.budget,
+            seed=request.seed,
+            runtime=runtime,
+            quiet=quiet,
+        )
+        return Planned(found, values, runtime.device.type, notes)
+
+
+def _request(asked: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[Request, Path | None]:
+    options: CompareOptions = validate(CompareOptions, asked)
+    for name in values:
+        if name == "objective" or name.startswith("objective."):
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is not for compare; give --objectives, with options as in "
+                "supcon:weight=1."
+            )
+    own = {name: value for name, value in values.items() if name not in ("out", "seed")}
+    config: RunConfig = validate(RunConfig, values)
+    if options.budget == "minutes" and "minutes" not in own:
+        raise ConfigError("--budget minutes needs --minutes, the time of each run.")
+    if options.budget == "crops" and config.minutes not in ("auto", 0):
+        raise ConfigError("--minutes needs --budget minutes; with equal crops use --epochs.")
+    if options.budget == "crops":
+        own["minutes"] = 0.0
+    own.setdefault("split_seed", config.seed)  # the same validation images for all seeds
+    if options.tune and find_spec("optuna") is None:
+        raise ConfigError("--tune needs Optuna; run: pip install 'nearkin[tune]'.")
+    if options.submit == "ray" and find_spec("ray") is None:
+        raise ConfigError("--submit ray needs Ray; run: pip install 'nearkin[ray]'.")
+    entries = parse(options.objectives.split(","), match_head=options.match_head)
+    return Request(options, entries, own, config.seed), config.out
+
+
+def _folder(out: Path | None, data: str, request: Request) -> tuple[Path, bool]:
+    """The folder of the comparison, and whether it is one that goes on. Raises ConfigError."""
+    if out is None or not (out / REQUEST).is_file():
+        return run_folder.create(out, data=data, objective="compare"), False
+    stored, now = read_yaml(out / REQUEST), _described(request)
+    changed = [name for name in stored | now if stored.get(name) != now.get(name)]
+    changed = [name for name in changed if name not in FREE]
+    if changed:
+        shown = ", ".join(f"{n} ({stored.get(n)} -> {now.get(n)})" for n in sorted(changed))
+        raise ConfigError(
+            f"{printable(str(out))} holds a comparison with other options: {printable(shown)}; give them as they "
+            "were, or another --out."
+        )
+    return out, True
+
+
+def _described(request: Request) -> dict[str, Any]:
+    """The request as plain values."""
+    values = {k: str(v) if isinstance(v, Path) else v for k, v in request.values.items()}
+    values = values | request.options.model_dump() | {"seed": request.seed}
+    read: dict[str, Any] = yaml.safe_load(yaml.safe_dump(values))
+    return read
+
+
+def _write_request(folder: Path, request: Request) -> None:
+    text = yaml.safe_dump(_described(request), sort_keys=False, allow_unicode=True)
+    write_atomic(folder / REQUEST, text.encode())
+
+
+def _write_jobs(folder: Path, jobs: Sequence[Job]) -> None:
+    """Write the options of each run. Raises ConfigError where a run that has begun had others."""
+    for job in jobs:
+        path, text = folder / f"{job.name}.yaml", to_yaml(job.config, given=True)
+        other = path.exists() and path.read_text(encoding="utf-8") != text
+        if other and (folder / job.name).exists():
+            raise ConfigError(
+                f"The terms of {printable(job.entry.name)} are no longer those of the runs in "
+                f"{printable(str(folder))}; give another --out."
+            )
+        write_atomic(path, text.encode())
+
+
+def _run_all(
+    folder: Path, jobs: Sequence[Job], options: CompareOptions, device: str, quiet: bool
+) -> None:
+    """Run what is not finished; on a SLURM cluster, only submit it."""
+    from nearkin.comparison import launch
+
+    runs = folder / RUNS
+    names = [job.name for job in jobs if run_folder.stored_state(runs / job.name) != "finished"]
+    if not names:
+        return
+    number = at_a_time(options.jobs, len(names), device)
+    said = f"{counted(len(names), 'run')} of {len(jobs)}"
+    if options.submit == "slurm":
+        limit = None if options.jobs == "auto" else options.jobs
+        say(f"{said}: {launch.slurm(runs, names, limit)}", quiet)
+        say("give the same command again when they have ended", quiet)
+        return
+    say(f"{said}, {number} at a time -> {folder}", quiet)
+    began, ended = time.monotonic(), list[str]()
+
+    def end(name: str, code: int) -> None:
+        ended.append(name)
+        each = (time.monotonic() - began) / len(ended)
+        left = duration(each * (len(names) - len(ended)))
+        say(f"[{len(ended)}/{len(names)}] {outcome(runs, name, code)}  {left} left", quiet)
+
+    if options.submit == "ray":
+        launch.ray(runs, names, end)
+    else:
+        try:
+            launch.local(runs, names, number, end)
+        except Stopped as error:
+            raise Stopped(f"{error} It is in {folder}: --out {folder}") from None
+
+
+def outcome(runs: Path, name: str, code: int) -> str:
+    """How a run ended, in words."""
+    from nearkin.evaluation.model import read_description
+
+    if code == 0:
+        metrics = read_description(runs / name).metrics
+        return f"{name}  {metrics['split']} top-1 {100 * metrics['top1']:.2f} %"
+    try:
+        reason = (runs / f"{name}.error").read_text(encoding="utf-8").strip()
+    except OSError:
+        reason = "saved" if code == Stopped.code else f"it ended with {code}"
+    return f"{name}  failed: {reason}"
+
+
+def at_a_time(jobs: int | Auto, runs: int, device: str) -> int:
+    """How many runs train together: on a CPU one for each core, as far as the memory goes; else one."""
+    if jobs != "auto":
+        return min(jobs, runs)
+    if device != "cpu":
+        return 1
+    room = runs
+    if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        room = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ROOM
+    return max(1, min(runs, cores(), room))
+
+
+def _equal(request: Request, terms: Sequence[Terms]) -> dict[str, str]:
+    """What was the same for all, in words."""
+    first, options = terms[0].settings, request.options
+    if options.budget == "crops":
+        epochs = terms[0].epochs or 0
+        budget = f"{terms[0].crops(epochs):,} crops through the network ({counted(epochs, 'epoch')} of ce)"
+    else:
+        budget = f"{request.values['minutes']} minutes"
+    from nearkin.training.trainer import origin
+
+    sampler = terms[1].options.get("sampler", terms[1].settings.sampler)
+    return {
+        "budget": budget,
+        "network": f"{first.model}, {origin(first)}, the same weights at the same seed",
+        "images": f"{first.image_size} px to train, {first.eval_size} px to evaluate, batches of {first.batch_size}",
+        "augmentation": f"{first.augment}, the same draws at the same seed",
+        "order": f"{sampler}, the same at the same seed",
+        "test": "never looked at before the end of a run",
+        "validation": "chose the best epoch of each run",
+    }

@@ -1,0 +1,86 @@
+"""`--pick`: the winner by validation, trained once more on training and validation images."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nearkin.comparison import launch
+from nearkin.comparison.plan import Job, jobs
+from nearkin.comparison.results import Comparison, Scores, contrasts
+from nearkin.comparison.splits import with_validation_in_training
+from nearkin.config import to_yaml
+from nearkin.data.sources.resolve import resolve
+from nearkin.errors import NearkinError, printable
+from nearkin.files import write_atomic
+from nearkin.training import run_folder
+from nearkin.training.console import say
+
+if TYPE_CHECKING:
+    from nearkin.comparison.api import Planned, Request
+
+NAME = "picked"
+TABLE = "picked.csv"
+
+
+def pick(comparison: Comparison, planned: Planned, request: Request, *, quiet: bool) -> Comparison:
+    """The comparison with its winner trained: the entry with the largest difference among those that are better than
+    cross-entropy on the validation images, by the same statistics; cross-entropy where none is.
+
+    Raises NearkinError when the run fails.
+    """
+    winner = _winner(comparison)
+    term = next(each for each in planned.terms if each.entry.name == winner)
+    folder = comparison.folder
+    options: dict[str, Any] = planned.values | {"val_split": 0.0}
+    if with_validation_in_training(resolve(str(options.get("data", "digits"))), folder / TABLE):
+        options["data"] = str(folder / TABLE)
+    job: Job = jobs([term], options, [request.seed])[0]
+    name = f"{NAME}-{term.entry.folder}"
+    write_atomic(folder / f"{name}.yaml", to_yaml(job.config, given=True).encode())
+    if run_folder.stored_state(folder / name) != "finished":
+        say(f"picked on validation: {winner}; training it on train and validation", quiet)
+        ended: list[int] = []
+        launch.local(folder, [name], 1, lambda _, code: ended.append(code))
+        if ended[0]:
+            error = (folder / f"{name}.error").read_text(encoding="utf-8").strip()
+            raise NearkinError(f"The run {printable(str(folder / name))} failed: {error}")
+    return replace(comparison, picked=(winner, str(folder / name)))
+
+
+def _winner(comparison: Comparison) -> str:
+    scores = {
+        (run.entry, run.seed): _validation(comparison.folder / run.folder)
+        for run in comparison.runs
+        if run.state == "finished"
+    }
+    better = [
+        each
+        for each in contrasts(scores, comparison.baseline)
+        if each.measure == "top1" and each.verdict == "better"
+    ]
+    best = max(better, key=lambda each: each.difference, default=None)
+    return comparison.baseline if best is None else best.entry
+
+
+def _validation(run: Path) -> Scores:
+    """The predictions of a run for its validation images, which the run folder keeps."""
+    from nearkin.distributed import Runtime
+    from nearkin.evaluation.ensemble import Ensemble, load_members
+
+    with Runtime(device="cpu", precision="fp32") as runtime:
+        members = load_members([run], runtime.device)
+        ensemble = Ensemble(members, runtime, tta="none", workers=0, cache=True)
+        found = ensemble.predict(None, "val")
+    predictions, names = found.whole, ensemble.classes
+    labels, top = predictions.labels.numpy(), predictions.top[:, 0].numpy()
+    images = found.split.images
+    return Scores(
+        tuple(images.name(int(row)) for row in predictions.index),
+        tuple(names[label] for label in labels),
+        tuple(names[label] for label in top),
+        np.asarray(predictions.own.double().numpy()),
+    )

@@ -1,0 +1,187 @@
+"""Equal terms for all entries: the same split, images, order, augmentation, first weights and budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from nearkin.comparison.entries import BASELINE, Entry
+from nearkin.config import RunConfig, merge, validate
+from nearkin.distributed import Runtime
+from nearkin.errors import ConfigError, printable
+from nearkin.evaluation.model import Built
+from nearkin.objectives import Stage
+from nearkin.settings import Settings
+from nearkin.training.console import say
+from nearkin.training.loop import legs
+from nearkin.training.prepare import Prepared, prepare
+
+Budget = Literal["crops", "minutes"]
+MEMORY = 20  # an averaged copy remembers a twentieth of the steps
+# Where `auto` depends on the objective, the value of the baseline holds for all that do not name their own.
+ALIKE = (
+    *("model", "model_options", "pretrained", "stem", "image_size", "channels", "blocks"),
+    *("freeze_batchnorm", "batch_size", "augment", "crop_scale", "randaugment", "jitter"),
+    *("jitter_prob", "grey_prob", "erasing", "flip", "mixup", "cutmix", "eval_size", "eval_crop"),
+    *("cache", "decode", "per_class", "repeats"),
+)
+
+
+class Job(NamedTuple):
+    """One run of the comparison."""
+
+    entry: Entry
+    seed: int
+    config: RunConfig
+
+    @property
+    def name(self) -> str:
+        """The name of its run folder."""
+        return f"{self.entry.folder}-seed{self.seed}"
+
+
+class Terms(NamedTuple):
+    """What an entry gets. options: its own, and those that make it equal to the others. epochs: those that fit the
+    budget; None where minutes are equal. weights: parameters that inference needs. settings: of the first seed."""
+
+    entry: Entry
+    options: dict[str, Any]
+    epochs: int | None
+    stages: tuple[Stage, ...]
+    steps_per_epoch: int
+    weights: int
+    settings: Settings
+
+    def crops(self, epochs: int) -> int:
+        """Crops that pass through the student in so many epochs."""
+        return crops(self.stages, epochs, self.steps_per_epoch, self.settings.batch_size)
+
+
+def crops(stages: tuple[Stage, ...], epochs: int, steps_per_epoch: int, batch_size: int) -> int:
+    """Crops that pass through the student: two crops of an image count twice, a teacher's own crop does not count."""
+    parts = legs(stages, epochs, steps_per_epoch)
+    return batch_size * sum((leg.last - leg.first) * leg.stage.student_views for leg in parts)
+
+
+def terms(
+    entries: Sequence[Entry],
+    options: Mapping[str, Any],
+    *,
+    budget: Budget,
+    seed: int,
+    runtime: Runtime,
+    quiet: bool,
+) -> tuple[Terms, ...]:
+    """Resolve every entry, cross-entropy first, and make equal what is not the entry's own. An entry that is the same
+    as cross-entropy here is left out with a note.
+
+    The images are looked at and the probe's features computed once, for all runs. Raises what `prepare` raises.
+    """
+    free = {"minutes": 0.0} if budget == "crops" else {}
+    first = prepare(_config(entries[0], options, free, seed), runtime, look=True, quiet=quiet)
+    resolved = [(entries[0], first)]
+    for entry in entries[1:]:
+        config = _config(entry, options, free, seed)
+        resolved.append((entry, prepare(config, runtime, look=False, quiet=True)))
+    equal = _equal(resolved)
+    made: list[Terms] = []
+    for entry, found in resolved:
+        own = _own(entry, found, first, equal)
+        if entry != entries[0] and _same(entry, found, first, own):
+            say(f"note: {entry.name} is {BASELINE} here, and is left out", quiet)
+            continue
+        stages, steps = found.built.objective.stages(), _steps_per_epoch(first)
+        one = Terms(entry, own, None, stages, steps, _needed(found.built), found.settings)
+        made.append(one if budget == "minutes" else _with_epochs(one, (made or [one])[0], first))
+    if len(made) < 2:
+        raise ConfigError(f"There is nothing to compare {printable(entries[0].name)} with.")
+    return tuple(made)
+
+
+Resolved = tuple[Entry, Prepared]
+
+
+def _equal(resolved: Sequence[Resolved]) -> dict[str, Any]:
+    """The values that hold for all that do not name their own: those of the baseline, but the balanced sampler where
+    one entry needs it."""
+    base = resolved[0][1].settings
+    grouped = any(
+        found.settings.sampler == "balanced" and "sampler" not in entry.options
+        for entry, found in resolved
+    )
+    sampler = "balanced" if grouped else base.sampler
+    return {name: getattr(base, name) for name in ALIKE} | {"sampler": sampler}
+
+
+def _own(
+    entry: Entry, found: Prepared, first: Prepared, equal: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The options of an entry, and those that make it equal to the others."""
+    changed = {
+        name: value
+        for name, value in equal.items()
+        if name not in entry.options and getattr(found.settings, name) != value
+    }
+    if entry.rival == "ema" and "ema" not in entry.options:
+        steps = first.settings.epochs * _steps_per_epoch(first)
+        changed["ema"] = round(1 - 1 / max(2, steps / MEMORY), 4)
+    return entry.options | changed
+
+
+def _steps_per_epoch(found: Prepared) -> int:
+    return len(found.dataset.splits["train"].labels) // found.settings.batch_size
+
+
+def _with_epochs(one: Terms, base: Terms, first: Prepared) -> Terms:
+    """With the epochs whose crops are nearest to those of the baseline."""
+    most = first.settings.epochs
+    epochs = _fitting(one, base.crops(most), most)
+    return one._replace(epochs=epochs, options=one.options | {"epochs": epochs, "minutes": 0.0})
+
+
+def jobs(found: Sequence[Terms], options: Mapping[str, Any], seeds: Sequence[int]) -> list[Job]:
+    """The runs in the order of their starts: seed after seed, so that a machine that slows down slows all alike."""
+    return [
+        Job(each.entry, seed, _config(each.entry, options, each.options, seed))
+        for seed in seeds
+        for each in found
+    ]
+
+
+def _config(
+    entry: Entry, options: Mapping[str, Any], own: Mapping[str, Any], seed: int
+) -> RunConfig:
+    layers = {"objective": entry.objective}, entry.options, own, {"seed": seed}
+    config: RunConfig = validate(RunConfig, merge(options, *layers))
+    return config
+
+
+def _same(entry: Entry, found: Prepared, first: Prepared, own: Mapping[str, Any]) -> bool:
+    """Whether nothing tells the entry from cross-entropy."""
+    alike = (*ALIKE, "sampler")
+    other = [name for name in own if not name.startswith("objective.") and name not in alike]
+    configs = found.built.objective.config, first.built.objective.config
+    return entry.objective == BASELINE and not other and configs[0] == configs[1]
+
+
+def _fitting(found: Terms, wanted: int, most: int) -> int:
+    """The epochs whose crops are nearest to `wanted`, at least one for each stage. After a probe alone there are
+    none."""
+    if wanted == 0:
+        return 0
+    least = len(found.stages)
+    about = math.floor(wanted * most / max(1, found.crops(most)))
+    tried = range(max(least, about - 1), max(least, about + 2) + 1)
+    return min(tried, key=lambda epochs: abs(found.crops(epochs) - wanted))
+
+
+def _needed(built: Built) -> int:
+    """Parameters of the backbone and of the heads that the logits follow from."""
+    total = sum(p.numel() for p in built.network.backbone.parameters())
+    wanted = {"logits"}
+    for head in reversed(list(built.objective.heads.values())):
+        if head.writes in wanted:
+            wanted.add(head.reads)
+            total += sum(p.numel() for p in head.module.parameters())
+    return total

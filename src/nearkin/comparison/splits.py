@@ -1,0 +1,64 @@
+"""Tables of the images of a folder or table with other splits: a test split where there is none, or no validation."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from nearkin.data.dataset import stratified
+from nearkin.data.sources.listing import FileList, ListedSplit, Listing
+from nearkin.errors import DataError, printable
+from nearkin.evaluation.metrics import write_csv
+
+TEST_SHARE = 0.2  # of the training images of each class
+
+
+def with_test(listing: Listing, table: Path) -> bool:
+    """Write `table` with a fifth of the training images as a test split where the data have none, always the same
+    ones. Returns whether it was written.
+
+    Raises DataError where no image can be spared, SaveFailed when the table cannot be written.
+    """
+    if "test" in listing.parts:
+        return False
+    train = listing.parts["train"]
+    held = set(stratified(train.labels, TEST_SHARE, seed=0).tolist())
+    if not held:
+        raise DataError(
+            f"No class of {printable(listing.data)} has two training images, so none can be held out to test; "
+            "give more images, or a test split."
+        )
+    rows = [
+        (path, label, "test" if split == "train" and place in held else split)
+        for split, part in listing.parts.items()
+        for place, (path, label) in enumerate(_images(part))
+    ]
+    write_csv(table, ("path", "label", "split"), rows)
+    return True
+
+
+def with_validation_in_training(listing: Listing, table: Path) -> bool:
+    """Write `table` with the validation images of the data among the training images. Returns whether it was written:
+    not where there is no validation split of its own.
+
+    Raises SaveFailed when the table cannot be written.
+    """
+    if "val" not in listing.parts:
+        return False
+    rows = [
+        (path, label, "train" if split == "val" else split)
+        for split, part in listing.parts.items()
+        for path, label in _images(part)
+    ]
+    write_csv(table, ("path", "label", "split"), rows)
+    return True
+
+
+def _images(part: ListedSplit) -> Iterator[tuple[str, str]]:
+    """Absolute path and class of each image. Raises DataError for images that are no files."""
+    if not isinstance(part.images, FileList):
+        raise DataError("Only image files can be divided anew; built-in data keep their splits.")
+    for row, label in enumerate(part.labels):
+        path = os.path.abspath(part.images.path(row))  # noqa: PTH100 - links stay as they are
+        yield path, part.classes[label]

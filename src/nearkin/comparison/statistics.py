@@ -1,0 +1,147 @@
+"""Whether one model is better than another, from several training runs of each on the same test images.
+
+Seeds and test images are both samples: another seed, and other images, would give another difference. Crossed random
+effects count both (Dorfman, Berbaum and Metz 1992; degrees of freedom of Hillis 2007; the floor of Q is our choice):
+
+d_si = score_B - score_A of seed s and image i, D its mean over n seeds and m images,
+MS_S = m sum_s (d_s. - D)^2 / (n - 1),  MS_I = n sum_i (d_.i - D)^2 / (m - 1),
+MS_E = sum_si (d_si - d_s. - d_.i + D)^2 / ((n - 1)(m - 1)),
+Q = max(MS_S + MS_I - MS_E, MS_I),  SE^2 = Q / (n m),
+df = max(n - 1, Q^2 / (MS_S^2 / (n - 1) + MS_I^2 / (m - 1) + MS_E^2 / ((n - 1)(m - 1)))).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+LEAST_SEEDS = 3  # fewer give no verdict
+ERROR = 0.05  # chance of a verdict "better" or "worse" where there is no difference, over all comparisons
+MOST_SEEDS = 100  # that are worth naming
+
+
+class Effect(NamedTuple):
+    """The mean difference of two models, and the three mean squares that say how certain it is.
+
+    difference: D. seeds, images: n and m. between_seeds, between_images, rest: MS_S, MS_I and MS_E.
+    """
+
+    difference: float
+    seeds: int
+    images: int
+    between_seeds: float
+    between_images: float
+    rest: float
+
+    @property
+    def _spread(self) -> float:
+        return max(self.between_seeds + self.between_images - self.rest, self.between_images)
+
+    @property
+    def error(self) -> float:
+        """The standard error SE of the difference."""
+        return math.sqrt(self._spread / (self.seeds * self.images))
+
+    @property
+    def freedom(self) -> float:
+        """The degrees of freedom df of its t distribution."""
+        n, m = self.seeds - 1, self.images - 1
+        below = self.between_seeds**2 / n + self.between_images**2 / m + self.rest**2 / (n * m)
+        return max(n, self._spread**2 / below) if below > 0 else n
+
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """The confidence interval D +- t SE."""
+        half = self._quantile(1 - confidence) * self.error
+        return self.difference - half, self.difference + half
+
+    @property
+    def p_value(self) -> float:
+        """The two-sided p value of D = 0; 1 where all differences are 0."""
+        if self.error == 0:
+            return 1.0 if self.difference == 0 else 0.0
+        return float(2 * stats.t.sf(abs(self.difference) / self.error, self.freedom))
+
+    def seeds_to_decide(self, error: float = ERROR) -> int | None:
+        """The least number of seeds, above `seeds`, with which a difference as large as D would be significant at
+        `error`. None where no number of seeds is enough, since the test images are too few.
+
+        The variances of seeds, images and the rest are those found now: a rough estimate.
+        """
+        if self.difference == 0:
+            return None
+        seed = max(self.between_seeds - self.rest, 0) / self.images
+        image = max(self.between_images - self.rest, 0) / self.seeds
+        limit = float(stats.norm.ppf(1 - error / 2)) * math.sqrt(image / self.images)
+        if limit >= abs(self.difference):
+            return None
+        for seeds in range(self.seeds + 1, 100_000):
+            planned = self._replace(
+                seeds=seeds,
+                between_seeds=self.rest + self.images * seed,
+                between_images=self.rest + seeds * image,
+            )
+            if planned._quantile(error) * planned.error < abs(self.difference):
+                return seeds
+        return None
+
+    def _quantile(self, error: float) -> float:
+        return float(stats.t.ppf(1 - error / 2, self.freedom))
+
+
+def effect(first: NDArray[np.float64], second: NDArray[np.float64]) -> Effect:
+    """The effect of `second` over `first`: scores `[n, m]` of n seeds on m images, more is better.
+
+    Raises ValueError for other shapes, less than two seeds or less than two images.
+    """
+    if first.shape != second.shape or first.ndim != 2 or min(first.shape) < 2:
+        raise ValueError(f"Two tables of at least 2 x 2 scores, not {first.shape}, {second.shape}.")
+    d = second - first
+    n, m = d.shape
+    mean, seeds, images = d.mean(), d.mean(1, keepdims=True), d.mean(0, keepdims=True)
+    rest = np.square(d - seeds - images + mean).sum() / ((n - 1) * (m - 1))
+    between_seeds = m * np.square(seeds - mean).sum() / (n - 1)
+    between_images = n * np.square(images - mean).sum() / (m - 1)
+    return Effect(float(mean), n, m, float(between_seeds), float(between_images), float(rest))
+
+
+def balancing(labels: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Weights `[m]` with which a mean over images is a mean over classes: m / (K m_class), K classes that occur."""
+    _, places, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    weights: NDArray[np.float64] = len(labels) / (len(counts) * counts[places])
+    return weights
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P values adjusted for their number (Holm 1979): below `ERROR`, one is significant among all of them."""
+    adjusted, least = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        least = max(least, min(1.0, (len(p_values) - rank) * p_values[place]))
+        adjusted[place] = least
+    return adjusted
+
+
+def verdict(found: Effect, adjusted: float, *, same: float, within: str, tests: int = 1) -> str:
+    """What the numbers allow to say, in words.
+
+    adjusted: the p value by `holm`. same: differences up to this do not matter; within: that in words, such as "0.5
+    points". tests: how many comparisons were made.
+    """
+    if found.seeds < LEAST_SEEDS:
+        return f"no verdict: {LEAST_SEEDS} seeds are the least"
+    if adjusted <= ERROR and found.difference != 0:
+        return "better" if found.difference > 0 else "worse"
+    low, high = found.interval(0.90)
+    if -same <= low and high <= same:
+        return f"the same within {within}"
+    needed = found.seeds_to_decide(ERROR / tests)
+    if needed is None:
+        return "undecided: more seeds cannot decide, only more test images can"
+    more = needed - found.seeds
+    if more > MOST_SEEDS:
+        return f"undecided: more than {MOST_SEEDS} more seeds would decide"
+    return f"undecided: about {more} more {'seed' if more == 1 else 'seeds'} would decide"

@@ -1,0 +1,289 @@
+"""`nearkin compare` from options to files, with real runs on small images."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+
+import pytest
+from tests.pictures import write_classes
+
+import nearkin
+from nearkin.comparison import api, launch
+from nearkin.comparison.api import at_a_time, compare
+from nearkin.errors import ConfigError, Stopped
+from nearkin.training.run_folder import stored_settings, stored_state
+
+SMALL = {
+    "epochs": 2,
+    "batch_size": 8,
+    "model": "resnet10t",
+    "model_options": {"channels": [8, 8, 8, 8]},
+}
+WORDS = [
+    "--epochs",
+    "2",
+    "--batch-size",
+    "8",
+    "--model",
+    "resnet10t",
+    "--model.channels",
+    "[8,8,8,8]",
+]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Two classes of 20 images, without splits."""
+    return write_classes(tmp_path_factory.mktemp("data") / "photos", each=20)
+
+
+@pytest.fixture(scope="module")
+def done(photos, tmp_path_factory):
+    """A finished comparison, in which one entry fails: its batches have no place for a group of three."""
+    out = tmp_path_factory.mktemp("compared") / "out"
+    words = ["ce", "supcon", "ce:lr=1e30"]
+    return compare(photos, words, seeds=2, jobs=2, out=out, **SMALL)
+
+
+def table(path):
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def test_every_run_is_an_ordinary_run_folder(done):
+    runs = [run for run in done.runs if run.entry != "ce:lr=1e30"]
+    assert [(run.entry, run.seed, run.state) for run in runs] == [
+        ("ce", 0, "finished"),
+        ("supcon", 0, "finished"),
+        ("ce", 1, "finished"),
+        ("supcon", 1, "finished"),
+    ]
+    for run in runs:
+        assert nearkin.evaluate(done.folder / run.folder).top1 == pytest.approx(run.top1)
+        assert run.seconds > 0
+        assert run.crops_per_second > 0
+        assert run.memory > 2**20
+        assert len(run.curve) == stored_settings(done.folder / run.folder).epochs
+
+
+def test_a_failed_run_is_shown_and_does_not_end_the_others(done):
+    failed = [run for run in done.runs if run.state == "failed"]
+    assert [run.entry for run in failed] == ["ce:lr=1e30"] * 2
+    assert "not finite" in failed[0].error
+    row = next(row for row in done.table() if row["entry"] == "ce:lr=1e30")
+    assert (row["runs"], row["failed"], row["top1"]) == (0, 2, None)
+    assert "failed: ce:lr=1e30, seed 0: " in (done.folder / "compare.md").read_text()
+
+
+def test_two_seeds_give_no_verdict(done):
+    assert done.verdict("supcon") == "no verdict: 3 seeds are the least"
+    with pytest.raises(ValueError, match="there are: supcon"):
+        done.verdict("cone")
+
+
+def test_numbers_are_those_of_the_run_folders(done):
+    rows = table(done.folder / "compare.csv")
+    for row, run in zip(rows, done.runs, strict=True):
+        if run.state == "finished":
+            stored = json.loads((done.folder / run.folder / "model.json").read_text())["metrics"]
+            assert float(row["top1"]) == pytest.approx(stored["top1"])
+            assert run.log_loss == pytest.approx(stored["log_loss"])
+    assert "<!doctype html>" in (done.folder / "compare.html").read_text()
+    record = json.loads((done.folder / "compare.json").read_text())
+    assert record["table"][1]["entry"] == "supcon"
+    assert record == json.loads(json.dumps(done.to_dict()))
+
+
+def test_data_without_a_test_split_give_one_and_all_runs_share_it(done, photos):
+    assert "no test split" in done.notes[0]
+    rows = table(done.folder / "split.csv")
+    assert sum(row["split"] == "test" for row in rows) == 8
+    tested = set()
+    for run in done.runs:
+        if run.state == "finished":
+            rows = table(done.folder / run.folder / "predictions.csv")
+            tested.add(tuple(row["path"] for row in rows))
+    assert len(tested) == 1
+    assert len(tested.pop()) == 8
+
+
+def test_the_same_call_goes_on_and_adds_seeds(done, photos, monkeypatch):
+    started = []
+    local = launch.local
+    monkeypatch.setattr(
+        launch,
+        "local",
+        lambda runs, names, *rest: (started.extend(names), local(runs, names, *rest)),
+    )
+    more = compare(photos, ["ce", "supcon"], seeds=3, jobs=2, out=done.folder, **SMALL)
+    assert started == ["ce-seed2", "supcon-seed2"]
+    assert {run.seed for run in more.runs} == {0, 1, 2}
+    assert not more.verdict("supcon").startswith("no verdict")
+
+
+def test_other_options_in_the_same_folder_are_refused(done, photos):
+    with pytest.raises(ConfigError, match="other options: epochs"):
+        compare(photos, ["ce", "supcon"], out=done.folder, **SMALL | {"epochs": 3})
+    with pytest.raises(ConfigError, match="exists"):
+        compare(photos, ["ce", "supcon"], out=done.folder / "runs", **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": "minutes"}, "needs --minutes"),
+        ({"minutes": 3}, "--minutes needs --budget minutes"),
+        ({"objective": "cone"}, "give --objectives"),
+        ({"submit": "ray2"}, "submit"),
+        ({"seeds": 0}, "seeds"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_runs(photos, tmp_path, options, message):
+    asked = {k: v for k, v in options.items() if k in ("budget", "submit", "seeds")}
+    values = {k: v for k, v in options.items() if k not in asked} | {"data": str(photos)}
+    values["out"] = tmp_path / "out"
+    with pytest.raises(ConfigError, match=message):
+        api.compare_options(asked, values, quiet=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_how_many_run_at_a_time(monkeypatch):
+    monkeypatch.setattr(api, "cores", lambda: 4)
+    monkeypatch.setattr(api.os, "sysconf", lambda name: 1 << (20 if "SIZE" in name else 13))
+    assert at_a_time("auto", 10, "cpu") == 4
+    assert at_a_time("auto", 3, "cpu") == 3
+    assert at_a_time("auto", 10, "cuda") == 1
+    assert at_a_time(6, 10, "cuda") == 6
+    monkeypatch.setattr(api.os, "sysconf", lambda name: 1 << (20 if "SIZE" in name else 12))
+    assert at_a_time("auto", 10, "cpu") == 2  # 4 GiB free
+
+
+def test_slurm_gets_an_array_with_a_task_for_each_run(photos, tmp_path, monkeypatch):
+    """A stub of sbatch that runs the tasks of the array one after another."""
+    stub = tmp_path / "bin" / "sbatch"
+    stub.parent.mkdir()
+    stub.write_text(
+        '#!/bin/bash\necho "$@" > "$STUB_LOG"\nlast=${1##*-}; last=${last%%%*}\n'
+        'for i in $(seq 0 $last); do SLURM_NTASKS=2 SLURM_PROCID=0 SLURM_ARRAY_TASK_ID=$i bash "$2" || exit 1; done\n'
+        "echo Submitted batch job 7\n"
+    )
+    stub.chmod(stub.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{stub.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("STUB_LOG", str(tmp_path / "log"))
+    out = tmp_path / "it's here"
+    found = compare(photos, ["ce", "supcon"], seeds=1, jobs=1, submit="slurm", out=out, **SMALL)
+    assert (tmp_path / "log").read_text().split()[0] == "--array=0-1%1"
+    assert [run.state for run in found.runs] == ["finished", "finished"]
+
+
+def test_slurm_without_sbatch_says_what_to_do(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(launch.shutil, "which", lambda _: None)
+    with pytest.raises(ConfigError, match="no sbatch on this machine; run `sbatch --array=0-1"):
+        compare(photos, ["ce", "supcon"], seeds=1, submit="slurm", out=tmp_path / "out", **SMALL)
+
+
+def comparing(photos, out, *words):
+    return [
+        *(sys.executable, "-m", "nearkin", "compare", str(photos), "--objectives", "ce,supcon"),
+        *("--seeds", "3", "--jobs", "2", "--out", str(out), *WORDS, *words),
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_comparison_that_is_killed_goes_on_where_it_stopped(photos, tmp_path, number):
+    out = tmp_path / "out"
+    command = comparing(photos, out, "--epochs", "40", "--save-minutes", "0.01")
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    first = out / "runs" / "ce-seed0"
+    deadline = time.monotonic() + 150
+    while not list(first.glob("checkpoints/step-*")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, words = process.communicate(timeout=90)
+    if number != signal.SIGKILL:
+        assert process.returncode == Stopped.code, words
+        assert f"--out {out}" in words
+    while children(out):  # they save, even where their parent was killed
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert stored_state(first) == "stopped"
+    before = (first / "metrics.jsonl").read_text().splitlines()
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "continuing" in (first / "train.log").read_text()
+    assert (first / "metrics.jsonl").read_text().splitlines()[: len(before) - 1] == before[:-1]
+    assert "supcon" in done.stdout
+    record = json.loads((out / "compare.json").read_text())
+    assert {run["state"] for run in record["runs"]} == {"finished"}
+
+
+def children(out):
+    """Processes that train in the comparison."""
+    found = subprocess.run(
+        ["pgrep", "-f", f"nearkin.comparison.run {out}"], capture_output=True, check=False
+    )
+    return found.stdout.split()
+
+
+@pytest.mark.slow
+def test_pick_trains_the_winner_on_train_and_validation(photos, tmp_path):
+    out = tmp_path / "out"
+    found = compare(photos, ["ce", "supcon"], seeds=3, jobs=2, pick=True, out=out, **SMALL)
+    entry, run = found.picked
+    settings = stored_settings(run_path := out / f"picked-{entry}")
+    assert str(run_path) == run
+    assert settings.val_split == 0
+    assert json.loads((run_path / "classes.json").read_text()) == ["cat", "dog"]
+    assert nearkin.evaluate(run).n == 8
+    again = compare(photos, ["ce", "supcon"], seeds=3, jobs=2, pick=True, out=out, **SMALL)
+    assert again.picked == found.picked
+
+
+@pytest.mark.slow
+def test_tune_gives_each_entry_as_many_trials_on_validation(photos, tmp_path):
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    out = tmp_path / "out"
+    found = compare(photos, ["ce", "supcon"], seeds=1, jobs=2, tune=3, out=out, **SMALL)
+    storage = JournalStorage(JournalFileBackend(str(out / "tune" / "trials.journal")))
+    best = {}
+    for name in ("ce", "supcon"):
+        study = optuna.load_study(study_name=name, storage=storage)
+        assert len([trial for trial in study.trials if trial.state.is_finished()]) == 3
+        assert "lr" in study.trials[0].params
+        best[name] = study.best_params
+    assert set(best["supcon"]) == {
+        *("lr", "objective.weight", "objective.temperature", "objective.smoothing")
+    }
+    assert set(best["ce"]) == {"lr", "objective.smoothing"}
+    for run in found.runs:
+        lr = stored_settings(out / run.folder).lr
+        assert lr == pytest.approx(best[run.entry]["lr"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_ray_runs_the_tasks_on_a_cluster_of_two_nodes(photos, tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster.add_node(num_cpus=1)
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    try:
+        found = compare(
+            photos, ["ce", "supcon"], seeds=1, submit="ray", out=tmp_path / "out", **SMALL
+        )
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    assert [run.state for run in found.runs] == ["finished", "finished"]

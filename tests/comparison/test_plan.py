@@ -1,0 +1,134 @@
+"""Equal terms: what the runs of a comparison share at the same seed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.pictures import write_classes
+
+from nearkin.comparison.entries import parse
+from nearkin.comparison.plan import jobs, terms
+from nearkin.distributed import Runtime
+from nearkin.errors import ConfigError
+from nearkin.training.batches import train_batches
+from nearkin.training.prepare import prepare
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return write_classes(tmp_path_factory.mktemp("data") / "photos", each=20)
+
+
+@pytest.fixture
+def planned(photos):
+    def make(words, *, budget="crops", **options):
+        given = {"data": str(photos), "epochs": 8, "batch_size": 8, "split_seed": 0} | options
+        entries = parse(words.split(","))
+        with Runtime(device="cpu", precision="fp32") as runtime:
+            found = terms(entries, given, budget=budget, seed=0, runtime=runtime, quiet=True)
+        return found, given
+
+    return make
+
+
+def prepared(config):
+    with Runtime(device="cpu", precision="fp32") as runtime:
+        return prepare(config, runtime, look=False)
+
+
+def test_runs_of_a_seed_share_split_weights_order_and_pixels(planned):
+    found, given = planned("ce,supcon,cone,attract-repulse", flip=True, seed=0)
+    runs = jobs(found, given, [5, 6])
+    by_seed = {seed: [prepared(job.config) for job in runs if job.seed == seed] for seed in (5, 6)}
+    for first, *others in by_seed.values():
+        settings = first.settings
+        for other in others:
+            for name in ("train", "val"):
+                ours, theirs = first.dataset.splits[name], other.dataset.splits[name]
+                names = [
+                    [split.images.name(row) for row in range(len(split.labels))]
+                    for split in (ours, theirs)
+                ]
+                assert names[0] == names[1]
+            weights, same = (each.built.network.backbone.state_dict() for each in (first, other))
+            assert all(torch.equal(value, same[name]) for name, value in weights.items())
+            assert other.settings.batch_size == settings.batch_size
+            for (images, labels, index), (more, own, rows) in zip(
+                batches(first), batches(other), strict=True
+            ):
+                assert torch.equal(index, rows)
+                assert torch.equal(labels, own)
+                assert torch.equal(images[0], more[0])
+    first, second = (prepared(job.config) for job in (runs[0], runs[4]))
+    assert first.dataset.fingerprint == second.dataset.fingerprint  # one split for all seeds
+    assert not torch.equal(next(iter(batches(first))).index, next(iter(batches(second))).index)
+
+
+def batches(prepared):
+    """The first three batches of the first stage."""
+    stage = prepared.built.objective.stages()[0]
+    split = prepared.dataset.splits["train"]
+    with Runtime(device="cpu", precision="fp32") as runtime:
+        yield from train_batches(
+            prepared.settings, split, runtime, views=stage.views, first=0, last=3
+        )
+
+
+def test_crops_through_the_student_are_equal(planned):
+    found, _ = planned("ce,supcon,cone,cone:teacher_crop=own,attract-repulse", epochs=16)
+    counted = {each.entry.name: each.crops(each.epochs) for each in found}
+    epochs = {each.entry.name: each.epochs for each in found}
+    assert epochs["ce"] == epochs["cone"] == epochs["cone:teacher_crop=own"] == 16
+    assert epochs["supcon"] == 8  # two views of each image
+    one_epoch = found[0].crops(1)
+    assert all(abs(crops - counted["ce"]) <= one_epoch for crops in counted.values())
+
+
+def test_minutes_are_given_to_all_as_they_are(planned):
+    found, given = planned("ce,supcon", budget="minutes", epochs="auto", minutes=3.0)
+    assert [each.epochs for each in found] == [None, None]
+    assert {job.config.minutes for job in jobs(found, given, [0])} == {3.0}
+
+
+def test_a_balanced_sampler_of_one_is_that_of_all(planned):
+    found, given = planned("ce,supcon:sampler=balanced", sampler="auto")
+    samplers = {
+        job.entry.name: prepared(job.config).settings.sampler for job in jobs(found, given, [0])
+    }
+    assert samplers["ce"] == "shuffle"  # an entry's own option holds for that entry alone
+    assert samplers["supcon:sampler=balanced"] == "balanced"
+
+
+def test_rivals_differ_from_cross_entropy_in_one_thing(planned):
+    found, given = planned("ce,ce+ls,ce+ema")
+    settings = [prepared(job.config).settings.flat() for job in jobs(found, given, [0])]
+    base, smooth, averaged = settings
+    assert changed(base, smooth) == {"objective.smoothing": (0.0, 0.1)}
+    assert set(changed(base, averaged)) == {"ema"}
+    assert 0.5 <= averaged["ema"] < 1
+
+
+def changed(one, other):
+    return {name: (one[name], other[name]) for name in one if one[name] != other.get(name)}
+
+
+def test_a_rival_that_is_cross_entropy_is_left_out(planned):
+    found, _ = planned("ce:smoothing=0.1,ce,ce+ls,ce+ema")
+    assert [each.entry.name for each in found][:2] == ["ce", "ce:smoothing=0.1"]
+    with pytest.raises(ConfigError, match="nothing to compare"):
+        planned("ce,ce:smoothing=0")
+
+
+def test_weights_at_inference_count_the_heads_that_logits_need(planned):
+    found, _ = planned("ce,supcon,cone")
+    plain, beside, before = (each.weights for each in found)
+    assert plain == beside  # supcon's projection is not needed
+    assert before > plain
+    (_, matched), *_ = [planned("ce:classifier=embedding,cone")[0][:2]]
+    assert matched.weights == before
+
+
+def test_runs_start_seed_after_seed(planned):
+    found, given = planned("ce,supcon")
+    order = [(job.seed, job.entry.name) for job in jobs(found, given, [3, 4])]
+    assert order == [(3, "ce"), (3, "supcon"), (4, "ce"), (4, "supcon")]

@@ -1,0 +1,191 @@
+"""Crossed random effects: a case by hand, an oracle written with loops, and simulated comparisons."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from nearkin.comparison.statistics import balancing, effect, holm, verdict
+
+# Two seeds, three images. By hand: D = 1/3; seed means 2/3 and 0; image means 1, 0, 0.
+# MS_S = 3 (1/9 + 1/9) / 1 = 2/3.  MS_I = 2 (4/9 + 1/9 + 1/9) / 2 = 2/3.
+# Residuals: seed 1: 1 - 2/3 - 1 + 1/3 = -1/3, 1 - 2/3 - 0 + 1/3 = 2/3, 0 - 2/3 - 0 + 1/3 = -1/3; seed 2 the opposite.
+# MS_E = 2 (1/9 + 4/9 + 1/9) / (1 * 2) = 2/3.  Q = 2/3, SE^2 = 2/3 / 6 = 1/9.
+FIRST = np.array([[0.0, 0.0, 1.0], [0.0, 1.0, 1.0]])
+SECOND = np.array([[1.0, 1.0, 1.0], [1.0, 0.0, 1.0]])
+
+
+def test_a_case_computed_by_hand():
+    found = effect(FIRST, SECOND)
+    squares = (found.between_seeds, found.between_images, found.rest)
+    assert found.difference == pytest.approx(1 / 3)
+    assert squares == pytest.approx((2 / 3, 2 / 3, 2 / 3))
+    assert found.error == pytest.approx(1 / 3)
+    # df = max(1, (4/9) / ((4/9) / 1 + (4/9) / 2 + (4/9) / 2)) = max(1, 1/2)
+    assert found.freedom == 1
+    half = stats.t.ppf(0.975, 1) / 3
+    assert found.interval() == pytest.approx((1 / 3 - half, 1 / 3 + half))
+    assert found.p_value == pytest.approx(2 * stats.t.sf(1.0, 1))
+
+
+def oracle(d):
+    """The equations of the module, term by term."""
+    n, m = len(d), len(d[0])
+    mean = sum(sum(row) for row in d) / (n * m)
+    seed = [sum(row) / m for row in d]
+    image = [sum(d[s][i] for s in range(n)) / n for i in range(m)]
+    ms_s = m * sum((x - mean) ** 2 for x in seed) / (n - 1)
+    ms_i = n * sum((x - mean) ** 2 for x in image) / (m - 1)
+    ms_e = sum((d[s][i] - seed[s] - image[i] + mean) ** 2 for s in range(n) for i in range(m)) / (
+        (n - 1) * (m - 1)
+    )
+    q = max(ms_s + ms_i - ms_e, ms_i)
+    below = ms_s**2 / (n - 1) + ms_i**2 / (m - 1) + ms_e**2 / ((n - 1) * (m - 1))
+    df = max(n - 1, q**2 / below)
+    se = math.sqrt(q / (n * m))
+    t = stats.t.ppf(0.975, df)
+    return mean, mean - t * se, mean + t * se, df
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (3, 40), (7, 11)])
+def test_the_interval_is_that_of_an_oracle_with_loops(shape):
+    rng = np.random.default_rng(sum(shape))
+    first, second = (rng.integers(0, 2, shape).astype(float) for _ in range(2))
+    found = effect(first, second)
+    mean, low, high, df = oracle((second - first).tolist())
+    assert (found.difference, *found.interval()) == pytest.approx((mean, low, high))
+    assert found.freedom == pytest.approx(df)
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (3, 1)])
+def test_one_seed_or_one_image_is_refused(shape):
+    with pytest.raises(ValueError, match="2 x 2"):
+        effect(np.zeros(shape), np.zeros(shape))
+
+
+def simulated(rng, n, m, shift, own=0.2, seed=0.05):
+    """Correct answers `[2, n, m]` of two models, of which the second knows more by `shift`.
+
+    own: how much each model favours images of its own, whatever the seed. seed: how much its strength depends on it.
+    """
+    image, favour = rng.normal(1.0, 1.5, m), rng.normal(0, own, (2, 1, m))
+    strength = rng.normal(0, seed, (2, n, 1)) + np.array([0, shift])[:, None, None]
+    return (image + favour + strength + rng.logistic(0, 0.5, (2, n, m)) > 0).astype(float)
+
+
+def true_difference(shift):
+    """In points, from one seed and one image for each of many pairs of models."""
+    rng, size = np.random.default_rng(7), 2_000_000
+    known = rng.normal(1.0, math.sqrt(1.5**2 + 0.2**2 + 0.05**2), size)
+    known += rng.logistic(0, 0.5, size)
+    return 100 * float(((known + shift > 0) & (known <= 0)).mean())
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "own", "seed"),
+    [(3, 372, 0.8, 0.05), (5, 372, 0.2, 0.05), (5, 2000, 0.2, 0.15), (10, 2000, 0.8, 0.0)],
+)
+def test_the_interval_covers_and_better_is_rarely_wrong(n, m, own, seed, capsys):
+    """With no difference: coverage of 93 to 99 %, and at most 5 % false "better", within what 500 trials can tell."""
+    rng, trials = np.random.default_rng(10 * n + m), 500
+    covered = better = by_seeds = by_images = 0
+    for _ in range(trials):
+        scores = simulated(rng, n, m, 0.0, own, seed)
+        found = effect(*scores)
+        low, high = found.interval()
+        covered += low <= 0 <= high
+        better += verdict(found, found.p_value, same=0.005, within="") == "better"
+        by_seeds += not significant(np.subtract(*scores).mean(1))
+        by_images += not significant(np.subtract(*scores).mean(0))
+    with capsys.disabled():
+        print(
+            f"\n{n} seeds, {m} images: {covered / trials:.1%} of the intervals contain 0 (t test over seeds "
+            f"{by_seeds / trials:.1%}, over images {by_images / trials:.1%}), false better {better / trials:.1%}"
+        )
+    noise = 2 * math.sqrt(0.05 * 0.95 / trials)
+    assert 0.93 - noise <= covered / trials <= 0.99 + noise
+    assert better / trials <= 0.05
+
+
+def significant(differences):
+    """A t test of the mean, which is what the interval is compared with."""
+    error = differences.std(ddof=1) / math.sqrt(len(differences))
+    return abs(differences.mean()) > error * stats.t.ppf(0.975, len(differences) - 1)
+
+
+@pytest.mark.parametrize(("n", "m"), [(3, 372), (5, 2000), (10, 2000)])
+def test_power(n, m, capsys):
+    """Of a true difference of 1 and of 2 points; more is found of the larger one."""
+    rng, powers = np.random.default_rng(n * m), []
+    for points, shift in ((1, 0.05), (2, 0.1)):
+        truth = true_difference(shift)
+        assert truth == pytest.approx(points, abs=0.2)
+        found = [effect(*simulated(rng, n, m, shift)) for _ in range(200)]
+        powers.append(np.mean([e.p_value <= 0.05 and e.difference > 0 for e in found]))
+        with capsys.disabled():
+            print(f"\n{n} seeds, {m} images: power {powers[-1]:.0%} at {truth:.2f} points")
+    assert powers[1] > powers[0]
+
+
+def test_seeds_to_decide_shrink_the_interval_as_far_as_images_allow():
+    rng = np.random.default_rng(3)
+    found = effect(*simulated(rng, 4, 3000, 0.12))
+    needed = found.seeds_to_decide()
+    if found.p_value > 0.05:
+        assert needed is not None
+        assert needed > found.seeds
+    few = effect(FIRST, SECOND)
+    images_only = few._replace(between_seeds=0.0, rest=0.0, difference=0.1)
+    assert images_only.seeds_to_decide() is None
+
+
+def test_balancing_makes_a_mean_over_classes():
+    labels = np.array([0, 0, 0, 2])
+    scores = np.array([1.0, 1.0, 0.0, 0.0])
+    assert (scores * balancing(labels)).mean() == pytest.approx((2 / 3 + 0) / 2)
+
+
+def test_holm_adjusts_as_in_a_worked_example():
+    # Sorted .005, .01, .03, .04 times 4, 3, 2, 1, each at least the one before.
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+@pytest.mark.parametrize(
+    ("difference", "spread", "seeds", "words"),
+    [
+        (0.02, 1e-4, 5, "better"),
+        (-0.02, 1e-4, 5, "worse"),
+        (0.0004, 1e-3, 5, "the same within 0.5 points"),
+        (0.02, 4.0, 5, "undecided: about"),
+        (0.02, 1e-4, 2, "no verdict: 3 seeds are the least"),
+    ],
+)
+def test_verdicts(difference, spread, seeds, words):
+    found = effect(FIRST, SECOND)._replace(
+        difference=difference,
+        seeds=seeds,
+        images=1000,
+        between_seeds=spread,
+        between_images=spread,
+        rest=spread,
+    )
+    assert verdict(found, found.p_value, same=0.005, within="0.5 points").startswith(words)
+
+
+def test_more_seeds_cannot_decide_what_images_make_uncertain():
+    found = effect(FIRST, SECOND)._replace(
+        difference=0.01, seeds=5, images=100, between_seeds=0.1, between_images=2.0, rest=0.1
+    )
+    text = verdict(found, found.p_value, same=0.005, within="0.5 points")
+    assert text == "undecided: more seeds cannot decide, only more test images can"
+
+
+def test_equal_predictions_are_the_same():
+    found = effect(FIRST.repeat(2, 0), FIRST.repeat(2, 0))
+    assert found.p_value == 1.0
+    assert verdict(found, 1.0, same=0.005, within="0.5 points") == "the same within 0.5 points"
