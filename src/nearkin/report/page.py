@@ -11,12 +11,21 @@ from nearkin.errors import printable
 if TYPE_CHECKING:
     from jinja2 import Environment
 
+    from nearkin.report.axes import Svg
+
 TEMPLATES = Path(__file__).parent / "templates"
 
 
 def render(template: str, **values: Any) -> str:
     """The page of a template. A value that the template names and that is not given raises `jinja2.UndefinedError`."""
     return _environment().get_template(template).render(**values)
+
+
+def standalone(picture: Svg) -> str:
+    """A picture with the style of the pages, as a file of its own."""
+    opening, rest = picture.split(">", 1)
+    style = (TEMPLATES / "style.css").read_text(encoding="utf-8")
+    return f"{opening}><style>{style}</style>{rest}\n"
 
 
 @cache
