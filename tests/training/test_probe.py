@@ -82,4 +82,4 @@ def test_every_objective_can_start_from_a_probe_where_its_classifier_reads_the_f
     pretrained = get(name)(dim=8, classes=3, pretrained=True)
     classifier = readable(pretrained.heads)
     assert classifier is not None
-    assert classifier.weight.shape == (3, 8)
+    assert pretrained.heads[classifier].module.weight.shape == (3, 8)

@@ -16,6 +16,7 @@ from nearkin.evaluation.model import Built
 from nearkin.network import check_eval_size, names_layers
 from nearkin.process import launched
 from nearkin.settings import Settings
+from nearkin.training.probe import readable
 
 
 def check_built(settings: Settings, built: Built) -> None:
@@ -33,6 +34,12 @@ def check_built(settings: Settings, built: Built) -> None:
         check_eval_size(network.backbone, network.dim, model, channels, size)
     if settings.layer_decay < 1.0 and not names_layers(network.backbone):
         raise ConfigError(f"{settings.model} does not name its layers; leave out --layer-decay.")
+    if (settings.probe or settings.refit) and readable(built.objective.heads) is None:
+        option = "probe" if settings.probe else "refit"
+        raise ConfigError(
+            f"--{option} needs a classifier that reads the features, and that of {settings.objective} does not; "
+            "leave it out, or give --objective.classifier features where the objective has it."
+        )
 
 
 def _check_batchnorm(settings: Settings, built: Built) -> None:

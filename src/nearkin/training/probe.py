@@ -1,13 +1,13 @@
 """The linear probe with which a run from pretrained weights begins: logistic regression on frozen features.
 
 Its weights become the classifier's first weights (linear probing, then fine-tuning: Kumar et al. 2022, arXiv
-2202.10054), and its accuracy is the first validation.
+2202.10054), and its accuracy is the first validation. `--refit` fits another one to the features at the end.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +20,7 @@ from nearkin.distributed import Runtime
 from nearkin.evaluation.evaluator import Evaluator
 from nearkin.evaluation.frozen import frozen_features
 from nearkin.evaluation.model import Built
-from nearkin.network import CosineClassifier, Head
+from nearkin.network import CosineClassifier, Head, Network
 
 Labels = NDArray[np.int64]
 Rows = NDArray[np.float32]
@@ -43,13 +43,12 @@ class Probe(NamedTuple):
     strength: float
 
 
-def readable(heads: dict[str, Head]) -> nn.Linear | CosineClassifier | None:
-    """The classifier that can start from a probe: the one that reads the features; None where another head is
-    between."""
-    for head in heads.values():
+def readable(heads: dict[str, Head]) -> str | None:
+    """The name of the classifier that a probe can give its weights: the one that reads the features; None where
+    another head is between."""
+    for name, head in heads.items():
         if head.writes == "logits" and head.reads == "features":
-            module = head.module
-            return module if isinstance(module, nn.Linear | CosineClassifier) else None
+            return name if isinstance(head.module, nn.Linear | CosineClassifier) else None
     return None
 
 
@@ -58,28 +57,51 @@ def start_from_probe(
 ) -> Probe:
     """Fit a probe on the training images, and give its weights to the classifier.
 
-    The features are of the evaluation transform and its mirror image. A classifier of cosines takes the directions of
-    the weights only. Raises ValueError for an objective without a classifier that reads the features.
+    The features are of the evaluation transform and its mirror image; they are kept for the next run. Raises ValueError
+    for an objective without a classifier that reads the features.
     """
-    classifier = readable(built.objective.heads)
-    if classifier is None:
-        raise ValueError("The objective has no classifier that reads the features.")
     architecture = built.spec.model_dump_json(
         include={"model", "model_options", "channels", "image_size", "stem"}
     )
 
-    def features(split: Split) -> tuple[Rows, Labels]:
-        found = frozen_features(evaluator, runtime, built.network, split, architecture)
-        return found.numpy(), split.labels
+    def features(split: Split) -> Tensor:
+        return frozen_features(evaluator, runtime, built.network, split, architecture)
 
+    return _give(built.network, built.objective.heads, dataset, features, runtime)
+
+
+def refit(
+    network: Network,
+    heads: dict[str, Head],
+    dataset: Dataset,
+    evaluator: Evaluator,
+    runtime: Runtime,
+) -> Probe:
+    """The same with the features that the trained network gives now. heads: of the objective. Raises as above."""
+    return _give(network, heads, dataset, lambda split: evaluator.features(network, split), runtime)
+
+
+def _give(
+    network: Network,
+    heads: dict[str, Head],
+    dataset: Dataset,
+    features: Callable[[Split], Tensor],
+    runtime: Runtime,
+) -> Probe:
+    """Fit a probe, and give the classifier its weights; one of cosines takes their directions only."""
+    name = readable(heads)
+    if name is None:
+        raise ValueError("The objective has no classifier that reads the features.")
     train, validation = dataset.splits["train"], dataset.splits.get("val")
     if len(train.labels) > MOST_IMAGES:
         each = max(1, MOST_IMAGES // len(dataset.classes))
         train = train.take(limited(train.labels, each, seed=0))
-    given = features(train)
-    held_out = None if validation is None else features(validation)
+    given = features(train).numpy(), train.labels
+    held_out = None if validation is None else (features(validation).numpy(), validation.labels)
     probe = runtime.share(fit(*given, held_out) if runtime.is_main else None)
     assert probe is not None
+    classifier = network.heads[name]
+    assert isinstance(classifier, nn.Linear | CosineClassifier)
     with torch.no_grad():
         classifier.weight.copy_(probe.weight)
         if isinstance(classifier, nn.Linear):

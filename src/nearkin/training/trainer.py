@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import nullcontext
 from importlib.metadata import version
@@ -16,7 +17,7 @@ from nearkin.errors import Stopped, counted, printable
 from nearkin.evaluation.geometry import geometry
 from nearkin.evaluation.metrics import summarise, top1_and_log_loss, write_predictions, write_tables
 from nearkin.evaluation.model import FORMAT, Description, save_bundle
-from nearkin.network import PACKAGED
+from nearkin.network import PACKAGED, Network
 from nearkin.objectives import Stage
 from nearkin.process import stop_signals_recorded
 from nearkin.settings import Settings
@@ -28,6 +29,7 @@ from nearkin.training.console import Bar
 from nearkin.training.loop import Loop, legs
 from nearkin.training.metrics_log import Journal
 from nearkin.training.prepare import Prepared
+from nearkin.training.probe import refit
 from nearkin.training.run_folder import CHECKPOINTS, locked
 from nearkin.training.step import Stepper
 from nearkin.types import Batch, Result
@@ -133,6 +135,8 @@ class Trainer:
         weights = self.runtime.share(self.saver.final_weights())
         if weights is not None:
             network.load_state_dict(weights)
+        if self.settings.refit:
+            self._refit(network, step)
         metrics: dict[str, Any] = {}
         split = self.dataset.splits.get("test", self.dataset.splits.get("val"))
         if split is not None:
@@ -161,6 +165,24 @@ class Trainer:
         self.journal.log(f"finished at step {step}")
         return Result.of(self.folder, metrics)
 
+    def _refit(self, network: Network, step: int) -> None:
+        """Give the classifier a logistic regression on the final features, unless validation says it is worse."""
+        before, trained = self._validate(), copy.deepcopy(network.state_dict())
+        heads = self.prepared.built.objective.heads
+        probe = refit(network, heads, self.dataset, self.evaluator, self.runtime)
+        after = self._validate()
+        kept = before is None or after is None or _rank(after) > _rank(before)
+        if not kept:
+            network.load_state_dict(trained)
+        values: dict[str, Any] = {"strength": probe.strength, "kept": kept}
+        if before is not None and after is not None:
+            values |= {"before": before["top1"], "value": after["top1"]}
+            self.loop.bar.say(
+                f"classifier fitted anew: val top-1 {100 * after['top1']:.2f} %, trained "
+                f"{100 * before['top1']:.2f} %; the {'new' if kept else 'trained'} one is used"
+            )
+        self.journal.record("refit", stage=self.stages[-1].name, step=step, epoch=0, **values)
+
     def _record_end(self, message: str, code: int) -> None:
         """Record the error that ends the run, of this process or another."""
         state = "diverged" if self.loop.diverged else "failed"
@@ -182,6 +204,11 @@ class Trainer:
             f"{counted(settings.epochs, 'epoch')} of {self.steps_per_epoch} x {settings.batch_size}{share} | "
             f"{settings.precision} on {settings.device}, {counted(settings.threads, 'thread')} | {self.folder}"
         )
+
+
+def _rank(found: dict[str, Any]) -> tuple[float, float]:
+    """Higher is better, as for the best epoch."""
+    return found["top1"], -found["log_loss"]
 
 
 def origin(settings: Settings) -> str:
