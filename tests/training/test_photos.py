@@ -10,7 +10,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
-from tests.processes import finish, start
+from tests.processes import finish, ranks, start
 from tests.training.test_resume import assert_same, killed_at
 
 import nearkin
@@ -210,3 +210,36 @@ def test_minutes_choose_the_epochs_once(photos, tmp_path):
     assert len(validations(result.run)) == 1 + stored["epochs"]
     given = yaml.safe_load((out / "given.yaml").read_text())
     assert given["minutes"] == 0.7
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_result_of_one(photos, tmp_path):
+    """Probe and one epoch in float64, where rounding stays small."""
+    cache = {"NEARKIN_CACHE_DIR": str(tmp_path / "cache")}
+    one, two = tmp_path / "one", tmp_path / "two"
+    words = ["--epochs", "1", "--precision", "fp64"]
+    assert finish(start(command, [*arguments(photos, one), *words], env=cache)) == [0]
+    pair = [
+        start(command, [*arguments(photos, two), *words], env=cache | rank) for rank in ranks(2)
+    ]
+    assert finish(*pair) == [0, 0]
+    for first, second in zip(validations(one), validations(two), strict=True):
+        assert second["value"] == pytest.approx(first["value"])
+        assert second["log_loss"] == pytest.approx(first["log_loss"], rel=1e-4)
+    weights = (load_file(run / "model.safetensors") for run in (one, two))
+    assert_close(*weights)
+
+
+def assert_close(ours, theirs):
+    for name, value in ours.items():
+        torch.testing.assert_close(theirs[name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+def test_two_processes_plan_the_same_epochs(photos, tmp_path):
+    out, cache = tmp_path / "run", {"NEARKIN_CACHE_DIR": str(tmp_path / "cache")}
+    words = [word for word in arguments(photos, out) if word not in ("--epochs", "3")]
+    pair = [start(command, [*words, "--minutes", "1"], env=cache | rank) for rank in ranks(2)]
+    assert finish(*pair) == [0, 0]
+    stored = yaml.safe_load((out / "config.yaml").read_text())
+    assert len(validations(out)) == 1 + stored["epochs"]
