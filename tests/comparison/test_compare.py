@@ -16,7 +16,8 @@ from tests.pictures import write_classes
 
 import nearkin
 from nearkin.comparison import api, launch
-from nearkin.comparison.api import at_a_time, compare
+from nearkin.comparison.api import compare
+from nearkin.comparison.launch import Machine
 from nearkin.errors import ConfigError, Stopped
 from nearkin.training.run_folder import stored_settings, stored_state
 
@@ -154,32 +155,59 @@ def test_bad_options_are_refused_before_anything_runs(photos, tmp_path, options,
 
 
 def test_how_many_run_at_a_time(monkeypatch):
-    monkeypatch.setattr(api, "cores", lambda: 4)
-    monkeypatch.setattr(api.os, "sysconf", lambda name: 1 << (20 if "SIZE" in name else 13))
-    assert at_a_time("auto", 10, "cpu") == 4
-    assert at_a_time("auto", 3, "cpu") == 3
-    assert at_a_time("auto", 10, "cuda") == 1
-    assert at_a_time(6, 10, "cuda") == 6
-    monkeypatch.setattr(api.os, "sysconf", lambda name: 1 << (20 if "SIZE" in name else 12))
-    assert at_a_time("auto", 10, "cpu") == 2  # 4 GiB free
+    monkeypatch.setattr(launch, "cores", lambda: 4)
+    monkeypatch.setattr(launch, "_free_memory", lambda: 8 << 30)
+    assert Machine.of("auto", 10, "cpu", ()).number == 4
+    assert Machine.of("auto", 3, "cpu", ()).number == 3
+    assert Machine.of("auto", 10, "cuda", ("2", "5")).number == 2
+    assert Machine.of(6, 10, "cuda", ("2", "5")).number == 6
+    assert Machine.of(2, 10, "cpu", ()).words() == ["2", "auto"]
+    assert Machine.of(1, 10, "cpu", ()).words() == []
+    monkeypatch.setattr(launch, "_free_memory", lambda: 4 << 30)
+    assert Machine.of("auto", 10, "cpu", ()).number == 2
 
 
-def test_slurm_gets_an_array_with_a_task_for_each_run(photos, tmp_path, monkeypatch):
-    """A stub of sbatch that runs the tasks of the array one after another."""
-    stub = tmp_path / "bin" / "sbatch"
-    stub.parent.mkdir()
-    stub.write_text(
-        '#!/bin/bash\necho "$@" > "$STUB_LOG"\nlast=${1##*-}; last=${last%%%*}\n'
-        'for i in $(seq 0 $last); do SLURM_NTASKS=2 SLURM_PROCID=0 SLURM_ARRAY_TASK_ID=$i bash "$2" || exit 1; done\n'
-        "echo Submitted batch job 7\n"
+def test_runs_are_shared_out_over_the_gpus(monkeypatch):
+    monkeypatch.setenv(launch.VISIBLE, "2,5")
+    gpus = launch.visible_gpus()
+    machine = Machine.of(3, 10, "cuda", gpus)
+    used = [machine.environment(place)[launch.VISIBLE] for place in range(3)]
+    assert used == ["2", "5", "2"]
+    assert Machine(1).environment(0)[launch.VISIBLE] == "2,5"
+
+
+def stub(folder, name, lines):
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("#!/bin/bash\n" + lines)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+@pytest.fixture
+def cluster(tmp_path, monkeypatch):
+    """A stub of sbatch that runs the tasks of the array one after another, and one of squeue."""
+    folder = tmp_path / "bin"
+    run_all = (
+        'echo "$@" >> "$STUB/log"\nlast=${2##*-}; last=${last%%%*}\n'
+        "for i in $(seq 0 $last); do\n"
+        'SLURM_NTASKS=2 SLURM_PROCID=0 SLURM_ARRAY_TASK_ID=$i bash "$3" "$4" || exit 1; done\necho 7\n'
     )
-    stub.chmod(stub.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("PATH", f"{stub.parent}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("STUB_LOG", str(tmp_path / "log"))
-    out = tmp_path / "it's here"
+    stub(folder, "sbatch", run_all)
+    stub(folder, "squeue", 'cat "$STUB/queue" 2>/dev/null\nexit 0\n')
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("STUB", str(tmp_path))
+    return tmp_path
+
+
+def test_slurm_gets_an_array_with_a_task_for_each_run(photos, cluster):
+    out = cluster / "it's here"
     found = compare(photos, ["ce", "supcon"], seeds=1, jobs=1, submit="slurm", out=out, **SMALL)
-    assert (tmp_path / "log").read_text().split()[0] == "--array=0-1%1"
+    assert (cluster / "log").read_text().split()[:2] == ["--parsable", "--array=0-1%1"]
     assert [run.state for run in found.runs] == ["finished", "finished"]
+    (cluster / "queue").write_text("7_1 gpu nearkin R\n")
+    with pytest.raises(ConfigError, match="array 7 still wait or run"):
+        compare(photos, ["ce", "supcon"], seeds=2, jobs=1, submit="slurm", out=out, **SMALL)
+    assert len((cluster / "log").read_text().splitlines()) == 1
 
 
 def test_slurm_without_sbatch_says_what_to_do(photos, tmp_path, monkeypatch):
@@ -196,7 +224,7 @@ def comparing(photos, out, *words):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_comparison_that_is_killed_goes_on_where_it_stopped(photos, tmp_path, number):
     out = tmp_path / "out"
     command = comparing(photos, out, "--epochs", "40", "--save-minutes", "0.01")

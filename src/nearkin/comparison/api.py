@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -16,12 +15,13 @@ from nearkin.comparison.entries import Entry, parse
 from nearkin.config import Auto, CompareOptions, RunConfig, read_yaml, to_yaml, validate
 from nearkin.errors import ConfigError, Stopped, counted, printable
 from nearkin.files import write_atomic
-from nearkin.process import cores, exit_if_importing_main, launched
+from nearkin.process import exit_if_importing_main, launched
 from nearkin.training import run_folder
 from nearkin.training.api import checked_options, running
 from nearkin.training.console import duration, say
 
 if TYPE_CHECKING:
+    from nearkin.comparison.launch import Machine
     from nearkin.comparison.plan import Job, Terms
     from nearkin.comparison.results import Comparison
     from nearkin.data.sources.listing import Listing
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 REQUEST = "compare.yaml"
 RUNS = "runs"
 SPLIT = "split.csv"
-ROOM = 2 << 30  # bytes of memory for each run on a CPU
 FREE = ("jobs", "submit", "seeds", "objectives", "pick")  # what a later call may change
 
 
@@ -99,15 +98,14 @@ def compare_options(
     if request.options.tune:
         from nearkin.comparison.tuning import tuned
 
-        number = at_a_time(request.options.jobs, request.options.tune, planned.device)
-        planned = planned._replace(terms=tuned(folder, planned, request, number, quiet=quiet))
+        planned = planned._replace(terms=tuned(folder, planned, request, quiet=quiet))
     from nearkin.comparison.plan import jobs
     from nearkin.comparison.results import collect
     from nearkin.comparison.tables import write
 
     every = jobs(planned.terms, planned.values, request.seeds)
     _write_jobs(folder / RUNS, every)
-    _run_all(folder, every, request.options, planned.device, quiet)
+    _run_all(folder, every, request.options, planned, quiet)
     found = collect(
         folder,
         planned.terms,
@@ -125,18 +123,27 @@ def compare_options(
 
 
 class Planned(NamedTuple):
-    """values: flat options of every run, with the data that are used. device: its type. notes: for a person."""
+    """values: flat options of every run, with the data that are used. device: its type. gpus: those to use. notes: for
+    a person."""
 
     terms: tuple[Terms, ...]
     values: dict[str, Any]
     device: str
+    gpus: tuple[str, ...]
     notes: tuple[str, ...]
+
+    def machine(self, jobs: int | Auto, runs: int) -> Machine:
+        """How so many runs share this machine."""
+        from nearkin.comparison.launch import Machine
+
+        return Machine.of(jobs, runs, self.device, self.gpus)
 
 
 def _plan(
     folder: Path, config: RunConfig, listing: Listing | None, request: Request, quiet: bool
 ) -> Planned:
     """The terms of all entries, on data with a test split."""
+    from nearkin.comparison.launch import visible_gpus
     from nearkin.comparison.plan import terms
     from nearkin.comparison.splits import with_test
 
@@ -156,7 +163,9 @@ def _plan(
             runtime=runtime,
             quiet=quiet,
         )
-        return Planned(found, values, runtime.device.type, notes)
+        device = runtime.device.type
+        gpus = visible_gpus() if device == "cuda" else ()
+        return Planned(found, values, device, gpus, notes)
 
 
 def _request(asked: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[Request, Path | None]:
@@ -227,7 +236,7 @@ def _write_jobs(folder: Path, jobs: Sequence[Job]) -> None:
 
 
 def _run_all(
-    folder: Path, jobs: Sequence[Job], options: CompareOptions, device: str, quiet: bool
+    folder: Path, jobs: Sequence[Job], options: CompareOptions, planned: Planned, quiet: bool
 ) -> None:
     """Run what is not finished; on a SLURM cluster, only submit it."""
     from nearkin.comparison import launch
@@ -236,14 +245,15 @@ def _run_all(
     names = [job.name for job in jobs if run_folder.stored_state(runs / job.name) != "finished"]
     if not names:
         return
-    number = at_a_time(options.jobs, len(names), device)
+    machine = planned.machine(options.jobs, len(names))
     said = f"{counted(len(names), 'run')} of {len(jobs)}"
     if options.submit == "slurm":
         limit = None if options.jobs == "auto" else options.jobs
         say(f"{said}: {launch.slurm(runs, names, limit)}", quiet)
         say("give the same command again when they have ended", quiet)
         return
-    say(f"{said}, {number} at a time -> {folder}", quiet)
+    at_once = "" if options.submit == "ray" else f", {machine.number} at a time"
+    say(f"{said}{at_once} -> {folder}", quiet)
     began, ended = time.monotonic(), list[str]()
 
     def end(name: str, code: int) -> None:
@@ -256,7 +266,7 @@ def _run_all(
         launch.ray(runs, names, end)
     else:
         try:
-            launch.local(runs, names, number, end)
+            launch.local(runs, names, machine, end)
         except Stopped as error:
             raise Stopped(f"{error} It is in {folder}: --out {folder}") from None
 
@@ -273,18 +283,6 @@ def outcome(runs: Path, name: str, code: int) -> str:
     except OSError:
         reason = "saved" if code == Stopped.code else f"it ended with {code}"
     return f"{name}  failed: {reason}"
-
-
-def at_a_time(jobs: int | Auto, runs: int, device: str) -> int:
-    """How many runs train together: on a CPU one for each core, as far as the memory goes; else one."""
-    if jobs != "auto":
-        return min(jobs, runs)
-    if device != "cpu":
-        return 1
-    room = runs
-    if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        room = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ROOM
-    return max(1, min(runs, cores(), room))
 
 
 def _equal(request: Request, terms: Sequence[Terms]) -> dict[str, str]:

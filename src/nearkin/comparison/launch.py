@@ -12,8 +12,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from nearkin.comparison.run import PARENT
+from nearkin.config import Auto
 from nearkin.errors import ConfigError, Stopped, printable
 from nearkin.files import write_atomic
 from nearkin.process import cores, stop_handler
@@ -21,53 +23,92 @@ from nearkin.process import cores, stop_handler
 POLL = 0.2  # seconds between two looks at the processes
 PATIENCE = 60.0  # seconds that they have to save after a stop
 SCRIPT = "array.sh"
+SUBMITTED = "array.id"
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+ROOM = 2 << 30  # bytes of memory for each run on a CPU
 MODULE = "nearkin.comparison.run"
 
 
+class Machine(NamedTuple):
+    """How runs share this machine. number: at a time. gpus: names for CUDA_VISIBLE_DEVICES; empty without."""
+
+    number: int
+    gpus: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, jobs: int | Auto, runs: int, device: str, gpus: tuple[str, ...]) -> Machine:
+        """`--jobs auto`: one run for each GPU; on a CPU one for each core, as far as the memory goes."""
+        room = max(1, _free_memory() // ROOM)
+        usual = min(cores(), room) if device == "cpu" else max(1, len(gpus))
+        return cls(min(usual if jobs == "auto" else jobs, runs), gpus)
+
+    def words(self) -> list[str]:
+        """Threads and loader processes of each run; empty for one alone, which takes what it wants."""
+        threads = max(1, cores() // self.number)
+        return [str(threads), "0" if threads == 1 else "auto"] if self.number > 1 else []
+
+    def environment(self, place: int) -> dict[str, str]:
+        """That of the run at this place, 0 ... number - 1."""
+        own = {PARENT: str(os.getpid())}
+        if self.gpus:
+            own[VISIBLE] = self.gpus[place % len(self.gpus)]
+        return os.environ | own
+
+
+def visible_gpus() -> tuple[str, ...]:
+    """Names of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES has them."""
+    import torch
+
+    given = [name for name in os.environ.get(VISIBLE, "").split(",") if name]
+    return tuple(given or map(str, range(torch.cuda.device_count())))
+
+
+def _free_memory() -> int:
+    """Bytes; very many where the system does not tell."""
+    if not (hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names):
+        return 1 << 60
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def local(
-    folder: Path, names: Sequence[str], number: int, ended: Callable[[str, int], None]
+    folder: Path, names: Sequence[str], machine: Machine, ended: Callable[[str, int], None]
 ) -> None:
-    """Run `names` in FOLDER, `number` at a time, each with its share of the cores.
+    """Run `names` in FOLDER.
 
     ended: called with the name and exit code of each run that has ended. A stop signal is sent on to the runs, which
     save; then Stopped is raised. A run that fails does not end the others.
     """
-    waiting, running = list(names), dict[str, subprocess.Popen[bytes]]()
-    machine = share(number)
+    waiting, places = list(names), list(range(machine.number))
+    running: dict[str, tuple[int, subprocess.Popen[bytes]]] = {}
     stopping: list[int] = []
     with stop_handler(lambda number, _: stopping.append(number)), _all_ended(running):
         while waiting or running:
-            while waiting and len(running) < number and not stopping:
-                name = waiting.pop(0)
-                running[name] = start(folder, name, machine)
-            for name, process in list(running.items()):
+            while waiting and places and not stopping:
+                name, place = waiting.pop(0), places.pop(0)
+                running[name] = place, start(folder, name, machine, place)
+            for name, (place, process) in list(running.items()):
                 if process.poll() is not None:
                     del running[name]
+                    places.append(place)
                     ended(name, process.returncode)
             if stopping and not running:
                 break
             if stopping:
-                stop(running.values())
+                stop(process for _, process in running.values())
             time.sleep(POLL)
     if stopping:
         raise Stopped("Stopped on request; the runs are saved, give the same command to go on.")
 
 
-def share(number: int) -> list[str]:
-    """Threads and loader processes of each of `number` runs at a time; empty for one, which takes what it wants."""
-    threads = max(1, cores() // number)
-    return [str(threads), "0" if threads == 1 else "auto"] if number > 1 else []
-
-
-def start(folder: Path, name: str, machine: Sequence[str]) -> subprocess.Popen[bytes]:
+def start(folder: Path, name: str, machine: Machine, place: int) -> subprocess.Popen[bytes]:
     """The run in a session of its own: Ctrl-C reaches this process alone, which sends it on once."""
     with (folder / f"{name}.log").open("ab") as log:
         return subprocess.Popen(
-            command(folder, name, machine),
+            command(folder, name, machine.words()),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env=os.environ | {PARENT: str(os.getpid())},
+            env=machine.environment(place),
             start_new_session=True,
         )
 
@@ -86,13 +127,12 @@ def stop(processes: Iterable[subprocess.Popen[bytes]]) -> None:
 
 
 @contextmanager
-def _all_ended(running: dict[str, subprocess.Popen[bytes]]) -> Iterator[None]:
+def _all_ended(running: dict[str, tuple[int, subprocess.Popen[bytes]]]) -> Iterator[None]:
     """Whatever happens, no process is left behind."""
     try:
         yield
     finally:
-        if running:
-            stop(running.values())
+        stop(process for _, process in running.values())
 
 
 def command(folder: Path, name: str, machine: Sequence[str] = ()) -> list[str]:
@@ -107,34 +147,59 @@ def slurm(folder: Path, names: Sequence[str], number: int | None) -> str:
     SBATCH_TIMELIMIT and SBATCH_GPUS_PER_TASK, or are written into the script, which a later call keeps. The folder must
     be shared by the nodes.
 
-    Raises ConfigError where there is no sbatch, or where it refuses.
+    Raises ConfigError where there is no sbatch, where it refuses, and while tasks of an earlier call wait or run.
     """
-    script = folder / SCRIPT
+    script, listed = folder / SCRIPT, _new_list(folder)
+    submitted = folder / SUBMITTED
+    if submitted.exists() and _in_queue(submitted.read_text(encoding="utf-8").strip()):
+        raise ConfigError(
+            f"Tasks of the array {submitted.read_text(encoding='utf-8').strip()} still wait or run; give the command "
+            "again when they have ended."
+        )
     if not script.exists():
         lines = [
             "#!/bin/bash",
             "#SBATCH --job-name=nearkin-compare",
-            f"#SBATCH --output={folder}/slurm-%a.log",
+            f'#SBATCH --output="{folder}/slurm-%A-%a.log"',
             "#SBATCH --signal=B:TERM@60",
-            "# Each task takes its line of runs.txt; add options such as #SBATCH --gpus=1 above.",
-            f'name=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" {shlex.quote(str(folder / "runs.txt"))})',
+            "# Add options of your cluster above, such as #SBATCH --gpus=1. $1 lists the runs, a line each.",
+            'name=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "$1")',
             "unset SLURM_NTASKS  # one process, whatever the allocation",
             f'exec {shlex.join(command(folder, "NAME")[:-1])} "$name"',
         ]
         write_atomic(script, ("\n".join(lines) + "\n").encode())
-    write_atomic(folder / "runs.txt", ("\n".join(names) + "\n").encode())
+    write_atomic(listed, ("\n".join(names) + "\n").encode())
+    limit = f"%{number}" if number else ""
+    words = ["--parsable", f"--array=0-{len(names) - 1}{limit}", str(script), str(listed)]
     sbatch = shutil.which("sbatch")
     if sbatch is None:
         raise ConfigError(
-            f"There is no sbatch on this machine; run `sbatch --array=0-{len(names) - 1} "
-            f"{printable(str(script))}` where there is one, then give the same command again."
+            f"There is no sbatch on this machine; run `{printable(shlex.join(['sbatch', *words[1:]]))}` where there "
+            "is one, then give the same command again."
         )
-    limit = f"%{number}" if number else ""
-    array = f"--array=0-{len(names) - 1}{limit}"
-    done = subprocess.run([sbatch, array, str(script)], capture_output=True, text=True, check=False)
+    done = subprocess.run([sbatch, *words], capture_output=True, text=True, check=False)
     if done.returncode:
         raise ConfigError(f"sbatch refused: {printable(done.stderr.strip()[:300])}")
-    return done.stdout.strip()
+    job = done.stdout.strip().partition(";")[0]
+    write_atomic(submitted, f"{job}\n".encode())
+    return f"submitted as the array {printable(job)}"
+
+
+def _new_list(folder: Path) -> Path:
+    """A file for the names of this submission: tasks that wait still read the one of theirs."""
+    number = len(list(folder.glob("array-*.txt"))) + 1
+    return folder / f"array-{number}.txt"
+
+
+def _in_queue(job: str) -> bool:
+    """Whether squeue knows tasks of the array; not where there is no squeue."""
+    squeue = shutil.which("squeue")
+    if squeue is None:
+        return False
+    done = subprocess.run(
+        [squeue, "--noheader", "--jobs", job], capture_output=True, text=True, check=False
+    )
+    return done.returncode == 0 and bool(done.stdout.strip())
 
 
 def ray(folder: Path, names: Sequence[str], ended: Callable[[str, int], None]) -> None:

@@ -44,7 +44,7 @@ def pick(comparison: Comparison, planned: Planned, request: Request, *, quiet: b
     if run_folder.stored_state(folder / name) != "finished":
         say(f"picked on validation: {winner}; training it on train and validation", quiet)
         ended: list[int] = []
-        launch.local(folder, [name], 1, lambda _, code: ended.append(code))
+        launch.local(folder, [name], planned.machine(1, 1), lambda _, code: ended.append(code))
         if ended[0]:
             error = (folder / f"{name}.error").read_text(encoding="utf-8").strip()
             raise NearkinError(f"The run {printable(str(folder / name))} failed: {error}")

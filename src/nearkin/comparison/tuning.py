@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nearkin.comparison import launch
@@ -52,14 +53,12 @@ RANGES: dict[str, Range] = {
 }
 
 
-def tuned(
-    folder: Path, planned: Planned, request: Request, number: int, *, quiet: bool
-) -> tuple[Terms, ...]:
+def tuned(folder: Path, planned: Planned, request: Request, *, quiet: bool) -> tuple[Terms, ...]:
     """The terms with the best options of `--tune` trials each. The defaults are the first trial, so that the result is
     never worse than them on validation. An option that an entry names itself is not searched.
 
-    folder: of the comparison; an interrupted search goes on there. number: trials at a time. Raises Stopped on a
-    signal, ConfigError when every trial of an entry fails.
+    folder: of the comparison; an interrupted search goes on there. Raises Stopped on a signal, ConfigError when every
+    trial of an entry fails.
     """
     import optuna
     from optuna.storages import JournalStorage
@@ -69,6 +68,7 @@ def tuned(
     place = folder / FOLDER
     place.mkdir(exist_ok=True)
     storage = JournalStorage(JournalFileBackend(str(place / JOURNAL)))
+    machine = planned.machine(request.options.jobs, request.options.tune)
     stop = threading.Event()
     found = []
     with stop_handler(lambda _, __: stop.set()):
@@ -81,7 +81,7 @@ def tuned(
                 sampler=optuna.samplers.TPESampler(seed=request.seed),
                 pruner=optuna.pruners.MedianPruner(n_startup_trials=3),
             )
-            search = _Search(place, term, planned.values, request, number, stop)
+            search = _Search(place, term, planned.values, request, machine, stop)
             search.run(study)
             best = search.options(study.best_params)
             shown = ", ".join(f"{name} {value:.3g}" for name, value in study.best_params.items())
@@ -100,11 +100,14 @@ class _Search:
         term: Terms,
         values: Mapping[str, Any],
         request: Request,
-        number: int,
+        machine: launch.Machine,
         stop: threading.Event,
     ) -> None:
         self.folder, self.term, self.values = folder, term, values
-        self.request, self.number, self.stop = request, number, stop
+        self.request, self.machine, self.stop = request, machine, stop
+        self.places: SimpleQueue[int] = SimpleQueue()
+        for place in range(machine.number):
+            self.places.put(place)
         own = term.settings.options
         given = term.entry.options
         self.ranges = {
@@ -134,7 +137,7 @@ class _Search:
         done = len(study.get_trials(deepcopy=False, states=ended))
         missing = self.request.options.tune - done
         if missing > 0:
-            study.optimize(self._trial, n_trials=missing, n_jobs=self.number)
+            study.optimize(self._trial, n_trials=missing, n_jobs=self.machine.number)
         if study.best_value <= 0:
             raise ConfigError(
                 f"Every trial of {printable(self.term.entry.name)} failed; its errors are in "
@@ -162,13 +165,15 @@ class _Search:
         write_atomic(self.folder / f"{name}.yaml", to_yaml(job.config, given=True).encode())
         run = self.folder / name
         shutil.rmtree(run, ignore_errors=True)  # of a trial that was killed
-        process = launch.start(self.folder, name, launch.share(self.number))
+        place = self.places.get()
+        process = launch.start(self.folder, name, self.machine, place)
         pruned, seen = False, set[int]()
         while process.poll() is None:
             time.sleep(LOOK)
             if self.stop.is_set() or (not pruned and _hopeless(trial, run, seen)):
                 pruned = not self.stop.is_set()
                 launch.stop([process])
+        self.places.put(place)
         if self.stop.is_set():
             raise Stopped("Stopped on request; give the same command with its --out to go on.")
         values = [value for _, value in _validations(run)]
