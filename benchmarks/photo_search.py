@@ -116,8 +116,10 @@ def main() -> None:
         done = {(row["source"], row["cell"], row["name"]) for row in read_rows(RESULTS)}
         if ("nearkin", *job) not in done:
             core = cores.get()
-            append_row(RESULTS, _run(*job, core))
-            cores.put(core)
+            try:
+                append_row(RESULTS, _run(*job, core))
+            finally:
+                cores.put(core)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(run, wanted))

@@ -56,9 +56,9 @@ def test_a_search_appends_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setenv("NEARKIN_BENCH_PHOTOS", str(tmp_path))
     done = []
 
-    def run(root, data, images, name):
-        done.append((data, images, name))
-        values = ("nearkin", data, images or "all", 0, name, 0.5, 1.0, 2.0)
+    def run(cell, name, core):
+        done.append(name)
+        values = ("nearkin", cell, 0, name, "", 0.5, 1.0, 2531, 2.0)
         return dict(zip(photo_search.FIELDS, values, strict=True))
 
     monkeypatch.setattr(photo_search, "_run", run)
@@ -66,8 +66,22 @@ def test_a_search_appends_what_is_missing(tmp_path, monkeypatch):
     photo_search.main()
     monkeypatch.setattr(sys, "argv", ["photo_search", "default", "ce"])
     photo_search.main()
-    assert [name for _, _, name in done] == ["default"] * 4 + ["ce"] * 4
+    assert done == ["default"] * 4 + ["ce"] * 4
     assert len((tmp_path / "search.csv").read_text().splitlines()) == 9
+
+
+def test_the_search_judges_by_images_that_do_not_train(tmp_path):
+    for split, number in (("train", 10), ("val", 2), ("test", 3)):
+        for label, kind in enumerate("ab"):
+            for place in range(number):
+                write_photo(tmp_path / split / kind / f"{place}.jpg", label, place)
+    for images, kept in ((3, 3), (None, 8)):
+        rows = list(photo_search._held_out(tmp_path, images))
+        train = [path for path, _, split in rows if split == "train"]
+        judged = [path for path, _, split in rows if split == "test"]
+        assert (len(train), len(judged)) == (2 * kept, 2 * (12 - kept))
+        assert not set(train) & set(judged)
+        assert not any("/test/" in path for path in train + judged)
 
 
 @pytest.mark.slow

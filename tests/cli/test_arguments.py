@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from nearkin.cli import run
-from nearkin.cli.train import _with_data, parser
+from nearkin.cli.train import parser, with_data
 from nearkin.errors import ConfigError
 
 
 def read(*argv):
-    return _with_data(parser().read(argv))
+    return with_data(parser().read(argv))
 
 
 def test_both_spellings_and_free_objective_options():

@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 
 from nearkin.catalogue import recipe_or_file
 from nearkin.cli import run
-from nearkin.cli.train import _with_data, parser
+from nearkin.cli.train import parser, with_data
 from nearkin.config import RunConfig, merge, read_yaml, validate
 from nearkin.errors import ConfigError
 from nearkin.objectives import Objective, get
@@ -96,7 +96,7 @@ def commands(text):
 
 def checked(words):
     """The configuration that a command line asks for, checked as `train` checks it."""
-    given = _with_data(parser().read(words))
+    given = with_data(parser().read(words))
     recipes = [read_yaml(recipe_or_file(name)) for name in given.pop("config", [])]
     config = validate(RunConfig, merge(*recipes, given))
     validate(get(config.objective).Config, config.options, prefix="objective.")

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounter
 from nearkin.config import RunConfig
 from nearkin.distributed import Runtime
 from nearkin.errors import ConfigError
-from nearkin.training.api import _runtime
+from nearkin.training.api import running
 from nearkin.training.loop import legs
 from nearkin.training.prepare import prepare
 from nearkin.training.trainer import Trainer
@@ -106,6 +106,6 @@ def test_masks_differ_from_step_to_step_though_nothing_is_compiled_again(tmp_pat
 def test_a_missing_compiler_is_one_sentence():
     with (
         pytest.raises(ConfigError, match=r"--compile needs a C\+\+ compiler"),
-        _runtime(RunConfig(device="cpu")),
+        running(RunConfig(device="cpu")),
     ):
         raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found in ...")
