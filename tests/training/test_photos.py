@@ -239,7 +239,7 @@ def assert_close(ours, theirs):
 def test_two_processes_plan_the_same_epochs(photos, tmp_path):
     out, cache = tmp_path / "run", {"NEARKIN_CACHE_DIR": str(tmp_path / "cache")}
     words = [word for word in arguments(photos, out) if word not in ("--epochs", "3")]
-    pair = [start(command, [*words, "--minutes", "1"], env=cache | rank) for rank in ranks(2)]
+    pair = [start(command, [*words, "--minutes", "0.4"], env=cache | rank) for rank in ranks(2)]
     assert finish(*pair) == [0, 0]
     stored = yaml.safe_load((out / "config.yaml").read_text())
     assert len(validations(out)) == 1 + stored["epochs"]
