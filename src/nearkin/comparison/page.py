@@ -263,24 +263,24 @@ def _curves(comparison: Comparison) -> list[Picture]:
     """The validation of every finished run, and its second half, where differences are small."""
     found = []
     for entry, style in _styles(comparison).items():
-        lines = [[(x, 100 * y) for x, y in run.curve] for run in comparison.finished(entry)]
+        lines = [[(x / 1000, 100 * y) for x, y in run.curve] for run in comparison.finished(entry)]
         if any(lines):
             found.append(svg.Curve(entry, lines, style))
-    epochs = sorted({x for curve in found for line in curve.lines for x, _ in line})
-    if not epochs:
+    places = sorted({x for curve in found for line in curve.lines for x, _ in line})
+    if not places:
         return []
     stages = "Where a stage has no classifier, the value is that of the nearest neighbours."
     whole = _curve_picture(
-        "All epochs", found, f"Thin: one run. Thick: the mean over seeds. {stages}"
+        "The whole training", found, f"Thin: one run. Thick: the mean over seeds. {stages}"
     )
-    half = epochs[-1] / 2
+    half = places[-1] / 2
     late = [
         each._replace(lines=[[point for point in line if point[0] >= half] for line in each.lines])
         for each in found
     ]
-    if sum(x >= half for x in epochs) < LEAST_LATE:
+    if sum(x >= half for x in places) < LEAST_LATE:
         return [whole]
-    return [whole, _curve_picture("The second half", late, "The same, from half of the epochs on.")]
+    return [whole, _curve_picture("The second half", late, "The same, from half of the crops on.")]
 
 
 def _curve_picture(title: str, found: Sequence[svg.Curve], caption: str) -> Picture:
@@ -288,7 +288,7 @@ def _curve_picture(title: str, found: Sequence[svg.Curve], caption: str) -> Pict
         found,
         title=f"Validation accuracy: {title.lower()}",
         description=f"Every run, and the mean over seeds of {_listed([each.name for each in found])}.",
-        x_label="epoch",
+        x_label="crops through the network, in thousands",
         y_label="validation accuracy in %",
     )
     return Picture(title, drawn, caption)

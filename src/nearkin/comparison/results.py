@@ -68,7 +68,8 @@ class Run:
     """One run. error: why it failed. The other values are None until it is finished.
 
     top1, balanced, log_loss: on the test split. seconds: of training, validation included. crops_per_second: through
-    the student, without validation. memory: bytes at most. curve: epoch and validation value.
+    the student, without validation. memory: bytes at most. curve: crops so far and the
+    validation value.
     """
 
     entry: str
@@ -296,8 +297,7 @@ def _finished(place: Path, term: Terms, seed: int, scores: Scores) -> Run:
     seconds = sum(_seconds(line) for line in lines if line["kind"] == "train")
     last = max((line["step"] for line in lines), default=0)
     validating = sum(_seconds(line) for line in validations if 0 < line["step"] < last)
-    per_epoch = max(1, last / max(1, epochs))
-    training = seconds - validating
+    training, crops = seconds - validating, term.crops(epochs)
     return Run(
         entry=term.entry.name,
         seed=seed,
@@ -307,9 +307,11 @@ def _finished(place: Path, term: Terms, seed: int, scores: Scores) -> Run:
         balanced=float((scores.correct * scores.weights).mean()),
         log_loss=float(-scores.log_likelihood.mean()),
         seconds=seconds,
-        crops_per_second=term.crops(epochs) / training if training > 0 else None,
+        crops_per_second=crops / training if training > 0 else None,
         memory=_memory(place.with_name(f"{place.name}.json")),
-        curve=tuple((line["step"] / per_epoch, float(line["value"])) for line in validations),
+        curve=tuple(
+            (crops * line["step"] / max(1, last), float(line["value"])) for line in validations
+        ),
     )
 
 
