@@ -9,7 +9,7 @@ from itertools import pairwise
 from xml.etree import ElementTree
 
 import pytest
-from comparisons import HOSTILE, SHOWN, comparison, contrasts, large, run, small
+from tests.comparison.comparisons import HOSTILE, SHOWN, comparison, contrasts, large, run, small
 
 from nearkin.comparison.page import comparison_page
 from nearkin.comparison.results import Comparison, Run

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from comparisons import large, small
+from tests.comparison.comparisons import large, small
 
 from nearkin.comparison.page import comparison_page
 
