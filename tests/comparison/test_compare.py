@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -12,13 +13,13 @@ import sys
 import time
 
 import pytest
-from tests.pictures import write_classes
+from tests.pictures import write_classes, write_image
 
 import nearkin
 from nearkin.comparison import api, launch
 from nearkin.comparison.api import compare
 from nearkin.comparison.launch import Machine
-from nearkin.errors import ConfigError, Stopped
+from nearkin.errors import ConfigError, DataError, ModelError, Stopped
 from nearkin.training.run_folder import stored_settings, stored_state
 
 SMALL = {
@@ -131,8 +132,67 @@ def test_the_same_call_goes_on_and_adds_seeds(done, photos, monkeypatch):
 def test_other_options_in_the_same_folder_are_refused(done, photos):
     with pytest.raises(ConfigError, match="other options: epochs"):
         compare(photos, ["ce", "supcon"], out=done.folder, **SMALL | {"epochs": 3})
-    with pytest.raises(ConfigError, match="exists"):
+    with pytest.raises(ConfigError, match="exists and holds no comparison"):
         compare(photos, ["ce", "supcon"], out=done.folder / "runs", **SMALL)
+
+
+def again(done, photos, out, **changed):
+    """The finished comparison once more, in a copy of its folder."""
+    if not out.exists():
+        shutil.copytree(done.folder, out)
+    return compare(photos, ["ce", "supcon"], seeds=2, jobs=2, out=out, **SMALL | changed)
+
+
+def test_a_folder_that_was_moved_goes_on(done, photos, tmp_path):
+    found = again(done, f"{photos}/", tmp_path / "moved")
+    assert [run.state for run in found.runs] == ["finished"] * 4
+
+
+def test_a_comparison_that_was_killed_before_its_first_run_goes_on(done, photos, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    shutil.copy(done.folder / "compare.yaml", out)
+    assert [run.state for run in again(done, photos, out).runs] == ["finished"] * 4
+
+
+def test_changed_images_are_not_mixed_with_earlier_runs(done, photos, tmp_path):
+    more = shutil.copytree(photos, tmp_path / "photos")
+    write_image(more / "cat" / "new.png", 0, 99)
+    with pytest.raises(ConfigError, match="images in .* are not those of the runs"):
+        again(done, more, tmp_path / "out")
+
+
+@pytest.mark.parametrize("content", ["", "garbage\n", "path,label\na,b\n"])
+def test_a_damaged_run_is_named(done, photos, tmp_path, content):
+    out = shutil.copytree(done.folder, tmp_path / "out")
+    (out / "runs" / "ce-seed0" / "predictions.csv").write_text(content)
+    with pytest.raises(ModelError, match="ce-seed0 is damaged .*; remove its folder"):
+        again(done, photos, out)
+    shutil.rmtree(out / "runs" / "ce-seed0")
+    assert [run.state for run in again(done, photos, out).runs] == ["finished"] * 4
+
+
+def test_two_at_once_in_one_folder_are_refused(done, photos, tmp_path):
+    out = shutil.copytree(done.folder, tmp_path / "out")
+    program = (
+        f"from nearkin.training.run_folder import locked; from pathlib import Path; lock = locked(Path({str(out)!r})); "
+        "lock.__enter__(); print('locked', flush=True); input()"
+    )
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(ConfigError, match="Another process"):
+            again(done, photos, out)
+        other.communicate("\n")
+
+
+def test_few_test_images_are_refused_before_anything_runs(tmp_path):
+    few = write_classes(tmp_path / "few", each=10)
+    with pytest.raises(DataError, match="4 test images, and 8 are the least"):
+        compare(few, ["ce", "supcon"], out=tmp_path / "out", **SMALL)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,9 @@ def test_more_seeds_cannot_decide_what_images_make_uncertain():
 
 
 def test_equal_predictions_are_the_same():
-    found = effect(FIRST.repeat(2, 0), FIRST.repeat(2, 0))
+    scores = np.tile(FIRST, (2, 100))
+    found = effect(scores, scores)
     assert found.p_value == 1.0
     assert verdict(found, 1.0, same=0.005, within="0.5 points") == "the same within 0.5 points"
+    few = found._replace(images=100)  # one image is a point
+    assert verdict(few, 1.0, same=0.005, within="").startswith("undecided: more seeds cannot")

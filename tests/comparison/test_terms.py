@@ -16,7 +16,7 @@ from nearkin.training.prepare import prepare
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    return write_classes(tmp_path_factory.mktemp("data") / "photos", each=20)
+    return write_classes(tmp_path_factory.mktemp("data") / "photos", each=40)
 
 
 @pytest.fixture

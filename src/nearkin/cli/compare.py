@@ -16,7 +16,7 @@ USAGE = "nearkin compare [DATA] [--objectives ce,supcon,cone] [--seeds 5] [--OPT
 ABOUT = """\
 Train several objectives on equal terms, and say whether their differences are more than chance.
 Options of train are given to every run; those of one objective stand behind its name: supcon:weight=1."""
-LEFT_OUT = frozenset({"objective", "autotune", "log_every", "log_level", *FREE.values()})
+LEFT_OUT = frozenset({"objective", "autotune", "log_every", "log_level", "out", *FREE.values()})
 
 
 @stop_handler(interrupt)
@@ -39,6 +39,9 @@ def parser() -> Parser:
     parser = Parser(USAGE, ABOUT)
     parser.add_argument("word", nargs="?", metavar="DATA", help="what to learn from [digits]")
     parser.add_argument("-c", "--config", action="append", metavar="FILE", help="options in YAML")
+    parser.add_argument(
+        "--out", metavar="PATH", help="folder of the comparison; one of an earlier call goes on"
+    )
     parser.flag("json", "the result as one JSON object on stdout")
     parser.flag("quiet", "nothing on stderr but errors")
     parser.options(CompareOptions)

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 REQUEST = "compare.yaml"
 RUNS = "runs"
 SPLIT = "split.csv"
-FREE = ("jobs", "submit", "seeds", "objectives", "pick")  # what a later call may change
+# What a later call may change; whether the images at another path are the same is checked with the runs.
+FREE = ("jobs", "submit", "seeds", "objectives", "pick", "data")
 
 
 class Request(NamedTuple):
@@ -87,24 +88,31 @@ def compare_options(
     request, out = _request(asked, values)
     config, listing = checked_options(request.values | {"objective": "ce"})
     folder, known = _folder(out, config.data, request)
-    try:
-        planned = _plan(folder, config, listing, request, quiet)
-    except BaseException:
-        if not known:  # nothing has run in it
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
-    if not known:
-        _write_request(folder, request)
+    with run_folder.locked(folder):
+        try:
+            planned = _plan(folder, config, listing, request, quiet)
+        except Exception:
+            if not known:  # nothing has run in it
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        return _compare(folder, config, planned, request, quiet)
+
+
+def _compare(
+    folder: Path, config: RunConfig, planned: Planned, request: Request, quiet: bool
+) -> Comparison:
+    """Tune, run what is missing, judge, pick and write."""
     if request.options.tune:
         from nearkin.comparison.tuning import tuned
 
-        planned = planned._replace(terms=tuned(folder, planned, request, quiet=quiet))
+        found_terms, told = tuned(folder, planned, request, quiet=quiet)
+        planned = planned._replace(terms=found_terms, notes=(*planned.notes, *told))
     from nearkin.comparison.plan import jobs
     from nearkin.comparison.results import collect
     from nearkin.comparison.tables import write
 
     every = jobs(planned.terms, planned.values, request.seeds)
-    _write_jobs(folder / RUNS, every)
+    _write_jobs(folder / RUNS, every, planned, request)
     _run_all(folder, every, request.options, planned, quiet)
     found = collect(
         folder,
@@ -149,7 +157,7 @@ def _plan(
 
     (folder / RUNS).mkdir(exist_ok=True)
     table, values, notes = folder / SPLIT, request.values, tuple[str, ...]()
-    if table.exists() or (listing is not None and with_test(listing, table)):
+    if listing is not None and with_test(listing, table):
         values = values | {"data": str(table)}
         note = f"{config.data} has no test split: a fifth of its training images is held out, see {table}"
         notes = (note,)
@@ -195,16 +203,21 @@ def _request(asked: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[Reque
 
 def _folder(out: Path | None, data: str, request: Request) -> tuple[Path, bool]:
     """The folder of the comparison, and whether it is one that goes on. Raises ConfigError."""
-    if out is None or not (out / REQUEST).is_file():
-        return run_folder.create(out, data=data, objective="compare"), False
+    if out is None or not out.exists():
+        folder = run_folder.create(out, data=data, objective="compare")
+        _write_request(folder, request)
+        return folder, False
+    shown = printable(str(out))
+    if not (out / REQUEST).is_file():
+        raise ConfigError(f"{shown} exists and holds no comparison; give another --out.")
     stored, now = read_yaml(out / REQUEST), _described(request)
     changed = [name for name in stored | now if stored.get(name) != now.get(name)]
     changed = [name for name in changed if name not in FREE]
     if changed:
-        shown = ", ".join(f"{n} ({stored.get(n)} -> {now.get(n)})" for n in sorted(changed))
+        words = ", ".join(f"{n} ({stored.get(n)} -> {now.get(n)})" for n in sorted(changed))
         raise ConfigError(
-            f"{printable(str(out))} holds a comparison with other options: {printable(shown)}; give them as they "
-            "were, or another --out."
+            f"{shown} holds a comparison with other options: {printable(words)}; give them as they were, or another "
+            "--out."
         )
     return out, True
 
@@ -222,17 +235,29 @@ def _write_request(folder: Path, request: Request) -> None:
     write_atomic(folder / REQUEST, text.encode())
 
 
-def _write_jobs(folder: Path, jobs: Sequence[Job]) -> None:
-    """Write the options of each run. Raises ConfigError where a run that has begun had others."""
+def _write_jobs(folder: Path, jobs: Sequence[Job], planned: Planned, request: Request) -> None:
+    """Write the options of each run. Raises ConfigError where a run that has begun had others, or other images."""
+    where = printable(str(folder.parent))
     for job in jobs:
-        path, text = folder / f"{job.name}.yaml", to_yaml(job.config, given=True)
-        other = path.exists() and path.read_text(encoding="utf-8") != text
-        if other and (folder / job.name).exists():
-            raise ConfigError(
-                f"The terms of {printable(job.entry.name)} are no longer those of the runs in "
-                f"{printable(str(folder))}; give another --out."
-            )
+        path, run = folder / f"{job.name}.yaml", folder / job.name
+        text = to_yaml(job.config, given=True)
+        if run.exists() and path.exists():
+            if _without_data(path) != yaml.safe_load(text) | {"data": None}:
+                raise ConfigError(
+                    f"The terms of {printable(job.entry.name)} are no longer those of the runs in {where}; give "
+                    "another --out."
+                )
+            alike = job.seed == request.seed or job.config.images_per_class is None
+            if alike and run_folder.stored_images(run) not in (None, planned.terms[0].images):
+                raise ConfigError(
+                    f"The images in {printable(job.config.data)} are not those of the runs in {where} (names, sizes or "
+                    "classes differ); put them back, or give another --out."
+                )
         write_atomic(path, text.encode())
+
+
+def _without_data(path: Path) -> Any:
+    return yaml.safe_load(path.read_text(encoding="utf-8")) | {"data": None}
 
 
 def _run_all(
@@ -278,10 +303,12 @@ def outcome(runs: Path, name: str, code: int) -> str:
     if code == 0:
         metrics = read_description(runs / name).metrics
         return f"{name}  {metrics['split']} top-1 {100 * metrics['top1']:.2f} %"
+    if code == Stopped.code:
+        return f"{name}  stopped"
     try:
         reason = (runs / f"{name}.error").read_text(encoding="utf-8").strip()
     except OSError:
-        reason = "saved" if code == Stopped.code else f"it ended with {code}"
+        reason = f"it ended with {code}"
     return f"{name}  failed: {reason}"
 
 
@@ -296,7 +323,10 @@ def _equal(request: Request, terms: Sequence[Terms]) -> dict[str, str]:
     from nearkin.training.trainer import origin
 
     sampler = terms[1].options.get("sampler", terms[1].settings.sampler)
-    return {
+    given = {"head": "ce has the projection of cone"} if options.match_head else {}
+    if first.images_per_class is not None:
+        given["training images"] = f"{first.images_per_class} of each class, others at another seed"
+    return given | {
         "budget": budget,
         "network": f"{first.model}, {origin(first)}, the same weights at the same seed",
         "images": f"{first.image_size} px to train, {first.eval_size} px to evaluate, batches of {first.batch_size}",

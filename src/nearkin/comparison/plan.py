@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from nearkin.comparison.entries import BASELINE, Entry
+from nearkin.comparison.statistics import LEAST_IMAGES
 from nearkin.config import RunConfig, merge, validate
 from nearkin.distributed import Runtime
-from nearkin.errors import ConfigError, printable
+from nearkin.errors import ConfigError, DataError, counted, printable
 from nearkin.evaluation.model import Built
 from nearkin.objectives import Stage
 from nearkin.settings import Settings
@@ -43,7 +44,8 @@ class Job(NamedTuple):
 
 class Terms(NamedTuple):
     """What an entry gets. options: its own, and those that make it equal to the others. epochs: those that fit the
-    budget; None where minutes are equal. weights: parameters that inference needs. settings: of the first seed."""
+    budget; None where minutes are equal. weights: parameters that inference needs. settings, images: of the first seed;
+    images is the fingerprint of its data set."""
 
     entry: Entry
     options: dict[str, Any]
@@ -52,6 +54,7 @@ class Terms(NamedTuple):
     steps_per_epoch: int
     weights: int
     settings: Settings
+    images: str
 
     def crops(self, epochs: int) -> int:
         """Crops that pass through the student in so many epochs."""
@@ -80,6 +83,13 @@ def terms(
     """
     free = {"minutes": 0.0} if budget == "crops" else {}
     first = prepare(_config(entries[0], options, free, seed), runtime, look=True, quiet=quiet)
+    splits = first.dataset.splits
+    judged = splits.get("test", splits.get("val"))
+    tested = 0 if judged is None else len(judged.labels)
+    if tested < LEAST_IMAGES:
+        raise DataError(
+            f"There are {counted(tested, 'test image')}, and {LEAST_IMAGES} are the least to compare with; give more."
+        )
     resolved = [(entries[0], first)]
     for entry in entries[1:]:
         config = _config(entry, options, free, seed)
@@ -92,7 +102,8 @@ def terms(
             say(f"note: {entry.name} is {BASELINE} here, and is left out", quiet)
             continue
         stages, steps = found.built.objective.stages(), _steps_per_epoch(first)
-        one = Terms(entry, own, None, stages, steps, _needed(found.built), found.settings)
+        weights, images = _needed(found.built), first.dataset.fingerprint
+        one = Terms(entry, own, None, stages, steps, weights, found.settings, images)
         made.append(one if budget == "minutes" else _with_epochs(one, (made or [one])[0], first))
     if len(made) < 2:
         raise ConfigError(f"There is nothing to compare {printable(entries[0].name)} with.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,6 +170,7 @@ class Comparison:
             "high": found and found.interval[1],
             "verdict": self.verdict(entry) if entry != self.baseline else "",
             "wins": found and found.wins,
+            "compared": found and found.seeds,
             "crops_per_second": _mean([run.crops_per_second for run in runs]),
             "seconds": _mean([run.seconds for run in runs]),
             "memory": max((run.memory or 0 for run in runs), default=None),
@@ -212,8 +214,8 @@ def collect(
         place = folder / "runs" / job.name
         name, seed = job.entry.name, job.seed
         if stored_state(place) == "finished":
-            scores[name, seed] = found = read_scores(place)
-            runs.append(_finished(place, by_name[name], seed, found))
+            scores[name, seed], run = _read(place, by_name[name], seed)
+            runs.append(run)
         else:
             error = _text(place.with_name(f"{place.name}.error"))
             state: State = "waiting" if error is None else "failed"
@@ -271,23 +273,30 @@ def contrasts(scores: dict[tuple[str, int], Scores], baseline: str) -> list[Cont
     return found
 
 
-def read_scores(run: Path) -> Scores:
-    """The predictions of a finished run. Raises ModelError."""
-    path = run / "predictions.csv"
+def _read(place: Path, term: Terms, seed: int) -> tuple[Scores, Run]:
+    """A finished run. Raises ModelError where its files are damaged."""
     try:
-        with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
-            rows = list(csv.DictReader(file))
-        return Scores(
-            tuple(row["path"] for row in rows),
-            tuple(row["label"] for row in rows),
-            tuple(row["predicted"] for row in rows),
-            np.array([float(row["label_probability"]) for row in rows]),
-        )
-    except (OSError, LookupError, ValueError, TypeError) as error:
+        scores = read_scores(place / "predictions.csv")
+        return scores, _finished(place, term, seed, scores)
+    except (ModelError, OSError, LookupError, ValueError, TypeError) as error:
         raise ModelError(
-            f"{printable(str(path))} cannot be read ({printable(str(error))}); remove the folder of this run, and it "
-            "runs again."
+            f"The run {printable(str(place))} is damaged ({printable(str(error))}); remove its folder and give the "
+            "command again, and it trains anew."
         ) from None
+
+
+def read_scores(path: Path) -> Scores:
+    """The predictions of a run. Raises OSError, LookupError or ValueError where they are damaged."""
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+        rows = list(csv.DictReader(file, strict=True))
+    if not rows:
+        raise ValueError(f"{path.name} has no rows")
+    return Scores(
+        tuple(row["path"] for row in rows),
+        tuple(row["label"] for row in rows),
+        tuple(row["predicted"] for row in rows),
+        np.array([float(row["label_probability"]) for row in rows]),
+    )
 
 
 def _finished(place: Path, term: Terms, seed: int, scores: Scores) -> Run:
@@ -335,12 +344,13 @@ def _text(path: Path) -> str | None:
 
 
 def _check_same_images(scores: dict[tuple[str, int], Scores]) -> None:
-    first = next(iter(scores.values()), None)
+    """Raises ModelError for a run that was tested on other images than most."""
+    tested = Counter((found.paths, found.labels) for found in scores.values())
     for (name, seed), found in scores.items():
-        if first is not None and (found.paths, found.labels) != (first.paths, first.labels):
+        if (found.paths, found.labels) != tested.most_common(1)[0][0]:
             raise ModelError(
-                f"The run {printable(name)} of seed {seed} was tested on other images than the first; the data have "
-                "changed since, so give another --out."
+                f"The run {printable(name)} of seed {seed} was tested on other images than most; remove its folder and "
+                "give the command again, or another --out."
             )
 
 

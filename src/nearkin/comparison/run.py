@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -57,10 +58,13 @@ def _run(folder: Path, name: str, machine: dict[str, Any]) -> None:
     run = folder / name
     if run_folder.stored_state(run) == "finished":
         return
+    options = read_yaml(folder / f"{name}.yaml")
     if run_folder.has_checkpoint(run):
-        continue_run(run, {}, quiet=True)
+        where = {"data": options["data"]} if "data" in options else {}
+        continue_run(run, where, quiet=True)
     else:
-        options = read_yaml(folder / f"{name}.yaml")
+        if run.exists():  # it was killed before it saved anything
+            shutil.rmtree(run)
         start_run(machine | options | {"out": run}, quiet=True)
     write_atomic(folder / f"{name}.json", json.dumps({"memory": _peak()}).encode())
 

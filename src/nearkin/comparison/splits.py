@@ -15,8 +15,8 @@ TEST_SHARE = 0.2  # of the training images of each class
 
 
 def with_test(listing: Listing, table: Path) -> bool:
-    """Write `table` with a fifth of the training images as a test split where the data have none, always the same
-    ones. Returns whether it was written.
+    """Write `table` with a fifth of the training images as a test split where the data have none: the same ones as long
+    as the images are the same. Returns whether it was written.
 
     Raises DataError where no image can be spared, SaveFailed when the table cannot be written.
     """

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 LEAST_SEEDS = 3  # fewer give no verdict
+LEAST_IMAGES = 8  # of fewer test images nothing can be said
 ERROR = 0.05  # chance of a verdict "better" or "worse" where there is no difference, over all comparisons
 MOST_SEEDS = 100  # that are worth naming
 
@@ -136,7 +137,8 @@ def verdict(found: Effect, adjusted: float, *, same: float, within: str, tests: 
     if adjusted <= ERROR and found.difference != 0:
         return "better" if found.difference > 0 else "worse"
     low, high = found.interval(0.90)
-    if -same <= low and high <= same:
+    fine = found.images * same >= 1  # one image is no more than what does not matter
+    if fine and -same <= low and high <= same:
         return f"the same within {within}"
     needed = found.seeds_to_decide(ERROR / tests)
     if needed is None:

@@ -75,7 +75,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         "-" if row["top1"] is None else f"{100 * row['top1']:.2f}{spread}",
         difference,
         row["verdict"],
-        "" if row["wins"] is None else f"{row['wins']} of {row['runs']}",
+        "" if row["wins"] is None else f"{row['wins']} of {row['compared']}",
         _number(row["balanced"], 100, 2),
         _number(row["log_loss"], 1, 3),
         _number(row["crops_per_second"], 1, 0),

@@ -53,9 +53,13 @@ RANGES: dict[str, Range] = {
 }
 
 
-def tuned(folder: Path, planned: Planned, request: Request, *, quiet: bool) -> tuple[Terms, ...]:
-    """The terms with the best options of `--tune` trials each. The defaults are the first trial, so that the result is
-    never worse than them on validation. An option that an entry names itself is not searched.
+def tuned(
+    folder: Path, planned: Planned, request: Request, *, quiet: bool
+) -> tuple[tuple[Terms, ...], list[str]]:
+    """The terms with the best options of `--tune` trials each, and what these are in words.
+
+    The defaults are the first trial, so that the result is never worse than them on validation. An option that an entry
+    names itself is not searched.
 
     folder: of the comparison; an interrupted search goes on there. Raises Stopped on a signal, ConfigError when every
     trial of an entry fails.
@@ -70,7 +74,7 @@ def tuned(folder: Path, planned: Planned, request: Request, *, quiet: bool) -> t
     storage = JournalStorage(JournalFileBackend(str(place / JOURNAL)))
     machine = planned.machine(request.options.jobs, request.options.tune)
     stop = threading.Event()
-    found = []
+    found, told = [], list[str]()
     with stop_handler(lambda _, __: stop.set()):
         for term in planned.terms:
             study = optuna.create_study(
@@ -85,10 +89,13 @@ def tuned(folder: Path, planned: Planned, request: Request, *, quiet: bool) -> t
             search.run(study)
             best = search.options(study.best_params)
             shown = ", ".join(f"{name} {value:.3g}" for name, value in study.best_params.items())
-            text = f"{term.entry.name}: best of {len(study.trials)} trials {study.best_value:.4f}"
-            say(f"{text} with {shown}", quiet)
+            told.append(
+                f"{term.entry.name}: {shown}, the best on validation ({100 * study.best_value:.2f} %) of "
+                f"{request.options.tune} trials"
+            )
+            say(told[-1], quiet)
             found.append(term._replace(options=term.options | best))
-    return tuple(found)
+    return tuple(found), told
 
 
 class _Search:
@@ -138,7 +145,7 @@ class _Search:
         missing = self.request.options.tune - done
         if missing > 0:
             study.optimize(self._trial, n_trials=missing, n_jobs=self.machine.number)
-        if study.best_value <= 0:
+        if study.best_value < 0:
             raise ConfigError(
                 f"Every trial of {printable(self.term.entry.name)} failed; its errors are in "
                 f"{printable(str(self.folder))}."
@@ -154,7 +161,7 @@ class _Search:
         }
 
     def _trial(self, trial: Trial) -> float:
-        """The best validation value of a run with the options of this trial; 0 where it fails."""
+        """The best validation value of a run with the options of this trial; -1 where it fails."""
         params = {
             name: trial.suggest_float(name, each.low, each.high, log=each.log)
             for name, each in self.ranges.items()
@@ -182,7 +189,7 @@ class _Search:
             from optuna import TrialPruned
 
             raise TrialPruned
-        return max(values, default=0.0) if process.returncode == 0 else 0.0
+        return max(values, default=-1.0) if process.returncode == 0 else -1.0
 
 
 def _hopeless(trial: Trial, run: Path, seen: set[int]) -> bool:

@@ -183,6 +183,14 @@ def _read_json(path: Path) -> Any:
         raise ModelError(f"{printable(str(path))} cannot be read.") from None
 
 
+def stored_images(run: Path) -> str | None:
+    """The fingerprint of the images that a run was started with; None where it is not known."""
+    try:
+        return str(_read_json(run / IDENTITY)["data"])
+    except (ModelError, LookupError, TypeError):
+        return None
+
+
 def check_identity(run: Path, identity: dict[str, str], data: str) -> None:
     """Raises ModelError unless a run was started with these settings, classes and images."""
     stored = _read_json(run / IDENTITY)
