@@ -48,7 +48,7 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def done(photos, tmp_path_factory):
-    """A finished comparison, in which one entry fails: its batches have no place for a group of three."""
+    """A finished comparison, in which one entry fails: its learning rate is absurd."""
     out = tmp_path_factory.mktemp("compared") / "out"
     words = ["ce", "supcon", "ce:lr=1e30"]
     return compare(photos, words, seeds=2, jobs=2, out=out, **SMALL)

@@ -130,16 +130,27 @@ def test_power(n, m, capsys):
     assert powers[1] > powers[0]
 
 
-def test_seeds_to_decide_shrink_the_interval_as_far_as_images_allow():
-    rng = np.random.default_rng(3)
-    found = effect(*simulated(rng, 4, 3000, 0.12))
-    needed = found.seeds_to_decide()
-    if found.p_value > 0.05:
-        assert needed is not None
-        assert needed > found.seeds
-    few = effect(FIRST, SECOND)
-    images_only = few._replace(between_seeds=0.0, rest=0.0, difference=0.1)
-    assert images_only.seeds_to_decide() is None
+def test_seeds_to_decide_are_the_least_that_are_enough():
+    """By the variances of seeds (2e-5), images (0.02) and the rest (0.1), with the equations written out."""
+    n, m, difference = 4, 1000, 0.012
+    found = effect(FIRST, SECOND)._replace(
+        difference=difference, seeds=n, images=m, between_seeds=0.1 + m * 2e-5
+    )
+    found = found._replace(between_images=0.1 + n * 0.02, rest=0.1)
+    assert found.p_value > 0.05
+
+    def enough(seeds):
+        ms_s, ms_i, ms_e = 0.1 + m * 2e-5, 0.1 + seeds * 0.02, 0.1
+        q = ms_s + ms_i - ms_e
+        below = ms_s**2 / (seeds - 1) + ms_i**2 / (m - 1) + ms_e**2 / ((seeds - 1) * (m - 1))
+        quantile = stats.t.ppf(0.975, max(seeds - 1, q**2 / below))
+        return quantile * math.sqrt(q / (seeds * m)) < difference
+
+    needed = next(seeds for seeds in range(n + 1, 1000) if enough(seeds))
+    assert found.seeds_to_decide() == needed
+    assert (
+        found._replace(difference=0.005).seeds_to_decide() is None
+    )  # 1.96 sqrt(0.02 / 1000) = 0.0088
 
 
 def test_balancing_makes_a_mean_over_classes():

@@ -90,12 +90,12 @@ def test_minutes_are_given_to_all_as_they_are(planned):
     assert {job.config.minutes for job in jobs(found, given, [0])} == {3.0}
 
 
-def test_a_balanced_sampler_of_one_is_that_of_all(planned):
+def test_an_option_that_an_entry_names_is_its_alone(planned):
     found, given = planned("ce,supcon:sampler=balanced", sampler="auto")
     samplers = {
         job.entry.name: prepared(job.config).settings.sampler for job in jobs(found, given, [0])
     }
-    assert samplers["ce"] == "shuffle"  # an entry's own option holds for that entry alone
+    assert samplers["ce"] == "shuffle"
     assert samplers["supcon:sampler=balanced"] == "balanced"
 
 

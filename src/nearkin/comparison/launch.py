@@ -204,7 +204,7 @@ def _in_queue(job: str) -> bool:
 
 def ray(folder: Path, names: Sequence[str], ended: Callable[[str, int], None]) -> None:
     """Run `names` as tasks of the Ray cluster at RAY_ADDRESS, or of a new one on this machine. The folder must be
-    shared by the nodes. Each task takes a GPU where the cluster has any, else two CPUs where nodes have them.
+    shared by the nodes. Each task takes one CPU, and a GPU where the cluster has any.
     """
     import ray as cluster
 
