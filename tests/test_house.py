@@ -35,6 +35,7 @@ FLOORS = [
     {"evaluation"},
     {"report"},  # takes plain values, so that all that trains can use it
     {"training"},
+    {"doctor"},
     {"comparison"},
     {"contrib"},
     {"cli"},

@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from nearkin.data.decode import BadImage, inspect, quiet_pillow
+from nearkin.data.decode import BadImage, Header, inspect, quiet_pillow
 from nearkin.data.images import Files, ImageSource
 from nearkin.data.remembered import Fact, Remembered
 from nearkin.errors import DataError, NearkinError, printable
@@ -85,11 +85,13 @@ class Looked(NamedTuple):
 
 class Examined(NamedTuple):
     """image: the pixels, if the file was decoded. fact: what there is to remember; None after an error of the system,
-    which says nothing about the file. reason: what is wrong with it, if anything."""
+    which says nothing about the file. reason: what is wrong with it, if anything. header: of a file that can be used.
+    """
 
     image: Tensor | None
     fact: Fact | None
     reason: str | None
+    header: Header | None = None
 
 
 def look(
@@ -145,7 +147,7 @@ def _compare(
     bad: dict[bytes, str] = {}
     chunks = ([files.key(row) for row in rows] for files, rows in share)
     total = sum(len(rows) for _, rows in share)
-    for paths in _shown(chunks, total, "images compared with the last look", quiet):
+    for paths in shown(chunks, total, "images compared with the last look", quiet):
         known = remembered.known(paths)
         for path in paths:
             fact = known.get(path)
@@ -168,13 +170,13 @@ def _learn(
     bad: dict[bytes, str] = {}
 
     def opened(path: bytes) -> tuple[bytes, Fact | None, str | None]:
-        _, fact, reason = examine(path, channels, full)
+        _, fact, reason, _ = examine(path, channels, full)
         return path, fact, reason
 
     with quiet_pillow:
         chunks = in_threads(opened, new, workers)
         for path, fact, reason in chain.from_iterable(
-            _shown(chunks, len(new), "images looked at", quiet)
+            shown(chunks, len(new), "images looked at", quiet)
         ):
             if fact is not None:
                 remembered.keep(path, fact)
@@ -197,7 +199,8 @@ def examine(path: bytes, channels: int, full: bool) -> Examined:
         reason = getattr(error, "strerror", None) or str(error)
         return Examined(None, None, printable(reason.lower()))
     full = image is not None
-    return Examined(image, Fact(status.st_size, status.st_mtime_ns, full, *header, None), None)
+    fact = Fact(status.st_size, status.st_mtime_ns, full, *header[:3], None)
+    return Examined(image, fact, None, header)
 
 
 def usual_side(images: ImageSource) -> int:
@@ -275,7 +278,7 @@ def _on_all(ranks: Ranks, work: Callable[[], T]) -> list[T]:
     return [result for result, _ in outcomes]
 
 
-def _shown(chunks: Iterable[list[T]], total: int, what: str, quiet: bool) -> Iterator[list[T]]:
+def shown(chunks: Iterable[list[T]], total: int, what: str, quiet: bool) -> Iterator[list[T]]:
     """The chunks, with a bar on stderr once that takes two seconds; outside a terminal one line of text."""
     started, done, bar = time.monotonic(), 0, None
     try:
