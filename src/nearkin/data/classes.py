@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -13,6 +13,7 @@ from nearkin.errors import counted, listed, printable
 if TYPE_CHECKING:
     from nearkin.data.dataset import Split
 
+LINES = 3  # at the start of a training
 IMBALANCE = 10  # times as many training images in the largest class as in the smallest
 
 
@@ -43,6 +44,18 @@ def class_remarks(splits: Mapping[str, Split], classes: tuple[str, ...]) -> Iter
             what = f"class names that differ only in case, spaces or Unicode form: {listed(names)}"
             yield Remark("colliding-names", what, "; put their images into one folder")
     yield from _imbalance(counts, classes)
+
+
+def short(remarks: Iterable[Remark]) -> list[str]:
+    """At most three lines for the start of a training."""
+    texts = [remark.text for remark in remarks]
+    if len(texts) > LINES:
+        more = len(texts) - LINES + 1
+        texts = [
+            *texts[: LINES - 1],
+            f"and {more} more remarks about classes: nearkin doctor shows all",
+        ]
+    return texts
 
 
 def missing_classes(split: Split, classes: tuple[str, ...]) -> Iterator[Remark]:

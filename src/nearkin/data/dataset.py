@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from nearkin.data.classes import class_remarks, missing_classes
+from nearkin.data.classes import class_remarks, missing_classes, short
 from nearkin.data.decode import BadImage
 from nearkin.data.images import Files, ImageSource, open_images
 from nearkin.data.look import ALONE, BadImages, Check, Ranks, look
@@ -242,7 +242,7 @@ def numbered(chosen: Dataset, classes: tuple[str, ...] | None) -> Dataset:
     ordered = [name for name in SPLITS if name in chosen.splits]
     splits = {name: to_split(chosen.splits[name], names) for name in ordered}
     remarks = (*missing_classes(splits["train"], names), *class_remarks(splits, names))
-    notes = (*chosen.notes, *(remark.text for remark in remarks))
+    notes = (*chosen.notes, *short(remarks))
     return chosen._replace(splits=splits, notes=notes)
 
 

@@ -55,8 +55,8 @@ def _counts(inventory: Inventory) -> Finding:
     counts = counts[counts > 0]
     sizes = ", ".join(f"{len(part.labels)} {name}" for name, part in inventory.splits.items())
     text = (
-        f"{counted(len(inventory.classes), 'class', 'classes')}; {sizes} images; {counts.min()} to {counts.max()} training "
-        "images in a class"
+        f"{counted(len(inventory.classes), 'class', 'classes')}; {sizes} images; "
+        f"{counts.min()} to {counts.max()} training images in a class"
     )
     return Finding("ok", "classes", text)
 
@@ -89,10 +89,8 @@ def folder_findings(listing: Listing) -> Iterator[Finding]:
     if os.path.isdir(listing.data):  # noqa: PTH112
         hidden = list(_hidden_with_images(listing.data))
         if hidden:
-            text = (
-                f"{counted(len(hidden), 'hidden folder holds images, which are', 'hidden folders hold images, which are')} "
-                f"ignored: {listed(hidden)}; rename what is a class, and delete the rest"
-            )
+            number = counted(len(hidden), "hidden folder holds", "hidden folders hold")
+            text = f"{number} images, which are ignored: {listed(hidden)}; rename what is a class, and delete the rest"
             yield Finding("warning", "hidden-folder", text)
 
 

@@ -132,31 +132,39 @@ WORDS = {"exact": ("an exact copy", "exact copies"), "near": ("a near copy", "ne
 
 
 def _across_splits(inventory: Inventory, copies: Copies, kind: str) -> Iterator[Finding]:
-    """Leakage: images of val or test that were seen in training."""
+    """Leakage: images of val or test that also occur in train, or in each other."""
     groups = [rows for rows in copies.groups() if len(np.unique(inventory.split[rows])) > 1]
     if not groups:
         return
-    rows = np.concatenate(groups)
-    train = inventory.names.index("train")
-    leaking = [each for each in groups if (inventory.split[each] == train).any()]
-    parts = []
-    for number, name in enumerate(inventory.names):
-        leaked = sum(int((inventory.split[each] == number).sum()) for each in leaking)
-        if number != train and leaked:
-            size = int((inventory.split == number).sum())
-            parts.append(f"{leaked} of {size} {name} images")
-    verb = "has" if parts and parts[-1].startswith("1 ") and len(parts) == 1 else "have"
-    what = (
-        f"{' and '.join(parts)} {verb} {WORDS[kind][0]} in train"
-        if parts
-        else (
-            f"{counted(len(groups), 'image')} of val {'has' if len(groups) == 1 else 'have'} {WORDS[kind][0]} in test"
+    names = inventory.names
+    leaked = [_leaked(inventory, groups, number) for number in range(1, len(names))]
+    parts = [
+        f"{count} of {int((inventory.split == number).sum())} {names[number]} images"
+        for number, count in enumerate(leaked, start=1)
+        if count
+    ]
+    if parts:
+        verb = "has" if sum(leaked) == 1 else "have"
+        what = f"{' and '.join(parts)} {verb} {WORDS[kind][0]} in train, so that the accuracy on them is too good"
+    else:
+        what = (
+            f"{counted(len(groups), 'image of val has', 'images of val have')} {WORDS[kind][0]} in test, so that "
+            "choosing the best epoch has seen the test"
         )
-    )
-    text = f"{what}, so that the measured accuracy is too good; train on a table by --write-table, which leaves out the copies"
     level: Level = "error" if kind == "exact" else "warning"
+    text = f"{what}; train on the table that --write-table FILE writes without them"
+    rows = np.concatenate(groups)
     yield Finding(
         level, f"{kind}-leakage", text, inventory.concerned(rows, _details(inventory, groups))
+    )
+
+
+def _leaked(inventory: Inventory, groups: list[Rows], number: int) -> int:
+    """How many images of a split occur in train, whose number is 0."""
+    return sum(
+        int((inventory.split[rows] == number).sum())
+        for rows in groups
+        if (inventory.split[rows] == 0).any()
     )
 
 
@@ -165,16 +173,11 @@ def _across_classes(inventory: Inventory, copies: Copies, kind: str) -> Iterator
     if groups:
         some = "image is" if len(groups) == 1 else "images are"
         text = (
-            f"{len(groups)} {some} in two classes or more, as {WORDS[kind][1]}: a label is wrong, or the image shows both; "
-            "mark or delete the wrong ones"
+            f"{len(groups)} {some} in two classes or more, as {WORDS[kind][1]}: a label is wrong, or the image shows "
+            "both; mark or delete the wrong ones"
         )
-        rows = np.concatenate(groups)
-        yield Finding(
-            "warning",
-            f"{kind}-two-classes",
-            text,
-            inventory.concerned(rows, _details(inventory, groups)),
-        )
+        rows, details = np.concatenate(groups), _details(inventory, groups)
+        yield Finding("warning", f"{kind}-two-classes", text, inventory.concerned(rows, details))
 
 
 def _within(inventory: Inventory, copies: Copies, kind: str) -> Iterator[Finding]:
@@ -187,17 +190,13 @@ def _within(inventory: Inventory, copies: Copies, kind: str) -> Iterator[Finding
     ]
     if groups:
         extra = sum(len(rows) - 1 for rows in groups)
+        verb = "is" if extra == 1 else "are"
         text = (
-            f"{counted(extra, 'image')} {'is' if extra == 1 else 'are'} {WORDS[kind][extra > 1]} of another of the same class; "
+            f"{counted(extra, 'image')} {verb} {WORDS[kind][extra > 1]} of another of the same class; "
             "--write-table FILE leaves them out"
         )
-        rows = np.concatenate(groups)
-        yield Finding(
-            "warning",
-            f"{kind}-copies",
-            text,
-            inventory.concerned(rows, _details(inventory, groups)),
-        )
+        rows, details = np.concatenate(groups), _details(inventory, groups)
+        yield Finding("warning", f"{kind}-copies", text, inventory.concerned(rows, details))
 
 
 def _details(inventory: Inventory, groups: list[Rows]) -> dict[int, str]:

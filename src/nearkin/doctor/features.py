@@ -47,8 +47,8 @@ def describe(
 ) -> Described:
     """The features of the images that can be read, in order; those of a network are kept in the cache folder.
 
-    run: whose network is used; without one, that of pretrained photos, or the pixels where the usual short side is below
-    32. Raises ModelError for a run without a finished model.
+    run: whose network is used; without one, the packaged pretrained one, or the pixels where the usual short side is
+    below 32. Raises ModelError for a run without a finished model.
     """
     rows = np.flatnonzero(scan.readable)
     usual = int(np.median(np.minimum(scan.height, scan.width)[rows]))

@@ -27,8 +27,8 @@ def label_findings(
         return
     details = {
         int(rows[place]): (
-            f"rather {inventory.classes[int(found.other[place])]}: {100 * found.votes[place]:.0f} % of the nearest images, "
-            f"its own class {100 * found.own[place]:.0f} %"
+            f"rather {inventory.classes[int(found.other[place])]}: {100 * found.votes[place]:.0f} % of the nearest "
+            f"images, its own class {100 * found.own[place]:.0f} %"
         )
         for place in chosen
     }

@@ -27,67 +27,69 @@ ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 class _Check(NamedTuple):
     code: str
     found: NDArray[np.bool_]
-    what: str
+    one: str
+    many: str
     advice: str
     level: Level = "warning"
 
 
 def quality_findings(inventory: Inventory, scan: Scan) -> Iterator[Finding]:
-    """A finding for each kind of fault that occurs. Of a blank image nothing else is said."""
+    """A finding for each kind of fault that occurs. Of a blank image nothing is said but that."""
     yield from _unreadable(inventory, scan)
-    readable = scan.readable
-    if not readable.any():
+    if not scan.readable.any():
         return
-    short, long = np.minimum(scan.height, scan.width), np.maximum(scan.height, scan.width)
-    usual = int(np.median(short[readable]))
-    shape = short / np.maximum(long, 1)
-    blank = readable & (scan.range < BLANK)
-    judged = readable & ~blank & (usual >= SMALL_SET)
-    dark, light = judged & (scan.dark < DARK), judged & (scan.light < LIGHT)
-    poor = judged & ~dark & ~light & (scan.low_information < LOW_INFORMATION)
-    blurry = judged & ~dark & ~light & ~poor & (scan.blurry < BLURRY)
-    look = "look at them, and delete those that show nothing of their class"
-    checks = (
-        _Check("blank", blank, "has one colour only|have one colour only", "delete them"),
-        _Check("dark", dark, "is very dark|are very dark", look),
-        _Check("bright", light, "is very bright|are very bright", look),
-        _Check("low-information", poor, "has few shades|have few shades", look),
-        _Check("blurred", blurry, "is blurred|are blurred", look),
-        _Check(
-            "tiny",
-            readable & (short < TINY) & (usual >= 2 * TINY),
-            f"is smaller than {TINY} pixels|are smaller than {TINY} pixels",
-            f"the usual short side is {usual}; look whether they are thumbnails",
-        ),
-        _Check(
-            "huge",
-            scan.height * scan.width > HUGE,
-            f"has more than {HUGE // 10**6} million pixels|have more than {HUGE // 10**6} million pixels",
-            "shrink them once, or train with --cache disk: decoding them takes most of the time",
-        ),
-        _Check(
-            "odd-shape",
-            readable & (shape < SHAPE) & (np.median(shape[readable]) >= SHAPE),
-            "is very long and narrow|are very long and narrow",
-            "crop them: training cuts squares out of them",
-        ),
-        _Check(
-            "turned",
-            scan.turned,
-            "is stored turned, with an EXIF orientation|are stored turned, with an EXIF orientation",
-            "nearkin turns them, other programs may not",
-            "ok",
-        ),
-    )
-    for check in checks:
+    for check in (*_looks(scan), *_shapes(scan)):
         rows = np.flatnonzero(check.found)
         if len(rows):
-            verb = check.what.split("|")[len(rows) > 1]
-            text = f"{counted(len(rows), 'image')} {verb}; {check.advice}"
-            yield Finding(
-                check.level, check.code, text, inventory.concerned(rows, _sizes(scan, rows))
-            )
+            number = counted(len(rows), f"image {check.one}", f"images {check.many}")
+            files = inventory.concerned(rows, _sizes(scan, rows))
+            yield Finding(check.level, check.code, f"{number}; {check.advice}", files)
     yield from _modes(inventory, scan)
+
+
+def _looks(scan: Scan) -> Iterator[_Check]:
+    """Of one colour, dark, bright, with few shades, blurred: each image has one of these at most."""
+    advice = "look at them, and delete those that show nothing of their class"
+    left = scan.readable & ~(blank := scan.readable & (scan.range < BLANK))
+    yield _Check("blank", blank, "has one colour only", "have one colour only", "delete them")
+    if _usual_side(scan) < SMALL_SET:
+        return
+    for code, scores, least, words in (
+        ("dark", scan.dark, DARK, "very dark"),
+        ("bright", scan.light, LIGHT, "very bright"),
+        ("low-information", scan.low_information, LOW_INFORMATION, "of very few shades"),
+        ("blurred", scan.blurry, BLURRY, "blurred"),
+    ):
+        found = left & (scores < least)
+        left &= ~found
+        yield _Check(code, found, f"is {words}", f"are {words}", advice)
+
+
+def _shapes(scan: Scan) -> Iterator[_Check]:
+    """Tiny, huge, narrow, turned."""
+    short, long = np.minimum(scan.height, scan.width), np.maximum(scan.height, scan.width)
+    usual, ratio = _usual_side(scan), short / np.maximum(long, 1)
+    narrow = scan.readable & (ratio < SHAPE)
+    if np.median(ratio[scan.readable]) < SHAPE:  # it is how these images are
+        narrow[:] = False
+    tiny = scan.readable & (short < TINY) & (usual >= 2 * TINY)
+    size, million = f"smaller than {TINY} pixels", f"more than {HUGE // 10**6} million pixels"
+    advice = f"the usual short side is {usual}; look whether they are thumbnails"
+    yield _Check("tiny", tiny, f"is {size}", f"are {size}", advice)
+    huge = scan.height * scan.width > HUGE
+    advice = "shrink them once, or train with --cache disk: decoding takes most of the time"
+    yield _Check("huge", huge, f"has {million}", f"have {million}", advice)
+    advice = "crop them: training cuts squares out of them"
+    words = "very long and narrow"
+    yield _Check("odd-shape", narrow, f"is {words}", f"are {words}", advice)
+    words = "stored turned, with an EXIF orientation"
+    advice = "nearkin turns them, other programs may not"
+    yield _Check("turned", scan.turned, f"is {words}", f"are {words}", advice, "ok")
+
+
+def _usual_side(scan: Scan) -> int:
+    """The median short side, in pixels."""
+    return int(np.median(np.minimum(scan.height, scan.width)[scan.readable]))
 
 
 def _sizes(scan: Scan, rows: NDArray[np.int64]) -> dict[int, str]:
@@ -131,7 +133,7 @@ def _modes(inventory: Inventory, scan: Scan) -> Iterator[Finding]:
         ]
         rows = np.flatnonzero(grey)
         text = (
-            f"grey images are common in {counted(len(most), 'class', 'classes')} and rare in others ({listed(most)}), so "
-            "that colour gives the class away; use --channels 1, or add coloured ones"
+            f"grey images are common in {counted(len(most), 'class', 'classes')} and rare in others ({listed(most)}), "
+            "so that colour gives the class away; use --channels 1, or add coloured ones"
         )
         yield Finding("warning", "grey-classes", text, inventory.concerned(rows))

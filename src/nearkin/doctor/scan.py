@@ -5,14 +5,13 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
-from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nearkin.data.decode import BadImage, Header, quiet_pillow
+from nearkin.data.decode import Header, quiet_pillow
 from nearkin.data.images import Files
 from nearkin.data.look import examine, in_threads, shown
 from nearkin.data.remembered import Remembered
@@ -26,8 +25,9 @@ CHUNK = 64  # images whose numbers are computed together, and in one task of a t
 
 
 class Pixels(NamedTuple):
-    """Of one image. sample: 64 x 64 of its pixels, evenly spread, in grey. small: the whole image in grey, averaged, with
-    a longest side of about 64 pixels, or its own; edges: of that. tiny: the same with 32 x 32 pixels. All as bytes."""
+    """Of one image. sample: 64 x 64 of its pixels, evenly spread, in grey. small: the whole image in grey, averaged,
+    with a longest side of about 64 pixels, or its own; edges: of that. tiny: the same with 32 x 32 pixels. All bytes.
+    """
 
     height: int
     width: int
@@ -187,9 +187,9 @@ def perceptual_hashes(tiny: NDArray[np.uint8]) -> NDArray[np.uint64]:
 
 
 def _scores(pixels: Sequence[Pixels]) -> dict[str, NDArray[np.float64]]:
-    """The scores of n images, each `[n]` (see `Scan`), by the formulas of cleanvision 0.3.7 for brightness, entropy and
-    edges, with its factors, but of 64 x 64 grey pixels of each image instead of all its coloured ones. An image of three
-    equal channels has an entropy of log2(3) more than one of them."""
+    """The scores of n images, each `[n]` (see `Scan`), by the formulas of cleanvision 0.3.7 for brightness, entropy
+    and edges, with its factors, but of 64 x 64 grey pixels of each image instead of all its coloured ones. An image of
+    three equal channels has an entropy of log2(3) more than one of them."""
     images = len(pixels)
     sampled = _histograms(_joined(each.sample for each in pixels), np.full(images, SIDE**2))
     shares = sampled / SIDE**2

@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from nearkin.data.sources.tables import COLUMNS, LONGEST_LINE, TABLE_SUFFIXES
+from nearkin.data.sources.tables import COLUMNS
 from nearkin.doctor.inventory import Inventory
-from nearkin.errors import ConfigError, DataError, counted, listed, printable
+from nearkin.errors import ConfigError, DataError, counted, printable
 from nearkin.files import write_atomic
 
 MARKS = ("wrong label", "leave out")
@@ -36,8 +36,8 @@ def read_marks(path: Path, inventory: Inventory) -> Marks:
     """The marks of a person: CSV with the columns path and mark, and optionally label, split and correct.
 
     path: as in doctor.csv, or relative to the data's folder, or to that of the marks. mark: `wrong label` or `leave
-    out`; a row without a mark is ignored. correct: the right label of an image with a wrong one, which then stays in the
-    table. Raises DataError for a file that is no such table, another mark, and when no path is one of the images.
+    out`; a row without a mark is ignored. correct: the right label of an image with a wrong one, which then stays in
+    the table. Raises DataError for a file that is no such table, another mark, and when no path is one of the images.
     """
     rows = list(_marks(path))
     known = {inventory.key(row): row for row in range(len(inventory.labels))}
@@ -54,8 +54,8 @@ def read_marks(path: Path, inventory: Inventory) -> Marks:
             out.add(row)
     if rows and len(unknown) == len(rows):
         raise DataError(
-            f"None of the {counted(len(rows), 'marked path')} in {printable(str(path))} is an image of these data, such as "
-            f"{printable(unknown[0])}; give the data that were marked."
+            f"None of the {counted(len(rows), 'marked path')} in {printable(str(path))} is an image of these data, "
+            f"such as {printable(unknown[0])}; give the data that were marked."
         )
     return Marks(frozenset(out), labels, tuple(unknown))
 
@@ -99,7 +99,7 @@ def _marks(path: Path) -> Iterator[_Mark]:
         raise DataError(f"{shown}, line {reader.line_num}: not valid CSV, {error}.") from None
 
 
-def check_table(path: Path, inventory: Inventory | None = None) -> None:
+def check_table(path: Path) -> None:
     """Raises ConfigError where the table cannot or must not be written: a file that exists is never replaced."""
     shown = printable(str(path))
     if path.suffix.lower() != ".csv":
@@ -115,9 +115,11 @@ def check_table(path: Path, inventory: Inventory | None = None) -> None:
 def write_table(
     path: Path, inventory: Inventory, out: frozenset[int], labels: dict[int, str]
 ) -> int:
-    """Write `path,label,split` of the images that are not in `out`, and return their number. labels: in place of theirs.
-    Paths are relative to the table's folder, as training reads them. Raises DataError when no training image is left,
-    SaveFailed."""
+    """Write `path,label,split` of the images that are not in `out`, and return their number. labels: in place of
+    theirs. Paths are relative to the table's folder, as training reads them.
+
+    Raises DataError when no training image is left, SaveFailed.
+    """
     folder = os.fsencode(path.absolute().parent)
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
