@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nearkin.catalogue import check_objective
 from nearkin.cli import show
 from nearkin.cli.arguments import Parser, whole_number
 from nearkin.doctor.findings import FILE, check_target, summary, write_csv
@@ -28,6 +27,7 @@ def parser() -> Parser:
         "--run", metavar="RUN", help="compare images by this run's network [a pretrained one]"
     )
     parser.flag("labels", "check labels and near copies by a network [true]")
+    parser.flag("forecast", "what the objective will meet in these data [true]")
     parser.add_argument("--objective", metavar="NAME", help="to forecast [that train would use]")
     parser.add_argument("--batch-size", dest="batch_size", metavar="N", help="of the forecast")
     parser.add_argument("--sampler", metavar="NAME", help="of the forecast")
@@ -68,7 +68,7 @@ def main(given: dict[str, Any]) -> int:
     quiet = given.get("quiet", False)
     report = diagnose(
         given["data"],
-        options=options,
+        forecast=options if given.get("forecast", True) else None,
         run=given.get("run"),
         labels=given.get("labels", True),
         device=given.get("device", "auto"),
@@ -110,9 +110,6 @@ def _options(given: dict[str, Any]) -> dict[str, Any]:
     }
     if "batch_size" in given:
         own["batch_size"] = whole_number("batch-size", given["batch_size"])
-    if own.get("objective", "auto") != "auto":
-        options = [name.partition(".")[2] for name in own if name.startswith("objective.")]
-        check_objective(own["objective"], options)
     return own
 
 

@@ -17,7 +17,7 @@ from nearkin.doctor.features import Described, describe
 from nearkin.doctor.findings import Finding, count
 from nearkin.doctor.inventory import Inventory
 from nearkin.doctor.labels import label_findings
-from nearkin.doctor.outlook import objective_findings
+from nearkin.doctor.outlook import checked_forecast, objective_findings
 from nearkin.doctor.quality import quality_findings
 from nearkin.doctor.scan import Scan, scan
 
@@ -46,7 +46,7 @@ class Report:
 def diagnose(
     data: str | Path,
     *,
-    options: Mapping[str, Any] | None = None,
+    forecast: Mapping[str, Any] | None = None,
     run: str | Path | None = None,
     labels: bool = True,
     device: str = "auto",
@@ -54,13 +54,16 @@ def diagnose(
 ) -> Report:
     """Look for what is wrong with a data set. Nothing is written but caches.
 
-    data: as for `nearkin.train`. options: of the training to forecast, by default those of `nearkin train DATA`. run: a
-    run folder, whose network compares images; by default the pretrained one. labels: whether a network is used at all;
-    without one, labels are not checked and near copies are judged by their hashes alone. quiet: nothing on stderr.
+    data: as for `nearkin.train`. forecast: options of a training to forecast, `{}` for those of `nearkin train DATA`,
+    None for no forecast. run: a run folder, whose network compares images; by default the pretrained one. labels:
+    whether images are compared at all; if not, labels are not checked and near copies are judged by their hashes alone.
+    quiet: nothing on stderr.
 
     Every image is decoded once. Raises DataError when the data cannot be listed, ModelError for a run without a model,
     ConfigError for options that do not fit.
     """
+    given = {"device": device, **(forecast or {})}
+    config = None if forecast is None else checked_forecast(str(data), given)
     listing = resolve(str(data))
     chosen = choose(listing, channels="auto", val_split=0.0, seed=0, images_per_class=None)
     inventory = Inventory.of(chosen)
@@ -76,8 +79,8 @@ def diagnose(
     findings += copy_findings(inventory, exact, near)
     if described is not None:
         findings += label_findings(inventory, described.features, rows, described.source)
-    if len(rows):
-        findings += objective_findings(listing, {"device": device, **(options or {})})
+    if len(rows) and config is not None:
+        findings += objective_findings(listing, config)
     out = superfluous(inventory, exact) | superfluous(inventory, near) | set(seen.reasons)
     return Report(str(data), tuple(findings), inventory, frozenset(out))
 

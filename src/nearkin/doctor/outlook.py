@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nearkin.bank import NeighbourBank
+from nearkin.catalogue import check_objective
 from nearkin.config import RunConfig, validate
 from nearkin.data.sources.listing import Listing
 from nearkin.distributed import Runtime, choose_device, choose_precision
@@ -20,7 +21,7 @@ from nearkin.errors import DataError
 from nearkin.objectives import Stage
 from nearkin.training import checks
 from nearkin.training.batches import draw_of
-from nearkin.training.prepare import Prepared, prepare
+from nearkin.training.prepare import Prepared, prepare, validated_options
 from nearkin.types import Batch, Outputs, Progress
 
 MEASURED = 2  # images whose activations are measured
@@ -40,9 +41,17 @@ class Outlook(NamedTuple):
     collapse: dict[str, dict[str, float]]
 
 
-def objective_findings(listing: Listing, options: Mapping[str, Any]) -> Iterator[Finding]:
-    """What `nearkin train` with these options would meet. Raises ConfigError for options that do not fit."""
-    config: RunConfig = validate(RunConfig, {"data": listing.data, **options})
+def checked_forecast(data: str, options: Mapping[str, Any]) -> RunConfig:
+    """The options of the training to forecast. Raises ConfigError."""
+    config: RunConfig = validate(RunConfig, {"data": data, **options})
+    if config.objective != "auto":
+        check_objective(config.objective, config.options)
+        validated_options(config)
+    return config
+
+
+def objective_findings(listing: Listing, config: RunConfig) -> Iterator[Finding]:
+    """What `nearkin train` with these options would meet. Raises ConfigError for options that do not fit the data."""
     device = choose_device(config.device)
     with Runtime(device=device, precision=choose_precision(config.precision, device)) as runtime:
         try:

@@ -155,7 +155,7 @@ def reduced(image: Tensor) -> Pixels:
         sample.tobytes(),
         small.tobytes(),
         small.filter(ImageFilter.FIND_EDGES).tobytes(),
-        small.resize((HASH_SIDE, HASH_SIDE), Image.Resampling.BOX).tobytes(),
+        small.resize((HASH_SIDE, HASH_SIDE), Image.Resampling.BILINEAR).tobytes(),
         zlib.crc32(pixels),
     )
 
