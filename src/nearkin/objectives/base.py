@@ -20,6 +20,8 @@ from nearkin.types import Batch, Facts, Loss, Outputs, Progress
 
 Start = Literal["fresh", "continue", "best"]
 Attach = Literal["auto", "features", "projection"]
+USUAL_TEMPERATURE = 0.1  # of objectives without one
+SHOWN_NEIGHBOURS = 50
 
 
 class Stage(NamedTuple):
@@ -52,6 +54,13 @@ class Stage(NamedTuple):
     def student_views(self) -> int:
         """How many of the views the student reads: all but a crop of the teacher's own."""
         return self.views - int(self.teacher is not None and self.teacher.crop == "own")
+
+
+class Attention(NamedTuple):
+    """Weights of the `neighbours` nearest images: the softmax of their cosines / `temperature`."""
+
+    temperature: float
+    neighbours: int
 
 
 class Objective(nn.Module):
@@ -116,6 +125,10 @@ class Objective(nn.Module):
         self.config = (config or self.Config()).fill(smoothing=smoothing).resolve(facts)
         self.register_buffer("class_weights", None, persistent=False)
         self.heads = self.build(dim, classes)
+
+    def attention(self) -> Attention:
+        """How the nearest training images of an image are weighted when they are shown as evidence."""
+        return Attention(getattr(self.config, "temperature", USUAL_TEMPERATURE), SHOWN_NEIGHBOURS)
 
     def weigh_classes(self, weights: Tensor | None) -> None:
         """Weigh every cross-entropy term by class. weights: `[C]`, or None for equal weights."""

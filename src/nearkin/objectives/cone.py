@@ -16,6 +16,7 @@ from nearkin.functional._bank_attention import bank_attention, multiplies_bf16
 from nearkin.network import Head, projection_head, projection_sizes
 from nearkin.objectives.base import (
     Attach,
+    Attention,
     Objective,
     Stage,
     attach_option,
@@ -116,6 +117,10 @@ class CoNe(Objective, name="cone"):
             "projection": Head(attached(sizes.attach, projection), "features", "embedding"),
             "classifier": Head(nn.Linear(width, classes), reads=reads, writes="logits"),
         }
+
+    def attention(self) -> Attention:
+        """That of the neighbour term."""
+        return Attention(self.config.neighbour_temperature, self.config.topk)
 
     def stages(self) -> tuple[Stage, ...]:
         policy = TeacherPolicy(

@@ -15,6 +15,7 @@ from nearkin.data.dataset import Split
 from nearkin.distributed import Runtime
 from nearkin.errors import Stopped, counted, printable
 from nearkin.evaluation.geometry import geometry
+from nearkin.evaluation.kin import collect, write_kin
 from nearkin.evaluation.metrics import summarise, top1_and_log_loss, write_predictions, write_tables
 from nearkin.evaluation.model import FORMAT, Description, save_bundle
 from nearkin.network import PACKAGED, Network
@@ -151,7 +152,10 @@ class Trainer:
                     [split.images.name(row) for row in range(len(split.labels))],
                     self.dataset.classes,
                 )
+        objective = self.prepared.built.objective
+        kin, temperature = collect(network, objective, self.dataset, self.evaluator, self.runtime)
         if self.runtime.is_main:
+            write_kin(self.folder, kin)
             description = Description(
                 format=FORMAT,
                 nearkin=version("nearkin"),
@@ -159,6 +163,7 @@ class Trainer:
                 transform=self.evaluator.spec,
                 heads=self.stages[-1].heads,
                 metrics=metrics,
+                temperature=temperature,
             )
             save_bundle(self.folder, description, network.state_dict())
         self.loop.status("finished", step, self.settings.epochs)
