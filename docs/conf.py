@@ -24,6 +24,10 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_math_renderer = "mathml"
 html_copy_source = html_show_copyright = html_show_sphinx = False
+html_show_search_summary = (
+    False  # it reads pages by fetch, which browsers refuse to a page opened from a file
+)
+smartquotes = False  # it makes one dash of the two of --lr
 highlight_language = "none"  # of blocks that name no language: commands and their output
 autodoc_member_order = "bysource"
 maximum_signature_line_length = 88
