@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from nearkin.config import CONFIG_FILE, RunConfig, read_yaml, validate
+from nearkin.data.cache import Packed
 from nearkin.data.dataset import EvaluationSplit, Split, load_for_evaluation
 from nearkin.data.images import Files
 from nearkin.data.look import Ranks
@@ -61,14 +62,14 @@ def images_digest(split: Split) -> str:
     """SHA-256 of the images of a split, in order: all pixels of arrays; place, size and time of change of files, since
     two files may have one name and one size."""
     digest = hashlib.sha256()
-    images = split.images
+    images = split.images.files if isinstance(split.images, Packed) else split.images
     if isinstance(images, Files):
         digest.update(os.fsencode(os.path.realpath(images.files.root)))
     for row in range(len(split.labels)):
         parts = [images.identity(row)]
         if isinstance(images, Files):
             changed = -1
-            with suppress(OSError):
+            with suppress(OSError, ValueError):
                 changed = os.stat(images.path(row)).st_mtime_ns  # noqa: PTH116 - called once per image
             parts.append(b"%d" % changed)
         for part in parts:  # with their lengths, so that no two lists look alike
