@@ -86,7 +86,7 @@ def plan(
 
 
 def fix_parts(network: Network, settings: Settings) -> None:
-    """Fix what the settings say does not learn."""
+    """Freeze the blocks and the BatchNorm statistics that the settings exclude from training."""
     if settings.blocks != "all":
         network.learn_blocks(settings.blocks)
     if settings.freeze_batchnorm:
