@@ -281,7 +281,7 @@ def _turned(pixels: Tensor, image: Image) -> Tensor:
     """The EXIF orientation undone. TIFF files were turned by Pillow while loading."""
     try:
         orientation = image.getexif().get(ORIENTATION)
-    except Exception:  # with a broken EXIF block the orientation is unknown
+    except Exception:  # a broken EXIF block says nothing of the orientation
         return pixels
     if not isinstance(orientation, int) or orientation not in TURNS:
         return pixels

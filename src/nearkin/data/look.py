@@ -241,7 +241,7 @@ def in_threads(
     stopped = Event()
     remaining = iter(paths)
 
-    def results(chosen: list[bytes]) -> list[T]:
+    def some(chosen: list[bytes]) -> list[T]:
         return [work(path) for path in chosen if not stopped.is_set()]
 
     pool = ThreadPoolExecutor(max(1, workers))
@@ -251,7 +251,7 @@ def in_threads(
             while len(waiting) < max(AHEAD, 2 * workers) and (
                 chosen := list(islice(remaining, chunk))
             ):
-                waiting.append(pool.submit(results, chosen))
+                waiting.append(pool.submit(some, chosen))
             if not waiting:
                 return
             yield waiting.popleft().result()
