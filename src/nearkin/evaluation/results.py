@@ -74,11 +74,15 @@ class Metrics:
         }
 
 
-def wilson(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's interval of a share of n independent trials, by default of 95 % confidence (Wilson 1927).
+NORMAL_95 = 1.959964  # the quantile of the normal distribution for 95 % confidence
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """Wilson's interval of a share of n independent trials, of 95 % confidence (Wilson 1927).
 
     (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n).
     """
+    z = NORMAL_95
     centre, spread = share + z * z / (2 * n), share * (1 - share) / n + (z / (2 * n)) ** 2
     half, scale = z * math.sqrt(spread), 1 + z * z / n
     return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)

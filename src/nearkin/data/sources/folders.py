@@ -257,7 +257,7 @@ class _Walk:
             raise _unreadable(path, error) from error
 
     def _kind(self, entry: os.DirEntry[str]) -> str:
-        """`folder`, `image`, or why the entry is left out. A pipe named x.jpg is an image: the look at it tells."""
+        """`folder`, `image`, or why the entry is left out. A pipe named x.jpg is an image; the look refuses it."""
         if entry.name.startswith(".") or entry.name in HIDDEN:
             return "hidden"
         try:
