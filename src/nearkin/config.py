@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from nearkin.errors import ConfigError, printable
+from nearkin.errors import ConfigError, nearest, printable
 from nearkin.hints import unknown_option, value_hint
 
 NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
@@ -86,6 +86,22 @@ def _parsed(word: str) -> Any:
         return word
 
 
+LOGGERS = ("tensorboard", "wandb", "mlflow")  # what `--log` takes, and the extras that bring them
+
+
+def _known_loggers(log: str | None) -> str | None:
+    """The names, each once; `none` is no logger. Raises ValueError for an unknown one."""
+    words = [word.strip() for word in (log or "none").split(",")]
+    for word in words:
+        if word not in (*LOGGERS, "none"):
+            hint = nearest(word, LOGGERS)
+            raise ValueError(
+                f"there is no logger {printable(word)!r}.{hint} There are: {', '.join(LOGGERS)}, none"
+            )
+    return ",".join(dict.fromkeys(word for word in words if word != "none")) or None
+
+
+Logs = Annotated[str | None, AfterValidator(_known_loggers)]
 Auto = Literal["auto"]
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
@@ -115,7 +131,7 @@ LARGEST_YAML = 1 << 20
 SCRATCH_OBJECTIVE = "cone"  # what `--objective auto` is from scratch; photos: training/defaults.py
 CONFIG_FILE = "config.yaml"  # in every run folder
 # What a resumed run may change: nothing that touches the weights.
-FREE_ON_RESUME = frozenset({"check", "workers", "log_level", "log_every", "save_minutes"})
+FREE_ON_RESUME = frozenset({"check", "workers", "log", "log_level", "log_every", "save_minutes"})
 GIVEN_FILE = "given.yaml"  # beside it: the options as they were given
 
 
@@ -247,6 +263,9 @@ class RunConfig(BaseModel):
     out: Path | None = option(
         None,
         "run folder (must not exist); default runs/DATA-DATE, with --objective runs/DATA-OBJECTIVE-DATE",
+    )
+    log: Logs = option(
+        None, "log to tensorboard, wandb, mlflow as well; several with commas, or once each"
     )
     log_every: Count = option(10, "steps between records in metrics.jsonl")
     save_minutes: Positive = option(5.0, "minutes between checkpoints")

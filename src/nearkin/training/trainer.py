@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from nearkin.training.checkpoint.saver import Saver, same_run
 from nearkin.training.checkpoint.snapshot import Snapshot
 from nearkin.training.checkpoint.store import Store
 from nearkin.training.console import Bar
+from nearkin.training.loggers import Loggers
 from nearkin.training.loop import Loop, legs
 from nearkin.training.metrics_log import Journal
 from nearkin.training.prepare import Prepared
@@ -75,7 +76,24 @@ class Trainer:
                 probed=self.settings.probe,
             )
             self.runtime.failures.callback = self._record_end
-            return self._finish(self.loop.run(snapshot))
+            with self._logging(bar) as loggers:
+                result = self._finish(self.loop.run(snapshot))
+                loggers.close(result.metrics)
+            return result
+
+    @contextmanager
+    def _logging(self, bar: Bar) -> Iterator[Loggers]:
+        """The loggers of `--log`, which get the journal's records within the block."""
+        log = self.settings.log if self.runtime.is_main else None
+        loggers = Loggers(log, bar.say, bar.warn)
+        if log:
+            loggers.start(self.settings.flat(), self.folder, self.journal.records())
+            self.journal.mirror = loggers.record
+        try:
+            yield loggers
+        finally:
+            self.journal.mirror = None
+            loggers.close()
 
     def _assemble(self) -> None:
         network, objective = self.prepared.built.network, self.prepared.built.objective
