@@ -20,6 +20,7 @@ from nearkin.types import Batch, Facts, Loss, Outputs, Progress
 
 Start = Literal["fresh", "continue", "best"]
 Attach = Literal["auto", "features", "projection"]
+Kin = Literal["none", "class", "crops", "bank"]
 
 
 class Stage(NamedTuple):
@@ -34,6 +35,8 @@ class Stage(NamedTuple):
     another image of its class in the batch. freeze_backbone: the backbone gets no gradient and runs in eval mode.
     lr: the stage's peak learning rate as a share of the run's.
     final: whether student or teacher is evaluated and saved.
+    kin: the positives of a crop: every other crop of its class in the batch, other crops of the same image, or other
+    images of its class in a bank. within: they are in the same block of so many images; None: in the whole batch.
     """
 
     name: str
@@ -47,6 +50,8 @@ class Stage(NamedTuple):
     freeze_backbone: bool = False
     lr: float = 1.0
     final: Literal["student", "teacher"] = "student"
+    kin: Kin = "none"
+    within: int | None = None
 
     @property
     def student_views(self) -> int:

@@ -13,7 +13,7 @@ import torch
 
 from nearkin.data.dataset import Split
 from nearkin.distributed import Runtime
-from nearkin.errors import Stopped, counted, printable
+from nearkin.errors import Stopped, counted, first_line, printable
 from nearkin.evaluation.geometry import geometry
 from nearkin.evaluation.metrics import summarise, top1_and_log_loss, write_predictions, write_tables
 from nearkin.evaluation.model import FORMAT, Description, save_bundle
@@ -21,6 +21,7 @@ from nearkin.network import PACKAGED, Network
 from nearkin.objectives import Stage
 from nearkin.process import stop_signals_recorded
 from nearkin.settings import Settings
+from nearkin.training import first_batch
 from nearkin.training.batches import train_batches
 from nearkin.training.checkpoint.saver import Saver, same_run
 from nearkin.training.checkpoint.snapshot import Snapshot
@@ -76,10 +77,19 @@ class Trainer:
                 probed=self.settings.probe,
             )
             self.runtime.failures.callback = self._record_end
+            if snapshot is None and self.runtime.is_main and route[-1].last > 0:
+                self._draw_first_batch(bar)
             with self._logging(bar) as loggers:
                 result = self._finish(self.loop.run(snapshot))
                 loggers.close(result.metrics)
             return result
+
+    def _draw_first_batch(self, bar: Bar) -> None:
+        try:
+            first_batch.draw(self.folder, self.settings, self.train_split, self.stages[0])
+        except Exception as error:  # a picture is no reason to end a run
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            bar.warn(f"The first batch cannot be drawn ({reason}); training goes on.")
 
     @contextmanager
     def _logging(self, bar: Bar) -> Iterator[Loggers]:
