@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from nearkin.errors import ConfigError, nearest, printable
+from nearkin.catalogue import known_loggers
+from nearkin.errors import ConfigError, printable
 from nearkin.hints import unknown_option, value_hint
 
 NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
@@ -86,22 +87,7 @@ def _parsed(word: str) -> Any:
         return word
 
 
-LOGGERS = ("tensorboard", "wandb", "mlflow")  # what `--log` takes, and the extras that bring them
-
-
-def _known_loggers(log: str | None) -> str | None:
-    """The names, each once; `none` is no logger. Raises ValueError for an unknown one."""
-    words = [word.strip() for word in (log or "none").split(",")]
-    for word in words:
-        if word not in (*LOGGERS, "none"):
-            hint = nearest(word, LOGGERS)
-            raise ValueError(
-                f"there is no logger {printable(word)!r}.{hint} There are: {', '.join(LOGGERS)}, none"
-            )
-    return ",".join(dict.fromkeys(word for word in words if word != "none")) or None
-
-
-Logs = Annotated[str | None, AfterValidator(_known_loggers)]
+Logs = Annotated[str | None, AfterValidator(known_loggers)]
 Auto = Literal["auto"]
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]

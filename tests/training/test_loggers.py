@@ -364,7 +364,7 @@ def test_a_missing_package_is_said_with_what_to_install(monkeypatch):
 def test_every_name_has_a_logger_and_an_extra():
     from importlib.metadata import metadata
 
-    from nearkin.config import LOGGERS
+    from nearkin.catalogue import LOGGERS
 
     assert set(LOGGERS) == set(loggers.LOGGERS)
     assert set(LOGGERS) <= set(metadata("nearkin").get_all("Provides-Extra"))

@@ -1,7 +1,7 @@
 """`--log`: the records of `metrics.jsonl` in TensorBoard, Weights & Biases and MLflow too. Imports no torch.
 
 Each logger has a thread, so that training never waits for a disk or a network. A logger that fails is left out for the
-rest of the run, with one warning. A new one is a class with four methods, in LOGGERS here and in `nearkin.config`.
+rest of the run, with one warning. A new one is a class with four methods, in LOGGERS here and in `nearkin.catalogue`.
 """
 
 from __future__ import annotations
