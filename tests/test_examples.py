@@ -36,11 +36,16 @@ def place(tmp_path, monkeypatch):
     torch.set_num_threads(threads)
 
 
+# Least accuracy that an example prints: of ten classes, in few_shot.py of three.
+LEARNS = {"own_loop.py": 0.9, "with_accelerate.py": 0.9, "few_shot.py": 0.7, "compare.py": 0.6}
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_examples_run_and_learn(path, capsys):
     runpy.run_path(str(path), run_name="__main__")
-    accuracy = float(re.search(r"test top-1 ([\d.]+)", capsys.readouterr().out).group(1))
-    assert accuracy > 0.9  # ten classes
+    found = re.findall(r"test top-1 ([\d.]+)", capsys.readouterr().out)
+    assert found
+    assert all(float(accuracy) > LEARNS[path.name] for accuracy in found)
 
 
 def test_the_example_of_an_own_loop_is_short():
@@ -49,7 +54,7 @@ def test_the_example_of_an_own_loop_is_short():
 
 def test_there_are_blocks():
     assert any(name.startswith("README.md") for name in BLOCKS)
-    assert len(EXAMPLES) == 2
+    assert {path.name for path in EXAMPLES} == set(LEARNS)
 
 
 @pytest.mark.parametrize("name", BLOCKS)

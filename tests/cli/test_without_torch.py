@@ -18,6 +18,7 @@ CASES = {
     "too many words": (2, "The word b is one too many", "train a b"),
     "value that is no number": (2, "--epochs 'x' is not valid", "train --epochs x"),
     "unknown value": (2, "Did you mean adamw?", "train --optimizer adam"),
+    "unknown logger": (2, "Did you mean tensorboard?", "train --log tensorbord"),
     "unknown objective": (2, "Did you mean cone?", "train --objective kone"),
     "help of an unknown objective": (2, "Did you mean cone?", "train --objective kone --help"),
     "unknown option of an objective": (

@@ -13,6 +13,7 @@ from nearkin.config import FREE
 from nearkin.errors import ConfigError, printable
 from nearkin.hints import unknown_option
 
+REPEATABLE = frozenset({"log"})  # given several times, the values are one list with commas
 FREE_WORDS = tuple(f"--{group}." for group in FREE)  # their names are not known to argparse
 
 
@@ -55,6 +56,10 @@ class Parser(argparse.ArgumentParser):
             option, text = name.replace("_", "-"), describe(field)
             if bool in _members(field.annotation):
                 self.flag(option, text)
+            elif name in REPEATABLE:
+                self.add_argument(
+                    f"--{option}", dest=name, help=text, metavar="NAME", action=_Joined
+                )
             else:
                 self.add_argument(f"--{option}", dest=name, help=text, metavar=_kind(field))
 
@@ -104,6 +109,14 @@ class Parser(argparse.ArgumentParser):
             )
         known = [option[2:] for option in self._option_string_actions if option.startswith("--")]
         raise unknown_option(word.partition("=")[0], known, otherwise=f"See {self._verb} --help.")
+
+
+class _Joined(argparse.Action):
+    def __call__(
+        self, _: object, namespace: argparse.Namespace, value: Any, __: object = None
+    ) -> None:
+        earlier = getattr(namespace, self.dest, None)
+        setattr(namespace, self.dest, f"{earlier},{value}" if earlier else value)
 
 
 def whole_number(name: str, text: str) -> int:

@@ -20,6 +20,7 @@ from nearkin.types import Batch, Facts, Loss, Outputs, Progress
 
 Start = Literal["fresh", "continue", "best"]
 Attach = Literal["auto", "features", "projection"]
+Pairs = Literal["none", "class", "crops", "bank"]
 USUAL_TEMPERATURE = 0.1  # of objectives without one
 SHOWN_NEIGHBOURS = 50
 
@@ -36,6 +37,8 @@ class Stage(NamedTuple):
     another image of its class in the batch. freeze_backbone: the backbone gets no gradient and runs in eval mode.
     lr: the stage's peak learning rate as a share of the run's.
     final: whether student or teacher is evaluated and saved.
+    pairs: the positives of a crop: every other crop of its class in the batch, other crops of the same image, or other
+    images of its class in a bank. within: they are in the same block of so many images; None: in the whole batch.
     """
 
     name: str
@@ -49,6 +52,8 @@ class Stage(NamedTuple):
     freeze_backbone: bool = False
     lr: float = 1.0
     final: Literal["student", "teacher"] = "student"
+    pairs: Pairs = "none"
+    within: int | None = None
 
     @property
     def student_views(self) -> int:

@@ -131,9 +131,8 @@ class CoNe(Objective, name="cone"):
             crop=self.config.teacher_crop,
         )
         views = 2 if policy.crop == "own" else 1
-        return (
-            Stage("neighbours", 1.0, ("projection", "classifier"), views=views, teacher=policy),
-        )
+        heads = ("projection", "classifier")
+        return (Stage("neighbours", 1.0, heads, views=views, teacher=policy, pairs="bank"),)
 
     def forward(
         self, batch: Batch, student: Outputs, teacher: Outputs | None, progress: Progress

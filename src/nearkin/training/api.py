@@ -18,6 +18,7 @@ from nearkin.process import exit_if_importing_main
 from nearkin.settings import Settings
 from nearkin.training import run_folder
 from nearkin.training.console import say
+from nearkin.training.loggers import check_installed
 from nearkin.types import Result
 
 if TYPE_CHECKING:
@@ -130,6 +131,7 @@ def resolved(values: Mapping[str, Any]) -> Settings:
 def checked_options(values: Mapping[str, Any]) -> tuple[RunConfig, Listing | None]:
     """The options and what DATA holds, after every check that needs no torch: values, run folder, objective, DATA."""
     config: RunConfig = validate(RunConfig, values)
+    check_installed(config.log)
     run_folder.check_free(config.out)
     if config.objective == "auto" and config.options:  # options of an objective choose it
         config = config.model_copy(update={"objective": SCRATCH_OBJECTIVE})
@@ -168,6 +170,7 @@ def _with_changes(stored: Settings, run: Path, values: Mapping[str, Any]) -> Set
 
     values = {k: v for k, v in values.items() if (k, v) != ("objective", "auto")}
     given: RunConfig = validate(RunConfig, merge(stored.flat(), values))
+    check_installed(given.log)
     check_objective(given.objective, given.options)
     options = validated_options(given).model_dump(mode="json")
     new = given.model_copy(update={"options": options}).flat()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 
 from nearkin.data.dataset import Split
 from nearkin.distributed import Runtime
-from nearkin.errors import Stopped, counted, printable
+from nearkin.errors import Stopped, counted, first_line, printable
 from nearkin.evaluation.geometry import geometry
 from nearkin.evaluation.kin import collect, write_kin
 from nearkin.evaluation.metrics import summarise, top1_and_log_loss, write_predictions, write_tables
@@ -22,11 +22,13 @@ from nearkin.network import PACKAGED, Network
 from nearkin.objectives import Stage
 from nearkin.process import stop_signals_recorded
 from nearkin.settings import Settings
+from nearkin.training import first_batch
 from nearkin.training.batches import train_batches
 from nearkin.training.checkpoint.saver import Saver, same_run
 from nearkin.training.checkpoint.snapshot import Snapshot
 from nearkin.training.checkpoint.store import Store
 from nearkin.training.console import Bar
+from nearkin.training.loggers import Loggers
 from nearkin.training.loop import Loop, legs
 from nearkin.training.metrics_log import Journal
 from nearkin.training.prepare import Prepared
@@ -76,7 +78,33 @@ class Trainer:
                 probed=self.settings.probe,
             )
             self.runtime.failures.callback = self._record_end
-            return self._finish(self.loop.run(snapshot))
+            if snapshot is None and self.runtime.is_main and route[-1].last > 0:
+                self._draw_first_batch(bar)
+            with self._logging(bar) as loggers:
+                result = self._finish(self.loop.run(snapshot))
+                loggers.close(result.metrics)
+            return result
+
+    def _draw_first_batch(self, bar: Bar) -> None:
+        try:
+            first_batch.draw(self.folder, self.settings, self.train_split, self.stages[0])
+        except Exception as error:  # a picture is no reason to end a run
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            bar.warn(f"The first batch cannot be drawn ({reason}); training goes on.")
+
+    @contextmanager
+    def _logging(self, bar: Bar) -> Iterator[Loggers]:
+        """The loggers of `--log`, which get the journal's records within the block."""
+        log = self.settings.log if self.runtime.is_main else None
+        loggers = Loggers(log, bar.say, bar.warn)
+        if log:
+            loggers.start(self.settings.flat(), self.folder, self.journal.records())
+            self.journal.mirror = loggers.record
+        try:
+            yield loggers
+        finally:
+            self.journal.mirror = None
+            loggers.close()
 
     def _assemble(self) -> None:
         network, objective = self.prepared.built.network, self.prepared.built.objective
