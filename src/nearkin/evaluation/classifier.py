@@ -231,7 +231,7 @@ class Classifier:
         if self._sets is None:
             return [None] * len(shown)
         members = self._sets.members(shown, top)
-        order = shown.scatter(1, top[:, None], 2.0).argsort(1, descending=True, stable=True)
+        order = shown.scatter(1, top[:, None], 2.0).argsort(dim=1, descending=True, stable=True)
         sizes = members.sum(1).tolist()
         return [
             tuple(self.classes[c] for c in row[:size])
