@@ -87,7 +87,9 @@ def _npz(found: Embedded) -> bytes:
     import numpy as np
 
     columns = {"paths": found.paths, "labels": found.labels, "splits": found.splits}
-    arrays = {name: np.array(texts) for name, texts in columns.items() if texts is not None}
+    arrays: dict[str, Any] = {
+        name: np.array(texts) for name, texts in columns.items() if texts is not None
+    }
     buffer = io.BytesIO()
     np.savez(buffer, embeddings=found.embeddings, **arrays)
     return buffer.getvalue()

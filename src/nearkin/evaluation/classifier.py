@@ -88,8 +88,8 @@ class Classifier:
         self._channels = bundle.description.spec.channels
         self._views, self._count = tta_views(tta, bundle.description.transform), COUNTS[tta]
 
-    @overload
-    def __call__(self, images: Picture) -> Prediction: ...
+    @overload  # a str is a Sequence, too; the first signature wins
+    def __call__(self, images: Picture) -> Prediction: ...  # type: ignore[overload-overlap]
 
     @overload
     def __call__(self, images: Sequence[Picture]) -> list[Prediction]: ...
@@ -195,13 +195,16 @@ class Classifier:
         ):
             top5 = tuple((self.classes[c], value) for c, value in zip(classes, values, strict=True))
             guess, probability = top5[0]
-            far = self._reject is not None and share >= 1 - self._reject - CLOSE
-            label = UNKNOWN if far else guess
+            label = UNKNOWN if self._is_far(share) else guess
             yield Prediction(name, label, probability, top5, None, share, kin, guess, members)
+
+    def _is_far(self, share: float | None) -> bool:
+        return share is not None and self._reject is not None and share >= 1 - self._reject - CLOSE
 
     def _embedding(self, outputs: Outputs) -> Tensor:
         """`[n, e]`: the mean over the views."""
-        return outputs.embedding.float().unflatten(0, (self._count, -1)).mean(0)
+        rows = outputs.embedding.float()
+        return rows.view(self._count, -1, rows.shape[1]).mean(0)
 
     def _evidence(self, outputs: Outputs) -> list[tuple[float | None, tuple[KinImage, ...]]]:
         """How unlike anything each image is, and its nearest training images."""
