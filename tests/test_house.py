@@ -144,6 +144,7 @@ def test_nothing_runs_foreign_code():
 
 def test_the_public_names():
     assert sorted(nearkin.__all__) == [
+        "Classifier",
         "Comparison",
         "ConfigError",
         "DataError",
@@ -159,6 +160,7 @@ def test_the_public_names():
         "compare",
         "evaluate",
         "fewshot",
+        "load",
         "predict",
         "train",
     ]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
 from pydantic import BaseModel
@@ -124,6 +126,17 @@ def whole_number(name: str, text: str) -> int:
     if not text.isdecimal():
         raise ConfigError(f"--{name} takes a whole number from 0, not {printable(text)}.")
     return int(text)
+
+
+def number(name: str, text: str | None) -> float | None:
+    """The value of an option as a finite number, or None where it is not given. Raises ConfigError."""
+    if text is None:
+        return None
+    with suppress(ValueError):
+        value = float(text)
+        if math.isfinite(value):
+            return value
+    raise ConfigError(f"--{name} takes a number, not {printable(text)}.")
 
 
 def options_table(model: type[BaseModel], prefix: str) -> str:

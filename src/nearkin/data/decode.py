@@ -119,6 +119,25 @@ def decoded(
     return _decode(os.fspath(path), channels, max_pixels, max_bytes, least)[0]
 
 
+def from_pillow(image: Image, channels: int, name: str) -> Tensor:
+    """The pixels of a Pillow image, as `decoded` gives those of a file.
+
+    Raises BadImage, with `name` as its path, for more than `MAX_PIXELS` pixels or none, and for modes and damage that
+    `read_image` refuses.
+    """
+    check_channels(channels)
+    try:
+        width, height = image.size
+        if not 0 < width * height <= MAX_PIXELS:
+            raise _Refused(f"{width} x {height} are not 1 to {MAX_PIXELS} pixels")
+        with quiet_pillow:
+            return _turned(torch.from_numpy(_by_pillow(image, channels)).permute(2, 0, 1), image)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise BadImage(name, _reason(error)) from error
+
+
 def inspect(
     path: str | os.PathLike[str], *, channels: int, full: bool
 ) -> tuple[Tensor | None, Header]:
@@ -257,10 +276,14 @@ def _upright(content: bytes, channels: int, max_pixels: int, least: int) -> tupl
         exact = is_exact_jpeg(image, channels)
         pixels = decode_jpeg(content, channels, least) if exact else None
         if pixels is None:
-            image.load()
-            flat = _eight_bit(image).convert("L" if channels == 1 else "RGB")
-            pixels = np.atleast_3d(np.array(flat))
+            pixels = _by_pillow(image, channels)
         return _turned(torch.from_numpy(pixels).permute(2, 0, 1), image), header
+
+
+def _by_pillow(image: Image, channels: int) -> NDArray[np.uint8]:
+    image.load()
+    flat = _eight_bit(image).convert("L" if channels == 1 else "RGB")
+    return np.atleast_3d(np.array(flat))
 
 
 def _check_sums(png: bytes) -> None:

@@ -106,11 +106,11 @@ class _Batches(Dataset[Batch | DataError]):
         except BadImage as error:
             return error.by_now()
         rows = [key.row for key in keys]
-        images = _stack(made).view(-1, len(keys), *made[0].shape)
+        images = stacked(made).view(-1, len(keys), *made[0].shape)
         return Batch(images, torch.from_numpy(self.split.labels[rows]), torch.tensor(rows))
 
 
-def _stack(images: Sequence[Tensor]) -> Tensor:
+def stacked(images: Sequence[Tensor]) -> Tensor:
     """`[n, C, H, W]` in the memory format of the images: decoders and resizing leave a pixel's colours side by side.
 
     Another format would be converted twice, which takes as long as the rest of loading from a cache.

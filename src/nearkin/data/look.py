@@ -26,6 +26,7 @@ from nearkin.errors import DataError, NearkinError, printable
 from nearkin.files import write_atomic
 from nearkin.process import cores
 
+S = TypeVar("S")
 T = TypeVar("T")
 Check = Literal["auto", "full", "headers"]
 MOST_DECODED = 100_000  # files that are not yet known, up to which `auto` decodes them
@@ -145,7 +146,7 @@ def _compare(
     bad: dict[bytes, str] = {}
     chunks = ([files.key(row) for row in rows] for files, rows in share)
     total = sum(len(rows) for _, rows in share)
-    for paths in _shown(chunks, total, "images compared with the last look", quiet):
+    for paths in shown(chunks, total, "images compared with the last look", quiet):
         known = remembered.known(paths)
         for path in paths:
             fact = known.get(path)
@@ -174,7 +175,7 @@ def _learn(
     with quiet_pillow:
         chunks = in_threads(opened, new, workers)
         for path, fact, reason in chain.from_iterable(
-            _shown(chunks, len(new), "images looked at", quiet)
+            shown(chunks, len(new), "images looked at", quiet)
         ):
             if fact is not None:
                 remembered.keep(path, fact)
@@ -231,18 +232,18 @@ def usual_side(images: ImageSource) -> int:
 
 
 def in_threads(
-    work: Callable[[bytes], T], paths: Iterable[bytes], workers: int, chunk: int = CHUNK
+    work: Callable[[S], T], items: Iterable[S], workers: int, chunk: int = CHUNK
 ) -> Iterator[list[T]]:
-    """The results of `work` for all paths, some at a time, in order, computed a little ahead in `workers` threads.
+    """The results of `work` for all items, some at a time, in order, computed a little ahead in `workers` threads.
 
     Decoding releases Python's lock, so threads run side by side. When the caller leaves early, as by Ctrl-C, each
-    thread ends after its present file.
+    thread ends after its present item.
     """
     stopped = Event()
-    remaining = iter(paths)
+    remaining = iter(items)
 
-    def some(chosen: list[bytes]) -> list[T]:
-        return [work(path) for path in chosen if not stopped.is_set()]
+    def some(chosen: list[S]) -> list[T]:
+        return [work(item) for item in chosen if not stopped.is_set()]
 
     pool = ThreadPoolExecutor(max(1, workers))
     waiting: deque[Future[list[T]]] = deque()
@@ -275,7 +276,7 @@ def _on_all(ranks: Ranks, work: Callable[[], T]) -> list[T]:
     return [result for result, _ in outcomes]
 
 
-def _shown(chunks: Iterable[list[T]], total: int, what: str, quiet: bool) -> Iterator[list[T]]:
+def shown(chunks: Iterable[list[T]], total: int, what: str, quiet: bool) -> Iterator[list[T]]:
     """The chunks, with a bar on stderr once that takes two seconds; outside a terminal one line of text."""
     started, done, bar = time.monotonic(), 0, None
     try:

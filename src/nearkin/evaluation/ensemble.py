@@ -232,6 +232,11 @@ class Ensemble:
             first, images, whole, members, cached, (*notes, *chain.from_iterable(more_notes))
         )
 
+    def probabilities(self, split: str) -> tuple[Split, Iterator[Probabilities]]:
+        """The first member's own images of `split` and their probabilities, batch by batch. Raises DataError."""
+        (found, _, _), images = self._load(self.members[0], None, split)
+        return found, self._source(self.members[0], found, images)[0]
+
     def _combined(
         self, sources: Sequence[Iterator[Probabilities]], weights: Sequence[float] | None
     ) -> tuple[Predictions, tuple[Predictions, ...]]:

@@ -20,11 +20,11 @@ from nearkin.distributed import Runtime
 from nearkin.errors import ModelError, printable
 from nearkin.evaluation.calibration import fit_temperature, scaled
 from nearkin.evaluation.evaluator import Evaluator
+from nearkin.evaluation.options import EVIDENCE as FILE
 from nearkin.files import write_atomic
 from nearkin.network import Network, read_safetensors
 from nearkin.objectives import Objective
 
-FILE = "kin.safetensors"
 MOST_KEYS = 20_000  # training images kept; of more, equally many of each class
 MOST_VALUES = (
     1 << 26
@@ -177,7 +177,10 @@ def read_kin(folder: Path, classes: int) -> Kin:
     except (LookupError, ValueError, TypeError, OverflowError, RecursionError):
         sound = False
     if not sound:
-        raise ModelError(f"{printable(str(path))} is damaged; train the run anew.")
+        raise ModelError(
+            f"{printable(str(path))} is damaged; train the run anew, or delete the file to go on without "
+            "evidence."
+        )
     return kin
 
 

@@ -52,7 +52,7 @@ class Description(BaseModel):
     transform: EvalSpec
     heads: tuple[str, ...]
     metrics: dict[str, Any] = {}
-    temperature: float | None = Field(None, gt=0)
+    temperature: float | None = Field(default=None, gt=0)
 
 
 class Built(NamedTuple):

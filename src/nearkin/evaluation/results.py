@@ -130,11 +130,29 @@ class Evaluation(Metrics):
         }
 
 
+class KinImage(NamedTuple):
+    """A training image near to an image. path: relative to the run's DATA, as in `predictions.csv`. label: its class.
+    similarity: the cosine of the two embeddings, in [-1, 1]."""
+
+    path: str
+    label: str
+    similarity: float
+
+
+UNKNOWN = "unknown"
+
+
 @dataclass(frozen=True)
 class Prediction:
-    """The class of one image file: name and probability, and up to five (class, probability), most probable first.
+    """The class of one image, and the evidence for it.
 
-    error: why the file could not be read; then `label` and `probability` are None and `top5` is empty.
+    path: as it was given; of an image without a file `image N`, its place among those given. label: the class, or
+    `unknown` where the image was rejected. probability: of `guess`, in [0, 1], calibrated on validation where the run
+    has a temperature. top5: up to five (class, probability), most probable first. error: why the image could not be
+    read; then there is nothing else.
+    unlike: the share of the validation images that are nearer to their kin than this one, in [0, 1]; None where it is
+    not known. kin: the nearest training images, nearest first. guess: the most probable class, also of a rejected
+    image. set: classes, most probable first, that hold the right one with the confidence asked for; None unless asked.
     """
 
     path: str
@@ -142,6 +160,10 @@ class Prediction:
     probability: float | None
     top5: tuple[tuple[str, float], ...]
     error: str | None = None
+    unlike: float | None = None
+    kin: tuple[KinImage, ...] = ()
+    guess: str | None = None
+    set: tuple[str, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -151,6 +173,13 @@ class Prediction:
             "probability": self.probability,
             "top5": [{"class": name, "probability": value} for name, value in self.top5],
             "error": self.error,
+            "unlike": self.unlike,
+            "kin": [
+                {"path": one.path, "class": one.label, "similarity": one.similarity}
+                for one in self.kin
+            ],
+            "guess": self.guess,
+            "set": None if self.set is None else list(self.set),
         }
 
 

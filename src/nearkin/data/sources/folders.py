@@ -23,6 +23,11 @@ HIDDEN = frozenset({"__MACOSX", "@eaDir", "lost+found"})
 Identity = tuple[int, int]  # device and inode of a folder
 
 
+def image_suffixes() -> frozenset[str]:
+    """The suffixes, in lower case, of the files that are taken for images."""
+    return IMAGE_SUFFIXES | (HEIF_SUFFIXES if find_spec("pillow_heif") else frozenset())
+
+
 class Found(NamedTuple):
     """Images below a folder, sorted by the bytes of their paths. notes: what was left out."""
 
@@ -103,7 +108,7 @@ class _Walk:
 
     def __init__(self, root: str) -> None:
         self.root = root
-        self._suffixes = IMAGE_SUFFIXES | (HEIF_SUFFIXES if find_spec("pillow_heif") else set())
+        self._suffixes = image_suffixes()
         self._hidden = self._loops = self._beside = self._images_beside = 0
         self._others: Counter[str] = Counter()  # files of other kinds, by suffix
         self._broken: list[str] = []
