@@ -184,7 +184,7 @@ def _fill(module: nn.Module, backbone: nn.Module, classifier: nn.Linear, model: 
     own, given = module.state_dict(), dict(backbone.state_dict())
     names = {id(part): name for name, part in module.named_modules()}
     for layer in layers:
-        if type(layer) is nn.Linear and layer.weight.shape == classifier.weight.shape:
+        if isinstance(layer, nn.Linear) and layer.weight.shape == classifier.weight.shape:
             prefix = names[id(layer)]
             given |= {f"{prefix}.{name}": value for name, value in classifier.state_dict().items()}
     if given.keys() != own.keys() or any(own[name].shape != given[name].shape for name in own):
@@ -214,7 +214,11 @@ def load(folder: Path, kind: Format) -> Runner:
 def _load_onnx(path: Path) -> Runner:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(
+        os.fspath(path), options, providers=["CPUExecutionProvider"]
+    )
     name = session.get_inputs()[0].name
     return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
 
