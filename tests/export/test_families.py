@@ -9,11 +9,14 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from tests.export.runs import CLASSES, write_run
+from tests.export.runs import CLASSES, run_card, write_run
 from tests.pictures import write_image
 
 import nearkin
+from nearkin.data.transforms import EvalSpec, eval_transform
 from nearkin.errors import ExportError
+from nearkin.evaluation.model import load_bundle
+from nearkin.export import formats
 from nearkin.export.api import export, verify
 
 FAMILIES = {
@@ -25,7 +28,6 @@ FAMILIES = {
 }
 SIZE = 64
 EMBEDDED = {"objective": "ce", "options": {"classifier": "embedding"}}
-TEMPERATURE = 1.7
 
 
 @pytest.fixture(scope="module")
@@ -43,26 +45,27 @@ def pixels(path):
 
 
 def expected(run, photos):
-    """Path -> the logits of `predict` up to a constant, divided by the temperature."""
+    """Path -> the logarithms of the probabilities of `predict`."""
     found = {}
     for one in nearkin.predict(run, photos):
         shown = dict(one.top5)
-        found[one.path] = np.log([shown[name] for name in CLASSES]) / TEMPERATURE
+        found[one.path] = np.log([shown[name] for name in CLASSES])
     return found
 
 
-def agrees(given, logits):
+def agrees(given, logits, temperature):
+    logits = logits / temperature
     wanted = np.exp(logits - logits.max())
     np.testing.assert_allclose(given, wanted / wanted.sum(), atol=1e-5)
     assert given.argmax() == wanted.argmax()
 
 
-def check_onnx(folder, wanted):
+def check_onnx(folder, wanted, temperature=1.0):
     onnxruntime = pytest.importorskip("onnxruntime")
     session = onnxruntime.InferenceSession(folder / "model.onnx")
     described = session.get_modelmeta().custom_metadata_map
     assert tuple(json.loads(described["classes"])) == CLASSES
-    assert float(described["temperature"]) == TEMPERATURE
+    assert float(described["temperature"]) == temperature
     assert json.loads(described["transform"])["resize"] == SIZE + 6
     assert described["nearkin"] == nearkin.__version__
     (taken,), (given,) = session.get_inputs(), session.get_outputs()
@@ -73,7 +76,7 @@ def check_onnx(folder, wanted):
     def model(images):
         return session.run(["probabilities"], {"images": images})[0]
 
-    check(model, wanted)
+    check(model, wanted, temperature)
 
 
 def check_torch(folder, wanted):
@@ -81,15 +84,15 @@ def check_torch(folder, wanted):
     check(lambda images: program(torch.from_numpy(images.copy())).detach().numpy(), wanted)
 
 
-def check(model, wanted):
+def check(model, wanted, temperature=1.0):
     """One at a time, of every size, and copies of one in batches of 2 and 5."""
     for path, logits in wanted.items():
-        agrees(model(pixels(path))[0], logits)
+        agrees(model(pixels(path))[0], logits, temperature)
     for size in (2, 5):
         rows = model(np.repeat(pixels(path), size, axis=0))
         assert len(rows) == size
         for row in rows:
-            agrees(row, logits)
+            agrees(row, logits, temperature)
 
 
 @pytest.mark.slow
@@ -111,9 +114,6 @@ def test_programs_give_the_numbers_of_predict(photos, tmp_path, family, classifi
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_timm_gives_the_same_logits(photos, tmp_path, family):
-    from nearkin.data.transforms import EvalSpec, eval_transform
-    from nearkin.evaluation.model import load_bundle
-
     run = write_run(tmp_path / "run", photos, size=SIZE, resize=SIZE + 6, **FAMILIES[family])
     folder = export(run, "timm").folder
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
@@ -139,19 +139,31 @@ def test_timm_gives_the_same_logits(photos, tmp_path, family):
             export(again, "timm")
 
 
-@pytest.mark.parametrize("raw", [False, True])
-def test_one_onnx_export(photos, tmp_path, raw):
-    """The fast one."""
+def test_one_onnx_export(photos, tmp_path):
+    """The fast one, with a temperature."""
     pytest.importorskip("onnxruntime")
-    run = write_run(tmp_path / "run", photos, size=SIZE, resize=SIZE + 6)
-    found = export(run, "onnx", raw=raw)
-    if raw:
-        import onnxruntime
+    given = {"size": SIZE, "resize": SIZE + 6}
+    wanted = expected(write_run(tmp_path / "plain", photos, **given), photos)
+    found = export(write_run(tmp_path / "run", photos, temperature=1.7, **given), "onnx")
+    check_onnx(found.folder, wanted, 1.7)
+    assert verify(found.folder).largest_difference < 1e-5
+    assert run_card(found.folder, next(iter(wanted))).shape == (1, 3)
 
-        (taken,) = onnxruntime.InferenceSession(found.folder / "model.onnx").get_inputs()
-        assert taken.type == "tensor(float)"
-        assert taken.shape[1:] == [3, SIZE, SIZE]
-        assert found.manifest.output == "logits"
-    else:
-        check_onnx(found.folder, expected(run, photos))
-    verify(found.folder)
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["onnx", "torch"])
+def test_raw_models_take_normalised_images(photos, tmp_path, kind, monkeypatch):
+    """With the weights of the ONNX model in a file of their own, as large ones are."""
+    monkeypatch.setattr(formats, "LARGEST_ONNX", 0)
+    run = write_run(tmp_path / "run", photos, size=SIZE, temperature=1.7)
+    found = export(run, kind, raw=True)
+    assert found.manifest.output == "logits"
+    assert verify(found.folder).largest_difference < 1e-4
+    assert run_card(found.folder, next(photos.rglob("*.png"))).shape == (1, 3)
+    images = torch.rand(5, 3, SIZE, SIZE)
+    given = formats.load(found.folder, kind)((images - 0.5) / 0.5)
+    with torch.inference_mode():
+        logits = load_bundle(run, torch.device("cpu")).network(images).logits
+    assert found.manifest.mean == found.manifest.std == (0.5, 0.5, 0.5)
+    torch.testing.assert_close(given.detach(), logits, atol=1e-4, rtol=1e-4)
+    assert (found.folder / "model.onnx.data").is_file() == (kind == "onnx")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nearkin.config import CONFIG_FILE, RunConfig, read_yaml, validate
 from nearkin.data.sources.resolve import resolve
-from nearkin.errors import ConfigError, ModelError, printable
+from nearkin.errors import ConfigError, ModelError, counted, printable
 from nearkin.evaluation.options import check_choice, check_run
 from nearkin.export.manifest import (
     CHECK,
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from nearkin.data.dataset import Split
     from nearkin.data.sources.listing import Listing
     from nearkin.evaluation.model import Bundle
+    from nearkin.export.formats import Runner
 
 EXTRA = ("onnx", "onnxscript", "onnxruntime")
 PACKAGES: dict[Format, tuple[str, ...]] = {
@@ -60,13 +61,14 @@ def export(
     raw: bool = False,
     out: str | Path | None = None,
     data: str | Path | None = None,
+    log: Callable[[str], object] = lambda _: None,
 ) -> Bundled:
     """Write the model of a run as `onnx`, `timm` or `torch` to a new folder, whole or not at all.
 
     raw: the model takes normalised images and gives logits; otherwise it takes decoded images of any size (uint8
     `[N, H, W, C]`) and gives probabilities. timm models are raw always. out: the folder, by default RUN/export-FORMAT.
     data: images to compare with nearkin's own outputs; by default the validation images of the run, else its test
-    images, else those it was trained on.
+    images, else those it was trained on. log: called with a sentence before each long step.
 
     Raises ExportError when the exported model gives other classes than nearkin, or the network cannot be exported;
     ModelError when `run` has no finished model with a classifier; DataError for images that are missing; ConfigError
@@ -94,8 +96,12 @@ def export(
             f"The model of {printable(str(run))} has no classifier, so it cannot be exported."
         )
     split, notes = _split(bundle, listing, config, own=data is None)
+    raw = raw or format == "timm"
     with _whole(target) as folder:
-        manifest = _write(folder, bundle, format, raw or format == "timm", split, config)
+        log(f"writing the {format} model")
+        runner = _write_model(folder, bundle, format, raw)
+        log(f"comparing it with nearkin on {counted(len(split.labels), f'{split.name} image')}")
+        manifest = _complete(folder, bundle, describe(bundle, format, raw), runner, split, config)
     return Bundled(target, manifest, manifest.checked.largest_difference, notes)
 
 
@@ -183,28 +189,39 @@ def _whole(target: Path) -> Iterator[Path]:
         ) from error
 
 
-def _write(
-    folder: Path, bundle: Bundle, format: Format, raw: bool, split: Split, config: RunConfig | None
-) -> Manifest:
-    """Write the model, check inputs, card and manifest of a bundle. Raises ExportError."""
-    from safetensors.torch import save
+def _write_model(folder: Path, bundle: Bundle, format: Format, raw: bool) -> Runner:
+    """Write the files of the model and load it from them. Raises ExportError."""
+    from nearkin.export import formats
 
-    from nearkin.export import agreement, formats
-    from nearkin.export.card import NAME, card
-
-    manifest = describe(bundle, format, raw)
     if format == "onnx":
-        formats.write_onnx(folder, bundle, manifest)
+        formats.write_onnx(folder, bundle, describe(bundle, format, raw))
     elif format == "torch":
         formats.write_torch(folder, bundle, raw=raw)
     else:
         formats.write_timm(folder, bundle)
-    run = formats.load(folder, format)
+    return formats.load(folder, format)
+
+
+def _complete(
+    folder: Path,
+    bundle: Bundle,
+    manifest: Manifest,
+    runner: Runner,
+    split: Split,
+    config: RunConfig | None,
+) -> Manifest:
+    """Compare the model, then write check inputs, card and manifest. Raises ExportError when it disagrees."""
+    from safetensors.torch import save
+
+    from nearkin.export import agreement
+    from nearkin.export.card import NAME, card
+
+    raw = manifest.raw
     expected = agreement.Expected(bundle, raw=raw, logits=manifest.output == "logits")
-    checked = agreement.agree_on(split, run, expected, raw=raw)
+    checked = agreement.agree_on(split, runner, expected, raw=raw)
     manifest = manifest.model_copy(update={"checked": checked})
     write_atomic(folder / CHECK, save(agreement.check_tensors(expected, raw=raw)))
-    agreement.check_bundle(folder, manifest, run)
+    agreement.check_bundle(folder, manifest, runner)
     write_atomic(folder / NAME, card(bundle.description, manifest, config).encode())
     return write_manifest(folder, manifest)
 

@@ -164,18 +164,50 @@ def _limits(description: Description, manifest: Manifest) -> str:
 
 
 def _use(manifest: Manifest) -> str:
-    file = MODELS[manifest.kind]
+    file, channels = MODELS[manifest.kind], manifest.transform["channels"]
+    side = manifest.transform["image_size"]
     give = f"Input: {manifest.input}. Output: {manifest.output} `[N, {len(manifest.classes)}]`"
     if manifest.output == "logits":
         scaled = "" if manifest.temperature == 1 else f" / {manifest.temperature:.6g}"
         give += f"; softmax(logits{scaled}) are the probabilities"
-    call = {
-        "onnx": f'import onnxruntime\n\nmodel = onnxruntime.InferenceSession("{file}")\n'
-        'outputs = model.run(None, {"images": images})[0]',
-        "torch": f'import torch\n\nmodel = torch.export.load("{file}").module()\noutputs = model(images)',
-        "timm": 'import timm\n\nmodel = timm.create_model("local-dir:.", pretrained=True).eval()\n'
-        "config = timm.data.resolve_model_data_config(model)\n"
-        "transform = timm.data.create_transform(**config, is_training=False)\n"
-        'outputs = model(transform(image.convert("RGB"))[None])',
+    mode = "RGB" if channels == 3 else "L"
+    opened = f'Image.open("photo.jpg").convert("{mode}")'
+    given = [
+        f"image = np.array({opened})",
+        f"images = image.reshape(1, *image.shape[:2], {channels})",
+    ]
+    if manifest.raw:
+        given = [
+            f'images = np.zeros((1, {channels}, {side}, {side}), dtype="float32")  # as said above'
+        ]
+    code = {
+        "onnx": [
+            "import numpy as np",
+            "import onnxruntime",
+            "from PIL import Image",
+            "",
+            f'model = onnxruntime.InferenceSession("{file}")',
+            *given,
+            'outputs = model.run(None, {"images": images})[0]',
+        ],
+        "torch": [
+            "import numpy as np",
+            "import torch",
+            "from PIL import Image",
+            "",
+            f'model = torch.export.load("{file}").module()',
+            *given,
+            "outputs = model(torch.from_numpy(images))",
+        ],
+        "timm": [
+            "import timm",
+            "from PIL import Image",
+            "",
+            'model = timm.create_model("local-dir:.", pretrained=True).eval()',
+            "config = timm.data.resolve_model_data_config(model)",
+            "transform = timm.data.create_transform(**config, is_training=False)",
+            f"outputs = model(transform({opened})[None])",
+        ],
     }[manifest.kind]
-    return f"{give}.\n\n```python\n{call}\n```\n\n`nearkin export --verify .` checks the files of this folder."
+    block = "\n".join(["```python", *code, "```"])
+    return f"{give}.\n\n{block}\n\n`nearkin export --verify .` checks the files of this folder."
