@@ -33,6 +33,7 @@ FLOORS = [
     {"objectives"},
     {"data"},
     {"evaluation"},
+    {"export"},
     {"report"},  # takes plain values, so that all that trains can use it
     {"training"},
     {"comparison"},
@@ -150,6 +151,7 @@ def test_the_public_names():
         "DataError",
         "DivergedError",
         "Evaluation",
+        "ExportError",
         "FewShot",
         "ModelError",
         "NearkinError",

@@ -30,6 +30,12 @@ class ModelError(NearkinError):
     code = 4
 
 
+class ExportError(NearkinError):
+    """An exported model gives other results than nearkin, or cannot be written in this format (exit 5)."""
+
+    code = 5
+
+
 class DivergedError(NearkinError):
     """The loss is no longer finite, or the memory ran out (exit 6)."""
 

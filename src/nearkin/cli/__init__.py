@@ -22,6 +22,7 @@ usage: nearkin VERB ...
   evaluate  RUN... [DATA]     exact metrics of a trained model; several are an ensemble
   predict   RUN IMAGES...     classes of images and the evidence for them, as CSV, JSON or Parquet
   embed     RUN IMAGES|DATA   embeddings of images, as npz or Parquet
+  export    RUN               an ONNX, timm or torch.export model, checked against nearkin's own numbers
   fewshot   RUN DATA          accuracy on classes that the model has not seen, from a few images of each
   import-cone FILE            the CoNe authors' checkpoint as a run folder
   list      models|objectives|recipes
@@ -43,6 +44,7 @@ VERBS = {
     "evaluate": "evaluate",
     "predict": "predict",
     "embed": "embed",
+    "export": "export",
     "fewshot": "fewshot",
     "import-cone": "import_cone",
     "list": "list_",
