@@ -36,6 +36,7 @@ FLOORS = [
     {"export"},
     {"report"},  # takes plain values, so that all that trains can use it
     {"training"},
+    {"doctor"},
     {"comparison"},
     {"contrib"},
     {"cli"},

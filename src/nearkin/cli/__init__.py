@@ -17,6 +17,7 @@ nearkin trains image classifiers that learn from their near kin: neighbours of t
 
 usage: nearkin VERB ...
 
+  doctor    DATA              what is wrong with a data set, before training
   train     [DATA]            train a classifier, from images to a run folder
   compare   [DATA]            several objectives on equal terms: does another one help on my data?
   evaluate  RUN... [DATA]     exact metrics of a trained model; several are an ensemble
@@ -39,6 +40,7 @@ Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 bug, 2 co
 
 # Verb -> module. A module `list` would hide the builtin in this package.
 VERBS = {
+    "doctor": "doctor",
     "train": "train",
     "compare": "compare",
     "evaluate": "evaluate",

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import unicodedata
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nearkin.data.classes import class_remarks, missing_classes, short
 from nearkin.data.decode import BadImage
 from nearkin.data.images import Files, ImageSource, open_images
 from nearkin.data.look import ALONE, BadImages, Check, Ranks, look
@@ -185,7 +185,9 @@ def choose(
             f"{train.classes[c]} ({counts[c]})"
             for c in np.flatnonzero((counts > 0) & (counts < images_per_class))
         ]
-        notes += tuple(_note(few, f"fewer than {images_per_class} training images"))
+        if few:
+            number = counted(len(few), "class has", "classes have")
+            notes += (f"{number} fewer than {images_per_class} training images: {listed(few)}",)
         parts["train"] = train.take(limited(train.labels, images_per_class, seed))
     return Dataset(listing.name, parts, notes)
 
@@ -239,7 +241,8 @@ def numbered(chosen: Dataset, classes: tuple[str, ...] | None) -> Dataset:
         )
     ordered = [name for name in SPLITS if name in chosen.splits]
     splits = {name: to_split(chosen.splits[name], names) for name in ordered}
-    notes = (*chosen.notes, *_class_notes(splits, names))
+    remarks = (*missing_classes(splits["train"], names), *class_remarks(splits, names))
+    notes = (*chosen.notes, *short(remarks))
     return chosen._replace(splits=splits, notes=notes)
 
 
@@ -285,33 +288,6 @@ def hold_out(parts: Mapping[str, Split], val_split: float, seed: int) -> dict[st
         )
     kept = np.setdiff1d(np.arange(len(train.labels)), held)
     return {**parts, "train": train.take(kept), "val": train.take(held)._replace(name="val")}
-
-
-def missing_classes(split: Split, classes: tuple[str, ...]) -> list[str]:
-    """A note about the classes that have no image in the split, if there are any."""
-    counts = np.bincount(split.labels, minlength=len(classes))
-    absent = [classes[place] for place in np.flatnonzero(counts == 0)]
-    return _note(absent, f"no image in the split {split.name}")
-
-
-def _note(classes: list[str], what: str) -> list[str]:
-    number = counted(len(classes), "class has", "classes have")
-    return [f"{number} {what}: {listed(classes)}"] if classes else []
-
-
-def _class_notes(splits: Mapping[str, Split], classes: tuple[str, ...]) -> list[str]:
-    notes = [note for split in splits.values() for note in missing_classes(split, classes)]
-    single = [classes[place] for place in np.flatnonzero(np.bincount(splits["train"].labels) == 1)]
-    notes += _note(single, "a single training image")
-    alike: dict[str, list[str]] = {}
-    for name in classes:
-        alike.setdefault(unicodedata.normalize("NFC", name.strip()).casefold(), []).append(name)
-    notes += [
-        f"class names that differ only in case, spaces or Unicode form: {listed(names)}"
-        for names in alike.values()
-        if len(names) > 1
-    ]
-    return notes
 
 
 class EvaluationSplit(NamedTuple):
@@ -363,7 +339,8 @@ def load_for_evaluation(
     chosen = Dataset(listing.name, {name: parts[name]}, listing.notes)
     chosen = looked(chosen, check, bad_images, ranks=ranks, quiet=quiet)
     found = to_split(chosen.splits[name], classes)
-    return EvaluationSplit(found, (*chosen.notes, *missing_classes(found, classes)), chosen.bad)
+    absent = (remark.text for remark in missing_classes(found, classes))
+    return EvaluationSplit(found, (*chosen.notes, *absent), chosen.bad)
 
 
 def _choose(split: str | None, there: list[str], data: str) -> str:

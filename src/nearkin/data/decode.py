@@ -48,11 +48,14 @@ TIFF_PARTS = ((273, 279), (324, 325))  # tags of the offsets and lengths of stri
 
 
 class Header(NamedTuple):
-    """Of an image as it is stored, before its orientation is applied. channels: of the file, 1 to 4."""
+    """Of an image as it is stored, before its orientation is applied. channels: of the file, 1 to 4. mode: Pillow's
+    name of its colours. orientation: by EXIF, 1 where it is upright or not known."""
 
     width: int
     height: int
     channels: int
+    mode: str = ""
+    orientation: int = 1
 
 
 class BadImage(DataError):
@@ -131,7 +134,8 @@ def from_pillow(image: Image, channels: int, name: str) -> Tensor:
         if not 0 < width * height <= MAX_PIXELS:
             raise _Refused(f"{width} x {height} are not 1 to {MAX_PIXELS} pixels")
         with quiet_pillow:
-            return _turned(torch.from_numpy(_by_pillow(image, channels)).permute(2, 0, 1), image)
+            pixels = torch.from_numpy(_by_pillow(image, channels))
+            return _turned(pixels.permute(2, 0, 1), _orientation(image))
     except MemoryError:
         raise
     except Exception as error:
@@ -272,12 +276,14 @@ def _upright(content: bytes, channels: int, max_pixels: int, least: int) -> tupl
             raise _Refused(f"{width} x {height} are more than {max_pixels} pixels")
         if image.format == "PNG":
             _check_sums(content)
-        header = Header(width, height, len(image.getbands()))
+        mode, bands = image.mode, len(image.getbands())
         exact = is_exact_jpeg(image, channels)
         pixels = decode_jpeg(content, channels, least) if exact else None
         if pixels is None:
             pixels = _by_pillow(image, channels)
-        return _turned(torch.from_numpy(pixels).permute(2, 0, 1), image), header
+        turn = _orientation(image)
+        header = Header(width, height, bands, mode, turn)
+        return _turned(torch.from_numpy(pixels).permute(2, 0, 1), turn), header
 
 
 def _by_pillow(image: Image, channels: int) -> NDArray[np.uint8]:
@@ -300,13 +306,18 @@ def _check_sums(png: bytes) -> None:
         start = end
 
 
-def _turned(pixels: Tensor, image: Image) -> Tensor:
-    """The EXIF orientation undone. TIFF files were turned by Pillow while loading."""
+def _orientation(image: Image) -> int:
+    """By EXIF, 1 to 8. TIFF files were turned by Pillow while loading."""
     try:
-        orientation = image.getexif().get(ORIENTATION)
+        found = image.getexif().get(ORIENTATION)
     except Exception:  # a broken EXIF block says nothing of the orientation
-        return pixels
-    if not isinstance(orientation, int) or orientation not in TURNS:
+        return 1
+    return found if isinstance(found, int) and found in TURNS else 1
+
+
+def _turned(pixels: Tensor, orientation: int) -> Tensor:
+    """The pixels upright."""
+    if orientation == 1:
         return pixels
     transposed, mirrored = TURNS[orientation]
     return (pixels.mT if transposed else pixels).flip(mirrored)

@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from nearkin.data.decode import BadImage, inspect, quiet_pillow
+from nearkin.data.decode import BadImage, Header, inspect, quiet_pillow
 from nearkin.data.images import Files, ImageSource
 from nearkin.data.remembered import Fact, Remembered
 from nearkin.errors import DataError, NearkinError, printable
@@ -86,11 +86,13 @@ class Looked(NamedTuple):
 
 class Examined(NamedTuple):
     """image: the pixels, if the file was decoded. fact: what there is to remember; None after an error of the system,
-    which says nothing about the file. reason: what is wrong with it, if anything."""
+    which says nothing about the file. reason: what is wrong with it, if anything. header: of a file that can be used.
+    """
 
     image: Tensor | None
     fact: Fact | None
     reason: str | None
+    header: Header | None = None
 
 
 def look(
@@ -169,7 +171,7 @@ def _learn(
     bad: dict[bytes, str] = {}
 
     def opened(path: bytes) -> tuple[bytes, Fact | None, str | None]:
-        _, fact, reason = examine(path, channels, full)
+        _, fact, reason, _ = examine(path, channels, full)
         return path, fact, reason
 
     with quiet_pillow:
@@ -198,7 +200,8 @@ def examine(path: bytes, channels: int, full: bool) -> Examined:
         reason = getattr(error, "strerror", None) or str(error)
         return Examined(None, None, printable(reason.lower()))
     full = image is not None
-    return Examined(image, Fact(status.st_size, status.st_mtime_ns, full, *header, None), None)
+    fact = Fact(status.st_size, status.st_mtime_ns, full, *header[:3], None)
+    return Examined(image, fact, None, header)
 
 
 def usual_side(images: ImageSource) -> int:

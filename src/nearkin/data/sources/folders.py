@@ -28,6 +28,12 @@ def image_suffixes() -> frozenset[str]:
     return IMAGE_SUFFIXES | (HEIF_SUFFIXES if find_spec("pillow_heif") else frozenset())
 
 
+class Harmless(str):
+    """A note about what is left out of most folders: hidden files, and files that are no images."""
+
+    __slots__ = ()
+
+
 class Found(NamedTuple):
     """Images below a folder, sorted by the bytes of their paths. notes: what was left out."""
 
@@ -184,14 +190,15 @@ class _Walk:
         found = list(self._remarks)
         if self._hidden:
             words = "hidden file or folder is ignored", "hidden files or folders are ignored"
-            found.append(counted(self._hidden, *words))
+            found.append(Harmless(counted(self._hidden, *words)))
         if self._beside:
             words = (
                 "file beside the class folders is ignored",
                 "files beside the class folders are ignored",
             )
-            found.append(counted(self._beside, *words))
-        return (*found, *(f"ignored: {what}" for what in self._left_out()))
+            kind = str if self._images_beside else Harmless
+            found.append(kind(counted(self._beside, *words)))
+        return (*found, *(type(what)(f"ignored: {what}") for what in self._left_out()))
 
     def instead(self) -> str:
         """`, only 12 .heic files (...) and 2 broken links`, or nothing where the folder is empty."""
@@ -210,7 +217,7 @@ class _Walk:
         ]
         if kinds:
             help_ = " (pip install pillow-heif to read .heic)" if heif else ""
-            yield f"{listed(kinds)}{help_}"
+            yield f"{listed(kinds)}{help_}" if heif else Harmless(listed(kinds))
         if self._broken:
             yield f"{counted(len(self._broken), 'broken link')} ({listed(self._broken)})"
         if self._loops:

@@ -1,0 +1,130 @@
+"""nearkin doctor DATA"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nearkin.cli import show
+from nearkin.cli.arguments import Parser, whole_number
+from nearkin.doctor.findings import FILE, check_target, summary, write_csv
+from nearkin.errors import ConfigError, counted, listed, printable
+
+if TYPE_CHECKING:
+    from nearkin.doctor.diagnose import Report
+
+USAGE = "nearkin doctor DATA [--run RUN] [--objective NAME] [--strict] [--json] [--write-table FILE.csv]"
+ABOUT = """\
+What is wrong with a data set, one finding a line: ok, warning or error, and what to do.
+The files concerned are listed in doctor.csv. Exit code 3 when there is an error."""
+
+
+def parser() -> Parser:
+    parser = Parser(USAGE, ABOUT)
+    parser.add_argument("data", nargs="?", metavar="DATA", help="as for train")
+    parser.add_argument(
+        "--run", metavar="RUN", help="compare images by this run's network [a pretrained one]"
+    )
+    parser.flag("labels", "check labels and near copies by a network [true]")
+    parser.flag("forecast", "what the objective will meet in these data [true]")
+    parser.add_argument("--objective", metavar="NAME", help="to forecast [that train would use]")
+    parser.add_argument("--batch-size", dest="batch_size", metavar="N", help="of the forecast")
+    parser.add_argument("--sampler", metavar="NAME", help="of the forecast")
+    parser.add_argument("--out", metavar="FOLDER", help=f"where to write {FILE} [.]")
+    parser.add_argument(
+        "--write-table",
+        dest="write_table",
+        metavar="FILE.csv",
+        help="write path,label,split of the images that remain: without copies, unreadable and marked ones",
+    )
+    parser.add_argument(
+        "--marks",
+        metavar="FILE",
+        help="CSV of path,mark[,correct]; mark is 'wrong label' or 'leave out'",
+    )
+    parser.add_argument("--device", metavar="NAME", help="auto, cpu, cuda or mps [auto]")
+    parser.flag("strict", "exit code 3 for warnings, too")
+    parser.flag("json", "one JSON object on stdout")
+    parser.flag("quiet", "nothing on stderr but errors")
+    return parser
+
+
+def main(given: dict[str, Any]) -> int:
+    if not given.get("data"):
+        raise ConfigError("Examine which data? Give a folder, a table or a built-in name.")
+    table = Path(given["write_table"]) if "write_table" in given else None
+    marks = Path(given["marks"]) if "marks" in given else None
+    options = _options(given)
+    target = check_target(Path(given.get("out", ".")))
+    if marks is not None and table is None:
+        raise ConfigError("--marks says what --write-table leaves out; give that, too.")
+    if table is not None:
+        from nearkin.doctor.table import check_table
+
+        check_table(table)
+    from nearkin.doctor.diagnose import diagnose
+
+    quiet = given.get("quiet", False)
+    report = diagnose(
+        given["data"],
+        forecast=options if given.get("forecast", True) else None,
+        run=given.get("run"),
+        labels=given.get("labels", True),
+        device=given.get("device", "auto"),
+        quiet=quiet,
+    )
+    notes = []
+    rows = write_csv(target, report.findings)
+    if rows:
+        notes.append(f"{counted(rows, 'file')} concerned, listed in {target}")
+    if table is not None:
+        notes.append(_write(table, marks, report))
+    notes.append(summary(report.findings))
+    record = {
+        "run": given.get("run"),
+        "data": report.data,
+        "errors": report.errors,
+        "warnings": report.warnings,
+        "findings": [finding.to_dict() for finding in report.findings],
+        "files": str(target) if rows else None,
+        "table": None if table is None else str(table),
+    }
+    text = "".join(f"{finding.line()}\n" for finding in report.findings)
+    show(record, text, as_json=given.get("json", False), notes=() if quiet else notes)
+    sys.stdout.flush()
+    bad = report.errors + (report.warnings if given.get("strict", False) else 0)
+    return 3 if bad else 0
+
+
+def _options(given: dict[str, Any]) -> dict[str, Any]:
+    """The options of the training to forecast."""
+    from nearkin.evaluation.options import Device, check_choice, check_run
+
+    check_choice("device", given.get("device", "auto"), Device)
+    if "run" in given:
+        check_run(Path(given["run"]))
+    own = {name: given[name] for name in ("objective", "sampler") if name in given}
+    own |= {
+        name: value for name, value in given.items() if name.startswith(("objective.", "model."))
+    }
+    if "batch_size" in given:
+        own["batch_size"] = whole_number("batch-size", given["batch_size"])
+    return own
+
+
+def _write(table: Path, marks: Path | None, report: Report) -> str:
+    """Write the table, and say what it leaves out."""
+    from nearkin.doctor.table import Marks, read_marks, write_table
+
+    inventory = report.inventory
+    if not inventory.from_files:
+        raise ConfigError(f"{printable(report.data)} are no files, so there is no table of them.")
+    found = Marks() if marks is None else read_marks(marks, inventory)
+    if found.unknown:
+        sys.stderr.write(
+            f"warning: {counted(len(found.unknown), 'marked path')} not among the images: {listed(found.unknown)}\n"
+        )
+    kept = write_table(table, inventory, report.superfluous | found.out, found.labels)
+    out = len(inventory.labels) - kept
+    return f"{kept} images in {table}, {out} left out; next: nearkin train {table}"

@@ -1,0 +1,94 @@
+"""All checks of a data set, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nearkin.data.dataset import choose
+from nearkin.data.sources.resolve import resolve
+from nearkin.doctor.classes import class_findings
+from nearkin.doctor.duplicates import copy_findings, find_copies, superfluous
+from nearkin.doctor.features import Described, describe
+from nearkin.doctor.findings import Finding, count
+from nearkin.doctor.inventory import Inventory
+from nearkin.doctor.labels import label_findings
+from nearkin.doctor.outlook import checked_forecast, objective_findings
+from nearkin.doctor.quality import quality_findings
+from nearkin.doctor.scan import Scan, scan
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found. data: as it was given. superfluous: rows of `inventory` that cannot be read or show what another
+    image shows, to be left out of a table."""
+
+    data: str
+    findings: tuple[Finding, ...]
+    inventory: Inventory = field(repr=False)
+    superfluous: frozenset[int] = field(repr=False)
+
+    @property
+    def errors(self) -> int:
+        """How many findings are errors."""
+        return count(self.findings, "error")
+
+    @property
+    def warnings(self) -> int:
+        """How many are warnings."""
+        return count(self.findings, "warning")
+
+
+def diagnose(
+    data: str | Path,
+    *,
+    forecast: Mapping[str, Any] | None = None,
+    run: str | Path | None = None,
+    labels: bool = True,
+    device: str = "auto",
+    quiet: bool = True,
+) -> Report:
+    """Look for what is wrong with a data set. Nothing is written but caches.
+
+    data: as for `nearkin.train`. forecast: options of a training to forecast, `{}` for those of `nearkin train DATA`,
+    None for no forecast. run: a run folder, whose network compares images; by default the pretrained one. labels:
+    whether images are compared at all; if not, labels are not checked and near copies are judged by their hashes alone.
+    quiet: nothing on stderr.
+
+    Every image is decoded once. Raises DataError when the data cannot be listed, ModelError for a run without a model,
+    ConfigError for options that do not fit.
+    """
+    given = {"device": device, **(forecast or {})}
+    config = None if forecast is None else checked_forecast(str(data), given)
+    listing = resolve(str(data))
+    chosen = choose(listing, channels="auto", val_split=0.0, seed=0, images_per_class=None)
+    inventory = Inventory.of(chosen)
+    findings = list(class_findings(inventory, listing))
+    seen = scan(inventory, quiet=quiet)
+    findings += quality_findings(inventory, seen)
+    rows = np.flatnonzero(seen.readable)
+    described = None
+    if labels and len(rows):
+        place = None if run is None else Path(run)
+        described = describe(inventory, listing, seen, run=place, device=device, quiet=quiet)
+    exact, near = find_copies(seen, _by_row(described, seen))
+    findings += copy_findings(inventory, exact, near)
+    if described is not None:
+        findings += label_findings(inventory, described.features, rows, described.source)
+    if len(rows) and config is not None:
+        findings += objective_findings(listing, config)
+    out = superfluous(inventory, exact) | superfluous(inventory, near) | set(seen.reasons)
+    return Report(str(data), tuple(findings), inventory, frozenset(out))
+
+
+def _by_row(described: Described | None, seen: Scan) -> np.typing.NDArray[np.float32] | None:
+    """The features with a row for every image; zeros where one cannot be read."""
+    if described is None or described.source == "pixels":
+        return None
+    found = np.zeros((len(seen.height), described.features.shape[1]), np.float32)
+    found[seen.readable] = described.features.cpu().numpy()
+    return found

@@ -1,0 +1,136 @@
+"""Marks in, and the table of what remains out: what the doctor found can be trained on."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from nearkin.data.sources.tables import COLUMNS
+from nearkin.doctor.inventory import Inventory
+from nearkin.errors import ConfigError, DataError, counted, printable
+from nearkin.files import write_atomic
+
+MARKS = ("wrong label", "leave out")
+
+
+class Marks(NamedTuple):
+    """out: rows to leave out. labels: row -> the right label. unknown: paths that are none of the images."""
+
+    out: frozenset[int] = frozenset()
+    labels: dict[int, str] = {}  # noqa: RUF012 - never changed
+    unknown: tuple[str, ...] = ()
+
+
+class _Mark(NamedTuple):
+    where: str
+    path: str
+    mark: str
+    correct: str
+
+
+def read_marks(path: Path, inventory: Inventory) -> Marks:
+    """The marks of a person: CSV with the columns path and mark, and optionally label, split and correct.
+
+    path: as in doctor.csv, or relative to the data's folder, or to that of the marks. mark: `wrong label` or `leave
+    out`; a row without a mark is ignored. correct: the right label of an image with a wrong one, which then stays in
+    the table. Raises DataError for a file that is no such table, another mark, and when no path is one of the images.
+    """
+    rows = list(_marks(path))
+    known = {inventory.key(row): row for row in range(len(inventory.labels))}
+    folders = [Path.cwd(), path.parent.absolute(), *_roots(inventory)]
+    out, labels, unknown = set(), {}, []
+    for mark in rows:
+        places = (os.fsencode(os.path.normpath(folder / mark.path)) for folder in folders)
+        row = next((known[place] for place in places if place in known), None)
+        if row is None:
+            unknown.append(mark.path)
+        elif mark.mark == "wrong label" and mark.correct:
+            labels[row] = mark.correct
+        else:
+            out.add(row)
+    if rows and len(unknown) == len(rows):
+        raise DataError(
+            f"None of the {counted(len(rows), 'marked path')} in {printable(str(path))} is an image of these data, "
+            f"such as {printable(unknown[0])}; give the data that were marked."
+        )
+    return Marks(frozenset(out), labels, tuple(unknown))
+
+
+def _roots(inventory: Inventory) -> Iterator[Path]:
+    for part in inventory.splits.values():
+        yield Path(part.images.files.root).absolute()  # type: ignore[attr-defined]
+
+
+def _marks(path: Path) -> Iterator[_Mark]:
+    shown = printable(str(path))
+    try:
+        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            text = file.read()
+    except OSError as error:
+        raise DataError(
+            f"The marks {shown} cannot be read: {(error.strerror or str(error)).lower()}."
+        ) from None
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        header = [name.strip().lower() for name in next(reader, [])]
+        if header.count("path") != 1 or header.count("mark") != 1:
+            raise DataError(f"{shown} must have a header with the columns path and mark.")
+        for fields in reader:
+            where = f"{shown}, line {reader.line_num}"
+            if not fields:
+                continue
+            if len(fields) != len(header):
+                raise DataError(
+                    f"{where}: {counted(len(fields), 'field')} instead of {len(header)}."
+                )
+            values = dict(zip(header, fields, strict=True))
+            mark = values["mark"].strip().lower()
+            if mark and mark not in MARKS:
+                raise DataError(
+                    f"{where}: the mark '{printable(mark)}' is none of {', '.join(MARKS)}."
+                )
+            if mark:
+                yield _Mark(where, values["path"], mark, values.get("correct", "").strip())
+    except csv.Error as error:
+        raise DataError(f"{shown}, line {reader.line_num}: not valid CSV, {error}.") from None
+
+
+def check_table(path: Path) -> None:
+    """Raises ConfigError where the table cannot or must not be written: a file that exists is never replaced."""
+    shown = printable(str(path))
+    if path.suffix.lower() != ".csv":
+        raise ConfigError(
+            f"--write-table {shown}: the table is CSV; give a name that ends in .csv."
+        )
+    if path.exists():
+        raise ConfigError(f"--write-table {shown} exists; give another name, or delete it.")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"--write-table {shown}: there is no such folder; make it first.")
+
+
+def write_table(
+    path: Path, inventory: Inventory, out: frozenset[int], labels: dict[int, str]
+) -> int:
+    """Write `path,label,split` of the images that are not in `out`, and return their number. labels: in place of
+    theirs. Paths are relative to the table's folder, as training reads them.
+
+    Raises DataError when no training image is left, SaveFailed.
+    """
+    folder = os.fsencode(path.absolute().parent)
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    kept = [row for row in range(len(inventory.labels)) if row not in out]
+    if not any(inventory.split_name(row) == "train" for row in kept):
+        raise DataError("No training image is left, so no table is written.")
+    for row in kept:
+        relative = os.fsdecode(os.path.relpath(inventory.key(row), folder))
+        writer.writerow(
+            (relative, labels.get(row, inventory.label(row)), inventory.split_name(row))
+        )
+    write_atomic(path, text.getvalue().encode("utf-8", "surrogateescape"))
+    return len(kept)

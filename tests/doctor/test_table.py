@@ -1,0 +1,185 @@
+"""What the doctor found is left out of the table that it writes, and training takes that table."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+from PIL import Image
+from tests.doctor.photos import photo, write_photos
+
+from nearkin.cli import run
+from nearkin.data.sources.resolve import resolve
+from nearkin.doctor.findings import COLUMNS
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = write_photos(tmp_path / "data")
+    Image.open(data / "test/ant/0.png").save(data / "train/ant/leak.png")
+    (data / "train/bee/bad.png").write_bytes(b"no image")
+    return data
+
+
+def doctor(*words, forecast=False):
+    """Without networks of the usual size."""
+    switches = ["--no-labels", *([] if forecast else ["--no-forecast"]), "--device", "cpu"]
+    return run(["doctor", *map(str, words), *switches])
+
+
+def table(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_verb_lists_findings_and_files(data, tmp_path, capsys):
+    assert doctor(data) == 3
+    shown = capsys.readouterr()
+    lines = shown.out.splitlines()
+    assert [line.split()[:2] for line in lines[:3]] == [
+        ["ok", "classes"],
+        ["error", "unreadable"],
+        ["error", "exact-leakage"],
+    ]
+    rows = table(tmp_path / "doctor.csv")
+    assert tuple(rows[0]) == COLUMNS
+    assert [row["path"].rpartition("/")[2] for row in rows] == ["bad.png", "leak.png", "0.png"]
+    assert "3 files concerned, listed in doctor.csv" in shown.err
+    assert "2 errors, 0 warnings" in shown.err
+
+
+def test_json_and_out(data, tmp_path, capsys):
+    (tmp_path / "here").mkdir()
+    assert doctor(data, "--json", "--out", tmp_path / "here") == 3
+    record = json.loads(capsys.readouterr().out)
+    assert (record["errors"], record["warnings"], record["run"]) == (2, 0, None)
+    assert [f["code"] for f in record["findings"]][:3] == ["classes", "unreadable", "exact-leakage"]
+    assert record["findings"][1] | {"text": ""} == {
+        "level": "error",
+        "code": "unreadable",
+        "text": "",
+        "files": 1,
+    }
+    assert (tmp_path / "here/doctor.csv").exists()
+    assert not (tmp_path / "doctor.csv").exists()
+
+
+def test_strict_makes_warnings_count(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    data = write_photos(tmp_path / "data")
+    assert doctor(data, "--strict") == 0
+    assert not (tmp_path / "doctor.csv").exists()  # there is nothing to list
+    photo(0).save(data / "train/ant/again.png")
+    assert doctor(data) == 0
+    assert doctor(data, "--strict") == 3
+    (data / "train/ant/again.png").unlink()
+    assert doctor(data) == 0
+    assert table(tmp_path / "doctor.csv") == []  # the list of an earlier time is replaced
+    capsys.readouterr()
+
+
+def test_a_table_without_what_was_found_can_be_trained_on(data, tmp_path, capsys):
+    (tmp_path / "tables").mkdir()
+    clean = tmp_path / "tables/clean.csv"
+    assert doctor(data, "--write-table", clean) == 3
+    rows = table(clean)
+    assert len(rows) == 48
+    names = {(row["path"], row["label"], row["split"]) for row in rows}
+    assert ("../data/test/ant/0.png", "ant", "test") in names
+    assert not any("leak" in row["path"] or "bad" in row["path"] for row in rows)
+    assert {split: len(part.labels) for split, part in resolve(str(clean)).parts.items()} == {
+        "train": 36,
+        "test": 12,
+    }
+    words = ["--epochs", "1", "--batch-size", "16", "--image-size", "32", "--from-scratch"]
+    small = ["--model", "test_resnet", "--objective", "ce", "--out", str(tmp_path / "run")]
+    assert run(["train", str(clean), *words, *small, "--device", "cpu", "--json"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out.splitlines()[-1])["test_top1"] is not None
+    assert doctor(clean, "--out", tmp_path / "tables") == 0
+
+
+def marks(path, *rows):
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([("path", "label", "split", "mark", "correct"), *rows])
+    return path
+
+
+def test_marked_images_are_left_out_or_get_their_label(data, tmp_path, capsys):
+    given = marks(
+        tmp_path / "marks.csv",
+        (data / "train/ant/1.png", "ant", "train", "wrong label", ""),
+        ("train/ant/2.png", "ant", "train", "wrong label", "bee"),  # relative to the data
+        ("data/test/cow/3.png", "cow", "test", "leave out", ""),  # relative to here
+        ("train/ant/3.png", "ant", "train", "", ""),
+        ("train/ant/gone.png", "ant", "train", "leave out", ""),
+    )
+    assert doctor(data, "--write-table", "clean.csv", "--marks", given) == 3
+    rows = {row["path"]: row["label"] for row in table(tmp_path / "clean.csv")}
+    assert len(rows) == 46
+    assert "data/train/ant/1.png" not in rows
+    assert "data/test/cow/3.png" not in rows
+    assert rows["data/train/ant/2.png"] == "bee"
+    assert rows["data/train/ant/3.png"] == "ant"
+    assert "1 marked path not among the images: train/ant/gone.png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("path,label\na.png,ant\n", "columns path and mark"),
+        (
+            "path,mark\ntrain/ant/1.png,maybe\n",
+            "the mark 'maybe' is none of wrong label, leave out",
+        ),
+        ("path,mark\ntrain/ant/1.png\n", "line 2: 1 field instead of 2"),
+        ('path,mark\n"train\n', "not valid CSV"),
+        ("path,mark\nelsewhere.png,leave out\n", "None of the 1 marked path"),
+        (None, "cannot be read"),
+    ],
+)
+def test_marks_that_cannot_be_used(data, tmp_path, capsys, text, what):
+    if text is not None:
+        (tmp_path / "marks.csv").write_text(text)
+    assert doctor(data, "--write-table", "clean.csv", "--marks", "marks.csv") == 3
+    assert what in capsys.readouterr().err
+    assert not (tmp_path / "clean.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        ((), "Examine which data?"),
+        (("{data}", "--write-table", "table.txt"), "ends in .csv"),
+        (("{data}", "--write-table", "no/table.csv"), "no such folder"),
+        (("{data}", "--write-table", "there.csv"), "exists"),
+        (("{data}", "--marks", "there.csv"), "--write-table"),
+        (("{data}", "--out", "no"), "is no folder"),
+        (("{data}", "--out", "foreign"), "was not written by nearkin doctor"),
+        (("{data}", "--objective", "supcom"), "supcon"),
+        (("{data}", "--batch-size", "many"), "whole number"),
+        (("{data}", "--batch-size", "4000"), "larger than"),
+        (("digits", "--write-table", "new.csv"), "are no files"),
+    ],
+)
+def test_options_that_do_not_fit(data, tmp_path, capsys, words, what):
+    (tmp_path / "there.csv").write_text("keep")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign/doctor.csv").write_text("patient,illness\n")
+    forecast = "--batch-size" in words or "--objective" in words
+    assert doctor(*(word.format(data=data) for word in words), forecast=forecast) == 2
+    shown = capsys.readouterr()
+    assert what in shown.err
+    assert (tmp_path / "there.csv").read_text() == "keep"
+    assert (tmp_path / "foreign/doctor.csv").read_text() == "patient,illness\n"
+
+
+def test_data_and_run_that_are_not_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert doctor("nowhere") == 3
+    assert doctor("digits", "--run", "nowhere") == 4
+    assert list(tmp_path.iterdir()) == []
+    capsys.readouterr()
