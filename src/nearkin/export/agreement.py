@@ -79,7 +79,7 @@ class Expected:
     @torch.no_grad()
     def outputs(self, prepared: Tensor) -> Tensor:
         """uint8 `[N, C, S, S]` after the evaluation transform -> `[N, K]`, as `predict` computes them."""
-        logits = self._bundle.network(prepared).logits
+        logits: Tensor = self._bundle.network(prepared).logits
         if self._logits:
             return logits.float()
         return scaled(mean_probabilities(logits, len(prepared)), temperature(self._bundle)).float()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -89,10 +91,10 @@ class Preprocess(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         pixels = images.permute(0, 3, 1, 2).float()
         height, width = pixels.shape[-2:]
-        longest = LONGEST * torch.sym_min(height, width)
-        across = resizing(width, torch.sym_min(width, longest), height, self.resize, self.side)
+        longest = LONGEST * _shorter(height, width)
+        across = resizing(width, _shorter(width, longest), height, self.resize, self.side)
         pixels = _rounded(pixels @ across.T)
-        down = resizing(height, torch.sym_min(height, longest), width, self.resize, self.side)
+        down = resizing(height, _shorter(height, longest), width, self.resize, self.side)
         return _rounded(down @ pixels)
 
 
@@ -107,7 +109,7 @@ def resizing(length: int, kept: int, other: int, resize: int, side: int) -> Tens
     Row i holds the weights of the output pixel i + crop: triangles of width max(1, scale) around scale * (i + 0.5),
     with scale = kept / resized, which sum to 1 and are rounded to as many bits as leave the largest below 2^15.
     """
-    resized = resize * kept // torch.sym_min(kept, other)
+    resized = resize * kept // _shorter(kept, other)
     scale = torch.ones((), dtype=torch.float64) * kept / resized
     reach = scale.clamp(min=1.0)
     centre = scale * (torch.arange(resized, dtype=torch.float64)[:, None] + 0.5)
@@ -122,6 +124,11 @@ def resizing(length: int, kept: int, other: int, resize: int, side: int) -> Tens
     unit = torch.exp2(fitting.to(torch.float64).sum())
     rows = torch.arange(side) + _half(resized - side)
     return ((weights * unit + 0.5).floor() / unit).float().index_select(0, rows)
+
+
+def _shorter(one: int, other: int) -> int:
+    """min, for sides that torch.export traces as symbols."""
+    return cast("int", torch.sym_min(one, other))
 
 
 def _half(pixels: int) -> int:
