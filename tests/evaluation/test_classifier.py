@@ -155,6 +155,11 @@ def test_missing_paths_and_folders(model, tmp_path):
         model("nowhere.png")
     with pytest.raises(DataError, match="is a folder"):
         model(tmp_path)
+    write_digits(tmp_path, 2)
+    with pytest.raises(DataError, match="does not exist"):
+        model(str(tmp_path / "*.png"))
+    with pytest.raises(DataError, match="does not exist"):
+        model([str(tmp_path / "nowhere.png")])
 
 
 def test_order_is_kept_and_bad_files_have_rows(run, model, tmp_path):

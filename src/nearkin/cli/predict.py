@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from nearkin.errors import ConfigError, DataError, printable
 if TYPE_CHECKING:
     from nearkin.evaluation.classifier import Classifier
     from nearkin.evaluation.results import Prediction
+    from nearkin.report.sheets import Sheets
 
 USAGE = "nearkin predict RUN IMAGES... [--kin N] [--reject X] [--sets X] [--explain DIR] [--format NAME] [--out FILE]"
 ABOUT = """\
@@ -74,7 +76,12 @@ def main(given: dict[str, Any]) -> int:
     for note in model.notes:
         _say(f"note: {note}")
     _say_coverage(model, options["sets"])
-    rows = _Counted(_predictions(model, files, explain))
+    sheets = None
+    if explain is not None:
+        from nearkin.report.sheets import Sheets
+
+        sheets = Sheets(Path(explain), files, model.run)
+    rows = _Counted(_predictions(model, files, sheets, quiet=out is None and _is_terminal()))
     write_rows(rows, run, chosen, out)
     if rows.bad:
         sys.stdout.flush()
@@ -94,28 +101,21 @@ class _Counted:
             yield one
 
 
-def _predictions(model: Classifier, files: list[str], explain: str | None) -> Iterator[Prediction]:
-    """The predictions, with a bar on stderr, and their sheets."""
+def _predictions(
+    model: Classifier, files: list[str], sheets: Sheets | None, *, quiet: bool
+) -> Iterator[Prediction]:
+    """The predictions, whose sheets are written. quiet: without a bar on stderr."""
     from nearkin.data.look import shown
 
-    batches = shown(model.batches(files), len(files), "images classified", _is_quiet())
-    if explain is None:
-        for batch in batches:
-            yield from batch
-        return
-    from nearkin.report.sheets import Sheets
-
-    sheets = Sheets(Path(explain), files, model.run)
-    row = 0
-    for batch in batches:
-        for one in batch:
+    batches = shown(model.batches(files), len(files), "images classified", quiet)
+    for row, one in enumerate(chain.from_iterable(batches)):
+        if sheets is not None:
             sheets.write(row, one)
-            row += 1
-            yield one
+        yield one
 
 
-def _is_quiet() -> bool:
-    """Rows that appear in the same terminal show the progress."""
+def _is_terminal() -> bool:
+    """Whether stdout is one: then the rows that appear there show the progress."""
     with suppress(ValueError, AttributeError):
         return sys.stdout.isatty()
     return False

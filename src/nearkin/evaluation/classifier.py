@@ -83,6 +83,7 @@ class Classifier:
             reject,
             sets,
         )
+        self._kin_classes = [] if kin is None else [self.classes[k] for k in kin.labels.tolist()]
         self._temperature = bundle.description.temperature or 1.0
         self._device = next(bundle.network.parameters()).device
         self._channels = bundle.description.spec.channels
@@ -101,11 +102,20 @@ class Classifier:
         """
         if isinstance(images, Sequence) and not isinstance(images, str):
             return list(chain.from_iterable(self.batches(_found(images))))
-        if isinstance(images, str | os.PathLike) and Path(images).is_dir():
-            shown = printable(os.fspath(images))
-            raise DataError(f"{shown} is a folder; give [{shown!r}], a list, for all its images.")
-        (batch,) = self.batches(_found([images]))
+        if isinstance(images, str | os.PathLike):
+            self._check_file(os.fspath(images))
+        else:
+            _check(images)
+        (batch,) = self.batches([images])
         return batch[0]
+
+    @staticmethod
+    def _check_file(path: str) -> None:
+        shown = printable(path)
+        if os.path.isdir(path):  # noqa: PTH112 - a Path would change how names are shown
+            raise DataError(f"{shown} is a folder; give a list with it for all its images.")
+        if not os.path.lexists(path):
+            raise DataError(f"{shown} does not exist; give an image file.")
 
     def embed(self, images: Sequence[Picture]) -> NDArray[np.float32]:
         """The embeddings `[N, e]` of N images, which the classifier reads; of any length, so compare by cosine.
@@ -222,7 +232,7 @@ class Classifier:
         rows = zip(found.index.tolist(), found.similarity.tolist(), strict=True)
         images = [
             tuple(
-                KinImage(kin.names[k], self.classes[int(kin.labels[k])], value)
+                KinImage(kin.names[k], self._kin_classes[k], value)
                 for k, value in islice(zip(index, similarity, strict=True), self._most)
             )
             for index, similarity in rows

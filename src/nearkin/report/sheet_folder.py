@@ -40,7 +40,7 @@ def check_folder(folder: Path) -> list[str]:
     try:
         names = json.loads((folder / LIST).read_text(encoding="utf-8"))
         earlier = [name for name in names if NAME.fullmatch(name)]
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         raise ConfigError(
             f"--explain {shown} holds other files, such as {printable(inside[0])}; give a new or an empty folder."
         ) from None

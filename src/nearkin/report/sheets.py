@@ -42,8 +42,8 @@ class Sheets:
     def __init__(self, folder: Path, files: Sequence[str], run: Path) -> None:
         """Raises ConfigError and SaveFailed as `open_folder`."""
         self._folder, self._names = folder, sheet_names(files)
-        open_folder(folder, self._names)
         originals = Originals(run)
+        open_folder(folder, self._names)
 
         @lru_cache(maxsize=512)  # neighbours come again
         def kin_picture(name: str) -> Image.Image | None:
