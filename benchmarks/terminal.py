@@ -61,7 +61,7 @@ class Photographed(Bar):
 def main(path: Path) -> None:
     """Train in a temporary folder, and write the picture."""
     path, here = path.absolute(), Path.cwd()
-    trainer.Bar = Photographed  # type: ignore[misc, attr-defined]
+    trainer.Bar = Photographed  # type: ignore[attr-defined]
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(Terminal()):
         os.chdir(folder)
         nearkin.train("digits", "supcon", epochs=5, out="runs/digits-supcon", quiet=False)
