@@ -25,7 +25,9 @@ from nearkin.training.console import Bar
 
 WIDTH = 100
 FORMAT = re.sub(r"@font-face \{\{.*?\n\s*\}\}\n", "", CONSOLE_SVG_FORMAT, flags=re.S)
-FORMAT = FORMAT.replace("Fira Code, monospace", "ui-monospace, monospace")
+FORMAT = re.sub(r"<!--.*?-->\n", "", FORMAT).replace(
+    "Fira Code, monospace", "ui-monospace, monospace"
+)
 
 
 class Terminal(io.StringIO):
