@@ -25,7 +25,9 @@ from nearkin.training.console import Bar
 
 WIDTH = 100
 FORMAT = re.sub(r"@font-face \{\{.*?\n\s*\}\}\n", "", CONSOLE_SVG_FORMAT, flags=re.S)
-FORMAT = FORMAT.replace("Fira Code, monospace", "ui-monospace, monospace")
+FORMAT = re.sub(r"<!--.*?-->\n", "", FORMAT).replace(
+    "Fira Code, monospace", "ui-monospace, monospace"
+)
 
 
 class Terminal(io.StringIO):
@@ -61,7 +63,7 @@ class Photographed(Bar):
 def main(path: Path) -> None:
     """Train in a temporary folder, and write the picture."""
     path, here = path.absolute(), Path.cwd()
-    trainer.Bar = Photographed  # type: ignore[misc, attr-defined]
+    trainer.Bar = Photographed  # type: ignore[attr-defined]
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(Terminal()):
         os.chdir(folder)
         nearkin.train("digits", "supcon", epochs=5, out="runs/digits-supcon", quiet=False)

@@ -40,7 +40,13 @@ def place(tmp_path, monkeypatch):
 LEARNS = {"own_loop.py": 0.9, "with_accelerate.py": 0.9, "few_shot.py": 0.7, "compare.py": 0.6}
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+SLOW = {"compare.py"}  # starts a process for each run
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, marks=[pytest.mark.slow] * (p.name in SLOW), id=p.name) for p in EXAMPLES],
+)
 def test_examples_run_and_learn(path, capsys):
     runpy.run_path(str(path), run_name="__main__")
     found = re.findall(r"test top-1 ([\d.]+)", capsys.readouterr().out)

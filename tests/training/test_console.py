@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -20,6 +22,16 @@ class Log:
 
     def log(self, text):
         self.lines.append(text)
+
+
+def test_the_picture_in_the_docs_is_of_this_bar_and_holds_no_address():
+    picture = (
+        (Path(__file__).parents[2] / "docs" / "terminal.svg").read_text().replace("&#160;", " ")
+    )
+    assert re.findall(r"https?://[^\s\"]*", picture) == ["http://www.w3.org/2000/svg"]
+    assert not re.search("/(root|home|tmp|work)", picture)
+    assert "images/s" in picture
+    assert re.search(r"loss \d\.\d{4} \(ce \d\.\d{4}, supcon \d\.\d{4}\)  val top-1", picture)
 
 
 @pytest.fixture

@@ -18,7 +18,6 @@ from nearkin.data.dataset import Split, load_dataset
 from nearkin.data.sampling import SampleKey
 from nearkin.distributed import Runtime
 from nearkin.objectives import Objective, get
-from nearkin.report.sheet import data_uri
 from nearkin.training import first_batch
 from nearkin.training.api import resolved
 from nearkin.training.batches import first_keys, train_batches
@@ -196,19 +195,6 @@ def test_a_picture_that_fails_gives_one_warning(tmp_path, monkeypatch, error):
     assert len(warnings) == 1
     assert "The first batch cannot be drawn" in warnings[0]
     assert str(error) in warnings[0]
-
-
-@pytest.mark.parametrize("shape", [(8, 8, 1), (31, 40, 3)])
-def test_small_images_keep_every_pixel(shape):
-    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    shown = Image.open(io.BytesIO(base64.b64decode(data_uri(pixels).split(",")[1])))
-    assert (np.asarray(shown) == pixels).all()
-
-
-def test_large_images_are_shrunk():
-    pixels = np.full((300, 200, 3), 90, dtype=np.uint8)
-    shown = Image.open(io.BytesIO(base64.b64decode(data_uri(pixels).split(",")[1])))
-    assert shown.size == (64, 96)
 
 
 def test_the_first_batch_of_several_processes_is_drawn_whole(settings, split):

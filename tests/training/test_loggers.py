@@ -9,8 +9,11 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
+from tests.processes import finish, ranks, start
+from tests.training.test_resume import killed_at
 
 import nearkin
+from nearkin.cli import run as command
 from nearkin.config import RunConfig, validate
 from nearkin.errors import ConfigError
 from nearkin.training import loggers
@@ -257,7 +260,72 @@ def test_a_logger_that_fails_gives_one_warning(tmp_path, monkeypatch, call):
     assert told.warned == [
         "--log wandb failed and is left out (ConnectionError: no route); metrics.jsonl has all records."
     ]
-    assert len(stub.named(call)) == 1
+    assert len(stub.named(call)) == (2 if call == "finish" else 1)
+    assert stub.named("log") == [] or call != "init"
+
+
+@pytest.mark.parametrize("written", [0, 1, 5])
+def test_a_full_disk_costs_a_warning_and_the_next_process_mends_the_file(
+    tmp_path, monkeypatch, written
+):
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    records = [record(step, loss=1 / step) for step in range(1, 12)]
+    left, write = [written], RecordWriter.write
+
+    def until_full(self, data):
+        left[0] -= 1
+        if left[0] < 0:
+            self._writer.write(data[:3])  # a part of it
+            raise OSError(28, "No space left on device")
+        write(self, data)
+
+    with monkeypatch.context() as full:
+        full.setattr(RecordWriter, "write", until_full)
+        told = sent("tensorboard", tmp_path, records)
+    assert len(told.warned) == 1
+    assert "No space left on device" in told.warned[0]
+    sent("tensorboard", tmp_path, records[5:], past=records[:5])
+    assert [step for step, _ in in_tensorboard(tmp_path)["train/loss"]] == [*range(1, 12)]
+
+
+def test_a_journal_that_was_edited_costs_a_warning(tmp_path):
+    told = sent("tensorboard", tmp_path, [record(3, loss=1.0)], past=[{"step": 1, "kind": "train"}])
+    assert len(told.warned) == 1
+    assert "KeyError" in told.warned[0]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_and_goes_on_has_one_log(tmp_path):
+    words = [
+        *["train", "digits", "--objective", "ce", "--epochs", "3", "--model", "test_resnet"],
+        *["--images-per-class", "40", "--threads", "1", "--log-every", "2", "--quiet"],
+        *["--batch-size", "32", "--save-minutes", "0.0001", "--log", "tensorboard"],
+    ]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert finish(start(command, [*words, "--out", str(whole)], log=tmp_path / "log")) == [0]
+    resume = [*words, "--out", str(parts)]
+    for step in (8, 20):
+        assert killed_at(start(command, resume, log=tmp_path / "log"), parts, step)
+        resume = ["train", "--resume", str(parts), "--quiet"]
+    assert finish(start(command, resume, log=tmp_path / "log")) == [0]
+    assert in_tensorboard(parts).keys() == in_tensorboard(whole).keys()
+    for tag, values in in_tensorboard(whole).items():
+        assert in_tensorboard(parts)[tag] == [(s, v.expected) for s, v in values], tag
+
+
+@pytest.mark.slow
+def test_of_two_processes_the_first_logs(tmp_path):
+    words = ["train", "digits", "--objective", "supcon", "--epochs", "1", "--model", "test_resnet"]
+    words += ["--images-per-class", "20", "--threads", "1", "--log", "tensorboard", "--quiet"]
+    words += ["--out", str(tmp_path / "run")]
+    started = [start(command, words, env=env, log=tmp_path / "log") for env in ranks(2)]
+    assert finish(*started) == [0, 0], (tmp_path / "log").read_text()
+    shown = in_tensorboard(tmp_path / "run")
+    assert {tag: v for tag, v in shown.items() if not tag.startswith("final/")} == in_journal(
+        tmp_path / "run"
+    )
+    assert len(list((tmp_path / "run" / "plots").iterdir())) == 2
 
 
 def test_a_package_that_cannot_be_imported_gives_one_warning(tmp_path, monkeypatch):

@@ -155,7 +155,7 @@ class _Sketch:
         return made
 
     def _class(self, crop: Crop) -> str:
-        return self.split.classes[self.split.labels[crop.key.row]]
+        return self.split.classes[int(self.split.labels[crop.key.row])]
 
     def _name(self, epoch: int, view: int) -> str:
         student = view < self.stage.student_views

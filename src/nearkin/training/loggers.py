@@ -12,7 +12,8 @@ import queue
 import shlex
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +21,7 @@ from threading import Thread
 from typing import Any, NamedTuple, Protocol
 
 from nearkin.errors import ConfigError, first_line, printable
+from nearkin.files import write_atomic
 
 LONGEST_QUEUE = 10_000  # records that wait for a logger before it is given up
 PATIENCE = 20.0  # seconds that the end of a run waits for loggers; Slurm kills at 30
@@ -35,7 +37,7 @@ class Point(NamedTuple):
 
 
 class Logger(Protocol):
-    """What a logger is. Any method may raise any error, and then none is called any more.
+    """What a logger is. Any method may raise any error; then only `close` is called.
 
     The constructor imports its package, in the main thread: loader workers are forked later, and a fork in the middle
     of an import would leave the module's lock held in the worker.
@@ -113,7 +115,7 @@ class WeightsAndBiases:
     def start(self, settings: Mapping[str, Any], folder: Path) -> str:
         known = folder / "wandb.id"
         if not known.exists():
-            known.write_text(uuid.uuid4().hex[:12])
+            write_atomic(known, uuid.uuid4().hex[:12].encode())
         self._run = self._wandb.init(
             project=os.environ.get("WANDB_PROJECT", "nearkin"),
             id=known.read_text().strip(),
@@ -159,7 +161,7 @@ class MLflow:
             experiment = self._experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", "nearkin"))
             run = self._client.create_run(experiment, run_name=folder.resolve().name)
             self._id, self._resumed = str(run.info.run_id), False
-            known.write_text(self._id)
+            write_atomic(known, self._id.encode())
             texts = {name: str(value)[:500] for name, value in settings.items()}
             params = [self._param(name, text) for name, text in texts.items()]
             for first in range(0, len(params), 100):  # the most that a request may have
@@ -238,12 +240,11 @@ class Loggers:
         self._senders = [_Sender(name) for name in names(log)]
 
     def start(
-        self, settings: Mapping[str, Any], folder: Path, past: Iterable[Mapping[str, Any]]
+        self, settings: Mapping[str, Any], folder: Path, past: Sequence[Mapping[str, Any]]
     ) -> None:
         """past: the records of the run so far."""
-        earlier = [point(record) for record in past] if self._senders else []
         for sender in self._senders:
-            sender.begin(settings, folder, earlier)
+            sender.begin(settings, folder, past)
 
     def record(self, record: Mapping[str, Any]) -> None:
         """Send a record of the journal."""
@@ -289,11 +290,13 @@ class _Sender(Thread):
         self.where = self.failure = ""
         self.reported = False
 
-    def begin(self, settings: Mapping[str, Any], folder: Path, past: list[Point]) -> None:
+    def begin(
+        self, settings: Mapping[str, Any], folder: Path, past: Sequence[Mapping[str, Any]]
+    ) -> None:
         def first() -> None:
             self.where = self._logger.start(settings, folder)
-            for each in past:
-                self._logger.scalars(each)
+            for record in past:
+                self._logger.scalars(point(record))
 
         try:
             self._logger = LOGGERS[self.name]()
@@ -323,10 +326,9 @@ class _Sender(Thread):
                 call()
             except BaseException as error:  # of a foreign package, which may even call sys.exit
                 self._fail(error)
+                with suppress(BaseException):
+                    self._logger.close(finished=False)
 
     def _fail(self, error: BaseException) -> None:
         text = first_line(error) if isinstance(error, Exception) else ""
         self.failure = printable(f"{type(error).__name__}: {text}")
-
-
-__all__ = ["LOGGERS", "Logger", "Loggers", "Point", "check_installed", "names", "point"]
