@@ -11,7 +11,7 @@ from tests.doctor.photos import blurred, faint, one_colour, photo
 
 from nearkin.data.sources.resolve import resolve
 from nearkin.doctor.duplicates import near_pairs
-from nearkin.doctor.scan import _scores, perceptual_hashes, reduced
+from nearkin.doctor.scan import grey, measure, perceptual_hashes, reduced
 from nearkin.evaluation.suspects import suspects
 
 
@@ -33,9 +33,20 @@ def test_hashes_are_those_of_imagehash():
 def test_hashes_of_whole_images_are_near_those_of_imagehash(size):
     for seed in range(3):
         image = photo(seed, size)
-        tiny = np.frombuffer(pixels(image).tiny, np.uint8).reshape(1, 32, 32)
-        ours = int(perceptual_hashes(tiny)[0])
+        ours = int(measure([pixels(image)]).phash[0])
         assert (ours ^ bits(imagehash.phash(image))).bit_count() <= 6
+
+
+def test_grey_is_that_of_pillow():
+    image = photo(7)
+    assert (grey(np.array(image)) == np.array(image.convert("L"))).all()
+
+
+def test_images_measured_together_have_their_own_numbers():
+    together = measure([pixels(image) for image in CASES.values()])
+    for place, image in enumerate(CASES.values()):
+        alone = measure([pixels(image)])
+        assert [column[place] for column in together] == [column[0] for column in alone]
 
 
 CASES = {
@@ -55,7 +66,7 @@ def test_scores_are_near_those_of_cleanvision(name):
     from cleanvision.issue_managers import image_property as theirs
 
     image = CASES[name]
-    found = {key: float(value[0]) for key, value in _scores([pixels(image)]).items()}
+    found = measure([pixels(image)])
     raw = theirs.BrightnessProperty("dark").calculate(image)
     raw |= theirs.EntropyProperty().calculate(image) | theirs.BlurrinessProperty().calculate(image)
     edges, colours = (
@@ -68,7 +79,7 @@ def test_scores_are_near_those_of_cleanvision(name):
         "blurry": min(1, edges + (colours if colours > 0.18 else 0)),
     }
     for key, value in expected.items():
-        assert found[key] == pytest.approx(value, abs=0.1), key
+        assert float(getattr(found, key)[0]) == pytest.approx(value, abs=0.1), key
 
 
 def test_pairs_are_those_of_a_plain_loop(monkeypatch):

@@ -61,7 +61,7 @@ IMAGES = {
     "low-information": faint(0, 2).point(lambda value: 90 + 70 * value),
     "blurred": blurred(0),
     "tiny": photo(900, (20, 24)),
-    "odd-shape": photo(901, (300, 60)),
+    "odd-shape": photo(901, (200, 45)),
     "huge": photo(902, (110, 100)),
 }
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from hashlib import blake2b
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from nearkin.data.decode import Header, quiet_pillow
 from nearkin.data.images import Files
@@ -18,25 +20,34 @@ from nearkin.data.remembered import Remembered
 from nearkin.doctor.inventory import Inventory
 from nearkin.process import cores
 
-SIDE = 64  # pixels a side of the sample, and about that of the image whose edges are looked at
-NEAR_SIDE = 80  # pixels of a longest side that is near enough to SIDE
+SAMPLE = 32  # pixels a side of the sample that brightness and entropy are taken of
+SIDE = 64  # pixels of the longest side of the image whose edges are looked at
 HASH_SIDE = 32  # pixels a side that a pHash is made of
 CHUNK = 64  # images whose numbers are computed together, and in one task of a thread
+STEPS = np.arange(SAMPLE)
+LUMA = np.array([19595, 38470, 7471], np.int32)  # of red, green, blue, by ITU-R 601, times 2^16
 
 
 class Pixels(NamedTuple):
-    """Of one image. sample: 64 x 64 of its pixels, evenly spread, in grey. small: the whole image in grey, averaged,
-    with a longest side of about 64 pixels, or its own; edges: of that. tiny: the same with 32 x 32 pixels. All bytes.
-    """
+    """Of one image. sample: uint8 `[32, 32, C]`, evenly spread pixels. small: uint8 `[h, w, C]`, the image averaged to
+    a longest side of 64 pixels, or as it is where that is smaller."""
 
     height: int
     width: int
-    channels: int
-    sample: bytes
-    small: bytes
-    edges: bytes
-    tiny: bytes
-    checksum: int
+    sample: NDArray[np.uint8]
+    small: NDArray[np.uint8]
+
+
+class Numbers(NamedTuple):
+    """Of n images, each `[n]`; see `Scan`. digest: of `small`; images whose pixels are equal have one digest."""
+
+    dark: NDArray[np.float64]
+    light: NDArray[np.float64]
+    low_information: NDArray[np.float64]
+    blurry: NDArray[np.float64]
+    range: NDArray[np.float64]
+    phash: NDArray[np.uint64]
+    digest: NDArray[np.uint64]
 
 
 class Scan(NamedTuple):
@@ -44,7 +55,8 @@ class Scan(NamedTuple):
 
     height, width: upright. mode: Pillow's name of the colours of the file. turned: whether EXIF turns it. dark, light,
     low_information, blurry: scores of cleanvision, low is bad. range: between the darkest and the brightest of the
-    sampled pixels, in [0, 1]. identity: `[N, 2]`, equal for images with equal pixels. phash: 64 bits. reasons: row of
+    sampled pixels, in [0, 1]. identity: `[N, 2]`, equal for images with equal pixels; the second is
+    computed of all pixels where the first, of the averaged image, is that of several. phash: 64 bits. reasons: row of
     each image that cannot be read -> why.
     """
 
@@ -71,44 +83,51 @@ def scan(inventory: Inventory, *, quiet: bool = True) -> Scan:
     """Decode every image once, in a thread for each core. What is learned of files is remembered as by `look`, so that
     a run on the same images need not look at them again. quiet: without a bar on stderr."""
     total = len(inventory.labels)
-    numbers = {
-        name: np.zeros(total) for name in ("dark", "light", "low_information", "blurry", "range")
-    }
+    numbers = Numbers(*(np.zeros(total) for _ in range(5)), *np.zeros((2, total), np.uint64))
     height, width = np.zeros(total, np.int64), np.zeros(total, np.int64)
     mode, turned = np.zeros(total, "U8"), np.zeros(total, np.bool_)
-    identity, phash = np.zeros((total, 2), np.uint64), np.zeros(total, np.uint64)
     reasons: dict[int, str] = {}
-    row = 0
-    for chunk in shown(_opened(inventory), total, "images examined", quiet):
-        found = [
-            (row + place, pixels)
-            for place, (pixels, _, _) in enumerate(chunk)
-            if pixels is not None
-        ]
-        for place, (_, header, reason) in enumerate(chunk):
+    for start, chunk in _numbered(shown(_opened(inventory), total, "images examined", quiet)):
+        rows, found = [], []
+        for row, (pixels, header, reason) in enumerate(chunk, start):
             if reason is not None:
-                reasons[row + place] = reason
+                reasons[row] = reason
             if header is not None:
-                mode[row + place], turned[row + place] = header.mode, header.orientation != 1
-        row += len(chunk)
-        if not found:
-            continue
-        rows = [place for place, _ in found]
-        pixels = [each for _, each in found]
-        height[rows] = [each.height for each in pixels]
-        width[rows] = [each.width for each in pixels]
-        identity[rows] = [_identity(each) for each in pixels]
-        phash[rows] = perceptual_hashes(
-            _joined(each.tiny for each in pixels).reshape(-1, HASH_SIDE, HASH_SIDE)
-        )
-        for name, values in _scores(pixels).items():
-            numbers[name][rows] = values
-    return Scan(
-        height, width, mode, turned, **numbers, identity=identity, phash=phash, reasons=reasons
-    )
+                mode[row], turned[row] = header.mode, header.orientation != 1
+            if pixels is not None:
+                rows.append(row)
+                found.append(pixels)
+                height[row], width[row] = pixels.height, pixels.width
+        for column, values in zip(numbers, measure(found), strict=True) if found else ():
+            column[rows] = values
+    identity = np.stack([numbers.digest, np.zeros(total, np.uint64)], axis=1)
+    for number in _shared(identity[:, 0], height > 0):
+        part, place = inventory.place(int(number))
+        identity[number, 1] = _checksum(part.images.read(place))
+    return Scan(height, width, mode, turned, *numbers[:5], identity, numbers.phash, reasons)
 
 
 Opened = tuple[Pixels | None, Header | None, str | None]
+
+
+def _numbered(chunks: Iterable[list[Opened]]) -> Iterator[tuple[int, list[Opened]]]:
+    """Each chunk with the number of its first image."""
+    start = 0
+    with _one_thread():
+        for chunk in chunks:
+            yield start, chunk
+            start += len(chunk)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Of torch in each thread of ours, which would start a team of its own otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _opened(inventory: Inventory) -> Iterator[list[Opened]]:
@@ -138,40 +157,98 @@ def _opened(inventory: Inventory) -> Iterator[list[Opened]]:
 
 def reduced(image: Tensor) -> Pixels:
     """What the checks need of an image, uint8 `[C, H, W]`, C = 1 or 3."""
-    from PIL import Image, ImageFilter
+    pixels = image.permute(1, 2, 0).numpy()
+    height, width = pixels.shape[:2]
+    ratio = max(height, width) / SIDE
+    small = image
+    if ratio > 1:
+        size = max(1, int(height / ratio)), max(1, int(width / ratio))
+        small = resized(image[None], size)[0]
+    rows, columns = (STEPS * (side - 1) // (SAMPLE - 1) for side in (height, width))
+    sample = pixels.take(rows, 0).take(columns, 1)
+    return Pixels(height, width, sample, np.ascontiguousarray(small.permute(1, 2, 0).numpy()))
 
-    pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
-    height, width, channels = pixels.shape
-    grey = Image.fromarray(pixels if channels == 3 else pixels[..., 0]).convert("L")
-    sample = grey.resize((SIDE, SIDE), Image.Resampling.NEAREST)
-    # Averaging whole pixels is several times faster than resizing.
-    small = grey.reduce(max(1, max(grey.size) // SIDE))
-    if max(small.size) > NEAR_SIDE:
-        small = small.resize(_fitting(small.size), Image.Resampling.BOX)
-    return Pixels(
-        height,
-        width,
-        channels,
-        sample.tobytes(),
-        small.tobytes(),
-        small.filter(ImageFilter.FIND_EDGES).tobytes(),
-        small.resize((HASH_SIDE, HASH_SIDE), Image.Resampling.BILINEAR).tobytes(),
-        zlib.crc32(pixels),
+
+def resized(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """uint8 `[n, C, H, W]`, averaged over all pixels where it becomes smaller."""
+    return F.interpolate(images, size, mode="bilinear", antialias=True)
+
+
+def measure(pixels: Sequence[Pixels]) -> Numbers:
+    """The numbers of n images. Scores by the formulas of cleanvision 0.3.7 for brightness, entropy and edges, with its
+    factors, but of fewer pixels: brightness and entropy of 32 x 32 of the image.
+
+    An image of three equal channels has an entropy of log2(3) more than one of them.
+    """
+    images = len(pixels)
+    sample = np.stack([grey(each.sample) for each in pixels])
+    shares = _histograms(sample.reshape(images, -1)) / SAMPLE**2
+    below = shares.cumsum(1)
+    low, high = ((below < part).sum(1) / 255 for part in (0.05, 0.99))
+    entropy = -(shares * np.log2(np.where(shares > 0, shares, 1))).sum(1)
+    entropy += np.log2([each.sample.shape[2] for each in pixels])
+    blurry, phash = np.zeros(images), np.zeros(images, np.uint64)
+    shapes: dict[tuple[int, ...], list[int]] = {}
+    for place, each in enumerate(pixels):
+        shapes.setdefault(each.small.shape, []).append(place)
+    for places in shapes.values():
+        small = grey(np.stack([pixels[place].small for place in places]))
+        blurry[places] = _sharpness(small)
+        tiny = resized(torch.from_numpy(small)[:, None], (HASH_SIDE, HASH_SIDE))[:, 0].numpy()
+        phash[places] = perceptual_hashes(tiny)
+    return Numbers(
+        dark=high,
+        light=1 - low,
+        low_information=np.minimum(0.1 * entropy, 1),
+        blurry=blurry,
+        range=((below < 1 - 1e-9).sum(1) - (below < 1e-9).sum(1)) / 255,
+        phash=phash,
+        digest=np.frombuffer(b"".join(map(_digest, pixels)), np.uint64),
     )
 
 
-def _fitting(size: tuple[int, int]) -> tuple[int, int]:
-    """The size with a longest side of SIDE."""
-    ratio = max(size) / SIDE
-    return max(1, int(size[0] / ratio)), max(1, int(size[1] / ratio))
+def grey(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """`[..., C]` to `[...]`, rounded as by Pillow."""
+    if pixels.shape[-1] == 1:
+        return pixels[..., 0]
+    return ((pixels @ LUMA + (1 << 15)) >> 16).astype(np.uint8)
 
 
-def _identity(pixels: Pixels) -> tuple[int, int]:
-    """128 bits of the size, the checksum of all pixels and the small image."""
-    digest = blake2b(pixels.tiny + pixels.sample, digest_size=16)
-    digest.update(b"%d %d %d %d" % (pixels.height, pixels.width, pixels.channels, pixels.checksum))
-    whole = digest.digest()
-    return int.from_bytes(whole[:8], "little"), int.from_bytes(whole[8:], "little")
+def _sharpness(images: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """The score of blur, `[n]`, of grey images `[n, h, w]`: from the deviation of their edges (9 times a pixel minus
+    the sum of the 3 x 3 pixels around it, as by Pillow's FIND_EDGES) and of the counts of their greys."""
+    edges = images.astype(np.int16)
+    if min(images.shape[1:]) > 2:
+        rows = edges[:, :-2] + edges[:, 1:-1] + edges[:, 2:]
+        around = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]
+        edges[:, 1:-1, 1:-1] = (9 * edges[:, 1:-1, 1:-1] - around).clip(0, 255)
+    sharp = 1 - np.exp(-0.01 * edges.std((1, 2), dtype=np.float32).astype(np.float64))
+    spread = 1 - np.exp(-0.01 * _histograms(images.reshape(len(images), -1)).std(1))
+    score: NDArray[np.float64] = np.minimum(sharp + np.where(spread > 0.18, spread, 0), 1)
+    return score
+
+
+def _histograms(pixels: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """How many of `[n, m]` pixels have each grey, `[n, 256]`."""
+    places = pixels + 256 * np.arange(len(pixels), dtype=np.int32)[:, None]
+    return np.bincount(places.ravel(), minlength=256 * len(pixels)).reshape(-1, 256)
+
+
+def _digest(pixels: Pixels) -> bytes:
+    size = b"%d %d" % (pixels.height, pixels.width)
+    return blake2b(pixels.small.tobytes() + size, digest_size=8).digest()
+
+
+def _shared(digests: NDArray[np.uint64], readable: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """The readable images whose digest another one has."""
+    _, place, counts = np.unique(digests, return_inverse=True, return_counts=True)
+    return np.flatnonzero(readable & (counts[place.reshape(-1)] > 1))
+
+
+def _checksum(image: Tensor) -> int:
+    """64 bits of all pixels."""
+    pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+    return int.from_bytes(blake2b(pixels, digest_size=8).digest(), "little")
 
 
 def perceptual_hashes(tiny: NDArray[np.uint8]) -> NDArray[np.uint64]:
@@ -184,51 +261,3 @@ def perceptual_hashes(tiny: NDArray[np.uint8]) -> NDArray[np.uint64]:
     low = dctn(tiny.astype(np.float64), axes=(1, 2))[:, :8, :8].reshape(-1, 64)
     bits = low > np.median(low, axis=1, keepdims=True)
     return np.packbits(bits, axis=1).view(">u8")[:, 0].astype(np.uint64)
-
-
-def _scores(pixels: Sequence[Pixels]) -> dict[str, NDArray[np.float64]]:
-    """The scores of n images, each `[n]` (see `Scan`), by the formulas of cleanvision 0.3.7 for brightness, entropy
-    and edges, with its factors, but of 64 x 64 grey pixels of each image instead of all its coloured ones. An image of
-    three equal channels has an entropy of log2(3) more than one of them."""
-    images = len(pixels)
-    sampled = _histograms(_joined(each.sample for each in pixels), np.full(images, SIDE**2))
-    shares = sampled / SIDE**2
-    below = shares.cumsum(1)
-    low, high = ((below < part).sum(1) / 255 for part in (0.05, 0.99))
-    entropy = -(shares * np.log2(np.where(shares > 0, shares, 1))).sum(1)
-    entropy += np.log2([each.channels for each in pixels])
-    sizes = np.array([len(each.small) for each in pixels])
-    edges = _deviation(_histograms(_joined(each.edges for each in pixels), sizes))
-    colourful = 1 - np.exp(
-        -0.01 * _histograms(_joined(each.small for each in pixels), sizes).std(1)
-    )
-    blurry = 1 - np.exp(-0.01 * edges) + np.where(colourful > 0.18, colourful, 0)
-    return {
-        "dark": high,
-        "light": 1 - low,
-        "low_information": np.minimum(0.1 * entropy, 1),
-        "blurry": np.minimum(blurry, 1),
-        "range": ((below < 1 - 1e-9).sum(1) - (below < 1e-9).sum(1)) / 255,
-    }
-
-
-def _joined(parts: Iterable[bytes]) -> NDArray[np.uint8]:
-    return np.frombuffer(b"".join(parts), np.uint8)
-
-
-def _histograms(pixels: NDArray[np.uint8], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """`[n, 256]` of n images, one after the other in `pixels`."""
-    images = len(sizes)
-    places = pixels + np.repeat(256 * np.arange(images), sizes)
-    return np.bincount(places, minlength=256 * images).reshape(images, 256)
-
-
-def _deviation(histograms: NDArray[np.int64]) -> NDArray[np.float64]:
-    """The standard deviation of the values that each histogram `[n, 256]` counts."""
-    values = np.arange(256)
-    total = histograms.sum(1)
-    mean = histograms @ values / total
-    deviation: NDArray[np.float64] = np.sqrt(
-        np.maximum(histograms @ values**2 / total - mean**2, 0)
-    )
-    return deviation
