@@ -21,6 +21,7 @@ usage: nearkin VERB ...
   compare   [DATA]            several objectives on equal terms: does another one help on my data?
   evaluate  RUN... [DATA]     exact metrics of a trained model; several are an ensemble
   predict   RUN IMAGES...     classes of image files and folders, as CSV or JSON
+  report    RUN...            a page to look at: errors, a map, the nearest training images of each image
   fewshot   RUN DATA          accuracy on classes that the model has not seen, from a few images of each
   import-cone FILE            the CoNe authors' checkpoint as a run folder
   list      models|objectives|recipes
@@ -41,6 +42,7 @@ VERBS = {
     "compare": "compare",
     "evaluate": "evaluate",
     "predict": "predict",
+    "report": "report",
     "fewshot": "fewshot",
     "import-cone": "import_cone",
     "list": "list_",

@@ -1,0 +1,331 @@
+"""What the report of a run shows, as plain values: predictions, a map, the kin of each image, and small pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from nearkin.data.dataset import Split
+from nearkin.data.images import Files
+from nearkin.evaluation.calibration import scaled
+from nearkin.evaluation.evaluator import Evaluator
+from nearkin.evaluation.kin import Kin, distance, nearest, unlike
+from nearkin.evaluation.kinship import Kinship, kinship
+from nearkin.evaluation.metrics import reduced, summarise
+from nearkin.evaluation.projection import has_tsne, pca, tsne, unit_square
+from nearkin.evaluation.results import Metrics
+from nearkin.evaluation.sprite import Sprite, sprite
+from nearkin.evaluation.suspicious import suspicion
+from nearkin.network import Network
+from nearkin.types import Predictions
+
+MOST_VALUES = 1 << 26  # probabilities of a split held at once: 256 MiB; of more images, spread ones
+MOST_IMAGES = 10_000  # of the evaluated split in the page
+MOST_POINTS = 10_000  # up to which every training image is in the page, too
+MOST_TSNE = 2_000  # images; 5 s on one core
+MOST_PICTURES = 2_000
+LISTED = 24  # images in a list
+EXAMPLES = 6  # of a pair of classes
+PAIRS = 12
+SUSPICIOUS = 0.9  # share of disagreeing kin from which a label is said to look wrong
+DOUBTFUL = 0.5  # and from which it is listed
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float32]
+
+
+class Seen(NamedTuple):
+    """What a network says about images of a split. rows: `[R]` of the split, rising. embeddings: `[R, e]`.
+    probabilities: `[R, C]`."""
+
+    split: Split
+    rows: Ints
+    embeddings: Tensor
+    probabilities: Tensor
+
+    @property
+    def labels(self) -> Ints:
+        found: Ints = self.split.labels[self.rows]
+        return found
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Images:
+    """The images in the page: first `evaluated` of the evaluated split, then training images.
+
+    names: as in predictions.csv. labels: `[n]`. predicted: `[n]`, -1 for training images. probability: of the
+    predicted class; own: of the label, both calibrated; unlike: share of validation images that are nearer to their
+    kin; suspicion: of training images; all `[n]`, NaN where not known. places: `[n, 2]` in [0, 1]. other_places: the
+    same by t-SNE, NaN for images that it leaves out; None without it.
+    """
+
+    evaluated: int
+    names: tuple[str, ...]
+    labels: Ints
+    predicted: Ints
+    probability: Floats
+    own: Floats
+    unlike: Floats
+    suspicion: Floats
+    places: Floats
+    other_places: Floats | None
+
+
+class Pair(NamedTuple):
+    """images: of the class `true` that were taken for `predicted`. examples: places in `Images`."""
+
+    true: str
+    predicted: str
+    images: int
+    examples: Ints
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ReportData:
+    """A finished run, looked at.
+
+    split: of the evaluation, with `metrics` of all its images. confidence, correct: `[R]` of those in the page, as
+    trained; calibrated: the confidence with the temperature, None where that is not known. kin: of the images
+    `with_kin`, its index being places in `images`; `attended`: how many kin have a weight. variance: share that the
+    map shows. worst, uncertain, suspicious: places in `images`. mislabelled: number of training images of at least
+    SUSPICIOUS, of `trained`. root: folder of the names, empty for built-in data.
+    """
+
+    classes: tuple[str, ...]
+    split: str
+    metrics: Metrics
+    temperature: float | None
+    confidence: Floats
+    calibrated: Floats | None
+    correct: NDArray[np.bool_]
+    images: Images
+    kin: Kinship
+    with_kin: Ints
+    attended: int
+    variance: float
+    worst: Ints
+    uncertain: Ints
+    suspicious: Ints
+    pairs: tuple[Pair, ...]
+    mislabelled: int
+    trained: int
+    sprite: Sprite
+    root: str
+
+
+def see(evaluator: Evaluator, network: Network, split: Split) -> tuple[Predictions, Seen]:
+    """The predictions for a split, and what the report needs of it, from one pass where the probabilities fit into
+    memory; on every process."""
+    count, classes = len(split.labels), len(split.classes)
+    if count * classes <= MOST_VALUES:
+        rows = np.arange(count)
+        found = evaluator.embeddings_and_probabilities(network, split, rows.tolist())
+        index = torch.from_numpy(rows)
+        return reduced(found[1], torch.from_numpy(split.labels), index), Seen(split, rows, *found)
+    predictions = evaluator.predictions(network, split)
+    rows = _spread(count, max(1, min(MOST_IMAGES, MOST_VALUES // classes)))
+    found = evaluator.embeddings_and_probabilities(network, split, rows.tolist())
+    return predictions, Seen(split, rows, *found)
+
+
+def gather(
+    predictions: Predictions,
+    seen: Seen,
+    kin: Kin,
+    train: Split,
+    temperature: float | None,
+    *,
+    pictures: int = MOST_PICTURES,
+) -> ReportData:
+    """What the report shows.
+
+    predictions: of the whole split, whose images `seen` holds or samples. kin, temperature: of the model. train: the
+    split with the images of `kin`.
+    """
+    classes = seen.split.classes
+    metrics = summarise(predictions, classes)
+    seen = _limited(seen)
+    count, labels = len(seen.rows), torch.from_numpy(seen.labels)
+    plain = seen.probabilities.float()
+    fitted = plain if temperature is None else scaled(plain, temperature)
+    correct = (plain.argmax(1) == labels).numpy()
+    confidence = fitted.max(1).values.numpy()
+    own = fitted.gather(1, labels[:, None])[:, 0].numpy()
+    evaluated = kinship(kin, seen.embeddings, len(classes))
+    doubts = suspicion(kin.embeddings, kin.labels).numpy()
+    listed = np.argsort(-doubts, kind="stable")[:LISTED]
+    listed = listed[doubts[listed] >= DOUBTFUL]
+    kept, trained, asked = _training(kin, evaluated, listed, count, len(classes))
+    place = np.full(len(kin.labels) + 1, -1)  # the last one stands for a kin that is missing
+    place[kept] = count + np.arange(len(kept))
+    unlikely = unlike(kin, distance(nearest(kin, seen.embeddings, most=5)))
+    places, other, variance = _map(seen.embeddings, kin.embeddings[kept])
+    nothing = np.full(len(kept), np.nan, np.float32)
+    images = Images(
+        evaluated=count,
+        names=tuple(seen.split.images.name(int(row)) for row in seen.rows)
+        + tuple(kin.names[row] for row in kept),
+        labels=np.concatenate([seen.labels, kin.labels.numpy()[kept]]),
+        predicted=np.concatenate([plain.argmax(1).numpy(), np.full(len(kept), -1)]),
+        probability=np.concatenate([confidence, nothing]),
+        own=np.concatenate([own, nothing]),
+        unlike=np.concatenate(
+            [np.full(count, np.nan, np.float32) if unlikely is None else unlikely.numpy(), nothing]
+        ),
+        suspicion=np.concatenate([np.full(count, np.nan, np.float32), doubts[kept]]),
+        places=places,
+        other_places=other,
+    )
+    related = Kinship(
+        place[np.concatenate([evaluated.index, trained.index])],
+        np.concatenate([evaluated.weight, trained.weight]),
+        (*evaluated.votes, *trained.votes),
+    )
+    worst = _smallest(own, ~correct)
+    uncertain = _smallest(confidence, np.ones(count, dtype=bool))
+    pairs = _pairs(metrics, images)
+    wanted = _order(
+        images, related, [*worst, *uncertain, *place[listed]], [p.examples for p in pairs], correct
+    )[:pictures]
+    files = seen.split.images
+    return ReportData(
+        classes=classes,
+        split=seen.split.name,
+        metrics=metrics,
+        temperature=temperature,
+        confidence=plain.max(1).values.numpy(),
+        calibrated=None if temperature is None else confidence,
+        correct=correct,
+        images=images,
+        kin=related,
+        with_kin=np.concatenate([np.arange(count), place[asked]]),
+        attended=min(kin.neighbours, len(kin.labels)),
+        variance=variance,
+        worst=worst,
+        uncertain=uncertain,
+        suspicious=place[listed],
+        pairs=pairs,
+        mislabelled=int((doubts >= SUSPICIOUS).sum()),
+        trained=len(kin.labels),
+        sprite=_sprite(wanted, seen, kin, kept, train, len(images.names)),
+        root=files.files.root if isinstance(files, Files) else "",
+    )
+
+
+def _spread(count: int, most: int) -> Ints:
+    """At most `most` of `count` rows, evenly."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.int64))
+
+
+def _limited(seen: Seen) -> Seen:
+    """At most MOST_IMAGES: all errors that there is room for, then evenly spread ones."""
+    count = len(seen.rows)
+    if count <= MOST_IMAGES:
+        return seen
+    wrong = np.flatnonzero(seen.probabilities.argmax(1).numpy() != seen.labels)
+    wrong = wrong[_spread(len(wrong), MOST_IMAGES // 2)] if len(wrong) else wrong
+    right = np.setdiff1d(np.arange(count), wrong)
+    rows = np.sort(np.concatenate([wrong, right[_spread(len(right), MOST_IMAGES - len(wrong))]]))
+    return Seen(seen.split, seen.rows[rows], seen.embeddings[rows], seen.probabilities[rows])
+
+
+def _training(
+    kin: Kin, evaluated: Kinship, listed: Ints, count: int, classes: int
+) -> tuple[Ints, Kinship, Ints]:
+    """The training images in the page, the kin of some of them, and which these are; rows of `kin`.
+
+    All of them, each with its kin, where that makes no more than MOST_POINTS images; else the kin of the others, and
+    the listed ones with their kin.
+    """
+    total = len(kin.labels)
+    asked = np.arange(total) if count + total <= MOST_POINTS else listed
+    own = torch.from_numpy(asked)
+    found = kinship(kin, kin.embeddings[own], classes, own)
+    kept = np.unique(np.concatenate([evaluated.index.ravel(), found.index.ravel(), asked]))
+    return kept[kept >= 0], found, asked
+
+
+def _map(seen: Tensor, kept: Tensor) -> tuple[Floats, Floats | None, float]:
+    """Places by PCA, by t-SNE where it is installed, and the share of the variance in the first."""
+    rows = torch.cat([F.normalize(seen.float(), dim=1), kept]).numpy()
+    found, share = pca(rows)
+    other = None
+    if has_tsne() and len(rows) >= 20:
+        some = _spread(len(seen), MOST_TSNE)
+        room = MOST_TSNE - len(some)
+        if room > 0:
+            some = np.concatenate([some, len(seen) + _spread(len(kept), room)])
+        other = np.full((len(rows), 2), np.nan, np.float32)
+        other[some] = unit_square(tsne(rows[some]))
+    return unit_square(found), other, share
+
+
+def _smallest(values: Floats, among: NDArray[np.bool_]) -> Ints:
+    """The places of the smallest values, the smallest first."""
+    order = np.argsort(values, kind="stable")
+    found: Ints = order[among[order]][:LISTED]
+    return found
+
+
+def _pairs(metrics: Metrics, images: Images) -> tuple[Pair, ...]:
+    """The pairs of classes that are confused most often."""
+    numbers = {each.name: number for number, each in enumerate(metrics.per_class)}
+    wrong = [pair for pair in metrics.confusion if pair.true != pair.predicted]
+    wrong.sort(key=lambda pair: -pair.images)
+    found = []
+    for pair in wrong[:PAIRS]:
+        same = (images.labels == numbers[pair.true]) & (images.predicted == numbers[pair.predicted])
+        places = np.flatnonzero(same)
+        most_sure = np.argsort(images.own[places], kind="stable")[:EXAMPLES]
+        found.append(Pair(*pair, places[most_sure]))
+    return tuple(found)
+
+
+def _order(
+    images: Images,
+    kin: Kinship,
+    listed: list[int],
+    examples: list[Ints],
+    correct: NDArray[np.bool_],
+) -> Ints:
+    """All places in `images`, those whose pictures matter most first: what is listed, errors, their kin, the rest."""
+    wrong = np.flatnonzero(~correct)
+    first = np.array([*listed, *chain.from_iterable(examples)], dtype=np.int64)
+    evaluated = first[first < images.evaluated]
+    near = [kin.index[rows].ravel() for rows in (evaluated, wrong)]
+    sure = np.flatnonzero(correct)
+    # Some of the images that are right, each with its nearest kin, so that the map shows pictures everywhere.
+    rest = np.column_stack([sure, kin.index[sure, :3]]).ravel()
+    everything = np.concatenate(
+        [first, near[0], wrong, near[1], rest, np.arange(len(images.names))]
+    )
+    known = everything[everything >= 0]
+    _, where = np.unique(known, return_index=True)
+    found: Ints = known[np.sort(where)]
+    return found
+
+
+def _sprite(wanted: Ints, seen: Seen, kin: Kin, kept: Ints, train: Split, total: int) -> Sprite:
+    """Pictures of the wanted images. cells: for each of all `total` images."""
+    rows = {train.images.name(row): row for row in range(len(train.labels))}
+    count = len(seen.rows)
+    sources, places = [], []
+    for place in wanted.tolist():
+        if place < count:
+            sources.append((seen.split.images, int(seen.rows[place])))
+        elif (row := rows.get(kin.names[kept[place - count]])) is not None:
+            sources.append((train.images, row))
+        else:
+            continue
+        places.append(place)
+    found = sprite(sources)
+    cells = np.full(total, -1)
+    cells[places] = found.cells
+    return found._replace(cells=tuple(cells.tolist()))
