@@ -8,6 +8,7 @@ from typing import Any
 from nearkin.cli import show
 from nearkin.cli.arguments import Parser
 from nearkin.errors import ConfigError, printable
+from nearkin.evaluation.options import Device, check_choice, check_run
 
 USAGE = "nearkin report RUN... [--out FILE] [--data PATH] [--json]"
 ABOUT = """\
@@ -29,10 +30,18 @@ def main(given: dict[str, Any]) -> int:
     runs = [Path(run) for run in given.get("runs") or []]
     if not runs:
         raise ConfigError("Report on which run? Give the folder that train printed.")
+    check_choice("device", given.get("device", "auto"), Device)
     out = Path(given["out"]) if "out" in given else None
-    from nearkin.training.report import report
+    if len(runs) > 1 and "data" in given:
+        raise ConfigError("--data is for one RUN; several are compared by what they kept.")
+    for run in runs:
+        check_run(run)  # before torch is imported
+    from nearkin.training.report import report, report_several
 
-    page = report(runs[0], given.get("data"), out, given.get("device", "auto"))
+    if len(runs) > 1:
+        page = report_several(runs, out)
+    else:
+        page = report(runs[0], given.get("data"), out, given.get("device", "auto"))
     shown = printable(str(page))
     show(
         {"run": str(runs[0]), "page": str(page)},

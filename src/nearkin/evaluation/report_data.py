@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -142,12 +141,13 @@ def gather(
     train: Split,
     temperature: float | None,
     *,
+    with_tsne: bool = True,
     pictures: int = MOST_PICTURES,
 ) -> ReportData:
     """What the report shows.
 
     predictions: of the whole split, whose images `seen` holds or samples. kin, temperature: of the model. train: the
-    split with the images of `kin`.
+    split with the images of `kin`. with_tsne: draw a second map, if it is installed.
     """
     classes = seen.split.classes
     metrics = summarise(predictions, classes)
@@ -166,7 +166,7 @@ def gather(
     place = np.full(len(kin.labels) + 1, -1)  # the last one stands for a kin that is missing
     place[kept] = count + np.arange(len(kept))
     unlikely = unlike(kin, distance(nearest(kin, seen.embeddings, most=5)))
-    places, other, variance = _map(seen.embeddings, kin.embeddings[kept])
+    places, other, variance = _map(seen.embeddings, kin.embeddings[kept], with_tsne)
     nothing = np.full(len(kept), np.nan, np.float32)
     images = Images(
         evaluated=count,
@@ -191,9 +191,11 @@ def gather(
     worst = _smallest(own, ~correct)
     uncertain = _smallest(confidence, np.ones(count, dtype=bool))
     pairs = _pairs(metrics, images)
-    wanted = _order(
-        images, related, [*worst, *uncertain, *place[listed]], [p.examples for p in pairs], correct
-    )[:pictures]
+    with_kin = np.concatenate([np.arange(count), place[asked]])
+    listed_places = np.concatenate(
+        [worst, uncertain, place[listed], *(p.examples for p in pairs)]
+    ).astype(np.int64)
+    wanted = _order(images, related, with_kin, listed_places, correct)[:pictures]
     files = seen.split.images
     return ReportData(
         classes=classes,
@@ -205,7 +207,7 @@ def gather(
         correct=correct,
         images=images,
         kin=related,
-        with_kin=np.concatenate([np.arange(count), place[asked]]),
+        with_kin=with_kin,
         attended=min(kin.neighbours, len(kin.labels)),
         variance=variance,
         worst=worst,
@@ -252,12 +254,12 @@ def _training(
     return kept[kept >= 0], found, asked
 
 
-def _map(seen: Tensor, kept: Tensor) -> tuple[Floats, Floats | None, float]:
+def _map(seen: Tensor, kept: Tensor, with_tsne: bool) -> tuple[Floats, Floats | None, float]:
     """Places by PCA, by t-SNE where it is installed, and the share of the variance in the first."""
     rows = torch.cat([F.normalize(seen.float(), dim=1), kept]).numpy()
     found, share = pca(rows)
     other = None
-    if has_tsne() and len(rows) >= 20:
+    if with_tsne and has_tsne() and len(rows) >= 20:
         some = _spread(len(seen), MOST_TSNE)
         room = MOST_TSNE - len(some)
         if room > 0:
@@ -289,20 +291,15 @@ def _pairs(metrics: Metrics, images: Images) -> tuple[Pair, ...]:
 
 
 def _order(
-    images: Images,
-    kin: Kinship,
-    listed: list[int],
-    examples: list[Ints],
-    correct: NDArray[np.bool_],
+    images: Images, kin: Kinship, with_kin: Ints, first: Ints, correct: NDArray[np.bool_]
 ) -> Ints:
     """All places in `images`, those whose pictures matter most first: what is listed, errors, their kin, the rest."""
-    wrong = np.flatnonzero(~correct)
-    first = np.array([*listed, *chain.from_iterable(examples)], dtype=np.int64)
-    evaluated = first[first < images.evaluated]
-    near = [kin.index[rows].ravel() for rows in (evaluated, wrong)]
-    sure = np.flatnonzero(correct)
-    # Some of the images that are right, each with its nearest kin, so that the map shows pictures everywhere.
-    rest = np.column_stack([sure, kin.index[sure, :3]]).ravel()
+    row = np.full(len(images.names), -1)
+    row[with_kin] = np.arange(len(with_kin))
+    wrong, right = np.flatnonzero(~correct), np.flatnonzero(correct)
+    # Images that are right, each with its nearest kin, so that the map has pictures everywhere.
+    rest = np.column_stack([right, kin.index[right, :3]]).ravel()
+    near = [kin.index[row[some]].ravel() for some in (first, wrong)]
     everything = np.concatenate(
         [first, near[0], wrong, near[1], rest, np.arange(len(images.names))]
     )

@@ -8,14 +8,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from nearkin.evaluation.results import wilson
 from nearkin.report.axes import (
     WIDTH,
     Scale,
     Svg,
-    dash,
     element,
-    group,
     legend,
+    legend_height,
     mark,
     picture,
     scale,
@@ -61,7 +61,7 @@ class Reliability(NamedTuple):
 
 def shares(rows: Sequence[Share], *, title: str, description: str, label: str) -> Svg:
     """A bar from 0 to 100 % for each row with its interval, under its name and numbers, in the order given."""
-    along, top = Scale(0.0, 100.0, 2.0, WIDTH - 8), 6.0
+    along, top = Scale(0.0, 100.0, 4.0, WIDTH - 12), 6.0
     bottom = top + ROW * len(rows)
     parts = [x_axis(along, top, bottom, label)]
     for place, row in enumerate(rows):
@@ -109,23 +109,20 @@ def reliability(found: Sequence[Reliability], *, title: str, description: str) -
     total = max((each.images for one in found for each in one.bins), default=1)
     for one in found:
         points = [(across.at(100 * b.confidence), up.at(100 * b.accuracy)) for b in one.bins]
-        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        parts.append(
-            element("polyline", class_=f"mean {series(one.style)}", points=line, **dash(one.style))
-        )
         for (x, y), each in zip(points, one.bins, strict=True):
             text = (
                 f"{one.name}: {each.images} images, confidence {shown(100 * each.confidence, 1)} %, "
                 f"accuracy {shown(100 * each.accuracy, 1)} %"
             )
+            low, high = (up.at(100 * end) for end in wilson(each.accuracy, each.images))
+            whisker = f"whisker {series(one.style)}"
+            parts.append(element("line", class_=whisker, x1=x, x2=x, y1=low, y2=high))
             size = 3.5 + 4.5 * (each.images / total) ** 0.5
             parts.append(mark(one.style, x, y, size=size, title=text))
     height = bottom + BELOW
     names = [(one.style, one.name) for one in found]
-    parts.append(
-        group([legend(names[k : k + 1], height + 16 * k, lines=True) for k in range(len(names))])
-    )
-    return picture(height + 16 * len(names) + 6, title, description, *parts)
+    parts.append(legend(names, height))
+    return picture(height + legend_height(len(names)), title, description, *parts)
 
 
 def covered(

@@ -115,7 +115,8 @@ def _tiles(data: ReportData, facts: Facts) -> list[words.Tile]:
         words.Tile(
             "Confidence, on average",
             f"{shown(100 * float(confidence.mean()), 1)} %",
-            f"where {shown(100 * float(data.correct.mean()), 1)} % are right; log loss {shown(log_loss, 3)} as trained.",
+            f"where {shown(100 * float(data.correct.mean()), 1)} % are right; log loss {shown(log_loss, 3)} "
+            "as trained.",
         )
     )
     return [tile for tile in found if tile is not None]
@@ -133,12 +134,18 @@ def _map_note(data: ReportData) -> str:
         if data.images.other_places is not None
         else ""
     )
-    return f"Squares are training images, circles images of {data.split}.{repeat} {shares}{tsne} A click on the map lets the wheel zoom."
+    return (
+        f"Squares are training images, circles images of {data.split}.{repeat} {shares}{tsne} "
+        "After a click on the map the wheel zooms."
+    )
 
 
 def _matrix_note(kept: int, total: int) -> str:
     some = f"The {kept} most confused of {total} classes. " if kept < total else ""
-    return f"{some}Rows are labels, columns what the model said. Classes that are confused stand together. Choose a cell to see its images."
+    return (
+        f"{some}Rows are labels, columns what the model said. Classes that are confused stand together. "
+        "Choose a cell to see its images."
+    )
 
 
 def _pairs(data: ReportData) -> list[dict[str, Any]]:
@@ -164,7 +171,8 @@ def _class_bars(data: ReportData) -> list[Picture]:
     for each in known[:MOST_BARS]:
         low, high = wilson(each.recall, each.support)
         right = round(each.recall * each.support)
-        text = f"{shown(100 * each.recall, 0)} % ({right} of {each.support}), precision {shown(100 * each.precision, 0)} %"
+        recall, precision = (shown(100 * value, 0) for value in (each.recall, each.precision))
+        text = f"{recall} % ({right} of {each.support}), precision {precision} %"
         rows.append(charts.Share(each.name, each.recall, low, high, text))
     found = []
     size = PER_CHART if len(rows) > PER_CHART else -(-len(rows) // 2)
@@ -181,7 +189,8 @@ def _class_bars(data: ReportData) -> list[Picture]:
             Picture(
                 title,
                 drawn,
-                "Recall: share of a class that is recognised. Precision: share of those that the model calls so that are.",
+                "Recall: share of the images of a class that are recognised. Precision: share of the images taken for "
+                "it that are.",
             )
         )
     return found
@@ -207,9 +216,7 @@ def _calibration(data: ReportData) -> list[Picture]:
     found = [before]
     if data.calibrated is not None:
         found.append(
-            charts.Reliability(
-                "with the temperature", charts.bins(data.calibrated, data.correct), 1
-            )
+            charts.Reliability("calibrated", charts.bins(data.calibrated, data.correct), 1)
         )
     drawn = charts.reliability(
         found,
@@ -257,7 +264,7 @@ def _curves(lines: Sequence[Mapping[str, Any]]) -> list[Picture]:
     ]
     if len(accuracy) > 1:
         drawn = svg.curves(
-            [svg.Curve("validation", [accuracy], 1)],
+            [svg.Curve("validation", [accuracy], 0)],
             title="Validation accuracy",
             description=f"from {shown(accuracy[0][1], 1)} % to {shown(accuracy[-1][1], 1)} %",
             x_label="steps",
@@ -291,7 +298,7 @@ def _curves(lines: Sequence[Mapping[str, Any]]) -> list[Picture]:
             Picture(
                 "Loss and its terms",
                 drawn,
-                "Means of ten steps." if False else "On training images, with augmentation.",
+                "On training images, with augmentation.",
             )
         )
     return found
@@ -327,5 +334,6 @@ def _reading(data: ReportData) -> list[str]:
         "are right.",
         "A label is suspicious where the ten nearest training images have others. A network that has learned a wrong "
         "label by heart hides it, so none found does not mean none there.",
-        "Marks stay in this browser. Saved marks are a table of path, label, split and mark for nearkin doctor --marks.",
+        "Marks stay in this browser. Save marks gives a table of path, label, split and mark: nearkin doctor DATA "
+        "--marks marks.csv --write-table clean.csv makes of it a table to train with.",
     ]

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nearkin.errors import counted
 from nearkin.report.axes import shown
+from nearkin.report.browser import percent
 
 if TYPE_CHECKING:
     from nearkin.evaluation.report_data import ReportData
 
-SURE = 0.99  # probability from which an error counts as made with certainty
+SURE = 0.99  # probability from which an error is worth a sentence
+LOWER = 0.05  # below the accuracy: recall of a class that is worth one
 Z = 1.959964
 
 
@@ -51,7 +53,7 @@ def difference(mine: Mapping[str, bool], other: Mapping[str, bool]) -> Differenc
     d = (b - c) / n with b and c images that one run alone recognises. The interval is Agresti and Min's (2005): Wald's,
     half an image added to each of the four cells. p: two-sided, of b among b + c at 1/2.
     """
-    from scipy.stats import binomtest
+    from scipy.special import bdtr
 
     both = [name for name in mine if name in other]
     if not both:
@@ -61,7 +63,7 @@ def difference(mine: Mapping[str, bool], other: Mapping[str, bool]) -> Differenc
     n, b, c = len(both) + 2, better + 0.5, worse + 0.5
     middle = (b - c) / n
     half = Z * math.sqrt(max(0.0, b + c - (b - c) ** 2 / n)) / n
-    p = float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
+    p = min(1.0, 2 * float(bdtr(min(better, worse), better + worse, 0.5)))
     value = (better - worse) / len(both)
     return Difference(value, middle - half, middle + half, better, worse, len(both), p)
 
@@ -100,11 +102,12 @@ def probe_tile(lines: Sequence[Mapping[str, Any]]) -> Tile | None:
             f"{shown(100 * before, 1)} %",
             "on validation; nothing was trained after it.",
         )
-    gain = shown(100 * (max(after) - before), 1, sign=True)
+    best = max(after)
     return Tile(
         "Fine-tuning, against the probe",
-        f"{gain} points",
-        f"on validation: from {shown(100 * before, 1)} % (logistic regression on frozen features) to {shown(100 * max(after), 1)} %.",
+        f"{shown(100 * (best - before), 1, sign=True)} points",
+        f"on validation: from {shown(100 * before, 1)} % (logistic regression on frozen features) "
+        f"to {shown(100 * best, 1)} %.",
     )
 
 
@@ -122,72 +125,68 @@ def before_tile(mine: Mapping[str, bool], run: str, other: Mapping[str, bool]) -
     return Tile(
         "Against the last run on the same data",
         f"{shown(100 * found.value, 1, sign=True)} points",
-        f"95 % interval {low} to {high}: {verdict}. {found.better} images only this run recognises, {found.worse} only {run}.",
+        f"95 % interval {low} to {high}: {verdict}. {counted(found.better, 'image')} only this run recognises, "
+        f"{found.worse} only {run}.",
     )
 
 
 def look_first(data: ReportData) -> list[First]:
     """At most five sentences, what matters most first."""
+    found = [*_errors(data), *_mislabelled(data), *_worst_class(data), *_sure(data)]
+    if data.metrics.top1 == 1:
+        text = "There are no errors. The most uncertain images say where the next ones would be."
+        found.append(First(text, "See them", "uncertain"))
+    return found or [First("Nothing stands out.", "See the most uncertain images", "uncertain")]
+
+
+def _errors(data: ReportData) -> Iterator[First]:
+    """Which classes are confused most."""
     errors = data.metrics.n - round(data.metrics.n * data.metrics.top1)
-    found = []
-    if data.pairs and errors:
-        pair = data.pairs[0]
-        most = (
-            "Most errors are"
-            if pair.images > errors / 2
-            else f"{pair.images} of {errors} errors are"
+    if not data.pairs:
+        return
+    pair = data.pairs[0]
+    taken = f"{pair.true} taken for {pair.predicted}"
+    if errors == 1:
+        text = f"The only error is {taken}."
+    elif pair.images == 1:
+        text = f"The {errors} errors are of {errors} kinds, such as {taken}."
+    else:
+        part = f"{pair.images} of {errors} errors"
+        whole = "All errors" if pair.images == errors else "Most errors"
+        text = f"{whole if pair.images > errors / 2 else part} are {taken}."
+    yield First(text, "See the confused classes", "confusion")
+
+
+def _mislabelled(data: ReportData) -> Iterator[First]:
+    number = data.mislabelled
+    if number:
+        verb = "looks" if number == 1 else "look"
+        text = (
+            f"{counted(number, 'training image')} of {data.trained} {verb} mislabelled: nearly all of the ten nearest "
+            "have another label."
         )
-        found.append(
-            First(
-                f"{most} {pair.true} taken for {pair.predicted}.",
-                "See the confused classes",
-                "confusion",
-            )
+        yield First(text, "See them", "suspicious")
+
+
+def _worst_class(data: ReportData) -> Iterator[First]:
+    """The class of the lowest recall, where it is well below the accuracy."""
+    worst = min((c for c in data.metrics.per_class if c.support), key=lambda c: c.recall)
+    if worst.recall < data.metrics.top1 - LOWER:
+        right = f"{round(worst.recall * worst.support)} of {counted(worst.support, 'image')}"
+        yield First(
+            f"{worst.name} is recognised least often: {right}.", "See all classes", "classes"
         )
-    if data.mislabelled:
-        verb = "looks" if data.mislabelled == 1 else "look"
-        found.append(
-            First(
-                f"{counted(data.mislabelled, 'training image')} of {data.trained} {verb} mislabelled: nearly all of the nearest kin have another label.",
-                "See them",
-                "suspicious",
-            )
-        )
-    worst = min(data.metrics.per_class, key=lambda c: c.recall if c.support else 2.0)
-    if worst.support and worst.recall < data.metrics.top1 - 0.05:
-        found.append(
-            First(
-                f"{worst.name} is recognised least often: {round(worst.recall * worst.support)} of {counted(worst.support, 'image')}.",
-                "See all classes",
-                "classes",
-            )
-        )
+
+
+def _sure(data: ReportData) -> Iterator[First]:
     images = data.images
-    wrong = images.predicted[: images.evaluated] != images.labels[: images.evaluated]
-    sure = int((wrong & (images.probability[: images.evaluated] >= SURE)).sum())
-    if sure:
-        verb = "was" if sure == 1 else "were"
-        found.append(
-            First(
-                f"{counted(sure, 'error')} {verb} made with a probability of {SURE:.0%} or more; often the label is wrong, not the model.".replace(
-                    "99%", "99 %"
-                ),
-                "See them",
-                "worst",
-            )
+    rows = slice(images.evaluated)
+    wrong = images.predicted[rows] != images.labels[rows]
+    number = int((wrong & (images.probability[rows] >= SURE)).sum())
+    if number:
+        verb = "was" if number == 1 else "were"
+        text = (
+            f"{counted(number, 'error')} {verb} made with a probability of {percent(SURE)} or more: the label or the "
+            "model is badly wrong."
         )
-    if not errors:
-        found.append(
-            First(
-                "There are no errors. The most uncertain images say where the next ones would be.",
-                "See them",
-                "uncertain",
-            )
-        )
-    return found or [
-        First(
-            "Nothing stands out. The errors are spread over the classes.",
-            "See the errors",
-            "images",
-        )
-    ]
+        yield First(text, "See them", "worst")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nearkin.evaluation.options import check_run
 from nearkin.files import write_atomic
 from nearkin.report.run import Before, Facts, run_page
+from nearkin.report.runs import Finished, runs_page
 from nearkin.training.metrics_log import METRICS, read_metrics
 from nearkin.training.run_folder import IDENTITY, STATUS, stored_images, stored_settings
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from nearkin.evaluation.report_data import ReportData
 
 FILE = "report.html"
+FILE_OF_SEVERAL = "runs.html"
 MOST_SIBLINGS = 200  # run folders that are asked whether they had the same images
 
 
@@ -62,6 +65,19 @@ def report(
         predictions, seen = see(evaluator, bundle.network, split)
         found = gather(predictions, seen, kin, train, bundle.description.temperature)
         return write_report(run, found, out)
+
+
+def report_several(runs: Sequence[Path], out: Path | None = None) -> Path:
+    """Write a page that compares finished runs with the first of them, by default `runs.html` in its folder. Raises
+    ModelError when a run has no finished model."""
+    for run in runs:
+        check_run(run)
+    from nearkin.evaluation.model import read_description
+
+    found = [Finished(facts(run), read_description(run).metrics) for run in runs]
+    path = runs[0] / FILE_OF_SEVERAL if out is None else out
+    write_atomic(path, runs_page(found).encode("utf-8"))
+    return path
 
 
 def facts(folder: Path) -> Facts:

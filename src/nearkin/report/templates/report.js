@@ -143,24 +143,21 @@
     words.append(list);
     box.append(thumb(place, "large"), words);
     const whole = make("div");
-    whole.append(box, pathLine(place), markButtons(place));
+    whole.append(box, ...actions(place));
     return whole;
   }
 
-  /** @param {number} place */
-  function pathLine(place) {
+  /** Its path, and what can be done with it. @param {number} place @returns {HTMLElement[]} */
+  function actions(place) {
     const line = make("p", "path");
-    line.append(make("code", "", nameOf(place)), make("button", "small", "Copy path", { type: "button", "data-copy": String(place) }));
-    return line;
-  }
-
-  /** @param {number} place */
-  function markButtons(place) {
-    const group = make("div", "marking", "", { role: "group", "aria-label": `Mark ${nameOf(place)}` });
+    line.append(make("code", "", nameOf(place)));
+    const group = make("div", "actions", "", { role: "group", "aria-label": nameOf(place) });
+    group.append(make("button", "small", "Copy path", { type: "button", "data-copy": String(place) }));
     for (const mark of MARKS) {
-      group.append(make("button", "small toggle", mark, { type: "button", "data-mark": mark, "data-of": String(place), "aria-pressed": String(marks.get(place) === mark) }));
+      const pressed = String(marks.get(place) === mark);
+      group.append(make("button", "small toggle", mark, { type: "button", "data-mark": mark, "data-of": String(place), "aria-pressed": pressed }));
     }
-    return group;
+    return [line, group];
   }
 
   /** Its nearest training images and their votes. @param {number} place @returns {HTMLElement[]} */
@@ -169,6 +166,7 @@
     if (row === undefined) return [make("p", "soft", "The kin of this training image are not in the page.")];
     const list = make("ol", "kin-list");
     let sum = 0;
+    const heaviest = Math.max(1, data.weight[10 * row]);
     for (let k = 10 * row; k < 10 * row + 10 && data.kin[k] >= 0; k++) {
       const other = data.kin[k];
       const same = data.label[other] === data.label[place];
@@ -176,7 +174,7 @@
       const item = make("li");
       const bar = make("span", "bar-track");
       const fill = make("span", "bar-fill");
-      fill.style.width = `${Math.min(100, data.weight[k] / 100)}%`;
+      fill.style.width = `${(100 * data.weight[k]) / heaviest}%`;
       bar.append(fill);
       const button = picker(other, thumb(other), make("span", same ? "kin-label" : "kin-label bad", (same ? "" : "≠ ") + labelOf(other)), bar, make("span", "weight", percent(data.weight[k], 10000)));
       button.setAttribute("aria-label", `${labelOf(other)}, weight ${percent(data.weight[k], 10000)}, training image ${nameOf(other)}`);
