@@ -15,7 +15,7 @@ from nearkin.data.dataset import Split
 from nearkin.data.images import Files
 from nearkin.evaluation.calibration import scaled
 from nearkin.evaluation.evaluator import Evaluator
-from nearkin.evaluation.kin import Kin, distance, nearest, unlike
+from nearkin.evaluation.kin import CLOSEST, Kin, distance, nearest, unlike
 from nearkin.evaluation.kinship import Kinship, kinship
 from nearkin.evaluation.metrics import reduced, summarise
 from nearkin.evaluation.projection import has_tsne, pca, tsne, unit_square
@@ -90,8 +90,8 @@ class Pair(NamedTuple):
 class ReportData:
     """A finished run, looked at.
 
-    split: of the evaluation, with `metrics` of all its images. confidence, correct: `[R]` of those in the page, as
-    trained; calibrated: the confidence with the temperature, None where that is not known. kin: of the images
+    split: of the evaluation, with `metrics` of all its images. confidence, correct: `[R]` of all or evenly spread ones,
+    as trained; calibrated: the confidence with the temperature, None where that is not known. kin: of the images
     `with_kin`, its index being places in `images`; `attended`: how many kin have a weight. variance: share that the
     map shows. worst, uncertain, suspicious: places in `images`. mislabelled: number of training images of at least
     SUSPICIOUS, of `trained`. root: folder of the names, empty for built-in data.
@@ -149,76 +149,70 @@ def gather(
     predictions: of the whole split, whose images `seen` holds or samples. kin, temperature: of the model. train: the
     split with the images of `kin`. with_tsne: draw a second map, if it is installed.
     """
-    classes = seen.split.classes
-    metrics = summarise(predictions, classes)
-    seen = _limited(seen)
-    count, labels = len(seen.rows), torch.from_numpy(seen.labels)
-    plain = seen.probabilities.float()
-    fitted = plain if temperature is None else scaled(plain, temperature)
-    correct = (plain.argmax(1) == labels).numpy()
-    confidence = fitted.max(1).values.numpy()
-    own = fitted.gather(1, labels[:, None])[:, 0].numpy()
-    evaluated = kinship(kin, seen.embeddings, len(classes))
+    metrics = summarise(predictions, seen.split.classes)
+    every = _said(seen, temperature)
+    some = _chosen(every.correct)
+    said = _Said(*(column[some] for column in every))
+    seen = Seen(seen.split, seen.rows[some], seen.embeddings[some], seen.probabilities[some])
     doubts = suspicion(kin.embeddings, kin.labels).numpy()
     listed = np.argsort(-doubts, kind="stable")[:LISTED]
     listed = listed[doubts[listed] >= DOUBTFUL]
-    kept, trained, asked = _training(kin, evaluated, listed, count, len(classes))
-    place = np.full(len(kin.labels) + 1, -1)  # the last one stands for a kin that is missing
-    place[kept] = count + np.arange(len(kept))
-    unlikely = unlike(kin, distance(nearest(kin, seen.embeddings, most=5)))
-    places, other, variance = _map(seen.embeddings, kin.embeddings[kept], with_tsne)
-    nothing = np.full(len(kept), np.nan, np.float32)
-    images = Images(
-        evaluated=count,
-        names=tuple(seen.split.images.name(int(row)) for row in seen.rows)
-        + tuple(kin.names[row] for row in kept),
-        labels=np.concatenate([seen.labels, kin.labels.numpy()[kept]]),
-        predicted=np.concatenate([plain.argmax(1).numpy(), np.full(len(kept), -1)]),
-        probability=np.concatenate([confidence, nothing]),
-        own=np.concatenate([own, nothing]),
-        unlike=np.concatenate(
-            [np.full(count, np.nan, np.float32) if unlikely is None else unlikely.numpy(), nothing]
-        ),
-        suspicion=np.concatenate([np.full(count, np.nan, np.float32), doubts[kept]]),
-        places=places,
-        other_places=other,
-    )
-    related = Kinship(
-        place[np.concatenate([evaluated.index, trained.index])],
-        np.concatenate([evaluated.weight, trained.weight]),
-        (*evaluated.votes, *trained.votes),
-    )
-    worst = _smallest(own, ~correct)
-    uncertain = _smallest(confidence, np.ones(count, dtype=bool))
+    kept, asked, related = _training(kin, seen, listed)
+    place = _places(kept, len(some), len(kin.labels))
+    related = related._replace(index=place[related.index])
+    images, variance = _images(seen, said, kin, kept, doubts, with_tsne=with_tsne)
     pairs = _pairs(metrics, images)
-    with_kin = np.concatenate([np.arange(count), place[asked]])
-    listed_places = np.concatenate(
-        [worst, uncertain, place[listed], *(p.examples for p in pairs)]
-    ).astype(np.int64)
-    wanted = _order(images, related, with_kin, listed_places, correct)[:pictures]
-    files = seen.split.images
+    lists = (
+        _smallest(said.own, ~said.correct),
+        _smallest(said.calibrated, np.ones(len(some), dtype=bool)),
+        place[listed],
+    )
+    with_kin = np.concatenate([np.arange(len(some)), place[asked]])
+    first = np.concatenate([*lists, *(pair.examples for pair in pairs)]).astype(np.int64)
+    wanted = _order(images, related, with_kin, first, said.correct)[:pictures]
+    source = seen.split.images
     return ReportData(
-        classes=classes,
+        classes=seen.split.classes,
         split=seen.split.name,
         metrics=metrics,
         temperature=temperature,
-        confidence=plain.max(1).values.numpy(),
-        calibrated=None if temperature is None else confidence,
-        correct=correct,
+        confidence=every.confidence,
+        calibrated=None if temperature is None else every.calibrated,
+        correct=every.correct,
         images=images,
         kin=related,
         with_kin=with_kin,
         attended=min(kin.neighbours, len(kin.labels)),
         variance=variance,
-        worst=worst,
-        uncertain=uncertain,
-        suspicious=place[listed],
+        worst=lists[0],
+        uncertain=lists[1],
+        suspicious=lists[2],
         pairs=pairs,
         mislabelled=int((doubts >= SUSPICIOUS).sum()),
         trained=len(kin.labels),
         sprite=_sprite(wanted, seen, kin, kept, train, len(images.names)),
-        root=files.files.root if isinstance(files, Files) else "",
+        root=source.files.root if isinstance(source, Files) else "",
     )
+
+
+class _Said(NamedTuple):
+    """Of R images: predicted class, its probability as trained and calibrated, that of the label, calibrated, and
+    whether the prediction is right; all `[R]`."""
+
+    predicted: Ints
+    confidence: Floats
+    calibrated: Floats
+    own: Floats
+    correct: NDArray[np.bool_]
+
+
+def _said(seen: Seen, temperature: float | None) -> _Said:
+    labels, plain = torch.from_numpy(seen.labels), seen.probabilities.float()
+    fitted = plain if temperature is None else scaled(plain, temperature)
+    confidence, predicted = plain.max(1)
+    own = fitted.gather(1, labels[:, None])[:, 0]
+    columns = predicted, confidence, fitted.gather(1, predicted[:, None])[:, 0], own
+    return _Said(*(column.numpy() for column in columns), (predicted == labels).numpy())
 
 
 def _spread(count: int, most: int) -> Ints:
@@ -226,32 +220,70 @@ def _spread(count: int, most: int) -> Ints:
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.int64))
 
 
-def _limited(seen: Seen) -> Seen:
-    """At most MOST_IMAGES: all errors that there is room for, then evenly spread ones."""
-    count = len(seen.rows)
-    if count <= MOST_IMAGES:
-        return seen
-    wrong = np.flatnonzero(seen.probabilities.argmax(1).numpy() != seen.labels)
-    wrong = wrong[_spread(len(wrong), MOST_IMAGES // 2)] if len(wrong) else wrong
-    right = np.setdiff1d(np.arange(count), wrong)
-    rows = np.sort(np.concatenate([wrong, right[_spread(len(right), MOST_IMAGES - len(wrong))]]))
-    return Seen(seen.split, seen.rows[rows], seen.embeddings[rows], seen.probabilities[rows])
+def _chosen(correct: NDArray[np.bool_]) -> Ints:
+    """The rows of the images in the page: errors up to a half of MOST_IMAGES first, then evenly spread ones."""
+    if len(correct) <= MOST_IMAGES:
+        return np.arange(len(correct))
+    wrong = np.flatnonzero(~correct)
+    if len(wrong):
+        wrong = wrong[_spread(len(wrong), MOST_IMAGES // 2)]
+    right = np.flatnonzero(correct)
+    right = right[_spread(len(right), MOST_IMAGES - len(wrong))] if len(right) else right
+    return np.sort(np.concatenate([wrong, right]))
 
 
-def _training(
-    kin: Kin, evaluated: Kinship, listed: Ints, count: int, classes: int
-) -> tuple[Ints, Kinship, Ints]:
-    """The training images in the page, the kin of some of them, and which these are; rows of `kin`.
+def _training(kin: Kin, seen: Seen, listed: Ints) -> tuple[Ints, Ints, Kinship]:
+    """The training images in the page, those of them whose kin are known, both rows of `kin`, and the kin of `seen`
+    followed by theirs.
 
-    All of them, each with its kin, where that makes no more than MOST_POINTS images; else the kin of the others, and
-    the listed ones with their kin.
+    All of them with their kin, where that makes no more than MOST_POINTS images; else the kin of the others, and the
+    listed ones with their kin.
     """
-    total = len(kin.labels)
-    asked = np.arange(total) if count + total <= MOST_POINTS else listed
+    total, classes = len(kin.labels), len(seen.split.classes)
+    asked = np.arange(total) if len(seen.rows) + total <= MOST_POINTS else listed
     own = torch.from_numpy(asked)
-    found = kinship(kin, kin.embeddings[own], classes, own)
-    kept = np.unique(np.concatenate([evaluated.index.ravel(), found.index.ravel(), asked]))
-    return kept[kept >= 0], found, asked
+    first = kinship(kin, seen.embeddings, classes)
+    second = kinship(kin, kin.embeddings[own], classes, own)
+    related = Kinship(
+        np.concatenate([first.index, second.index]),
+        np.concatenate([first.weight, second.weight]),
+        (*first.votes, *second.votes),
+    )
+    kept = np.union1d(related.index.ravel(), asked)
+    return kept[kept >= 0], asked, related
+
+
+def _places(kept: Ints, evaluated: int, total: int) -> Ints:
+    """`[total + 1]`: for each row of `Kin` its place among the images; -1 for -1, the row of a kin that is missing."""
+    found = np.full(total + 1, -1)
+    found[kept] = evaluated + np.arange(len(kept))
+    return found
+
+
+def _images(
+    seen: Seen, said: _Said, kin: Kin, kept: Ints, doubts: Floats, *, with_tsne: bool
+) -> tuple[Images, float]:
+    """The images, and the share of the variance that their map shows."""
+    unlikely = unlike(kin, distance(nearest(kin, seen.embeddings, most=CLOSEST)))
+    places, other, variance = _map(seen.embeddings, kin.embeddings[kept], with_tsne)
+    unknown = np.full(len(seen.rows), np.nan, np.float32)
+    nothing = np.full(len(kept), np.nan, np.float32)
+    images = Images(
+        evaluated=len(seen.rows),
+        names=(
+            *(seen.split.images.name(int(row)) for row in seen.rows),
+            *(kin.names[row] for row in kept),
+        ),
+        labels=np.concatenate([seen.labels, kin.labels.numpy()[kept]]),
+        predicted=np.concatenate([said.predicted, np.full(len(kept), -1)]),
+        probability=np.concatenate([said.calibrated, nothing]),
+        own=np.concatenate([said.own, nothing]),
+        unlike=np.concatenate([unknown if unlikely is None else unlikely.numpy(), nothing]),
+        suspicion=np.concatenate([unknown, doubts[kept]]),
+        places=places,
+        other_places=other,
+    )
+    return images, variance
 
 
 def _map(seen: Tensor, kept: Tensor, with_tsne: bool) -> tuple[Floats, Floats | None, float]:
