@@ -1,4 +1,4 @@
-"""The types of the script, where TypeScript is installed: `npm install typescript@5.9.3` and NEARKIN_TSC its bin/tsc."""
+"""The types of the script. NEARKIN_TSC names bin/tsc of TypeScript (npm package typescript)."""
 
 from __future__ import annotations
 

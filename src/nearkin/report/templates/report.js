@@ -177,7 +177,8 @@
       fill.style.width = `${(100 * data.weight[k]) / heaviest}%`;
       bar.append(fill);
       const button = picker(other, thumb(other), make("span", same ? "kin-label" : "kin-label bad", (same ? "" : "≠ ") + labelOf(other)), bar, make("span", "weight", percent(data.weight[k], 10000)));
-      button.setAttribute("aria-label", `${labelOf(other)}, weight ${percent(data.weight[k], 10000)}, training image ${nameOf(other)}`);
+      button.removeAttribute("aria-label"); // its text says as much
+      button.title = nameOf(other);
       item.append(button);
       list.append(item);
     }
