@@ -29,12 +29,19 @@ def cell(found, place):
 
 
 def test_each_image_is_in_its_cell():
-    source = arrays(30, 100)
+    source = arrays(30, 150)
     found = sprite([(source, row) for row in (5, 2, 29)])
-    assert found.side == 64
+    assert found.side == 112
     for place, row in enumerate((5, 2, 29)):
         colour = source.read(row)[:, 0, 0].numpy()
         assert np.abs(cell(found, place).mean((0, 1)) - colour).max() < 20
+
+
+def test_many_pictures_are_smaller():
+    source = arrays(300, 80)
+    wanted = [(source, row) for row in range(300)]
+    assert sprite(wanted).side == 80
+    assert sprite(wanted, largest=300 * 64 * 64 // 4).side == 64
 
 
 def test_small_images_are_exact():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from nearkin.evaluation.suspicious import suspicion
+from nearkin.evaluation.suspicious import doubts, suspicion
 
 
 def groups(n=60, classes=3, e=8, spread=0.15):
@@ -20,13 +20,23 @@ def groups(n=60, classes=3, e=8, spread=0.15):
 
 def test_by_a_loop():
     embeddings, labels = groups(20, 4, spread=0.8)
-    found = suspicion(embeddings, labels, k=5)
+    found, doubt = suspicion(embeddings, labels, k=5), doubts(embeddings, labels, k=5)
     for i in range(20):
         cosines = [float(embeddings[i] @ embeddings[j]) if j != i else -9.0 for j in range(20)]
         near = sorted(range(20), key=lambda j: -cosines[j])[:5]
         weights = [(1 + cosines[j]) / 2 for j in near]
         wrong = sum(w for w, j in zip(weights, near, strict=True) if labels[j] != labels[i])
         assert float(found[i]) == pytest.approx(wrong / sum(weights), abs=1e-5)
+        votes = dict.fromkeys(range(4), 0.0)
+        for w, j in zip(weights, near, strict=True):
+            votes[int(labels[j])] += w / sum(weights)
+        own = votes.pop(int(labels[i]))
+        assert float(doubt.own[i]) == pytest.approx(own, abs=1e-5)
+        assert float(doubt.share[i]) == pytest.approx(max(votes.values()), abs=1e-5)
+        if max(votes.values()) > 0:
+            assert votes[int(doubt.other[i])] == pytest.approx(max(votes.values()))
+        else:
+            assert doubt.other[i] == -1
     assert 0 < float(found.mean()) < 1
 
 

@@ -13,6 +13,7 @@ import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tests.report.reports import facts, hostile, many_classes, small
 
@@ -190,7 +191,8 @@ def test_a_point_of_the_map_is_hovered_and_clicked(browser, addresses):
         box = page.locator("#map").bounding_box()
         place = int(data.worst[1])
         x, y = map(float, data.images.places[place])
-        size = 0.94 * min(box["width"], box["height"])
+        across, up = map(float, np.ptp(data.images.places, axis=0))
+        size = 0.92 * min(box["width"] / across, box["height"] / up)
         where = (
             box["x"] + box["width"] / 2 + (x - 0.5) * size,
             box["y"] + box["height"] / 2 - (y - 0.5) * size,

@@ -56,11 +56,13 @@ def test_what_to_look_at_first():
     texts = [each.text for each in look_first(data)]
     pair = data.pairs[0]
     assert f"{pair.true} taken for {pair.predicted}." in texts[0]
-    assert texts[1].startswith("2 training images of 60 look mislabelled")
+    assert texts[1].startswith("2 training images of 60 may have a wrong label")
     perfect = look_first(report_data(errors=0, flipped=0))
     assert [each.where for each in perfect] == ["uncertain"]
     one = report_data(flipped=1)
-    assert "1 training image of 60 looks mislabelled" in " ".join(e.text for e in look_first(one))
+    assert "1 training image of 60 may have a wrong label" in " ".join(
+        e.text for e in look_first(one)
+    )
 
 
 @pytest.mark.parametrize(
@@ -87,6 +89,9 @@ def test_fine_tuning_is_compared_with_the_probe():
     assert "to 85.0 %" in tile.text
     assert probe_tile(facts(small()).lines[:1]).value == "70.0 %"
     assert probe_tile(facts(small()).lines[1:]) is None
+    lines = [dict(line) for line in facts(small()).lines]
+    lines[0]["top1"] = 0.9  # no epoch reaches it, so the probe was kept
+    assert probe_tile(lines).value == "nothing gained"
 
 
 def test_an_earlier_run_is_compared_image_by_image():

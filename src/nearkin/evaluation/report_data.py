@@ -21,7 +21,7 @@ from nearkin.evaluation.metrics import reduced, summarise
 from nearkin.evaluation.projection import has_tsne, pca, tsne, unit_square
 from nearkin.evaluation.results import Metrics
 from nearkin.evaluation.sprite import Sprite, sprite
-from nearkin.evaluation.suspicious import suspicion
+from nearkin.evaluation.suspicious import Doubt, doubts
 from nearkin.network import Network
 from nearkin.types import Predictions
 
@@ -33,7 +33,7 @@ MOST_PICTURES = 2_000
 LISTED = 24  # images in a list
 EXAMPLES = 6  # of a pair of classes
 PAIRS = 12
-SUSPICIOUS = 0.9  # share of disagreeing kin from which a label is said to look wrong
+SUSPICIOUS = 0.75  # share of one other label among kin, less that of the own, from which a label may be wrong
 DOUBTFUL = 0.5  # and from which it is listed
 
 Ints = NDArray[np.int64]
@@ -61,7 +61,8 @@ class Images:
 
     names: as in predictions.csv. labels: `[n]`. predicted: `[n]`, -1 for training images. probability: of the
     predicted class; own: of the label, both calibrated; unlike: share of validation images that are nearer to their
-    kin; suspicion: of training images; all `[n]`, NaN where not known. places: `[n, 2]` in [0, 1]. other_places: the
+    kin; suspicion: share of the ten nearest training images, weighted, that have the label `other` (-1: none), of
+    training images; all `[n]`, NaN where not known. places: `[n, 2]` in [0, 1]. other_places: the
     same by t-SNE, NaN for images that it leaves out; None without it.
     """
 
@@ -73,6 +74,7 @@ class Images:
     own: Floats
     unlike: Floats
     suspicion: Floats
+    other: Ints
     places: Floats
     other_places: Floats | None
 
@@ -93,8 +95,8 @@ class ReportData:
     split: of the evaluation, with `metrics` of all its images. confidence, correct: `[R]` of all or evenly spread ones,
     as trained; calibrated: the confidence with the temperature, None where that is not known. kin: of the images
     `with_kin`, its index being places in `images`; `attended`: how many kin have a weight. variance: share that the
-    map shows. worst, uncertain, suspicious: places in `images`. mislabelled: number of training images of at least
-    SUSPICIOUS, of `trained`. root: folder of the names, empty for built-in data.
+    map shows. worst, uncertain, suspicious: places in `images`. mislabelled: number of the `trained` images
+    whose label may be wrong. root: folder of the names, empty for built-in data.
     """
 
     classes: tuple[str, ...]
@@ -154,13 +156,14 @@ def gather(
     some = _chosen(every.correct)
     said = _Said(*(column[some] for column in every))
     seen = Seen(seen.split, seen.rows[some], seen.embeddings[some], seen.probabilities[some])
-    doubts = suspicion(kin.embeddings, kin.labels).numpy()
-    listed = np.argsort(-doubts, kind="stable")[:LISTED]
-    listed = listed[doubts[listed] >= DOUBTFUL]
+    doubt = doubts(kin.embeddings, kin.labels)
+    margin = (doubt.share - doubt.own).numpy()
+    listed = np.argsort(-margin, kind="stable")[:LISTED]
+    listed = listed[margin[listed] >= DOUBTFUL]
     kept, asked, related = _training(kin, seen, listed)
     place = _places(kept, len(some), len(kin.labels))
     related = related._replace(index=place[related.index])
-    images, variance = _images(seen, said, kin, kept, doubts, with_tsne=with_tsne)
+    images, variance = _images(seen, said, kin, kept, doubt, with_tsne=with_tsne)
     pairs = _pairs(metrics, images)
     lists = (
         _smallest(said.own, ~said.correct),
@@ -188,7 +191,7 @@ def gather(
         uncertain=lists[1],
         suspicious=lists[2],
         pairs=pairs,
-        mislabelled=int((doubts >= SUSPICIOUS).sum()),
+        mislabelled=int((margin >= SUSPICIOUS).sum()),
         trained=len(kin.labels),
         sprite=_sprite(wanted, seen, kin, kept, train, len(images.names)),
         root=source.files.root if isinstance(source, Files) else "",
@@ -261,7 +264,7 @@ def _places(kept: Ints, evaluated: int, total: int) -> Ints:
 
 
 def _images(
-    seen: Seen, said: _Said, kin: Kin, kept: Ints, doubts: Floats, *, with_tsne: bool
+    seen: Seen, said: _Said, kin: Kin, kept: Ints, doubt: Doubt, *, with_tsne: bool
 ) -> tuple[Images, float]:
     """The images, and the share of the variance that their map shows."""
     unlikely = unlike(kin, distance(nearest(kin, seen.embeddings, most=CLOSEST)))
@@ -279,7 +282,8 @@ def _images(
         probability=np.concatenate([said.calibrated, nothing]),
         own=np.concatenate([said.own, nothing]),
         unlike=np.concatenate([unknown if unlikely is None else unlikely.numpy(), nothing]),
-        suspicion=np.concatenate([unknown, doubts[kept]]),
+        suspicion=np.concatenate([unknown, doubt.share.numpy()[kept]]),
+        other=np.concatenate([np.full(len(seen.rows), -1), doubt.other.numpy()[kept]]),
         places=places,
         other_places=other,
     )

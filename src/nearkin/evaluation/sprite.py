@@ -16,7 +16,11 @@ from PIL import Image
 from nearkin.data.decode import BadImage
 from nearkin.data.images import Files, ImageSource
 
-SIDE = 64  # pixels of a small picture, less where the images are smaller
+SIDES = (
+    64,
+    112,
+)  # pixels of a small picture: of many, and of few; less where the images are smaller
+DENSITY = 0.3  # bytes of a pixel, about
 SHARP = 16  # pictures of at most so many pixels are stored without loss
 LARGEST = 2_400_000  # bytes of the file
 SECONDS = 8.0  # of reading images
@@ -48,13 +52,14 @@ def sprite(
     file would be larger than `largest` bytes.
     """
     end = clock() + seconds
+    most = _most(len(wanted), largest)
     found: list[NDArray[np.uint8] | None] = []
-    for pictures in _read(wanted):
+    for pictures in _read(wanted, most):
         found += pictures
         if clock() > end:
             break
     known = [place for place, picture in enumerate(found) if picture is not None]
-    side = min(SIDE, max((len(found[place]) for place in known), default=1))  # type: ignore[arg-type]
+    side = min(most, max((len(found[place]) for place in known), default=1))  # type: ignore[arg-type]
     while True:
         columns = max(1, math.ceil(math.sqrt(len(known))))
         rows = max(1, math.ceil(len(known) / columns))
@@ -74,6 +79,12 @@ def sprite(
     )
 
 
+def _most(count: int, largest: int) -> int:
+    """The side of a picture so that `count` of them are about `largest` bytes."""
+    least, most = SIDES
+    return max(least, min(most, int(math.sqrt(largest / (DENSITY * max(1, count))))))
+
+
 def _encoded(sheet: Image.Image, *, lossless: bool) -> bytes:
     file = io.BytesIO()
     sheet.save(file, "WEBP", quality=QUALITY, method=2, lossless=lossless)
@@ -81,21 +92,21 @@ def _encoded(sheet: Image.Image, *, lossless: bool) -> bytes:
 
 
 def _read(
-    wanted: Sequence[tuple[ImageSource, int]],
+    wanted: Sequence[tuple[ImageSource, int]], side: int
 ) -> Iterator[list[NDArray[np.uint8] | None]]:
     """The pictures, some at a time. Decoding leaves Python's lock, so that two threads use two cores."""
     scaled = {
-        id(source): source.scaled(SIDE) if isinstance(source, Files) else source
+        id(source): source.scaled(side) if isinstance(source, Files) else source
         for source, _ in wanted
     }
     with ThreadPoolExecutor(2) as pool:
         for start in range(0, len(wanted), TOGETHER):
             some = wanted[start : start + TOGETHER]
-            yield list(pool.map(lambda each: _small(scaled[id(each[0])], each[1]), some))
+            yield list(pool.map(lambda each: _small(scaled[id(each[0])], each[1], side), some))
 
 
-def _small(source: ImageSource, row: int) -> NDArray[np.uint8] | None:
-    """The middle square of an image, uint8 `[s, s, 3]` with s <= SIDE, or None where it cannot be read."""
+def _small(source: ImageSource, row: int, most: int) -> NDArray[np.uint8] | None:
+    """The middle square of an image, uint8 `[s, s, 3]` with s <= most, or None where it cannot be read."""
     try:
         image = source.read(row)
     except BadImage:
@@ -104,6 +115,6 @@ def _small(source: ImageSource, row: int) -> NDArray[np.uint8] | None:
     side = min(pixels.shape[:2])
     top, left = ((length - side) // 2 for length in pixels.shape[:2])
     square = Image.fromarray(np.ascontiguousarray(pixels[top : top + side, left : left + side]))
-    if side > SIDE:
-        square = square.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+    if side > most:
+        square = square.resize((most, most), Image.Resampling.LANCZOS)
     return np.asarray(square)

@@ -55,6 +55,7 @@ def page_data(data: ReportData, run: str) -> str:
         "own": _thousandths(images.own[: images.evaluated]),
         "unlike": _thousandths(images.unlike[: images.evaluated]),
         "suspicion": _thousandths(images.suspicion[images.evaluated :]),
+        "other": images.other[images.evaluated :].tolist(),
         "pca": _places(images.places),
         "tsne": None if images.other_places is None else _places(images.other_places),
         "cell": list(data.sprite.cells),
@@ -110,9 +111,11 @@ def _card(data: ReportData, place: int) -> dict[str, Any]:
             "text": f"{'right' if right else 'predicted'} with {sure}",
             "wrong": not right,
         }
+    other = int(images.other[place])
+    kin = data.classes[other] if other >= 0 else label
     return found | {
         "title": label,
-        "text": f"{percent(float(images.suspicion[place]))} of its kin disagree",
+        "text": f"its kin say {kin}, {percent(float(images.suspicion[place]))}",
         "wrong": True,
     }
 

@@ -7,6 +7,8 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from nearkin.errors import counted
 from nearkin.evaluation.results import wilson
 from nearkin.report import charts, svg, words
@@ -232,7 +234,8 @@ def _calibration(data: ReportData) -> list[Picture]:
     )
     confidence = data.confidence if data.calibrated is None else data.calibrated
     points = charts.covered(confidence, data.correct)
-    half = min(points, key=lambda point: abs(point[0] - 80))
+    most = max(1, round(0.8 * len(confidence)))
+    sure = float(data.correct[np.argsort(-confidence, kind="stable")[:most]].mean())
     kept = charts.coverage(
         points,
         title="Accuracy against coverage",
@@ -249,7 +252,7 @@ def _calibration(data: ReportData) -> list[Picture]:
         Picture(
             "Coverage",
             kept,
-            f"Of the {shown(half[0], 0)} % most confident images, {shown(half[1], 1)} % are right.",
+            f"Of the 80 % most confident images, {shown(100 * sure, 1)} % are right.",
         ),
     ]
 
@@ -332,8 +335,9 @@ def _reading(data: ReportData) -> list[str]:
         "The vote adds up the weights of each class. Without the ten nearest, the next ones vote with the network as "
         "it is. Where the vote then changes, the prediction rests on a few training images: look whether their labels "
         "are right.",
-        "A label is suspicious where the ten nearest training images have others. A network that has learned a wrong "
-        "label by heart hides it, so none found does not mean none there.",
+        "A label is suspicious where one other label has at least half of the weight of the ten nearest training "
+        "images more than its own. A weak embedding makes good labels suspicious, and a network that has learned a "
+        "wrong label by heart hides it: look before you believe.",
         "Marks stay in this browser. Save marks gives a table of path, label, split and mark: nearkin doctor DATA "
         "--marks marks.csv --write-table clean.csv makes of it a table to train with.",
     ]

@@ -102,13 +102,13 @@ def probe_tile(lines: Sequence[Mapping[str, Any]]) -> Tile | None:
             f"{shown(100 * before, 1)} %",
             "on validation; nothing was trained after it.",
         )
-    best = max(after)
-    return Tile(
-        "Fine-tuning, against the probe",
-        f"{shown(100 * (best - before), 1, sign=True)} points",
-        f"on validation: from {shown(100 * before, 1)} % (logistic regression on frozen features) "
-        f"to {shown(100 * best, 1)} %.",
-    )
+    best, start = max(after), f"{shown(100 * before, 1)} % (logistic regression on frozen features)"
+    if best <= before:
+        text = f"on validation: no epoch was better than {start}, the best had {shown(100 * best, 1)} %."
+        return Tile("Fine-tuning, against the probe", "nothing gained", text)
+    gain = shown(100 * (best - before), 1, sign=True)
+    text = f"on validation: from {start} to {shown(100 * best, 1)} %."
+    return Tile("Fine-tuning, against the probe", f"{gain} points", text)
 
 
 def before_tile(mine: Mapping[str, bool], run: str, other: Mapping[str, bool]) -> Tile | None:
@@ -160,10 +160,9 @@ def _errors(data: ReportData) -> Iterator[First]:
 def _mislabelled(data: ReportData) -> Iterator[First]:
     number = data.mislabelled
     if number:
-        verb = "looks" if number == 1 else "look"
         text = (
-            f"{counted(number, 'training image')} of {data.trained} {verb} mislabelled: nearly all of the ten nearest "
-            "have another label."
+            f"{counted(number, 'training image')} of {data.trained} may have a wrong label: "
+            "nearly all of the ten nearest have one other."
         )
         yield First(text, "See them", "suspicious")
 

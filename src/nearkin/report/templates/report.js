@@ -8,7 +8,7 @@
  *   run: string, root: string, split: string, classes: string[], rawClasses: Record<string, string>,
  *   evaluated: number, attended: number, folders: string[], folder: number[], base: string[],
  *   raw: Record<string, string>, label: number[], predicted: number[], probability: number[], own: number[],
- *   unlike: number[], suspicion: number[], pca: number[], tsne: number[] | null, cell: number[], columns: number,
+ *   unlike: number[], suspicion: number[], other: number[], pca: number[], tsne: number[] | null, cell: number[], columns: number,
  *   withKin: number[], kin: number[], weight: number[], votes: number[][]
  * }} Data
  */
@@ -137,8 +137,9 @@
       say("predicted", `${data.classes[data.predicted[place]]} with ${percent(data.probability[place])}`, right ? "" : "bad");
       if (!right) say("its label got", percent(data.own[place]));
       if (data.unlike[place] >= 0) say("further from its kin than", `${percent(data.unlike[place])} of validation`);
-    } else if (data.suspicion[place - data.evaluated] >= 0) {
-      say("of its ten nearest", `${percent(data.suspicion[place - data.evaluated])} disagree`);
+    } else if (data.other[place - data.evaluated] >= 0) {
+      const other = data.classes[data.other[place - data.evaluated]];
+      say("strongest other label of the ten nearest", `${other} with ${percent(data.suspicion[place - data.evaluated])}`);
     }
     words.append(list);
     box.append(thumb(place, "large"), words);
@@ -349,7 +350,25 @@
     let listed = [];
 
     const places = () => (projection?.value === "tsne" && data.tsne ? data.tsne : data.pca);
-    const size = () => Math.min(width, height) * 0.94 * zoom;
+    /** How much of the unit square the images cover. @param {number[]} all @returns {[number, number]} */
+    function extent(all) {
+      const ends = [FINE, 0, FINE, 0];
+      for (let k = 0; k < all.length; k += 2) {
+        if (all[k] < 0) continue;
+        ends[0] = Math.min(ends[0], all[k]);
+        ends[1] = Math.max(ends[1], all[k]);
+        ends[2] = Math.min(ends[2], all[k + 1]);
+        ends[3] = Math.max(ends[3], all[k + 1]);
+      }
+      return [Math.max(0.05, (ends[1] - ends[0]) / FINE), Math.max(0.05, (ends[3] - ends[2]) / FINE)];
+    }
+    const extents = new Map([data.pca, ...(data.tsne ? [data.tsne] : [])].map((all) => [all, extent(all)]));
+
+    /** Pixels of the side of the unit square. */
+    function size() {
+      const [across, up] = extents.get(places()) ?? [1, 1];
+      return Math.min(width / across, height / up) * 0.92 * zoom;
+    }
     /** @param {number} place @returns {[number, number]} */
     function at(place) {
       const all = places();
