@@ -153,27 +153,16 @@ def gather(
     """
     metrics = summarise(predictions, seen.split.classes)
     every = _said(seen, temperature)
-    some = _chosen(every.correct)
-    said = _Said(*(column[some] for column in every))
-    seen = Seen(seen.split, seen.rows[some], seen.embeddings[some], seen.probabilities[some])
+    seen, said = _limited(seen, every)
     doubt = doubts(kin.embeddings, kin.labels)
-    margin = (doubt.share - doubt.own).numpy()
-    listed = np.argsort(-margin, kind="stable")[:LISTED]
-    listed = listed[margin[listed] >= DOUBTFUL]
-    kept, asked, related = _training(kin, seen, listed)
-    place = _places(kept, len(some), len(kin.labels))
-    related = related._replace(index=place[related.index])
+    listed, mislabelled = _suspicious(doubt)
+    kept, place, related, with_kin = _training(kin, seen, listed)
     images, variance = _images(seen, said, kin, kept, doubt, with_tsne=with_tsne)
     pairs = _pairs(metrics, images)
-    lists = (
-        _smallest(said.own, ~said.correct),
-        _smallest(said.calibrated, np.ones(len(some), dtype=bool)),
-        place[listed],
-    )
-    with_kin = np.concatenate([np.arange(len(some)), place[asked]])
+    uncertain = _smallest(said.calibrated, np.ones(len(seen.rows), dtype=bool))
+    lists = _smallest(said.own, ~said.correct), uncertain, place[listed]
     first = np.concatenate([*lists, *(pair.examples for pair in pairs)]).astype(np.int64)
     wanted = _order(images, related, with_kin, first, said.correct)[:pictures]
-    source = seen.split.images
     return ReportData(
         classes=seen.split.classes,
         split=seen.split.name,
@@ -188,14 +177,25 @@ def gather(
         attended=min(kin.neighbours, len(kin.labels)),
         variance=variance,
         worst=lists[0],
-        uncertain=lists[1],
+        uncertain=uncertain,
         suspicious=lists[2],
         pairs=pairs,
-        mislabelled=int((margin >= SUSPICIOUS).sum()),
+        mislabelled=mislabelled,
         trained=len(kin.labels),
         sprite=_sprite(wanted, seen, kin, kept, train, len(images.names)),
-        root=source.files.root if isinstance(source, Files) else "",
+        root=_root(seen.split),
     )
+
+
+def _suspicious(doubt: Doubt) -> tuple[Ints, int]:
+    """The rows of the most suspicious labels, the worst first, and how many may be wrong."""
+    margin = (doubt.share - doubt.own).numpy()
+    listed = np.argsort(-margin, kind="stable")[:LISTED]
+    return listed[margin[listed] >= DOUBTFUL], int((margin >= SUSPICIOUS).sum())
+
+
+def _root(split: Split) -> str:
+    return split.images.files.root if isinstance(split.images, Files) else ""
 
 
 class _Said(NamedTuple):
@@ -220,27 +220,27 @@ def _said(seen: Seen, temperature: float | None) -> _Said:
 
 def _spread(count: int, most: int) -> Ints:
     """At most `most` of `count` rows, evenly."""
-    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.int64))
+    return np.unique(np.linspace(0, max(0, count - 1), min(count, most)).round().astype(np.int64))
 
 
-def _chosen(correct: NDArray[np.bool_]) -> Ints:
-    """The rows of the images in the page: errors up to a half of MOST_IMAGES first, then evenly spread ones."""
-    if len(correct) <= MOST_IMAGES:
-        return np.arange(len(correct))
-    wrong = np.flatnonzero(~correct)
-    if len(wrong):
-        wrong = wrong[_spread(len(wrong), MOST_IMAGES // 2)]
-    right = np.flatnonzero(correct)
-    right = right[_spread(len(right), MOST_IMAGES - len(wrong))] if len(right) else right
-    return np.sort(np.concatenate([wrong, right]))
+def _limited(seen: Seen, said: _Said) -> tuple[Seen, _Said]:
+    """Those in the page: errors up to a half of MOST_IMAGES first, then evenly spread ones."""
+    if len(seen.rows) <= MOST_IMAGES:
+        return seen, said
+    wrong, right = np.flatnonzero(~said.correct), np.flatnonzero(said.correct)
+    wrong = wrong[_spread(len(wrong), MOST_IMAGES // 2)]
+    right = right[_spread(len(right), MOST_IMAGES - len(wrong))]
+    some = np.sort(np.concatenate([wrong, right]))
+    columns = (column[some] for column in (seen.rows, seen.embeddings, seen.probabilities))
+    return Seen(seen.split, *columns), _Said(*(column[some] for column in said))
 
 
-def _training(kin: Kin, seen: Seen, listed: Ints) -> tuple[Ints, Ints, Kinship]:
-    """The training images in the page, those of them whose kin are known, both rows of `kin`, and the kin of `seen`
-    followed by theirs.
+def _training(kin: Kin, seen: Seen, listed: Ints) -> tuple[Ints, Ints, Kinship, Ints]:
+    """The training images in the page.
 
     All of them with their kin, where that makes no more than MOST_POINTS images; else the kin of the others, and the
-    listed ones with their kin.
+    listed ones with their kin. Gives their rows of `kin`; the place of each row among the images (-1: not there, and at
+    the end, for a kin that is missing); kin of `seen` and of training images, as places; the places of these images.
     """
     total, classes = len(kin.labels), len(seen.split.classes)
     asked = np.arange(total) if len(seen.rows) + total <= MOST_POINTS else listed
@@ -253,14 +253,11 @@ def _training(kin: Kin, seen: Seen, listed: Ints) -> tuple[Ints, Ints, Kinship]:
         (*first.votes, *second.votes),
     )
     kept = np.union1d(related.index.ravel(), asked)
-    return kept[kept >= 0], asked, related
-
-
-def _places(kept: Ints, evaluated: int, total: int) -> Ints:
-    """`[total + 1]`: for each row of `Kin` its place among the images; -1 for -1, the row of a kin that is missing."""
-    found = np.full(total + 1, -1)
-    found[kept] = evaluated + np.arange(len(kept))
-    return found
+    kept, count = kept[kept >= 0], len(seen.rows)
+    place = np.full(total + 1, -1)
+    place[kept] = count + np.arange(len(kept))
+    with_kin = np.concatenate([np.arange(count), place[asked]])
+    return kept, place, related._replace(index=place[related.index]), with_kin
 
 
 def _images(
