@@ -145,7 +145,7 @@ def test_ten_thousand_images_stay_below_six_megabytes():
         10_000,
         12_000,
         classes,
-        names="photos of a holiday/{}/DSC_{:08}.jpeg",
+        names="photos of a holiday/{}/DSC_{:08}_été.jpeg",
         pictures=50,
         neighbours=50,
     )

@@ -20,7 +20,7 @@ from nearkin.evaluation.kinship import Kinship, kinship
 from nearkin.evaluation.metrics import reduced, summarise
 from nearkin.evaluation.projection import has_tsne, pca, tsne, unit_square
 from nearkin.evaluation.results import Metrics
-from nearkin.evaluation.sprite import Sprite, sprite
+from nearkin.evaluation.sprite import LARGEST, Sprite, sprite
 from nearkin.evaluation.suspicious import Doubt, doubts
 from nearkin.network import Network
 from nearkin.types import Predictions
@@ -30,6 +30,7 @@ MOST_IMAGES = 10_000  # of the evaluated split in the page
 MOST_POINTS = 10_000  # up to which every training image is in the page, too
 MOST_TSNE = 2_000  # images; 5 s on one core
 MOST_PICTURES = 2_000
+USUAL = 24  # bytes of a file's name
 LISTED = 24  # images in a list
 EXAMPLES = 6  # of a pair of classes
 PAIRS = 12
@@ -182,7 +183,7 @@ def gather(
         pairs=pairs,
         mislabelled=mislabelled,
         trained=len(kin.labels),
-        sprite=_sprite(wanted, seen, kin, kept, train, len(images.names)),
+        sprite=_sprite(wanted, seen, kin, kept, train, images.names),
         root=_root(seen.split),
     )
 
@@ -342,8 +343,10 @@ def _order(
     return found
 
 
-def _sprite(wanted: Ints, seen: Seen, kin: Kin, kept: Ints, train: Split, total: int) -> Sprite:
-    """Pictures of the wanted images. cells: for each of all `total` images."""
+def _sprite(
+    wanted: Ints, seen: Seen, kin: Kin, kept: Ints, train: Split, names: tuple[str, ...]
+) -> Sprite:
+    """Pictures of the wanted images. cells: for each of all images, with their `names`."""
     rows = {train.images.name(row): row for row in range(len(train.labels))}
     count = len(seen.rows)
     sources, places = [], []
@@ -355,7 +358,11 @@ def _sprite(wanted: Ints, seen: Seen, kin: Kin, kept: Ints, train: Split, total:
         else:
             continue
         places.append(place)
-    found = sprite(sources)
-    cells = np.full(total, -1)
+    # What long names take is left out of the pictures, so that the page keeps its size.
+    longer = sum(
+        max(0, len(name.rpartition("/")[2].encode(errors="replace")) - USUAL) for name in names
+    )
+    found = sprite(sources, largest=max(LARGEST // 4, LARGEST - longer))
+    cells = np.full(len(names), -1)
     cells[places] = found.cells
     return found._replace(cells=tuple(cells.tolist()))

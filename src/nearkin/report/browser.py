@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from nearkin.evaluation.report_data import ReportData
 
 FINE = 4096  # steps of a coordinate
-ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&"}  # so that no text can end the element
+UNSAFE = re.compile(r"[<>&]|[^\x00-\x7f]")
 
 
 class Cell(NamedTuple):
@@ -68,7 +69,16 @@ def page_data(data: ReportData, run: str) -> str:
             for votes in kin.votes
         ],
     }
-    return json.dumps(values, separators=(",", ":")).translate(ESCAPES)
+    text = json.dumps(values, separators=(",", ":"), ensure_ascii=False)
+    return UNSAFE.sub(_escaped, text)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    """A character that could end the element, or that cannot be seen, as JSON escapes it."""
+    character = found[0]
+    if character in "<>&":
+        return f"\\u{ord(character):04x}"
+    return character if character.isprintable() else json.dumps(character)[1:-1]
 
 
 def _thousandths(values: NDArray[np.float32], parts: int = 1000) -> list[int]:
