@@ -46,9 +46,16 @@
     return made;
   }
 
-  /** Thousandths as a percentage, like `percent` of report/browser.py. @param {number} parts @param {number} of */
+  /** @param {number} parts @param {number} of how many */
   function percent(parts, of = 1000) {
     return `${((100 * parts) / of).toFixed(of > 1000 ? 1 : 0)} %`;
+  }
+
+  /** A probability, whose rounding does not say never or always. @param {number} parts thousandths */
+  function chance(parts) {
+    if (parts <= 0) return "< 0.1 %";
+    if (parts >= 1000) return "> 99.9 %";
+    return parts < 100 || parts > 990 ? `${(parts / 10).toFixed(1)} %` : percent(parts);
   }
 
   /** @param {number} place */
@@ -134,8 +141,8 @@
     say("label", labelOf(place));
     if (!isTraining(place)) {
       const right = !isWrong(place);
-      say("predicted", `${data.classes[data.predicted[place]]} with ${percent(data.probability[place])}`, right ? "" : "bad");
-      if (!right) say("its label got", percent(data.own[place]));
+      say("predicted", `${data.classes[data.predicted[place]]} with ${chance(data.probability[place])}`, right ? "" : "bad");
+      if (!right) say("its label got", chance(data.own[place]));
       if (data.unlike[place] >= 0) say("further from its kin than", `${percent(data.unlike[place])} of validation`);
     } else if (data.other[place - data.evaluated] >= 0) {
       const other = data.classes[data.other[place - data.evaluated]];
@@ -493,7 +500,7 @@
       if (place >= 0) {
         const [x, y] = at(place);
         const text = make("span", isWrong(place) ? "bad" : "", isTraining(place) || !isWrong(place) ? labelOf(place) : `${labelOf(place)} → ${data.classes[data.predicted[place]]}`);
-        tip.replaceChildren(thumb(place), text, make("small", "", isTraining(place) ? "training image" : percent(data.probability[place])));
+        tip.replaceChildren(thumb(place), text, make("small", "", isTraining(place) ? "training image" : chance(data.probability[place])));
         tip.style.left = `${Math.max(0, Math.min(width - 112, x + 14))}px`;
         tip.style.top = `${y > height - 150 ? y - 150 : y + 14}px`;
       }
