@@ -24,6 +24,7 @@ usage: nearkin VERB ...
   predict   RUN IMAGES...     classes of images and the evidence for them, as CSV, JSON or Parquet
   embed     RUN IMAGES|DATA   embeddings of images, as npz or Parquet
   export    RUN               an ONNX, timm or torch.export model, checked against nearkin's own numbers
+  report    RUN...            a page to look at: errors, a map, the nearest training images of each image
   fewshot   RUN DATA          accuracy on classes that the model has not seen, from a few images of each
   import-cone FILE            the CoNe authors' checkpoint as a run folder
   list      models|objectives|recipes
@@ -47,6 +48,7 @@ VERBS = {
     "predict": "predict",
     "embed": "embed",
     "export": "export",
+    "report": "report",
     "fewshot": "fewshot",
     "import-cone": "import_cone",
     "list": "list_",

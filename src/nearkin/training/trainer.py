@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +19,7 @@ from nearkin.evaluation.geometry import geometry
 from nearkin.evaluation.kin import collect, write_kin
 from nearkin.evaluation.metrics import summarise, top1_and_log_loss, write_predictions, write_tables
 from nearkin.evaluation.model import FORMAT, Description, save_bundle
+from nearkin.evaluation.report_data import ReportData, gather, see
 from nearkin.network import PACKAGED, Network
 from nearkin.objectives import Stage
 from nearkin.process import stop_signals_recorded
@@ -33,21 +35,33 @@ from nearkin.training.loop import Loop, legs
 from nearkin.training.metrics_log import Journal
 from nearkin.training.prepare import Prepared
 from nearkin.training.probe import refit
+from nearkin.training.report import write_report
 from nearkin.training.run_folder import CHECKPOINTS, locked
 from nearkin.training.step import Stepper
 from nearkin.types import Batch, Result
+
+WORTH_TSNE = 60.0  # seconds of training
 
 
 class Trainer:
     """Trains in one run folder, from its newest checkpoint if there is one."""
 
-    def __init__(self, prepared: Prepared, runtime: Runtime, folder: Path, *, quiet: bool) -> None:
+    def __init__(
+        self,
+        prepared: Prepared,
+        runtime: Runtime,
+        folder: Path,
+        *,
+        quiet: bool,
+        report: bool = True,
+    ) -> None:
         self.prepared, self.runtime, self.folder = prepared, runtime, folder
         self.settings, self.dataset = prepared.settings, prepared.dataset
         self.train_split = self.dataset.splits["train"]
         self.steps_per_epoch = len(self.train_split.labels) // self.settings.batch_size
         self.journal = Journal(folder, writes=runtime.is_main)
         self.quiet = quiet or not runtime.is_main
+        self.reports, self.started = report, time.monotonic()
         self.evaluator = prepared.evaluator
         self._assemble()
 
@@ -169,7 +183,7 @@ class Trainer:
         metrics: dict[str, Any] = {}
         split = self.dataset.splits.get("test", self.dataset.splits.get("val"))
         if split is not None:
-            predictions = self.evaluator.predictions(network, split)
+            predictions, seen = see(self.evaluator, network, split)
             found = summarise(predictions, self.dataset.classes)
             metrics = {"split": split.name} | found.totals()
             if self.runtime.is_main:
@@ -196,7 +210,28 @@ class Trainer:
             save_bundle(self.folder, description, network.state_dict())
         self.loop.status("finished", step, self.settings.epochs)
         self.journal.log(f"finished at step {step}")
+        if split is not None and self.reports and self.runtime.is_main:
+            self._report(
+                lambda tsne: gather(
+                    predictions, seen, kin, self.train_split, temperature, with_tsne=tsne
+                )
+            )
         return Result.of(self.folder, metrics)
+
+    def _report(self, gathered: Callable[[bool], ReportData]) -> None:
+        """Write the page; what goes wrong there is a warning, since the run is finished and saved.
+
+        t-SNE takes some seconds, which only a training of a minute is worth.
+        """
+        try:
+            path = write_report(
+                self.folder, gathered(time.monotonic() - self.started >= WORTH_TSNE)
+            )
+            self.loop.bar.say(f"report {printable(str(path))}")
+        except Exception as error:  # nothing here may fail a finished run
+            self.loop.bar.warn(
+                f"there is no report: {first_line(error)}; try nearkin report {printable(str(self.folder))}"
+            )
 
     def _refit(self, network: Network, step: int) -> None:
         """Give the classifier a logistic regression on the final features, unless validation says it is worse."""
