@@ -27,7 +27,7 @@ BLOCKS = {
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch):
     """A working folder with `photos/`; objectives that a block defines are forgotten afterwards."""
-    write_classes(tmp_path / "photos", each=30)
+    write_classes(tmp_path / "photos", each=30, suffix=".jpg")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Objective, "registry", dict(Objective.registry))
     threads = torch.get_num_threads()
