@@ -19,7 +19,7 @@ from nearkin.evaluation.classifier import BATCH
 from nearkin.evaluation.model import load_bundle
 
 RUNS = 7
-OPTIONS: dict[str, Any] = {"model": "auto", "image_size": 160, "batch_size": 16}
+OPTIONS: dict[str, Any] = {"model": "auto", "image_size": 160, "batch_size": 8}
 
 
 def prediction(place: Path) -> Iterator[Row]:

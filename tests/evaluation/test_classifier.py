@@ -211,6 +211,10 @@ def test_without_kin_there_is_a_note_and_no_evidence(run, tmp_path):
         with pytest.raises(ModelError, match=f"--{next(iter(option))} needs {KIN}"):
             nearkin.load(bare, **option)
     assert nearkin.load(run).notes == ()
+    (tmp_path / "bundle").mkdir()
+    for name in ("model.json", "model.safetensors"):
+        shutil.copy(run / name, tmp_path / "bundle")
+    assert nearkin.load(tmp_path / "bundle")(some_digits(1)[0][0]) == one
 
 
 def test_a_run_without_validation_images(run, tmp_path):
