@@ -131,6 +131,7 @@ def test_a_file_that_is_no_part_of_the_bundle_is_named(copy):
     ("change", "text"),
     [
         ({"files": {"../run": "0"}}, "does not list"),
+        ({"files": {"model.safetensors": "0", "check.safetensors": "0"}}, "not list config.json"),
         ({"+": {"../run/model.json": "0"}}, "outside of it"),
         ({"+": {"..": "0"}}, "outside of it"),
         ({"+": {"": "0"}}, "outside of it"),
@@ -284,6 +285,22 @@ def test_a_grey_model_without_validation_images(tmp_path):
     assert "No temperature was fitted" in (found.folder / "README.md").read_text()
     verify(found.folder)
     assert run_card(found.folder, path).shape == (1, 3)
+
+
+def test_a_run_whose_images_are_gone(photos, tmp_path):
+    """--data names others; its labels are not compared."""
+    run = write_run(tmp_path / "run", tmp_path / "gone", size=24)
+    with pytest.raises(DataError, match=r"gone' are missing.* with --data"):
+        export(run, "timm")
+    found = export(run, "timm", data=photos)
+    assert (found.manifest.checked.split, found.manifest.checked.images) == ("test", 60)
+    (run / "config.yaml").unlink()
+    with pytest.raises(DataError, match=r"no config.yaml .* with --data"):
+        export(run, "timm", out=tmp_path / "out")
+    assert (
+        "not known"
+        in (export(run, "timm", data=photos, out=tmp_path / "out").folder / "README.md").read_text()
+    )
 
 
 def test_bad_words(run, photos, tmp_path):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nearkin.config import CONFIG_FILE, RunConfig, read_yaml, validate
 from nearkin.data.sources.resolve import resolve
-from nearkin.errors import ConfigError, ModelError, counted, printable
+from nearkin.errors import ConfigError, DataError, ModelError, counted, printable
 from nearkin.evaluation.options import check_choice, check_run
 from nearkin.export.manifest import (
     CHECK,
@@ -81,11 +81,7 @@ def export(
     _check_target(target)
     _check_packages(format)
     config = _config(run)
-    if data is None and config is None:
-        raise ModelError(
-            f"The run {printable(str(run))} has no {CONFIG_FILE} that says which images to check on; give --data."
-        )
-    listing = resolve(str(data) if data is not None else config.data)  # type: ignore[union-attr]
+    listing = resolve(str(data)) if data is not None else _own_data(config)
     import torch
 
     from nearkin.evaluation.model import load_bundle
@@ -145,6 +141,17 @@ def _config(run: Path) -> RunConfig | None:
     except ConfigError as error:
         raise ModelError(f"{printable(str(path))} is damaged: {error}") from None
     return config
+
+
+def _own_data(config: RunConfig | None) -> Listing:
+    """The data that a run was trained on. Raises DataError when they are not known or no longer there."""
+    advice = "give labelled images to compare on with --data"
+    if config is None:
+        raise DataError(f"The run has no {CONFIG_FILE} that names its images; {advice}.")
+    try:
+        return resolve(config.data)
+    except DataError as error:
+        raise DataError(f"{str(error).rstrip('.')}; put them back, or {advice}.") from None
 
 
 def _split(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nearkin.data.transforms import EvalSpec
 from nearkin.errors import ExportError, first_line, printable
 from nearkin.evaluation.model import Bundle
-from nearkin.export.manifest import MODELS, Format, Manifest
+from nearkin.export.manifest import MODELS, TIMM, Format, Manifest
 from nearkin.export.module import Exported, plain_backbone
 from nearkin.files import write_atomic
 from nearkin.imports import import_eager
@@ -122,7 +122,7 @@ def write_timm(folder: Path, bundle: Bundle) -> None:
         "mean": bundle.network.mean.flatten().tolist(),
         "std": bundle.network.std.flatten().tolist(),
     }
-    path = folder / "config.json"
+    path = folder / TIMM
     import_eager("timm.models._hub").save_config_for_hf(
         module,
         path,

@@ -20,6 +20,7 @@ MODELS: dict[Format, str] = {
     "timm": "model.safetensors",
     "torch": "model.pt2",
 }
+TIMM = "config.json"  # what timm builds the network from
 VERSION = 1
 LARGEST = 1 << 24  # bytes of a manifest that is read
 
@@ -96,7 +97,7 @@ def check_files(folder: Path, manifest: Manifest) -> list[str]:
 
     Raises ExportError for a file that is missing, changed or outside of the folder.
     """
-    wanted = {MODELS[manifest.kind], CHECK}
+    wanted = {MODELS[manifest.kind], CHECK} | ({TIMM} if manifest.kind == "timm" else set())
     unlisted = sorted(wanted - set(manifest.files))
     if unlisted:
         raise ExportError(
