@@ -7,6 +7,7 @@ import re
 import shutil
 
 import pytest
+from PIL import Image
 
 import nearkin
 from nearkin.cli import run as command
@@ -69,6 +70,21 @@ def test_the_last_run_on_the_same_images_is_compared(runs):
 
 def test_it_can_be_left_out(tmp_path):
     nearkin.train("digits", "ce", epochs=0, out=tmp_path / "run", report=False, **COMMON)
+    assert not (tmp_path / "run" / "report.html").exists()
+
+
+def test_without_a_split_to_evaluate_there_is_none(tmp_path, capsys):
+    for k, name in enumerate(("a", "b")):
+        (tmp_path / "data" / "train" / name).mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (16, 16), (99 * k, number, 0)).save(
+                tmp_path / "data" / "train" / name / f"{number}.png"
+            )
+    options = COMMON | {"images_per_class": None, "batch_size": 4, "image_size": 16}
+    nearkin.train(
+        tmp_path / "data", "ce", val_split=0, epochs=1, out=tmp_path / "run", quiet=False, **options
+    )
+    assert "no report: there is neither" in capsys.readouterr().err
     assert not (tmp_path / "run" / "report.html").exists()
 
 

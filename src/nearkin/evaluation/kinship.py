@@ -28,7 +28,7 @@ class Kinship(NamedTuple):
     """The kin of R images. index: `[R, 10]` rows of `Kin`, nearest first, -1 where there are fewer. weight: `[R, 10]`
     their shares among all kin that count. votes: for each image the strongest classes, first those of all kin."""
 
-    index: NDArray[np.int64]
+    index: NDArray[np.int64]  # type: ignore[assignment]  # the field shadows tuple.index
     weight: NDArray[np.float32]
     votes: tuple[tuple[Vote, ...], ...]
 

@@ -215,8 +215,13 @@ def _said(seen: Seen, temperature: float | None) -> _Said:
     fitted = plain if temperature is None else scaled(plain, temperature)
     confidence, predicted = plain.max(1)
     own = fitted.gather(1, labels[:, None])[:, 0]
-    columns = predicted, confidence, fitted.gather(1, predicted[:, None])[:, 0], own
-    return _Said(*(column.numpy() for column in columns), (predicted == labels).numpy())
+    return _Said(
+        predicted.numpy(),
+        confidence.numpy(),
+        fitted.gather(1, predicted[:, None])[:, 0].numpy(),
+        own.numpy(),
+        (predicted == labels).numpy(),
+    )
 
 
 def _spread(count: int, most: int) -> Ints:
@@ -232,8 +237,8 @@ def _limited(seen: Seen, said: _Said) -> tuple[Seen, _Said]:
     wrong = wrong[_spread(len(wrong), MOST_IMAGES // 2)]
     right = right[_spread(len(right), MOST_IMAGES - len(wrong))]
     some = np.sort(np.concatenate([wrong, right]))
-    columns = (column[some] for column in (seen.rows, seen.embeddings, seen.probabilities))
-    return Seen(seen.split, *columns), _Said(*(column[some] for column in said))
+    kept = Seen(seen.split, seen.rows[some], seen.embeddings[some], seen.probabilities[some])
+    return kept, _Said(*(column[some] for column in said))
 
 
 def _training(kin: Kin, seen: Seen, listed: Ints) -> tuple[Ints, Ints, Kinship, Ints]:

@@ -338,6 +338,6 @@ def _reading(data: ReportData) -> list[str]:
         "A label is suspicious where one other label has at least half of the weight of the ten nearest training "
         "images more than its own. A weak embedding makes good labels suspicious, and a network that has learned a "
         "wrong label by heart hides it: look before you believe.",
-        "Marks stay in this browser. Save marks gives a table of path, label, split and mark: nearkin doctor DATA "
-        "--marks marks.csv --write-table clean.csv makes of it a table to train with.",
+        "Marks stay in this browser. A wrong label can be given the right one beside the kin. Save marks gives a "
+        "table; nearkin doctor DATA --marks marks.csv --write-table clean.csv makes of it a table to train with.",
     ]
