@@ -13,6 +13,7 @@ from nearkin.evaluation.kin import Kin, nearest
 
 SHOWN = 10  # kin of an image, and those that a vote is counted without
 VOTES = 3  # strongest classes of each vote
+LEAST = 0.005  # share of a class that is named
 CHUNK = 1 << 22  # votes counted at once: 16 MiB
 
 
@@ -91,4 +92,4 @@ def _strongest(share: Tensor, without: Tensor) -> tuple[Vote, ...]:
     most = min(VOTES, len(share))
     places = [*share.topk(most).indices.tolist(), *without.topk(most).indices.tolist()]
     found = [Vote(c, float(share[c]), float(without[c])) for c in dict.fromkeys(places)]
-    return tuple(vote for vote in found if vote.share > 0 or vote.without > 0)
+    return tuple(vote for vote in found if max(vote.share, vote.without) >= LEAST)

@@ -13,7 +13,7 @@ from nearkin.errors import counted
 from nearkin.evaluation.results import wilson
 from nearkin.report import charts, svg, words
 from nearkin.report.axes import Svg, shown
-from nearkin.report.browser import cards, page_data, percent
+from nearkin.report.browser import cards, page_data, percent, plain
 from nearkin.report.matrix import matrix
 from nearkin.report.page import TEMPLATES, render
 
@@ -90,7 +90,7 @@ def run_page(data: ReportData, facts: Facts) -> str:
         curves=_curves(facts.lines),
         command=facts.environment.get("command", "not known"),
         environment=_environment(facts),
-        options=sorted((name, str(value)) for name, value in facts.options.items()),
+        options=sorted((name, plain(value)) for name, value in facts.options.items()),
         reading=_reading(data),
     )
 
