@@ -12,6 +12,7 @@ from PIL import Image
 import nearkin
 from nearkin.cli import run as command
 from nearkin.errors import ModelError
+from nearkin.evaluation import report_data
 from nearkin.training import trainer
 from nearkin.training.report import last_run, report, report_several
 
@@ -49,6 +50,14 @@ def test_the_same_report_can_be_written_again(runs, tmp_path):
     for name in ("base", "label", "predicted", "cell", "withKin", "kin"):
         assert again[name] == first[name]
     assert again["probability"] == pytest.approx(first["probability"], abs=1)
+
+
+def test_of_a_large_split_some_images_are_seen_in_a_second_pass(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(report_data, "MOST_SEEN", 300)
+    monkeypatch.setattr(report_data, "MOST_IMAGES", 100)
+    page = report(runs / "first", out=tmp_path / "page.html")
+    assert embedded(page)["evaluated"] == 100
+    assert "360 images of 10 classes" in page.read_text("utf-8")
 
 
 def test_the_last_run_on_the_same_images_is_compared(runs):
@@ -127,6 +136,8 @@ def test_several_runs_are_compared(runs, capsys):
         ("first --data nowhere", 3, "nowhere"),
         ("first --device tpu", 2, "--device tpu"),
         ("first --outt x", 2, "Did you mean --out?"),
+        ("first --out second", 2, "--out second is a folder"),
+        ("first --out nowhere/page.html", 2, "there is no such folder"),
     ],
 )
 def test_what_is_wrong_is_one_sentence(runs, monkeypatch, capsys, words, code, text):

@@ -26,6 +26,7 @@ from nearkin.network import Network
 from nearkin.types import Predictions
 
 MOST_VALUES = 1 << 26  # probabilities of a split held at once: 256 MiB; of more images, spread ones
+MOST_SEEN = 50_000  # images whose embeddings are held at once; of more, evenly spread ones
 MOST_IMAGES = 10_000  # of the evaluated split in the page
 MOST_POINTS = 10_000  # up to which every training image is in the page, too
 MOST_TSNE = 2_000  # images; 5 s on one core
@@ -123,10 +124,10 @@ class ReportData:
 
 
 def see(evaluator: Evaluator, network: Network, split: Split) -> tuple[Predictions, Seen]:
-    """The predictions for a split, and what the report needs of it, from one pass where the probabilities fit into
-    memory; on every process."""
+    """The predictions for a split, and what the report needs of it, from one pass where all of that fits into memory,
+    else from a second one; on every process."""
     count, classes = len(split.labels), len(split.classes)
-    if count * classes <= MOST_VALUES:
+    if count <= MOST_SEEN and count * classes <= MOST_VALUES:
         rows = np.arange(count)
         found = evaluator.embeddings_and_probabilities(network, split, rows.tolist())
         index = torch.from_numpy(rows)
