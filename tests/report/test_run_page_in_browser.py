@@ -216,28 +216,31 @@ def marked(page):
 @pytest.mark.parametrize("name", ["small", "hostile"])
 def test_marks_are_saved_exactly(browser, addresses, name):
     data = DATA[name]()
-    wrong, leave = int(data.worst[0]), int(data.suspicious[0])
+    wrong, other, leave = int(data.worst[0]), int(data.worst[1]), int(data.suspicious[0])
     with opened(browser, addresses[name]) as page:
         assert page.locator("#marks").is_hidden()
-        for place, mark in ((wrong, "wrong label"), (leave, "leave out"), (wrong + 1, "leave out")):
-            page.evaluate(f"document.querySelector('.cards [data-place=\"{place}\"]')?.click()")
-            if place != wrong + 1:
-                page.locator(f".cards [data-of='{place}'][data-mark='{mark}']").first.click()
+        for place, mark in ((wrong, "wrong label"), (leave, "leave out"), (other, "wrong label")):
+            page.locator(f".cards [data-of='{place}'][data-mark='{mark}']").first.click()
+        assert page.locator(".right-label").is_visible()  # of the first, whose kin are shown
+        right = int(data.images.predicted[wrong])
+        page.locator(".right-label select").select_option(str(right))
         pressed = f".cards [data-of='{wrong}'][aria-pressed=true]"
         assert page.locator(pressed).count() >= 1
-        assert page.locator("#marks-count").inner_text() == "2 images marked"
+        assert page.locator("#marks-count").inner_text() == "3 images marked"
         text = marked(page).decode("utf-8", "surrogateescape")
-        rows = list(csv.reader(io.StringIO(text, newline="")))
+        header, *rows = csv.reader(io.StringIO(text, newline=""))
         names, labels, classes = data.images.names, data.images.labels, data.classes
-        assert rows == [
-            ["path", "label", "split", "mark"],
-            [names[wrong], classes[labels[wrong]], "test", "wrong label"],
-            [names[leave], classes[labels[leave]], "train", "leave out"],
+        assert header == ["path", "label", "split", "mark", "correct"]
+        expected = [
+            [names[wrong], classes[labels[wrong]], "test", "wrong label", classes[right]],
+            [names[other], classes[labels[other]], "test", "wrong label", ""],
+            [names[leave], classes[labels[leave]], "train", "leave out", ""],
         ]
+        assert sorted(rows) == sorted(expected)
         page.locator(pressed).first.click()  # once more takes the mark back
-        assert page.locator("#marks-count").inner_text() == "1 image marked"
+        assert page.locator("#marks-count").inner_text() == "2 images marked"
         page.reload()
-        assert page.locator("#marks-count").inner_text() == "1 image marked"
+        assert page.locator("#marks-count").inner_text() == "2 images marked"
         page.locator("#marks-clear").click()
         assert page.locator("#marks").is_hidden()
 

@@ -82,6 +82,19 @@ def test_the_sentence_about_errors(counts, expected):
     assert look_first(replace(data, pairs=pairs, metrics=metrics))[0].text == expected
 
 
+@pytest.mark.parametrize(
+    ("right", "support", "said"), [(5, 20, True), (0, 2, False), (18, 20, False)]
+)
+def test_a_class_is_called_weak_when_its_interval_is(right, support, said):
+    data = small()
+    others = [each._replace(recall=0.9, support=100) for each in data.metrics.per_class[1:]]
+    weak = data.metrics.per_class[0]._replace(recall=right / support, support=support)
+    metrics = replace(data.metrics, top1=0.9, per_class=(weak, *others))
+    texts = [each.text for each in look_first(replace(data, metrics=metrics))]
+    expected = f"{weak.name} is recognised least often: {right} of {support} images."
+    assert (expected in texts) == said
+
+
 def test_fine_tuning_is_compared_with_the_probe():
     tile = probe_tile(facts(small()).lines)
     assert tile.value == "+15.0 points"

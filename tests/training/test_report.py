@@ -7,10 +7,12 @@ import re
 import shutil
 
 import pytest
+from PIL import Image
 
 import nearkin
 from nearkin.cli import run as command
 from nearkin.errors import ModelError
+from nearkin.evaluation import report_data
 from nearkin.training import trainer
 from nearkin.training.report import last_run, report, report_several
 
@@ -50,6 +52,14 @@ def test_the_same_report_can_be_written_again(runs, tmp_path):
     assert again["probability"] == pytest.approx(first["probability"], abs=1)
 
 
+def test_of_a_large_split_some_images_are_seen_in_a_second_pass(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(report_data, "MOST_SEEN", 300)
+    monkeypatch.setattr(report_data, "MOST_IMAGES", 100)
+    page = report(runs / "first", out=tmp_path / "page.html")
+    assert embedded(page)["evaluated"] == 100
+    assert "360 images of 10 classes" in page.read_text("utf-8")
+
+
 def test_the_last_run_on_the_same_images_is_compared(runs):
     assert last_run(runs / "first") is None
     before = last_run(runs / "second")
@@ -69,6 +79,21 @@ def test_the_last_run_on_the_same_images_is_compared(runs):
 
 def test_it_can_be_left_out(tmp_path):
     nearkin.train("digits", "ce", epochs=0, out=tmp_path / "run", report=False, **COMMON)
+    assert not (tmp_path / "run" / "report.html").exists()
+
+
+def test_without_a_split_to_evaluate_there_is_none(tmp_path, capsys):
+    for k, name in enumerate(("a", "b")):
+        (tmp_path / "data" / "train" / name).mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (16, 16), (99 * k, number, 0)).save(
+                tmp_path / "data" / "train" / name / f"{number}.png"
+            )
+    options = COMMON | {"images_per_class": None, "batch_size": 4, "image_size": 16}
+    nearkin.train(
+        tmp_path / "data", "ce", val_split=0, epochs=1, out=tmp_path / "run", quiet=False, **options
+    )
+    assert "no report: there is neither" in capsys.readouterr().err
     assert not (tmp_path / "run" / "report.html").exists()
 
 
@@ -111,6 +136,8 @@ def test_several_runs_are_compared(runs, capsys):
         ("first --data nowhere", 3, "nowhere"),
         ("first --device tpu", 2, "--device tpu"),
         ("first --outt x", 2, "Did you mean --out?"),
+        ("first --out second", 2, "--out second is a folder"),
+        ("first --out nowhere/page.html", 2, "there is no such folder"),
     ],
 )
 def test_what_is_wrong_is_one_sentence(runs, monkeypatch, capsys, words, code, text):

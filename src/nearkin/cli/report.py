@@ -31,7 +31,7 @@ def main(given: dict[str, Any]) -> int:
     if not runs:
         raise ConfigError("Report on which run? Give the folder that train printed.")
     check_choice("device", given.get("device", "auto"), Device)
-    out = Path(given["out"]) if "out" in given else None
+    out = _page(given["out"]) if "out" in given else None
     if len(runs) > 1 and "data" in given:
         raise ConfigError("--data is for one RUN; several are compared by what they kept.")
     for run in runs:
@@ -49,3 +49,13 @@ def main(given: dict[str, Any]) -> int:
         as_json=given.get("json", False),
     )
     return 0
+
+
+def _page(name: str) -> Path:
+    """Raises ConfigError where no page can be written."""
+    path, shown = Path(name), printable(name)
+    if path.is_dir():
+        raise ConfigError(f"--out {shown} is a folder; give the name of a file, such as page.html.")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"--out {shown}: there is no such folder; make it first.")
+    return path

@@ -16,7 +16,7 @@ from nearkin.errors import ConfigError, counted, printable
 from nearkin.evaluation.results import wilson
 from nearkin.process import interrupt, keep_freed_memory, stop_handler
 from nearkin.training.api import Result, continue_run, resolved, start_run
-from nearkin.training.run_folder import stored_options, stored_settings
+from nearkin.training.run_folder import REPORT, stored_options, stored_settings
 
 USAGE = "nearkin train [DATA] [--objective NAME] [--objective.OPTION VALUE] [--model.OPTION VALUE] [--OPTION VALUE]"
 ABOUT = """\
@@ -94,9 +94,11 @@ def _objective_help(given: dict[str, Any]) -> str:
 
 def _report(result: Result, as_json: bool) -> None:
     run = printable(str(result.run))
+    page = result.run / REPORT
     lines = [
         *_accuracy(result.metrics),
         f"run {run}",
+        *([f"page {printable(str(page))}"] if page.is_file() else []),
         f"next: nearkin predict {shlex.quote(run)} PHOTOS",
     ]
     show(result.to_dict(), "\n".join(lines) + "\n", as_json=as_json)

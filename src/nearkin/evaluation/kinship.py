@@ -13,6 +13,7 @@ from nearkin.evaluation.kin import Kin, nearest
 
 SHOWN = 10  # kin of an image, and those that a vote is counted without
 VOTES = 3  # strongest classes of each vote
+LEAST = 0.005  # share of a class that is named
 CHUNK = 1 << 22  # votes counted at once: 16 MiB
 
 
@@ -28,7 +29,7 @@ class Kinship(NamedTuple):
     """The kin of R images. index: `[R, 10]` rows of `Kin`, nearest first, -1 where there are fewer. weight: `[R, 10]`
     their shares among all kin that count. votes: for each image the strongest classes, first those of all kin."""
 
-    index: NDArray[np.int64]
+    index: NDArray[np.int64]  # type: ignore[assignment]  # the field shadows tuple.index
     weight: NDArray[np.float32]
     votes: tuple[tuple[Vote, ...], ...]
 
@@ -91,4 +92,4 @@ def _strongest(share: Tensor, without: Tensor) -> tuple[Vote, ...]:
     most = min(VOTES, len(share))
     places = [*share.topk(most).indices.tolist(), *without.topk(most).indices.tolist()]
     found = [Vote(c, float(share[c]), float(without[c])) for c in dict.fromkeys(places)]
-    return tuple(vote for vote in found if vote.share > 0 or vote.without > 0)
+    return tuple(vote for vote in found if max(vote.share, vote.without) >= LEAST)

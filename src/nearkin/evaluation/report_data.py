@@ -26,6 +26,7 @@ from nearkin.network import Network
 from nearkin.types import Predictions
 
 MOST_VALUES = 1 << 26  # probabilities of a split held at once: 256 MiB; of more images, spread ones
+MOST_SEEN = 50_000  # images whose embeddings are held at once; of more, evenly spread ones
 MOST_IMAGES = 10_000  # of the evaluated split in the page
 MOST_POINTS = 10_000  # up to which every training image is in the page, too
 MOST_TSNE = 2_000  # images; 5 s on one core
@@ -123,10 +124,10 @@ class ReportData:
 
 
 def see(evaluator: Evaluator, network: Network, split: Split) -> tuple[Predictions, Seen]:
-    """The predictions for a split, and what the report needs of it, from one pass where the probabilities fit into
-    memory; on every process."""
+    """The predictions for a split, and what the report needs of it, from one pass where all of that fits into memory,
+    else from a second one; on every process."""
     count, classes = len(split.labels), len(split.classes)
-    if count * classes <= MOST_VALUES:
+    if count <= MOST_SEEN and count * classes <= MOST_VALUES:
         rows = np.arange(count)
         found = evaluator.embeddings_and_probabilities(network, split, rows.tolist())
         index = torch.from_numpy(rows)
@@ -215,8 +216,13 @@ def _said(seen: Seen, temperature: float | None) -> _Said:
     fitted = plain if temperature is None else scaled(plain, temperature)
     confidence, predicted = plain.max(1)
     own = fitted.gather(1, labels[:, None])[:, 0]
-    columns = predicted, confidence, fitted.gather(1, predicted[:, None])[:, 0], own
-    return _Said(*(column.numpy() for column in columns), (predicted == labels).numpy())
+    return _Said(
+        predicted.numpy(),
+        confidence.numpy(),
+        fitted.gather(1, predicted[:, None])[:, 0].numpy(),
+        own.numpy(),
+        (predicted == labels).numpy(),
+    )
 
 
 def _spread(count: int, most: int) -> Ints:
@@ -232,8 +238,8 @@ def _limited(seen: Seen, said: _Said) -> tuple[Seen, _Said]:
     wrong = wrong[_spread(len(wrong), MOST_IMAGES // 2)]
     right = right[_spread(len(right), MOST_IMAGES - len(wrong))]
     some = np.sort(np.concatenate([wrong, right]))
-    columns = (column[some] for column in (seen.rows, seen.embeddings, seen.probabilities))
-    return Seen(seen.split, *columns), _Said(*(column[some] for column in said))
+    kept = Seen(seen.split, seen.rows[some], seen.embeddings[some], seen.probabilities[some])
+    return kept, _Said(*(column[some] for column in said))
 
 
 def _training(kin: Kin, seen: Seen, listed: Ints) -> tuple[Ints, Ints, Kinship, Ints]:

@@ -58,14 +58,14 @@ def sprite(
         found += pictures
         if clock() > end:
             break
-    known = [place for place, picture in enumerate(found) if picture is not None]
-    side = min(most, max((len(found[place]) for place in known), default=1))  # type: ignore[arg-type]
+    known = [(place, picture) for place, picture in enumerate(found) if picture is not None]
+    side = min(most, max((len(picture) for _, picture in known), default=1))
     while True:
         columns = max(1, math.ceil(math.sqrt(len(known))))
         rows = max(1, math.ceil(len(known) / columns))
         sheet = Image.new("RGB", (columns * side, rows * side))
-        for cell, place in enumerate(known):
-            picture = Image.fromarray(found[place])
+        for cell, (_, pixels) in enumerate(known):
+            picture = Image.fromarray(pixels)
             if picture.size != (side, side):
                 picture = picture.resize((side, side), Image.Resampling.LANCZOS)
             sheet.paste(picture, (cell % columns * side, cell // columns * side))
@@ -73,7 +73,7 @@ def sprite(
         if len(data) <= largest or len(known) <= 1:
             break
         known = known[: int(len(known) * min(0.9, 0.95 * largest / len(data)))]
-    cells = dict(zip(known, range(len(known)), strict=True))
+    cells = {place: cell for cell, (place, _) in enumerate(known)}
     return Sprite(
         data, side, columns, rows, tuple(cells.get(place, -1) for place in range(len(wanted)))
     )

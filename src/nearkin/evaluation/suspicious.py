@@ -37,7 +37,7 @@ def doubts(embeddings: Tensor, labels: Tensor, k: int = 10) -> Doubt:
     if most < 1:
         return Doubt(torch.ones(count), torch.full((count,), -1), torch.zeros(count))
     parts = []
-    for rows in torch.arange(count).split(max(1, CHUNK // count)):
+    for rows in torch.split(torch.arange(count), max(1, CHUNK // count)):
         cosines = embeddings[rows] @ embeddings.T
         cosines[torch.arange(len(rows)), rows] = -torch.inf  # leave the image itself out
         values, index = cosines.topk(most, dim=1)

@@ -130,6 +130,11 @@ def _card(data: ReportData, place: int) -> dict[str, Any]:
     }
 
 
+def plain(value: object) -> str:
+    """An option's value; numbers without the digits that rounding leaves."""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
 def percent(share: float, decimals: int = 0) -> str:
     """`93 %`; never `100 %` for what is less, nor `0 %` for what is more than nothing."""
     step = 10.0 ** -(decimals + 2)

@@ -13,7 +13,7 @@ from nearkin.errors import counted
 from nearkin.evaluation.results import wilson
 from nearkin.report import charts, svg, words
 from nearkin.report.axes import Svg, shown
-from nearkin.report.browser import cards, page_data, percent
+from nearkin.report.browser import cards, page_data, percent, plain
 from nearkin.report.matrix import matrix
 from nearkin.report.page import TEMPLATES, render
 
@@ -90,7 +90,7 @@ def run_page(data: ReportData, facts: Facts) -> str:
         curves=_curves(facts.lines),
         command=facts.environment.get("command", "not known"),
         environment=_environment(facts),
-        options=sorted((name, str(value)) for name, value in facts.options.items()),
+        options=sorted((name, plain(value)) for name, value in facts.options.items()),
         reading=_reading(data),
     )
 
@@ -338,6 +338,6 @@ def _reading(data: ReportData) -> list[str]:
         "A label is suspicious where one other label has at least half of the weight of the ten nearest training "
         "images more than its own. A weak embedding makes good labels suspicious, and a network that has learned a "
         "wrong label by heart hides it: look before you believe.",
-        "Marks stay in this browser. Save marks gives a table of path, label, split and mark: nearkin doctor DATA "
-        "--marks marks.csv --write-table clean.csv makes of it a table to train with.",
+        "Marks stay in this browser. A wrong label can be given the right one beside the kin. Save marks gives a "
+        "table; nearkin doctor DATA --marks marks.csv --write-table clean.csv makes of it a table to train with.",
     ]

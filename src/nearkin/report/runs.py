@@ -9,6 +9,7 @@ from nearkin.errors import counted
 from nearkin.evaluation.results import wilson
 from nearkin.report import svg
 from nearkin.report.axes import sample, shown
+from nearkin.report.browser import plain
 from nearkin.report.page import render
 from nearkin.report.run import Facts, Picture
 from nearkin.report.words import Difference, difference
@@ -137,5 +138,7 @@ def _curves(runs: Sequence[Finished]) -> Picture | None:
 def _options(runs: Sequence[Finished]) -> list[tuple[str, list[str]]]:
     """The options in which the runs differ, and what each has."""
     names = sorted({name for each in runs for name in each.facts.options} - {"out"})
-    rows = [(name, [str(each.facts.options.get(name, MISSING)) for each in runs]) for name in names]
+    rows = [
+        (name, [plain(each.facts.options.get(name, MISSING)) for each in runs]) for name in names
+    ]
     return [(name, values) for name, values in rows if len(set(values)) > 1]

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nearkin.errors import counted
+from nearkin.evaluation.results import wilson
 from nearkin.report.axes import shown
 from nearkin.report.browser import percent
 
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from nearkin.evaluation.report_data import ReportData
 
 SURE = 0.99  # probability from which an error is worth a sentence
-LOWER = 0.05  # below the accuracy: recall of a class that is worth one
 Z = 1.959964
 
 
@@ -168,13 +168,13 @@ def _mislabelled(data: ReportData) -> Iterator[First]:
 
 
 def _worst_class(data: ReportData) -> Iterator[First]:
-    """The class of the lowest recall, where it is well below the accuracy."""
-    worst = min((c for c in data.metrics.per_class if c.support), key=lambda c: c.recall)
-    if worst.recall < data.metrics.top1 - LOWER:
+    """The class whose recall is lowest with certainty: the upper end of its interval, if below the accuracy."""
+    known = (each for each in data.metrics.per_class if each.support)
+    worst = min(known, key=lambda each: wilson(each.recall, each.support)[1])
+    if wilson(worst.recall, worst.support)[1] < data.metrics.top1:
         right = f"{round(worst.recall * worst.support)} of {counted(worst.support, 'image')}"
-        yield First(
-            f"{worst.name} is recognised least often: {right}.", "See all classes", "classes"
-        )
+        text = f"{worst.name} is recognised least often: {right}."
+        yield First(text, "See all classes", "classes")
 
 
 def _sure(data: ReportData) -> Iterator[First]:

@@ -13,19 +13,18 @@ from nearkin.files import write_atomic
 from nearkin.report.run import Before, Facts, run_page
 from nearkin.report.runs import Finished, runs_page
 from nearkin.training.metrics_log import METRICS, read_metrics
-from nearkin.training.run_folder import IDENTITY, STATUS, stored_images, stored_settings
+from nearkin.training.run_folder import IDENTITY, REPORT, STATUS, stored_images, stored_settings
 
 if TYPE_CHECKING:
     from nearkin.evaluation.report_data import ReportData
 
-FILE = "report.html"
 FILE_OF_SEVERAL = "runs.html"
 MOST_SIBLINGS = 200  # run folders that are asked whether they had the same images
 
 
 def write_report(folder: Path, data: ReportData, out: Path | None = None) -> Path:
     """Write the page of a finished run. Raises SaveFailed, or ModelError when files of the run are damaged."""
-    path = folder / FILE if out is None else out
+    path = folder / REPORT if out is None else out
     write_atomic(path, run_page(data, facts(folder)).encode("utf-8"))
     return path
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
@@ -16,10 +16,10 @@ from nearkin.data.dataset import Split
 from nearkin.distributed import Runtime
 from nearkin.errors import Stopped, counted, first_line, printable
 from nearkin.evaluation.geometry import geometry
-from nearkin.evaluation.kin import collect, write_kin
+from nearkin.evaluation.kin import Kin, collect, write_kin
 from nearkin.evaluation.metrics import summarise, top1_and_log_loss, write_predictions, write_tables
 from nearkin.evaluation.model import FORMAT, Description, save_bundle
-from nearkin.evaluation.report_data import ReportData, gather, see
+from nearkin.evaluation.report_data import Seen, gather, see
 from nearkin.network import PACKAGED, Network
 from nearkin.objectives import Stage
 from nearkin.process import stop_signals_recorded
@@ -38,7 +38,7 @@ from nearkin.training.probe import refit
 from nearkin.training.report import write_report
 from nearkin.training.run_folder import CHECKPOINTS, locked
 from nearkin.training.step import Stepper
-from nearkin.types import Batch, Result
+from nearkin.types import Batch, Predictions, Result
 
 WORTH_TSNE = 60.0  # seconds of training
 
@@ -181,9 +181,10 @@ class Trainer:
         if self.settings.refit:
             self._refit(network, step)
         metrics: dict[str, Any] = {}
+        looked: tuple[Predictions, Seen] | None = None
         split = self.dataset.splits.get("test", self.dataset.splits.get("val"))
         if split is not None:
-            predictions, seen = see(self.evaluator, network, split)
+            looked = predictions, _ = see(self.evaluator, network, split)
             found = summarise(predictions, self.dataset.classes)
             metrics = {"split": split.name} | found.totals()
             if self.runtime.is_main:
@@ -210,28 +211,27 @@ class Trainer:
             save_bundle(self.folder, description, network.state_dict())
         self.loop.status("finished", step, self.settings.epochs)
         self.journal.log(f"finished at step {step}")
-        if split is not None and self.reports and self.runtime.is_main:
-            self._report(
-                lambda tsne: gather(
-                    predictions, seen, kin, self.train_split, temperature, with_tsne=tsne
-                )
-            )
+        if self.reports and self.runtime.is_main:
+            self._report(looked, kin, temperature)
         return Result.of(self.folder, metrics)
 
-    def _report(self, gathered: Callable[[bool], ReportData]) -> None:
+    def _report(
+        self, looked: tuple[Predictions, Seen] | None, kin: Kin, temperature: float | None
+    ) -> None:
         """Write the page; what goes wrong there is a warning, since the run is finished and saved.
 
         t-SNE takes some seconds, which only a training of a minute is worth.
         """
+        if looked is None:
+            self.loop.bar.say("no report: there is neither a test nor a validation split")
+            return
+        with_tsne = time.monotonic() - self.started >= WORTH_TSNE
         try:
-            path = write_report(
-                self.folder, gathered(time.monotonic() - self.started >= WORTH_TSNE)
-            )
-            self.loop.bar.say(f"report {printable(str(path))}")
+            data = gather(*looked, kin, self.train_split, temperature, with_tsne=with_tsne)
+            write_report(self.folder, data)
         except Exception as error:  # nothing here may fail a finished run
-            self.loop.bar.warn(
-                f"there is no report: {first_line(error)}; try nearkin report {printable(str(self.folder))}"
-            )
+            run = printable(str(self.folder))
+            self.loop.bar.warn(f"there is no report: {first_line(error)}; try nearkin report {run}")
 
     def _refit(self, network: Network, step: int) -> None:
         """Give the classifier a logistic regression on the final features, unless validation says it is worse."""

@@ -66,6 +66,8 @@
   const nameOf = (place) => data.folders[data.folder[place]] + data.base[place];
   /** The name as the file system has it. @param {number} place */
   const rawName = (place) => data.raw[place] ?? nameOf(place);
+  /** @param {number} label */
+  const rawClass = (label) => data.rawClasses[label] ?? data.classes[label];
   /** @param {number} place */
   const labelOf = (place) => data.classes[data.label[place]];
   /** @param {number} place */
@@ -162,10 +164,24 @@
     const group = make("div", "actions", "", { role: "group", "aria-label": nameOf(place) });
     group.append(make("button", "small", "Copy path", { type: "button", "data-copy": String(place) }));
     for (const mark of MARKS) {
-      const pressed = String(marks.get(place) === mark);
+      const pressed = String(marks.get(place)?.[0] === mark);
       group.append(make("button", "small toggle", mark, { type: "button", "data-mark": mark, "data-of": String(place), "aria-pressed": pressed }));
     }
-    return [line, group];
+    return [line, group, rightLabel(place)];
+  }
+
+  /** What the label should be, where it was marked as wrong. @param {number} place */
+  function rightLabel(place) {
+    const line = make("label", "right-label", "right label ");
+    line.hidden = marks.get(place)?.[0] !== MARKS[0];
+    const select = make("select", "", "", { "data-right": String(place) });
+    select.append(make("option", "", "not known", { value: "-1" }));
+    data.classes.forEach((name, number) => {
+      if (number !== data.label[place]) select.append(make("option", "", name, { value: String(number) }));
+    });
+    select.value = String(marks.get(place)?.[1] ?? -1);
+    line.append(select);
+    return line;
   }
 
   /** Its nearest training images and their votes. @param {number} place @returns {HTMLElement[]} */
@@ -244,21 +260,25 @@
 
   const MARKS = ["wrong label", "leave out"];
   const STORE = `nearkin marks ${data.run} ${data.base.length} ${nameOf(0)}`;
-  /** @type {Map<number, string>} */
+  /** @type {Map<number, [string, number]>} the mark of an image, and its right label, -1 where not known */
   const marks = new Map();
 
   /** Marks of an earlier visit; some browsers keep nothing for files. */
   function remembered() {
     try {
       const found = JSON.parse(localStorage.getItem(STORE) || "[]");
-      for (const [place, mark] of found) if (place < data.base.length && MARKS.includes(mark)) marks.set(place, mark);
+      for (const [place, [mark, right]] of found) {
+        if (place < data.base.length && MARKS.includes(mark)) marks.set(place, [mark, right in data.classes ? right : -1]);
+      }
     } catch { /* nothing is remembered */ }
   }
 
   function showMarks() {
     for (const button of document.querySelectorAll("[data-mark]")) {
-      button.setAttribute("aria-pressed", String(marks.get(Number(button.getAttribute("data-of"))) === button.getAttribute("data-mark")));
+      button.setAttribute("aria-pressed", String(marks.get(Number(button.getAttribute("data-of")))?.[0] === button.getAttribute("data-mark")));
     }
+    const right = panel.querySelector(".right-label");
+    if (right instanceof HTMLElement) right.hidden = marks.get(chosen)?.[0] !== MARKS[0];
     element("marks").hidden = marks.size === 0;
     element("marks-count").textContent = marks.size === 1 ? "1 image marked" : `${marks.size} images marked`;
     try {
@@ -266,15 +286,15 @@
     } catch { /* nothing is remembered */ }
   }
 
-  /** path,label,split,mark; texts are quoted. */
+  /** path,label,split,mark,correct; texts are quoted. */
   function marksAsCsv() {
     /** @param {string} text */
     const quoted = (text) => `"${text.replaceAll('"', '""')}"`;
-    const rows = [...marks].sort((a, b) => a[0] - b[0]).map(([place, mark]) => {
-      const label = data.label[place];
-      return [rawName(place), data.rawClasses[label] ?? data.classes[label], splitOf(place), mark].map(quoted).join(",");
+    const rows = [...marks].sort((a, b) => a[0] - b[0]).map(([place, [mark, right]]) => {
+      const correct = mark === MARKS[0] && right >= 0 ? rawClass(right) : "";
+      return [rawName(place), rawClass(data.label[place]), splitOf(place), mark, correct].map(quoted).join(",");
     });
-    return ["path,label,split,mark", ...rows, ""].join("\n");
+    return ["path,label,split,mark,correct", ...rows, ""].join("\n");
   }
 
   /** UTF-8, with the bytes that Python keeps in U+DC80 to U+DCFF as they are. @param {string} text */
@@ -662,13 +682,19 @@
     if (copied !== null) copy(Number(copied), target);
     if (mark !== null) {
       const of = Number(target.getAttribute("data-of"));
-      if (marks.get(of) === mark) marks.delete(of);
-      else marks.set(of, mark);
+      if (marks.get(of)?.[0] === mark) marks.delete(of);
+      else marks.set(of, [mark, -1]);
       showMarks();
     }
     if (target.id === "kin-close") back();
     if (target.id === "marks-save") save();
     if (target.id === "marks-clear") { marks.clear(); showMarks(); }
+  });
+  document.addEventListener("change", (event) => {
+    const select = event.target;
+    if (!(select instanceof HTMLSelectElement) || !select.hasAttribute("data-right")) return;
+    marks.set(Number(select.getAttribute("data-right")), [MARKS[0], Number(select.value)]);
+    showMarks();
   });
   document.addEventListener("keydown", (event) => {
     if (event.key === "Escape" && (origin || panel.classList.contains("open"))) back();
