@@ -7,10 +7,12 @@ from collections.abc import Iterator
 import numpy as np
 from torch import Tensor
 
-from nearkin.doctor.findings import Finding
+from nearkin.doctor.findings import Finding, Level
 from nearkin.doctor.inventory import Inventory
 from nearkin.errors import counted, printable
 from nearkin.evaluation.suspects import NEIGHBOURS, suspects
+
+USUAL = 0.005  # share of images that look like another class in most data sets, though their label is right
 
 
 def label_findings(
@@ -32,9 +34,11 @@ def label_findings(
         )
         for place in chosen
     }
-    some = "label is" if len(chosen) == 1 else "labels are"
+    share = len(chosen) / len(rows)
+    number = counted(len(chosen), "label is", "labels are")
     text = (
-        f"{counted(len(chosen), some, some)} suspicious: the {NEIGHBOURS} most similar images have another one "
+        f"{number} suspicious ({100 * share:.1f} %): the {NEIGHBOURS} most similar images have another one "
         f"({printable(source)}); look at them, the most suspicious first, and mark what is wrong"
     )
-    yield Finding("warning", "suspicious-labels", text, inventory.concerned(rows[chosen], details))
+    level: Level = "warning" if share > USUAL else "ok"
+    yield Finding(level, "suspicious-labels", text, inventory.concerned(rows[chosen], details))

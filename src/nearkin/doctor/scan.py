@@ -25,7 +25,7 @@ SIDE = 64  # pixels of the longest side of the image whose edges are looked at
 HASH_SIDE = 32  # pixels a side that a pHash is made of
 CHUNK = 64  # images whose numbers are computed together, and in one task of a thread
 STEPS = np.arange(SAMPLE)
-LUMA = np.array([19595, 38470, 7471], np.int32)  # of red, green, blue, by ITU-R 601, times 2^16
+LUMA = np.array([19595, 38470, 7471], np.uint32)  # of red, green, blue, by ITU-R 601, times 2^16
 
 
 class Pixels(NamedTuple):
@@ -39,7 +39,7 @@ class Pixels(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """Of n images, each `[n]`; see `Scan`. digest: of `small`; images whose pixels are equal have one digest."""
+    """Of n images, each `[n]`; see `Scan`. digest: of the small grey images; copies have the same one."""
 
     dark: NDArray[np.float64]
     light: NDArray[np.float64]
@@ -181,13 +181,13 @@ def measure(pixels: Sequence[Pixels]) -> Numbers:
     An image of three equal channels has an entropy of log2(3) more than one of them.
     """
     images = len(pixels)
-    sample = np.stack([grey(each.sample) for each in pixels])
+    sample = grey(np.stack([each.sample for each in pixels]))
     shares = _histograms(sample.reshape(images, -1)) / SAMPLE**2
     below = shares.cumsum(1)
     low, high = ((below < part).sum(1) / 255 for part in (0.05, 0.99))
     entropy = -(shares * np.log2(np.where(shares > 0, shares, 1))).sum(1)
     entropy += np.log2([each.sample.shape[2] for each in pixels])
-    blurry, phash = np.zeros(images), np.zeros(images, np.uint64)
+    blurry, (phash, digest) = np.zeros(images), np.zeros((2, images), np.uint64)
     shapes: dict[tuple[int, ...], list[int]] = {}
     for place, each in enumerate(pixels):
         shapes.setdefault(each.small.shape, []).append(place)
@@ -196,6 +196,7 @@ def measure(pixels: Sequence[Pixels]) -> Numbers:
         blurry[places] = _sharpness(small)
         tiny = resized(torch.from_numpy(small)[:, None], (HASH_SIDE, HASH_SIDE))[:, 0].numpy()
         phash[places] = perceptual_hashes(tiny)
+        digest[places] = [_digest(pixels[p], each) for p, each in zip(places, small, strict=True)]
     return Numbers(
         dark=high,
         light=1 - low,
@@ -203,7 +204,7 @@ def measure(pixels: Sequence[Pixels]) -> Numbers:
         blurry=blurry,
         range=((below < 1 - 1e-9).sum(1) - (below < 1e-9).sum(1)) / 255,
         phash=phash,
-        digest=np.frombuffer(b"".join(map(_digest, pixels)), np.uint64),
+        digest=digest,
     )
 
 
@@ -211,7 +212,8 @@ def grey(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """`[..., C]` to `[...]`, rounded as by Pillow."""
     if pixels.shape[-1] == 1:
         return pixels[..., 0]
-    return ((pixels @ LUMA + (1 << 15)) >> 16).astype(np.uint8)
+    red, green, blue = (pixels[..., colour].astype(np.uint32) for colour in range(3))
+    return ((LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue + (1 << 15)) >> 16).astype(np.uint8)
 
 
 def _sharpness(images: NDArray[np.uint8]) -> NDArray[np.float64]:
@@ -234,9 +236,9 @@ def _histograms(pixels: NDArray[np.uint8]) -> NDArray[np.int64]:
     return np.bincount(places.ravel(), minlength=256 * len(pixels)).reshape(-1, 256)
 
 
-def _digest(pixels: Pixels) -> bytes:
-    size = b"%d %d" % (pixels.height, pixels.width)
-    return blake2b(pixels.small.tobytes() + size, digest_size=8).digest()
+def _digest(pixels: Pixels, small: NDArray[np.uint8]) -> int:
+    text = b"%d %d %b" % (pixels.height, pixels.width, small.tobytes())
+    return int.from_bytes(blake2b(text, digest_size=8).digest(), "little")
 
 
 def _shared(digests: NDArray[np.uint64], readable: NDArray[np.bool_]) -> NDArray[np.int64]:
