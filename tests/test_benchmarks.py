@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 from benchmarks import __main__ as command
-from benchmarks import bank, bench, data, evaluation, look, pairwise, startup, step
+from benchmarks import bank, bench, data, evaluation, look, pairwise, predict, startup, step
 
 from nearkin.data.dataset import load_dataset
 from nearkin.data.loader import eval_loader
@@ -73,6 +73,9 @@ def small(monkeypatch):
         step: {"BATCH": 8, "CLASSES": 4, "BANK": 64, "ROUNDS": 2, "SECONDS": 0.01}
         | {"LARGE": (("test_resnet", 16),), "SMALL": (("test_resnet", 16, 0.5),)},
         look: {"FILES": 20, "LARGE": 2, "LISTED": 100, "RUNS": 1},
+        evaluation: {"IMAGES": 8},
+        predict: {"RUNS": 1}
+        | {"OPTIONS": {"model": "test_resnet", "image_size": 16, "batch_size": 8}},
     }
     for module, values in sizes.items():
         for name, value in values.items():
@@ -103,6 +106,7 @@ def test_every_table_is_shown_and_saved(small, monkeypatch, capsys, tmp_path, mi
     assert "published structure" in shown
     assert "train, cached" in shown
     assert "cone against ce" in shown
+    assert "predict from files, images/s" in shown
     tables = json.loads((tmp_path / "b.json").read_text())["tables"]
     ratios = [row["ratio"] for table in tables for row in table["rows"]]
     assert len(ratios) > 20

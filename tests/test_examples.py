@@ -27,7 +27,7 @@ BLOCKS = {
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch):
     """A working folder with `photos/`; objectives that a block defines are forgotten afterwards."""
-    write_classes(tmp_path / "photos", each=30)
+    write_classes(tmp_path / "photos", each=30, suffix=".jpg")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Objective, "registry", dict(Objective.registry))
     threads = torch.get_num_threads()
@@ -36,11 +36,22 @@ def place(tmp_path, monkeypatch):
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+# Least accuracy that an example prints: of ten classes, in few_shot.py of three.
+LEARNS = {"own_loop.py": 0.9, "with_accelerate.py": 0.9, "few_shot.py": 0.7, "compare.py": 0.6}
+
+
+SLOW = {"compare.py"}  # starts a process for each run
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, marks=[pytest.mark.slow] * (p.name in SLOW), id=p.name) for p in EXAMPLES],
+)
 def test_examples_run_and_learn(path, capsys):
     runpy.run_path(str(path), run_name="__main__")
-    accuracy = float(re.search(r"test top-1 ([\d.]+)", capsys.readouterr().out).group(1))
-    assert accuracy > 0.9  # ten classes
+    found = re.findall(r"test top-1 ([\d.]+)", capsys.readouterr().out)
+    assert found
+    assert all(float(accuracy) > LEARNS[path.name] for accuracy in found)
 
 
 def test_the_example_of_an_own_loop_is_short():
@@ -49,7 +60,7 @@ def test_the_example_of_an_own_loop_is_short():
 
 def test_there_are_blocks():
     assert any(name.startswith("README.md") for name in BLOCKS)
-    assert len(EXAMPLES) == 2
+    assert {path.name for path in EXAMPLES} == set(LEARNS)
 
 
 @pytest.mark.parametrize("name", BLOCKS)

@@ -33,6 +33,7 @@ FLOORS = [
     {"objectives"},
     {"data"},
     {"evaluation"},
+    {"export"},
     {"report"},  # takes plain values, so that all that trains can use it
     {"training"},
     {"doctor"},
@@ -145,11 +146,13 @@ def test_nothing_runs_foreign_code():
 
 def test_the_public_names():
     assert sorted(nearkin.__all__) == [
+        "Classifier",
         "Comparison",
         "ConfigError",
         "DataError",
         "DivergedError",
         "Evaluation",
+        "ExportError",
         "FewShot",
         "ModelError",
         "NearkinError",
@@ -160,6 +163,7 @@ def test_the_public_names():
         "compare",
         "evaluate",
         "fewshot",
+        "load",
         "predict",
         "train",
     ]

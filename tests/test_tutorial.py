@@ -37,7 +37,10 @@ def run_in(folder, words):
 
 def test_the_page_has_the_commands():
     verbs = [words[1] for words in COMMANDS]
-    assert verbs == ["train", "train", "predict", "evaluate"]
+    assert verbs == [
+        *("doctor", "train", "train"),
+        *("doctor", "train", "predict", "evaluate", "export"),
+    ]
 
 
 @pytest.mark.slow
@@ -49,6 +52,10 @@ def test_the_tutorial(tmp_path):
         for number in range(10, 13):
             write_photo(tmp_path / "other" / kind / f"{number}.jpg", label, number)
             write_photo(tmp_path / "new" / f"{kind}{number}.jpg", label, number + 5)
+    # As the report saves them: a photo that is to be left out.
+    (tmp_path / "marks.csv").write_text(
+        "path,label,split,mark\nbirch/IMG_0000.jpg,birch,train,leave out\n"
+    )
     cache = {"NEARKIN_CACHE_DIR": str(tmp_path / "cache")}
     for words in COMMANDS:
         log = tmp_path / "log"
@@ -58,6 +65,11 @@ def test_the_tutorial(tmp_path):
             text = log.read_text()
             assert "top-1" in text
             assert f"next: nearkin predict {words[-1]} PHOTOS" in text
+    kept = (tmp_path / "clean.csv").read_text()
+    assert "birch/IMG_0001.jpg" in kept
+    assert "birch/IMG_0000.jpg" not in kept
+    assert (tmp_path / "better" / "report.html").is_file()
+    assert (tmp_path / "clean" / "export-onnx" / "model.onnx").is_file()
     rows = list(csv.DictReader((tmp_path / "answers.csv").read_text().splitlines()))
     assert len(rows) == 9
     assert sum(row["path"].split("/")[-1].startswith(row["class"]) for row in rows) >= 6

@@ -15,13 +15,15 @@ if TYPE_CHECKING:
         ConfigError,
         DataError,
         DivergedError,
+        ExportError,
         ModelError,
         NearkinError,
         Stopped,
     )
+    from nearkin.evaluation.classifier import Classifier
     from nearkin.evaluation.evaluate import evaluate
     from nearkin.evaluation.fewshot import fewshot
-    from nearkin.evaluation.predict import predict
+    from nearkin.evaluation.predict import load, predict
     from nearkin.evaluation.results import Evaluation, FewShot, Prediction
     from nearkin.training.api import Result, train
 
@@ -32,18 +34,21 @@ _NAMES = {
     "nearkin.comparison.results": ("Comparison",),
     "nearkin.training.api": ("train", "Result"),
     "nearkin.evaluation.evaluate": ("evaluate",),
-    "nearkin.evaluation.predict": ("predict",),
+    "nearkin.evaluation.classifier": ("Classifier",),
+    "nearkin.evaluation.predict": ("load", "predict"),
     "nearkin.evaluation.fewshot": ("fewshot",),
     "nearkin.evaluation.results": ("Evaluation", "FewShot", "Prediction"),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
+    "Classifier",
     "Comparison",
     "ConfigError",
     "DataError",
     "DivergedError",
     "Evaluation",
+    "ExportError",
     "FewShot",
     "ModelError",
     "NearkinError",
@@ -54,6 +59,7 @@ __all__ = [
     "compare",
     "evaluate",
     "fewshot",
+    "load",
     "predict",
     "train",
 ]

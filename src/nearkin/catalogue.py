@@ -1,4 +1,4 @@
-"""Objectives and recipes by name, found without importing torch."""
+"""Objectives, recipes and loggers by name, found without importing torch."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from nearkin.hints import unknown_option, value_hint
 
 ENTRY_POINTS = "nearkin.objectives"  # group in which other packages offer objectives
 RECIPES = Path(__file__).with_name("recipes")
+LOGGERS = ("tensorboard", "wandb", "mlflow")  # what `--log` takes, and the extras that bring them
 
 
 class ObjectiveEntry(NamedTuple):
@@ -99,3 +100,15 @@ def recipe_or_file(name: str) -> Path:
         return RECIPES / f"{stem}.yaml"
     hint = nearest(stem, recipes()) or " nearkin list recipes shows the recipes."
     raise ConfigError(f"The config {printable(name)} is neither a file nor a recipe.{hint}")
+
+
+def known_loggers(log: str | None) -> str | None:
+    """The names, each once; `none` is no logger. Raises ValueError for an unknown one."""
+    words = [word.strip() for word in (log or "none").split(",")]
+    for word in words:
+        if word not in (*LOGGERS, "none"):
+            hint = nearest(word, LOGGERS)
+            raise ValueError(
+                f"there is no logger {printable(word)!r}.{hint} There are: {', '.join(LOGGERS)}, none"
+            )
+    return ",".join(dict.fromkeys(word for word in words if word != "none")) or None

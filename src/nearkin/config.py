@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from nearkin.catalogue import known_loggers
 from nearkin.errors import ConfigError, printable
 from nearkin.hints import unknown_option, value_hint
 
@@ -86,6 +87,7 @@ def _parsed(word: str) -> Any:
         return word
 
 
+Logs = Annotated[str | None, AfterValidator(known_loggers)]
 Auto = Literal["auto"]
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
@@ -115,7 +117,7 @@ LARGEST_YAML = 1 << 20
 SCRATCH_OBJECTIVE = "cone"  # what `--objective auto` is from scratch; photos: training/defaults.py
 CONFIG_FILE = "config.yaml"  # in every run folder
 # What a resumed run may change: nothing that touches the weights.
-FREE_ON_RESUME = frozenset({"check", "workers", "log_level", "log_every", "save_minutes"})
+FREE_ON_RESUME = frozenset({"check", "workers", "log", "log_level", "log_every", "save_minutes"})
 GIVEN_FILE = "given.yaml"  # beside it: the options as they were given
 
 
@@ -247,6 +249,9 @@ class RunConfig(BaseModel):
     out: Path | None = option(
         None,
         "run folder (must not exist); default runs/DATA-DATE, with --objective runs/DATA-OBJECTIVE-DATE",
+    )
+    log: Logs = option(
+        None, "log to tensorboard, wandb, mlflow as well; several with commas, or once each"
     )
     log_every: Count = option(10, "steps between records in metrics.jsonl")
     save_minutes: Positive = option(5.0, "minutes between checkpoints")

@@ -406,7 +406,7 @@ class ProcessDied(NearkinError):
 
 
 def named(error: BaseException) -> BaseException:
-    """ProcessDied for torch's many ways to say it."""
+    """ProcessDied in place of the errors that torch raises when another process is gone; other errors unchanged."""
     texts = ("closed by peer", "reset by peer", "remote process exited")
     lost = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
     return ProcessDied() if lost or isinstance(error, dist.DistError) else error

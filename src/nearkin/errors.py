@@ -30,6 +30,12 @@ class ModelError(NearkinError):
     code = 4
 
 
+class ExportError(NearkinError):
+    """An exported model gives other results than nearkin, or cannot be written in this format (exit 5)."""
+
+    code = 5
+
+
 class DivergedError(NearkinError):
     """The loss is no longer finite, or the memory ran out (exit 6)."""
 
@@ -59,6 +65,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def printable(text: str) -> str:
     """`text` on one line: control characters, bidirectional marks and undecodable bytes are escaped."""
+    if text.isprintable():
+        return text
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii")
         for c in text

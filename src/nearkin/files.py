@@ -26,7 +26,7 @@ def reporting(failure: str) -> Iterator[None]:
     except OSError as error:
         raise SaveFailed(
             f"{failure}: {error.strerror or error}; what was saved before is untouched, "
-            "make room or mend the permissions and run again."
+            "free space or repair the permissions, and run again."
         ) from error
 
 

@@ -84,3 +84,7 @@ def test_unknown_verb(capsys):
 def test_control_characters_are_escaped(capsys):
     assert run(["\x1b[31mx"]) == 2
     assert "\x1b" not in capsys.readouterr().err
+
+
+def test_log_may_be_given_several_times():
+    assert read("--log", "wandb", "--log=mlflow,tensorboard") == {"log": "wandb,mlflow,tensorboard"}

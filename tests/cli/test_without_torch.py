@@ -18,6 +18,7 @@ CASES = {
     "too many words": (2, "The word b is one too many", "train a b"),
     "value that is no number": (2, "--epochs 'x' is not valid", "train --epochs x"),
     "unknown value": (2, "Did you mean adamw?", "train --optimizer adam"),
+    "unknown logger": (2, "Did you mean tensorboard?", "train --log tensorbord"),
     "unknown objective": (2, "Did you mean cone?", "train --objective kone"),
     "help of an unknown objective": (2, "Did you mean cone?", "train --objective kone --help"),
     "unknown option of an objective": (
@@ -44,6 +45,21 @@ CASES = {
     "predict nothing": (2, "Predict what?", "predict run"),
     "predict with a missing run": (4, "The run nowhere does not exist", "predict nowhere photos"),
     "predict with no run": (4, "model.json", "predict photos photos"),
+    "predict, share out of range": (
+        2,
+        "--reject 1 is not between",
+        "predict done photos --reject 1",
+    ),
+    "predict, no share": (2, "--sets takes a number, not x", "predict done photos --sets x"),
+    "predict, unknown format": (2, "Did you mean json", "predict done photos --format jsom"),
+    "predict, file without format": (2, "says no format", "predict done photos --out a.png"),
+    "predict, kin missing": (4, "--sets needs kin.safetensors", "predict done photos --sets 0.9"),
+    "predict, sheets among others": (2, "holds other files", "predict kin photos --explain photos"),
+    "predict a pattern": (3, "matches no image", "predict done photos/*.tif"),
+    "embed nothing": (2, "Embed what?", "embed done"),
+    "embed to nowhere": (2, "Embed where?", "embed done photos"),
+    "embed with a missing run": (4, "The run nowhere does", "embed nowhere photos --out a.npz"),
+    "embed a missing table": (3, "nowhere.csv", "embed done nowhere.csv --out a.npz"),
     "fewshot without data": (2, "images to draw from", "fewshot run"),
     "fewshot with a missing run": (4, "The run nowhere does not exist", "fewshot nowhere photos"),
     "evaluate on missing data": (3, "nowhere", "evaluate done nowhere"),
@@ -70,7 +86,7 @@ CASES = {
     **{f"help of {verb}": (0, "", f"{verb} --help") for verb in ("train", "evaluate", "predict")},
     **{
         f"help of {verb}": (0, "", f"{verb} --help")
-        for verb in ("fewshot", "import-cone", "list", "compare")
+        for verb in ("fewshot", "import-cone", "list", "compare", "embed")
     },
 }
 PROGRAM = """
@@ -95,6 +111,9 @@ def results(tmp_path_factory):
     write_classes(home / "photos")
     (home / "empty").mkdir()
     (home / "done").mkdir()
+    (home / "kin").mkdir()
+    for name in ("model.json", "kin.safetensors"):
+        (home / "kin" / name).write_text("not read before the folder of sheets is known to be free")
     for name in ("model.json", "config.yaml"):
         (home / "done" / name).write_text("not read before the data is known to exist")
     (home / "empty.csv").write_text("path,label\n")

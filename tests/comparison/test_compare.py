@@ -83,6 +83,16 @@ def test_a_failed_run_is_shown_and_does_not_end_the_others(done):
     assert "failed: ce:lr=1e30, seed 0: " in (done.folder / "compare.md").read_text()
 
 
+def test_runs_that_are_no_longer_asked_for_are_counted(done, photos, capfd, tmp_path):
+    copy = tmp_path / "out"
+    shutil.copytree(done.folder, copy)
+    again = compare(photos, ["ce", "supcon"], seeds=1, jobs=2, out=copy, quiet=False, **SMALL)
+    note = f"4 runs of other seeds or entries in {copy / 'runs'} are not shown"
+    assert note in again.notes
+    assert note in capfd.readouterr().err
+    assert not any("other seeds" in note for note in done.notes)
+
+
 def test_two_seeds_give_no_verdict(done):
     assert done.verdict("supcon") == "no verdict: 3 seeds are the least"
     with pytest.raises(ValueError, match="there are: supcon"):

@@ -132,3 +132,10 @@ def test_runs_start_seed_after_seed(planned):
     found, given = planned("ce,supcon")
     order = [(job.seed, job.entry.name) for job in jobs(found, given, [3, 4])]
     assert order == [(3, "ce"), (3, "supcon"), (4, "ce"), (4, "supcon")]
+
+
+def test_an_error_in_the_options_of_an_entry_names_it(planned):
+    with pytest.raises(ConfigError, match=r"^supcon:weight=-1: .*weight"):
+        planned("ce,supcon:weight=-1")
+    with pytest.raises(ConfigError, match=r"^supcon:lr=many: .*lr"):
+        planned("ce,supcon:lr=many")

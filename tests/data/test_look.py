@@ -315,7 +315,7 @@ def test_an_error_on_one_rank_is_raised_on_all(data, monkeypatch):
     assert [str(error) for error in found] == ["the disk is gone"] * 2
 
 
-def test_ranks_that_see_other_files_are_told(data, tmp_path):
+def test_ranks_that_see_other_files_are_an_error(data, tmp_path):
     fewer = folder(tmp_path / "fewer", a=3)
     roots = data, fewer
     found = Node(2).run(lambda ranks: look(sources(roots[ranks.rank]), "full", ranks=ranks))

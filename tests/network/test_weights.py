@@ -164,4 +164,4 @@ def test_read_safetensors_reads(tmp_path, timm_weights):
 
 def test_long_lists_are_cut():
     report = room.LoadReport(Path("w.pth"), ("a",), tuple(f"n{i}" for i in range(9)), (), {}, {})
-    assert "(n0, n1, n2, n3, and 5 more)" in str(report)
+    assert "(n0, n1, n2, n3, n4 and 4 more)" in str(report)

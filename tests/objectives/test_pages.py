@@ -1,24 +1,21 @@
-"""docs/methods: a page per objective that cannot go stale, and links in the docs that lead somewhere."""
+"""docs/methods: a page per objective that cannot go stale."""
 
 from __future__ import annotations
 
 import re
-import shlex
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
 from pydantic import BaseModel, Field
+from tests.pages import DOCS, blocks, checked_train, commands
 
-from nearkin.catalogue import recipe_or_file
 from nearkin.cli import run
-from nearkin.cli.train import parser, with_data
-from nearkin.config import RunConfig, merge, read_yaml, validate
+from nearkin.config import read_yaml
 from nearkin.errors import ConfigError
 from nearkin.objectives import Objective, get
 
-ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "docs" / "methods"
+FOLDER = DOCS / "methods"
 # Objectives of plug-ins or of other tests may be registered, too; they bring no page.
 OWN = sorted(n for n, k in Objective.registry.items() if k.__module__.startswith("nearkin."))
 SECTIONS = (
@@ -85,22 +82,9 @@ def _kind(part):
     return f"whole, {limits}" if part["type"] == "integer" else limits
 
 
-def commands(text):
-    """The `nearkin train` lines in the code blocks of a text, as words."""
-    blocks = re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    lines = [line for block in blocks for line in block.splitlines()]
-    return [
-        shlex.split(line, comments=True)[2:] for line in lines if line.startswith("nearkin train ")
-    ]
-
-
-def checked(words):
-    """The configuration that a command line asks for, checked as `train` checks it."""
-    given = with_data(parser().read(words))
-    recipes = [read_yaml(recipe_or_file(name)) for name in given.pop("config", [])]
-    config = validate(RunConfig, merge(*recipes, given))
-    validate(get(config.objective).Config, config.options, prefix="objective.")
-    return config
+def training(text):
+    """The options of the `nearkin train` lines in the code blocks of a text."""
+    return [rest for verb, *rest in commands(text) if verb == "train"]
 
 
 def listed(capsys):
@@ -119,7 +103,7 @@ def test_a_page_has_all_sections(name):
     assert re.findall(r"^## (.*)$", text, re.MULTILINE) == list(SECTIONS)
     assert 40 <= text.count("\n") <= 90
     before = text.partition("## ")[0]
-    assert before.count("```\n") == 2, "the equation in a code block"
+    assert {language for language, _ in blocks(before)} == {"math"}, "the equations"
     assert re.search(r"arXiv \d{4}\.\d{5}", text.partition("## Source")[2])
 
 
@@ -160,7 +144,7 @@ def test_pages_and_index_open_with_what_the_list_says(capsys):
 
 @pytest.mark.parametrize("name", OWN)
 def test_the_commands_are_valid(name):
-    configs = [checked(words) for words in commands(page(name))]
+    configs = [checked_train(words) for words in training(page(name))]
     assert {config.objective for config in configs} == {name}
     assert configs[0].data == "digits"
 
@@ -178,9 +162,9 @@ def test_the_commands_are_valid(name):
     ],
 )
 def test_a_wrong_command_would_be_found(line, words):
-    (found,) = commands(f"text\n\n```\n{line}  # why\n```\n")
+    (found,) = training(f"text\n\n```\n{line}  # why\n```\n")
     with pytest.raises(ConfigError) as caught:
-        checked(found)
+        checked_train(found)
     assert words in str(caught.value)
 
 
@@ -191,45 +175,3 @@ def test_a_page_names_its_recipes(name):
     text = page(name).partition("## Run it")[2]
     assert {recipe for recipe in mine if f"`{recipe}`" not in text} == set()
     assert ("There is no recipe." in text) == (not mine)
-
-
-def broken_links(path):
-    """Relative links of a page that lead to no file, or to no heading."""
-    broken = []
-    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
-        name, _, anchor = target.partition("#")
-        if "://" in target:
-            continue
-        goal = path.parent / name if name else path
-        if not goal.exists() or (anchor and anchor not in anchors(goal)):
-            broken.append(target)
-    return broken
-
-
-def anchors(path):
-    headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in headings}
-
-
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-
-
-@pytest.mark.parametrize("path", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_links_lead_somewhere(path):
-    assert broken_links(path) == []
-
-
-def test_a_broken_link_would_be_found(tmp_path):
-    (tmp_path / "other.md").write_text("# A heading: here\n")
-    text = (
-        "[a](other.md) [b](other.md#a-heading-here) [c](no.md) [d](other.md#no) [e](https://x.y/z)"
-    )
-    (tmp_path / "page.md").write_text(text)
-    assert broken_links(tmp_path / "page.md") == ["no.md", "other.md#no"]
-
-
-def test_every_decision_is_in_the_index():
-    folder = ROOT / "docs" / "decisions"
-    index = (folder / "README.md").read_text()
-    missing = [p.name for p in sorted(folder.glob("[0-9]*.md")) if f"({p.name})" not in index]
-    assert missing == []

@@ -19,7 +19,7 @@ def told(*epochs, stage="joint"):
     return [watch.check(stage, n, means, COLLAPSED) for n, means in enumerate(epochs)]
 
 
-def test_two_epochs_in_a_row_after_the_first_are_told_once():
+def test_two_epochs_in_a_row_after_the_first_give_one_warning():
     texts = told(STUCK, STUCK, STUCK, STUCK)
     assert [text is not None for text in texts] == [False, False, True, False]
     assert "supcon is 4.0300" in texts[2]
@@ -27,7 +27,7 @@ def test_two_epochs_in_a_row_after_the_first_are_told_once():
     assert "--lr" in texts[2]
 
 
-def test_a_run_that_learns_is_left_in_peace():
+def test_a_run_that_learns_gets_no_warning():
     assert told(*[LEARNING] * 9) == [None] * 9
     assert told(STUCK, STUCK, LEARNING, STUCK, LEARNING) == [None] * 5
     away = LEARNING | {"supcon": 4.05}

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import re
 import sys
+from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from nearkin.training import console
 from nearkin.training.console import Bar, duration
@@ -18,6 +22,16 @@ class Log:
 
     def log(self, text):
         self.lines.append(text)
+
+
+def test_the_picture_in_the_docs_is_of_this_bar_and_holds_no_address():
+    picture = (
+        (Path(__file__).parents[2] / "docs" / "terminal.svg").read_text().replace("&#160;", " ")
+    )
+    assert re.findall(r"https?://[^\s\"]*", picture) == ["http://www.w3.org/2000/svg"]
+    assert not re.search("/(root|home|tmp|work)", picture)
+    assert "images/s" in picture
+    assert re.search(r"loss \d\.\d{4} \(ce \d\.\d{4}, supcon \d\.\d{4}\)  val top-1", picture)
 
 
 @pytest.fixture
@@ -125,3 +139,73 @@ def test_a_terminal_shows_the_same_beside_its_bar(clock, monkeypatch):
             "value": "val top-1 25.00 % (best 25.00 %)",
         },
     ]
+
+
+def test_without_a_terminal_a_line_comes_every_10_seconds(clock, capsys):
+    with Bar(400, 32, Log(), quiet=False, silent=False) as bar:
+        for step in range(1, 201):
+            if step == 60:
+                bar.update(step, train(1.23456) | {"lr": 0.1, "ce": 0.8, "supcon": 0.86913})
+            bar.tick(step, "joint", step // 100)
+            clock[0] += 0.125
+    assert capsys.readouterr().err.splitlines() == [
+        "joint epoch 1  step 81/400  loss 1.2346 (ce 0.8000, supcon 0.8691)  256 images/s  40 s left",
+        "joint epoch 2  step 161/400  loss 1.2346 (ce 0.8000, supcon 0.8691)  256 images/s  30 s left",
+    ]
+
+
+def test_a_line_of_an_epoch_puts_the_next_one_off(clock, capsys):
+    with Bar(400, 32, Log(), quiet=False, silent=False) as bar:
+        for step in range(1, 100):
+            bar.tick(step, "joint", 0)
+            clock[0] += 0.125
+            if step == 78:
+                bar.update(step, validation(0.5))
+    assert [line.split("  ")[1] for line in capsys.readouterr().err.splitlines()] == ["step 78/400"]
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_quiet_runs_have_no_lines(clock, capsys, silent):
+    with Bar(40, 32, Log(), quiet=True, silent=silent) as bar:
+        for step in range(1, 40):
+            bar.tick(step, "joint", 0)
+            clock[0] += 11.0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("terms", "words"),
+    [
+        ({"ce": 0.5}, "loss 0.5000"),
+        ({"ce": 0.25, "kin": 0.125}, "loss 0.5000 (ce 0.2500, kin 0.1250)"),
+    ],
+)
+def test_terms_are_shown_where_there_are_several(terms, words):
+    assert console.loss_words({"kind": "train", "lr": 0.1, "loss": 0.5, **terms}) == words
+
+
+@pytest.mark.parametrize("width", [60, 120])
+def test_the_bar_has_two_lines(width):
+    screen = Console(width=width, record=True, file=io.StringIO(), force_terminal=True)
+    bar = console.live(screen)
+    loss, value = "loss 1.2 (ce 0.8, supcon 0.9)", "val top-1 50.00 % (best 60.00 %)"
+    bar.add_task("train", total=400, completed=100, rate="64 images/s", loss=loss, value=value)
+    screen.print(bar.get_renderable())
+    first, second, *rest = screen.export_text().splitlines()
+    assert rest == []
+    assert first.startswith("training ")
+    assert " 100/400 " in first
+    assert first.endswith("64 images/s")
+    assert second == (f"{loss}  {value}" if width == 120 else f"{loss}  {value}"[:59] + "…")
+
+
+def test_the_bar_of_a_continued_run_begins_where_the_run_goes_on(clock, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with Bar(400, 32, Log(), quiet=False, silent=False) as bar:
+        bar.tick(301, "joint", 0)
+        clock[0] += 10.0
+        bar.tick(311, "joint", 0)
+        (task,) = bar._progress.tasks
+        assert task.completed == 311
+        counted = [sample.completed for sample in task._progress]  # what rich takes the speed from
+        assert counted == [10], "steps of the earlier process are no speed"

@@ -213,12 +213,29 @@ except nearkin.ConfigError as error:
 """
 
 
+UNGUARDED_FEWSHOT = """
+import multiprocessing, sys
+import nearkin
+multiprocessing.set_start_method(sys.argv[2], force=True)
+try:
+    nearkin.fewshot(sys.argv[3], sys.argv[1], ways=2, queries=2, episodes=2, copies=1, workers=2)
+except nearkin.ConfigError as error:
+    print(error)
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["forkserver", "spawn"])
-def test_a_script_without_a_guard_gets_one_sentence(tmp_path, method):
+@pytest.mark.parametrize(
+    ("method", "program"),
+    [("forkserver", UNGUARDED), ("spawn", UNGUARDED), ("spawn", UNGUARDED_FEWSHOT)],
+)
+def test_a_script_without_a_guard_gets_one_sentence(tmp_path, method, program):
     write_classes(tmp_path / "data")
+    if program == UNGUARDED_FEWSHOT:
+        words = ["train", "digits", "--epochs", "0", "--out", str(tmp_path / "run"), "--quiet"]
+        assert command(words) == 0
     script = tmp_path / "script.py"
-    script.write_text(UNGUARDED)
+    script.write_text(program)
     words = [sys.executable, script, tmp_path / "data", method, tmp_path / "run"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=240, cwd=tmp_path)
     assert done.stdout.count("\n") == 1, done.stdout + done.stderr

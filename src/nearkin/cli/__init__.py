@@ -21,7 +21,10 @@ usage: nearkin VERB ...
   train     [DATA]            train a classifier, from images to a run folder
   compare   [DATA]            several objectives on equal terms: does another one help on my data?
   evaluate  RUN... [DATA]     exact metrics of a trained model; several are an ensemble
-  predict   RUN IMAGES...     classes of image files and folders, as CSV or JSON
+  predict   RUN IMAGES...     classes of images and the evidence for them, as CSV, JSON or Parquet
+  embed     RUN IMAGES|DATA   embeddings of images, as npz or Parquet
+  export    RUN               an ONNX, timm or torch.export model, checked against nearkin's own numbers
+  report    RUN...            a page to look at: errors, a map, the nearest training images of each image
   fewshot   RUN DATA          accuracy on classes that the model has not seen, from a few images of each
   import-cone FILE            the CoNe authors' checkpoint as a run folder
   list      models|objectives|recipes
@@ -43,6 +46,9 @@ VERBS = {
     "compare": "compare",
     "evaluate": "evaluate",
     "predict": "predict",
+    "embed": "embed",
+    "export": "export",
+    "report": "report",
     "fewshot": "fewshot",
     "import-cone": "import_cone",
     "list": "list_",

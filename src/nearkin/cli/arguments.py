@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
 from pydantic import BaseModel
@@ -13,6 +15,7 @@ from nearkin.config import FREE
 from nearkin.errors import ConfigError, printable
 from nearkin.hints import unknown_option
 
+REPEATABLE = frozenset({"log"})  # given several times, the values are one list with commas
 FREE_WORDS = tuple(f"--{group}." for group in FREE)  # their names are not known to argparse
 
 
@@ -55,6 +58,10 @@ class Parser(argparse.ArgumentParser):
             option, text = name.replace("_", "-"), describe(field)
             if bool in _members(field.annotation):
                 self.flag(option, text)
+            elif name in REPEATABLE:
+                self.add_argument(
+                    f"--{option}", dest=name, help=text, metavar="NAME", action=_Joined
+                )
             else:
                 self.add_argument(f"--{option}", dest=name, help=text, metavar=_kind(field))
 
@@ -106,11 +113,30 @@ class Parser(argparse.ArgumentParser):
         raise unknown_option(word.partition("=")[0], known, otherwise=f"See {self._verb} --help.")
 
 
+class _Joined(argparse.Action):
+    def __call__(
+        self, _: object, namespace: argparse.Namespace, value: Any, __: object = None
+    ) -> None:
+        earlier = getattr(namespace, self.dest, None)
+        setattr(namespace, self.dest, f"{earlier},{value}" if earlier else value)
+
+
 def whole_number(name: str, text: str) -> int:
     """The value of an option as an integer >= 0. Raises ConfigError."""
     if not text.isdecimal():
         raise ConfigError(f"--{name} takes a whole number from 0, not {printable(text)}.")
     return int(text)
+
+
+def number(name: str, text: str | None) -> float | None:
+    """The value of an option as a finite number, or None where it is not given. Raises ConfigError."""
+    if text is None:
+        return None
+    with suppress(ValueError):
+        value = float(text)
+        if math.isfinite(value):
+            return value
+    raise ConfigError(f"--{name} takes a number, not {printable(text)}.")
 
 
 def options_table(model: type[BaseModel], prefix: str) -> str:

@@ -16,7 +16,9 @@ USAGE = "nearkin compare [DATA] [--objectives ce,supcon,cone] [--seeds 5] [--OPT
 ABOUT = """\
 Train several objectives on equal terms, and say whether their differences are more than chance.
 Options of train are given to every run; those of one objective stand behind its name: supcon:weight=1."""
-LEFT_OUT = frozenset({"objective", "autotune", "log_every", "log_level", "out", *FREE.values()})
+LEFT_OUT = frozenset(
+    {"objective", "autotune", "log", "log_every", "log_level", "out", *FREE.values()}
+)
 
 
 @stop_handler(interrupt)

@@ -2,65 +2,139 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nearkin.cli.arguments import Parser
-from nearkin.errors import ConfigError, DataError
+from nearkin.cli.arguments import Parser, number, whole_number
+from nearkin.errors import ConfigError, DataError, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
+    from nearkin.evaluation.classifier import Classifier
     from nearkin.evaluation.results import Prediction
+    from nearkin.report.sheets import Sheets
 
-USAGE = "nearkin predict RUN IMAGES... [--tta NAME] [--json]"
-COLUMNS = ("path", "class", "probability", "top5", "error")
+USAGE = "nearkin predict RUN IMAGES... [--kin N] [--reject X] [--sets X] [--explain DIR] [--format NAME] [--out FILE]"
+ABOUT = """\
+The class of each image and the evidence for it, as CSV on stdout.
+IMAGES: files, folders (searched), quoted patterns ("new/**/*.jpg"), - for a list of paths on stdin."""
 
 
 def parser() -> Parser:
-    parser = Parser(USAGE, "The class of each image, as CSV on stdout; folders are searched.")
+    parser = Parser(USAGE, ABOUT)
     parser.add_argument("run", nargs="?", metavar="RUN", help="the folder that train printed")
-    parser.add_argument("images", nargs="*", metavar="IMAGES", help="image files and folders")
+    parser.add_argument("images", nargs="*", metavar="IMAGES", help="files, folders, patterns or -")
+    parser.add_argument("--kin", metavar="N", help="nearest training images to name [3]")
+    parser.add_argument(
+        "--reject",
+        metavar="X",
+        help='class "unknown" for images farther from their kin than all but this share of validation [none]',
+    )
+    parser.add_argument(
+        "--sets", metavar="X", help="classes that hold the right one in this share of images [none]"
+    )
+    parser.add_argument(
+        "--explain", metavar="DIR", help="a picture per image: its kin, its classes"
+    )
+    parser.add_argument("--format", metavar="NAME", help="csv, json, jsonl or parquet [csv]")
+    parser.add_argument("--out", metavar="FILE", help="write there instead of stdout")
     parser.add_argument("--tta", metavar="NAME", help="views: none, flip or tencrop [none]")
     parser.add_argument("--device", metavar="NAME", help="auto, cpu, cuda or mps [auto]")
-    parser.flag("json", "one JSON object on stdout instead of CSV")
+    parser.flag("json", "one JSON object; the same as --format json")
     return parser
 
 
 def main(given: dict[str, Any]) -> int:
     if not given.get("run") or not given.get("images"):
         raise ConfigError("Predict what? Give a run folder, then image files or folders.")
-    from nearkin.evaluation.predict import check_arguments, find_files, predict
+    from nearkin.cli.images import image_files
+    from nearkin.cli.rows import choose_format, write_rows
+    from nearkin.evaluation.predict import check_arguments, load
 
-    run, tta, device = given["run"], given.get("tta", "none"), given.get("device", "auto")
-    check_arguments(run, tta, device)  # before a folder of many images is searched
-    files, notes = find_files(given["images"])
+    run, explain = given["run"], given.get("explain")
+    chosen, out = choose_format(given)
+    options: dict[str, Any] = {
+        "kin": whole_number("kin", given.get("kin", "3")),
+        "reject": number("reject", given.get("reject")),
+        "sets": number("sets", given.get("sets")),
+        "tta": given.get("tta", "none"),
+        "device": given.get("device", "auto"),
+    }
+    # Before a folder of many images is searched.
+    check_arguments(run, **options, explain=explain is not None)
+    if explain is not None:
+        from nearkin.report.sheet_folder import check_folder
+
+        check_folder(Path(explain))
+    files, notes = image_files(given["images"])
     for note in notes:
-        sys.stderr.write(f"note: {note}\n")
-    predictions = predict(run, files, tta=tta, device=device)
-    if given.get("json"):
-        rows = [one.to_dict() for one in predictions]
-        record = {"run": run, "test_top1": None, "predictions": rows}
-        sys.stdout.write(json.dumps(record, allow_nan=False) + "\n")
-        bad = sum(row["error"] is not None for row in rows)
-    else:
-        bad = _write_csv(predictions)
-    if bad:
+        _say(f"note: {note}")
+    model = load(run, **options)
+    for note in model.notes:
+        _say(f"note: {note}")
+    _say_coverage(model, options["sets"])
+    sheets = None
+    if explain is not None:
+        from nearkin.report.sheets import Sheets
+
+        sheets = Sheets(Path(explain), files, model.run)
+    rows = _Counted(_predictions(model, files, sheets, quiet=out is None and _is_terminal()))
+    write_rows(rows, run, chosen, out)
+    if rows.bad:
         sys.stdout.flush()
-        raise DataError(f"{bad} of {len(files)} files could not be read; their rows say why.")
+        raise DataError(f"{rows.bad} of {len(files)} files could not be read; their rows say why.")
     return 0
 
 
-def _write_csv(predictions: Iterator[Prediction]) -> int:
-    """Writes a row per file, as soon as it is known, and returns how many files could not be read."""
-    writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    bad = 0
-    for one in predictions:
-        top5 = json.dumps([[name, round(p, 6)] for name, p in one.top5]) if one.top5 else ""
-        probability = "" if one.probability is None else f"{one.probability:.6f}"
-        writer.writerow([one.path, one.label or "", probability, top5, one.error or ""])
-        bad += one.error is not None
-    return bad
+class _Counted:
+    """Predictions, of which those with an error are counted in `bad`."""
+
+    def __init__(self, predictions: Iterator[Prediction]) -> None:
+        self._predictions, self.bad = predictions, 0
+
+    def __iter__(self) -> Iterator[Prediction]:
+        for one in self._predictions:
+            self.bad += one.error is not None
+            yield one
+
+
+def _predictions(
+    model: Classifier, files: list[str], sheets: Sheets | None, *, quiet: bool
+) -> Iterator[Prediction]:
+    """The predictions, whose sheets are written. quiet: without a bar on stderr."""
+    from nearkin.data.look import shown
+
+    batches = shown(model.batches(files), len(files), "images classified", quiet)
+    for row, one in enumerate(chain.from_iterable(batches)):
+        if sheets is not None:
+            sheets.write(row, one)
+        yield one
+
+
+def _is_terminal() -> bool:
+    """Whether stdout is one: then the rows that appear there show the progress."""
+    with suppress(ValueError, AttributeError):
+        return sys.stdout.isatty()
+    return False
+
+
+def _say_coverage(model: Classifier, sets: float | None) -> None:
+    if sets is None:
+        return
+    try:
+        found = model.coverage()
+    except (DataError, ConfigError) as error:
+        _say(f"note: sets of {100 * sets:g} %: coverage not measured: {error}")
+        return
+    if found is not None:
+        _say(
+            f"sets of {100 * sets:g} %: measured coverage {100 * found.share:.1f} % on {found.images} test images, "
+            f"{found.classes:.2f} classes in the mean"
+        )
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"{printable(text)}\n")

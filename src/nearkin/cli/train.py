@@ -16,7 +16,7 @@ from nearkin.errors import ConfigError, counted, printable
 from nearkin.evaluation.results import wilson
 from nearkin.process import interrupt, keep_freed_memory, stop_handler
 from nearkin.training.api import Result, continue_run, resolved, start_run
-from nearkin.training.run_folder import stored_options, stored_settings
+from nearkin.training.run_folder import REPORT, stored_options, stored_settings
 
 USAGE = "nearkin train [DATA] [--objective NAME] [--objective.OPTION VALUE] [--model.OPTION VALUE] [--OPTION VALUE]"
 ABOUT = """\
@@ -29,14 +29,15 @@ def main(given: dict[str, Any]) -> int:
     keep_freed_memory()
     given = with_data(given)
     as_json, quiet = given.pop("json", False), given.pop("quiet", False)
+    report = given.pop("report", True)
     print_config, resume = given.pop("print_config", False), given.pop("resume", None)
     values = merge(*(read_yaml(recipe_or_file(name)) for name in given.pop("config", [])), given)
     if print_config:
         sys.stdout.write(_shown(values, resume))
     elif resume is None:
-        _report(start_run(values, quiet=quiet), as_json)
+        _report(start_run(values, quiet=quiet, report=report), as_json)
     else:
-        _report(continue_run(Path(resume), values, quiet=quiet), as_json)
+        _report(continue_run(Path(resume), values, quiet=quiet, report=report), as_json)
     return 0
 
 
@@ -62,6 +63,7 @@ def parser() -> Parser:
     )
     parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
     parser.flag("print-config", "print the resolved options and stop")
+    parser.flag("report", "write report.html, a page to look at, into the run folder [true]")
     parser.flag("json", "the result as one JSON object on stdout")
     parser.flag("quiet", "nothing on stderr but errors")
     parser.options(RunConfig, without=frozenset(FREE.values()))
@@ -92,9 +94,11 @@ def _objective_help(given: dict[str, Any]) -> str:
 
 def _report(result: Result, as_json: bool) -> None:
     run = printable(str(result.run))
+    page = result.run / REPORT
     lines = [
         *_accuracy(result.metrics),
         f"run {run}",
+        *([f"page {printable(str(page))}"] if page.is_file() else []),
         f"next: nearkin predict {shlex.quote(run)} PHOTOS",
     ]
     show(result.to_dict(), "\n".join(lines) + "\n", as_json=as_json)

@@ -112,6 +112,13 @@ def _compare(
     from nearkin.comparison.tables import write
 
     every = jobs(planned.terms, planned.values, request.seeds)
+    others = _others(folder / RUNS, [job.name for job in every])
+    if others:
+        note = (
+            f"{counted(others, 'run')} of other seeds or entries in {folder / RUNS} are not shown"
+        )
+        planned = planned._replace(notes=(*planned.notes, note))
+        say(f"note: {note}", quiet)
     _write_jobs(folder / RUNS, every, planned, request)
     _run_all(folder, every, request.options, planned, quiet)
     found = collect(
@@ -159,7 +166,9 @@ def _plan(
     table, values, notes = folder / SPLIT, request.values, tuple[str, ...]()
     if listing is not None and with_test(listing, table):
         values = values | {"data": str(table)}
-        note = f"{config.data} has no test split: a fifth of its training images is held out, see {table}"
+        note = (
+            f"{config.data} has no test split: a fifth of its training images is held out ({SPLIT})"
+        )
         notes = (note,)
         say(f"note: {note}", quiet)
     with running(config) as runtime:
@@ -254,6 +263,11 @@ def _write_jobs(folder: Path, jobs: Sequence[Job], planned: Planned, request: Re
                     "classes differ); put them back, or give another --out."
                 )
         write_atomic(path, text.encode())
+
+
+def _others(folder: Path, names: Sequence[str]) -> int:
+    """Runs of an earlier call that this one does not ask for."""
+    return len({path.parent.name for path in folder.glob("*/config.yaml")} - set(names))
 
 
 def _without_data(path: Path) -> Any:

@@ -19,7 +19,7 @@ SHARED = frozenset(
     {
         *("data", "objective", "options", "model_options", "seed", "epochs", "minutes"),
         *("val_split", "split_seed", "images_per_class", "bad_images", "check", "batch_size"),
-        *("out", "log_every", "save_minutes", "log_level", "device", "threads", "workers"),
+        *("out", "log", "log_every", "save_minutes", "log_level", "device", "threads", "workers"),
     }
 )
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 from nearkin.comparison.entries import BASELINE, Entry
@@ -82,7 +83,9 @@ def terms(
     The images are looked at and the probe's features computed once, for all runs. Raises what `prepare` raises.
     """
     free = {"minutes": 0.0} if budget == "crops" else {}
-    first = prepare(_config(entries[0], options, free, seed), runtime, look=True, quiet=quiet)
+    with _named(entries[0]):
+        config = _config(entries[0], options, free, seed)
+        first = prepare(config, runtime, look=True, quiet=quiet)
     splits = first.dataset.splits
     judged = splits.get("test", splits.get("val"))
     tested = 0 if judged is None else len(judged.labels)
@@ -92,8 +95,9 @@ def terms(
         )
     resolved = [(entries[0], first)]
     for entry in entries[1:]:
-        config = _config(entry, options, free, seed)
-        resolved.append((entry, prepare(config, runtime, look=False, quiet=True)))
+        with _named(entry):
+            config = _config(entry, options, free, seed)
+            resolved.append((entry, prepare(config, runtime, look=False, quiet=True)))
     equal = _equal(resolved)
     made: list[Terms] = []
     for entry, found in resolved:
@@ -108,6 +112,17 @@ def terms(
     if len(made) < 2:
         raise ConfigError(f"There is nothing to compare {printable(entries[0].name)} with.")
     return tuple(made)
+
+
+@contextmanager
+def _named(entry: Entry) -> Iterator[None]:
+    """An error in the options of an entry begins with its name, where it has options."""
+    try:
+        yield
+    except ConfigError as error:
+        if not entry.options:
+            raise
+        raise ConfigError(f"{printable(entry.name)}: {error}") from None
 
 
 Resolved = tuple[Entry, Prepared]

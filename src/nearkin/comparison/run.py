@@ -61,11 +61,11 @@ def _run(folder: Path, name: str, machine: dict[str, Any]) -> None:
     options = read_yaml(folder / f"{name}.yaml")
     if run_folder.has_checkpoint(run):
         where = {"data": options["data"]} if "data" in options else {}
-        continue_run(run, where, quiet=True)
+        continue_run(run, where, quiet=True, report=False)
     else:
         if run.exists():  # it was killed before it saved anything
             shutil.rmtree(run)
-        start_run(machine | options | {"out": run}, quiet=True)
+        start_run(machine | options | {"out": run}, quiet=True, report=False)
     write_atomic(folder / f"{name}.json", json.dumps({"memory": _peak()}).encode())
 
 

@@ -1,7 +1,7 @@
 """Whether one model is better than another, from several training runs of each on the same test images.
 
 Seeds and test images are both samples: another seed, and other images, would give another difference. Crossed random
-effects count both (Dorfman, Berbaum and Metz 1992; degrees of freedom of Hillis 2007; the floor of Q is our choice):
+effects count both (Dorfman, Berbaum and Metz 1992; degrees of freedom of Hillis 2007; floor of Q: docs/defaults.md):
 
 d_si = score_B - score_A of seed s and image i, D its mean over n seeds and m images,
 MS_S = m sum_s (d_s. - D)^2 / (n - 1),  MS_I = n sum_i (d_.i - D)^2 / (m - 1),

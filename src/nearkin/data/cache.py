@@ -164,8 +164,8 @@ class Contents:
 
     def estimate(self) -> int:
         """Bytes, from the headers of some evenly spread images."""
-        some = self.paths[:: max(1, len(self.paths) // SAMPLE)]
-        facts = [examine(path, self.channels, full=False).fact for path in some]
+        sample = self.paths[:: max(1, len(self.paths) // SAMPLE)]
+        facts = [examine(path, self.channels, full=False).fact for path in sample]
         sizes = [
             f.width * f.height * min(1.0, self.side / max(1, min(f.width, f.height))) ** 2
             for f in facts

@@ -1,7 +1,7 @@
 """Augmentations of whole images: torchvision's RandAugment, ColorJitter, RandomGrayscale and RandomErasing.
 
-The draws are those of torchvision 0.25, number for number, from a generator of each image; the pixels are its as well,
-but for a grey level where a shifted hue lies between two. Faster than torchvision's modules on small images: no
+The random numbers are those of torchvision 0.25, drawn from one generator for each image. The pixels are equal too, but
+a shifted hue may round to the next grey level. Faster than torchvision's modules on small images: no
 dispatch, moves by a table of indices, the hue without a conversion to HSV.
 """
 

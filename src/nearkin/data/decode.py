@@ -24,7 +24,7 @@ from nearkin.errors import ConfigError, DataError, printable
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# To be raised when a file may be judged otherwise than before: what is remembered of files is then not used.
+# Raise it with every change that accepts or refuses other files than before: remembered results are then ignored.
 DECODER = 1
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
 MAX_PIXELS = 64_000_000
@@ -41,7 +41,7 @@ TURNS = {
     8: (True, (-2,)),
 }
 OPAQUE = {"1": "L", "L": "L"} | dict.fromkeys(("P", "RGB", "RGBX", "CMYK", "YCbCr"), "RGB")
-# Modes that every image of which can be converted; others (F, I) depend on the pixels.
+# Modes whose images can all be converted; whether others (F, I) can depends on the pixels.
 MODES = frozenset(OPAQUE) | {"LA", "PA", "RGBA", "LAB", "I;16", "I;16B", "I;16L"}
 END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"\0\0\0\0IEND\xaeB`\x82", "GIF": b";"}
 TIFF_PARTS = ((273, 279), (324, 325))  # tags of the offsets and lengths of strips and of tiles
@@ -72,7 +72,7 @@ class BadImage(DataError):
     def by_now(self) -> DataError:
         """The error for an image that was readable when the run started."""
         return DataError(
-            f"{str(self).rstrip('.')}, though it could be read at the start; mend it, and start again."
+            f"{str(self).rstrip('.')}, though it could be read at the start; repair it, and start again."
         )
 
 
@@ -123,14 +123,34 @@ def decoded(
     return _decode(os.fspath(path), channels, max_pixels, max_bytes, least)[0]
 
 
+def from_pillow(image: Image, channels: int, name: str) -> Tensor:
+    """The pixels of a Pillow image, as `decoded` gives those of a file.
+
+    Raises BadImage, with `name` as its path, for more than `MAX_PIXELS` pixels or none, and for modes and damage that
+    `read_image` refuses.
+    """
+    check_channels(channels)
+    try:
+        width, height = image.size
+        if not 0 < width * height <= MAX_PIXELS:
+            raise _Refused(f"{width} x {height} are not 1 to {MAX_PIXELS} pixels")
+        with quiet_pillow:
+            pixels = torch.from_numpy(_by_pillow(image, channels))
+            return _turned(pixels.permute(2, 0, 1), _orientation(image))
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise BadImage(name, _reason(error)) from error
+
+
 def inspect(
     path: str | os.PathLike[str], *, channels: int, full: bool
 ) -> tuple[Tensor | None, Header]:
     """The pixels of an image file that can be used, as from `decoded`, if they were needed to find out, and its header.
 
-    full: decode it as `read_image` does. Otherwise only its header is read, and looked for the mark that ends the file
-    (JPEG, PNG, GIF) or compared with the length it states (WEBP, BMP, TIFF); a file that does not pass is decoded, so
-    that an image is refused for the same reasons as by `full`, though damaged pixels go unnoticed.
+    full: decode it as `read_image` does. Otherwise only its header is read, and its end checked: by the end marker
+    (JPEG, PNG, GIF), or by the length that the header states (WEBP, BMP, TIFF). A file that does not pass is decoded,
+    so that an image is refused for the same reasons as by `full`, though damaged pixels go unnoticed.
 
     Raises BadImage.
     """
@@ -160,7 +180,7 @@ def _decode(
 
 @contextmanager
 def _regular(path: str, max_bytes: int) -> Iterator[BinaryIO]:
-    """A regular file, open for reading. Opening without blocking, then looking, leaves no moment to swap it."""
+    """A regular file, open for reading. Opened without blocking, then checked: it cannot be swapped."""
     flags = ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY")  # not every system has each
     descriptor = os.open(path, os.O_RDONLY | sum(getattr(os, flag, 0) for flag in flags))
     try:
@@ -261,12 +281,16 @@ def _upright(content: bytes, channels: int, max_pixels: int, least: int) -> tupl
         exact = is_exact_jpeg(image, channels)
         pixels = decode_jpeg(content, channels, least) if exact else None
         if pixels is None:
-            image.load()
-            flat = _eight_bit(image).convert("L" if channels == 1 else "RGB")
-            pixels = np.atleast_3d(np.array(flat))
+            pixels = _by_pillow(image, channels)
         turn = _orientation(image)
         header = Header(width, height, bands, mode, turn)
         return _turned(torch.from_numpy(pixels).permute(2, 0, 1), turn), header
+
+
+def _by_pillow(image: Image, channels: int) -> NDArray[np.uint8]:
+    image.load()
+    flat = _eight_bit(image).convert("L" if channels == 1 else "RGB")
+    return np.atleast_3d(np.array(flat))
 
 
 def _check_sums(png: bytes) -> None:

@@ -34,7 +34,7 @@ class ImageSource(Protocol):
         """The name to show for a row, unique in the source."""
 
     def identity(self, row: int) -> bytes:
-        """Bytes that tell this image from others."""
+        """Bytes that identify the image: path and size of a file, the pixels in an array."""
 
     def take(self, rows: Rows) -> Self:
         """The source with only `rows`, in that order."""

@@ -28,15 +28,15 @@ from nearkin.data.images import ImageSource
 from nearkin.data.sampling import SampleKey, sample_seed
 from nearkin.data.transforms import Pipeline
 from nearkin.errors import ConfigError, DataError, NearkinError, Stopped
-from nearkin.process import stop_requested, stop_signals_blocked
+from nearkin.process import exit_if_importing_main, stop_requested, stop_signals_blocked
 from nearkin.types import Batch
 
 POLL = 1.0  # seconds between two looks at signals and workers while a batch is awaited
 PATIENCE = 20.0  # seconds from a stop signal until a missing batch is given up; Slurm kills at 30
 PREFETCH = 2  # batches that a worker makes ahead
 SHARED_MEMORY = Path("/dev/shm")
-# Bytes of decoded images that are transformed together: the random numbers of all of them are drawn first, which takes
-# less time than between the pixels of two images.
+# Bytes of decoded images in a chunk, whose random numbers are drawn first: between the pixel operations of two images
+# a draw takes up to three times as long.
 TOGETHER = 1 << 23
 
 Views = Callable[[ImageSource, Sequence[SampleKey]], list[Tensor]]
@@ -80,7 +80,6 @@ def eval_loader(
     *,
     batch_size: int,
     workers: int,
-    pin_memory: bool = False,
 ) -> Iterator[Batch]:
     """Batches of the views of each of `rows`, in their order, none padded and none dropped: the last is smaller.
 
@@ -89,7 +88,7 @@ def eval_loader(
     keys = [SampleKey(row, 0, 0) for row in rows]
     order = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
     make = partial(_eval_views, views)
-    return _batches(_Batches(split, make), order, workers, pin_memory, PATIENCE)
+    return _batches(_Batches(split, make), order, workers, pin_memory=False, patience=PATIENCE)
 
 
 class _Batches(Dataset[Batch | DataError]):
@@ -107,11 +106,11 @@ class _Batches(Dataset[Batch | DataError]):
         except BadImage as error:
             return error.by_now()
         rows = [key.row for key in keys]
-        images = _stack(made).view(-1, len(keys), *made[0].shape)
+        images = stacked(made).view(-1, len(keys), *made[0].shape)
         return Batch(images, torch.from_numpy(self.split.labels[rows]), torch.tensor(rows))
 
 
-def _stack(images: Sequence[Tensor]) -> Tensor:
+def stacked(images: Sequence[Tensor]) -> Tensor:
     """`[n, C, H, W]` in the memory format of the images: decoders and resizing leave a pixel's colours side by side.
 
     Another format would be converted twice, which takes as long as the rest of loading from a cache.
@@ -191,6 +190,7 @@ def _start(loader: DataLoader[Batch | NearkinError]) -> Iterator[Batch | Nearkin
     torch's first loader sets a SIGCHLD handler that raises an error wherever the main process is, in the middle of a
     step too. Without it `next` reports a death within `POLL` seconds, between two steps, where the run can be saved.
     """
+    exit_if_importing_main()
     if SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free < 2**20:  # semaphores, too
         raise _no_room(loader.num_workers)
     in_main_thread = current_thread() is main_thread() and hasattr(signal, "SIGCHLD")

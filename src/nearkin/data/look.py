@@ -26,6 +26,7 @@ from nearkin.errors import DataError, NearkinError, printable
 from nearkin.files import write_atomic
 from nearkin.process import cores
 
+S = TypeVar("S")
 T = TypeVar("T")
 Check = Literal["auto", "full", "headers"]
 MOST_DECODED = 100_000  # files that are not yet known, up to which `auto` decodes them
@@ -234,18 +235,18 @@ def usual_side(images: ImageSource) -> int:
 
 
 def in_threads(
-    work: Callable[[bytes], T], paths: Iterable[bytes], workers: int, chunk: int = CHUNK
+    work: Callable[[S], T], items: Iterable[S], workers: int, chunk: int = CHUNK
 ) -> Iterator[list[T]]:
-    """The results of `work` for all paths, some at a time, in order, computed a little ahead in `workers` threads.
+    """The results of `work` for all items, some at a time, in order, computed a little ahead in `workers` threads.
 
     Decoding releases Python's lock, so threads run side by side. When the caller leaves early, as by Ctrl-C, each
-    thread ends after its present file.
+    thread ends after its present item.
     """
     stopped = Event()
-    remaining = iter(paths)
+    remaining = iter(items)
 
-    def some(chosen: list[bytes]) -> list[T]:
-        return [work(path) for path in chosen if not stopped.is_set()]
+    def some(chosen: list[S]) -> list[T]:
+        return [work(item) for item in chosen if not stopped.is_set()]
 
     pool = ThreadPoolExecutor(max(1, workers))
     waiting: deque[Future[list[T]]] = deque()

@@ -44,14 +44,14 @@ class Fact(NamedTuple):
         return (status.st_size, status.st_mtime_ns) == (self.size, self.mtime)
 
     def checksum(self, path: bytes) -> int:
-        """Of the row in the database, so that neither damage nor another decoder is taken for knowledge."""
+        """CRC-32 of the row in the database: a damaged row, or one that another decoder wrote, is ignored."""
         reason = b"-" if self.reason is None else self.reason.encode("utf-8", "surrogatepass")
         return zlib.crc32(b"%d %d %d %d %d %d %d %b\0%b" % (DECODER, *self[:6], reason, path))
 
 
 class Remembered:
     """The SQLite file in the cache folder. Any number of processes may use it at once. Where it cannot be used,
-    `note` says why once, nothing is known and nothing is kept."""
+    `note` says why, `known` finds nothing and `keep` stores nothing."""
 
     def __init__(self) -> None:
         self.note: str | None = None

@@ -90,11 +90,11 @@ def weighted(labels: Rows, seed: int, epoch: int) -> Draws:
 def balanced(labels: Rows, seed: int, epoch: int, batch_size: int, per_class: int) -> Draws:
     """Groups of `per_class` images of one class; batch_size is a multiple of it, so a group lies in one batch.
 
-    A class of n_c images gives n_c // per_class groups; the n_c mod per_class images that are left over are others
-    each epoch, in turn. A class with fewer images than a group is one short group. Left-over images are drawn only
-    where these do not fill the epoch, as short groups too. Short groups are laid end to end through the epoch, so one
-    is cut only where a batch has no room for the rest of it. Where short groups do not fill their last place, a whole
-    group is opened. No image is drawn twice; a class may have several groups in a batch.
+    A class of n_c images gives n_c // per_class groups; the n_c mod per_class images left over change from epoch to
+    epoch. A class with fewer images than a group is one short group. Left-over images are drawn, as short groups too,
+    only where full groups and small classes do not fill the epoch. At most one short group is cut between two batches.
+    Where short groups do not fill their last `per_class` places, one full group is split into single images. No image
+    is drawn twice; a class may have several groups in a batch.
     After Hermans et al. 2017.
     """
     rng = keyed_rng("groups", seed, epoch)
@@ -102,8 +102,8 @@ def balanced(labels: Rows, seed: int, epoch: int, batch_size: int, per_class: in
     groups, tail, small = _grouped(labels, seed, epoch, per_class)
     wanted = -(-small // per_class)
     if wanted > len(tail) // per_class and len(groups):
-        opened = rng.integers(len(groups))
-        tail, groups = np.concatenate([tail, groups[opened]]), np.delete(groups, opened, axis=0)
+        split = rng.integers(len(groups))
+        tail, groups = np.concatenate([tail, groups[split]]), np.delete(groups, split, axis=0)
     count = min(max(wanted, need - len(groups)), len(tail) // per_class)
     short = _classes_shuffled(tail[: count * per_class], labels, rng)
     places = np.concatenate([groups, short.reshape(-1, per_class)])
@@ -208,9 +208,6 @@ class TrainOrder:
         self.first, self.last = first, last
         self.rank, self.world_size = rank, world_size
         self.draw: Draw = draw or (lambda epoch: shuffled(n, seed, epoch))
-
-    def __len__(self) -> int:
-        return max(0, self.last - self.first)
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         steps_per_epoch = self.n // self.batch_size

@@ -53,8 +53,8 @@ class Drawing(ABC):
     def of_each(
         self, images: Iterable[Tensor], generators: Sequence[torch.Generator]
     ) -> Iterator[Tensor]:
-        """All draws first, which between the pixels of two images take up to three times as long. Then one image at a
-        time, so that it is still in the processor's caches for the next step."""
+        """Draws the random numbers of all images first: between the pixel operations of two images a draw takes up to
+        three times as long. The images are then transformed lazily, one at a time through all steps."""
         images = [self.prepare(image) for image in images]
         pairs = zip(images, generators, strict=True)
         draws = [self.draw(image.shape, generator) for image, generator in pairs]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from nearkin.config import CONFIG_FILE, RunConfig, read_yaml, validate
+from nearkin.data.cache import Packed
 from nearkin.data.dataset import EvaluationSplit, Split, load_for_evaluation
 from nearkin.data.images import Files
 from nearkin.data.look import Ranks
@@ -46,7 +47,7 @@ PACKAGES = ("nearkin", "torch", "timm", "torchvision", "pillow")  # what turns f
 def cache_key(run: Path, split: Split, images: str, tta: str, device: torch.device) -> str:
     """SHA-256 of everything that the probabilities depend on: model, transform, views, images, versions, device.
 
-    images: `fingerprint` of the split.
+    images: `images_digest` of the split.
     """
     digest = hashlib.sha256()
     for file in (WEIGHTS, DESCRIPTION):
@@ -57,18 +58,18 @@ def cache_key(run: Path, split: Split, images: str, tta: str, device: torch.devi
     return digest.hexdigest()
 
 
-def fingerprint(split: Split) -> str:
+def images_digest(split: Split) -> str:
     """SHA-256 of the images of a split, in order: all pixels of arrays; place, size and time of change of files, since
     two files may have one name and one size."""
     digest = hashlib.sha256()
-    images = split.images
+    images = split.images.files if isinstance(split.images, Packed) else split.images
     if isinstance(images, Files):
         digest.update(os.fsencode(os.path.realpath(images.files.root)))
     for row in range(len(split.labels)):
         parts = [images.identity(row)]
         if isinstance(images, Files):
             changed = -1
-            with suppress(OSError):
+            with suppress(OSError, ValueError):
                 changed = os.stat(images.path(row)).st_mtime_ns  # noqa: PTH116 - called once per image
             parts.append(b"%d" % changed)
         for part in parts:  # with their lengths, so that no two lists look alike
@@ -157,7 +158,7 @@ class Member(NamedTuple):
 class EnsemblePredictions(NamedTuple):
     """Predictions of the ensemble and of each member for one split.
 
-    images: `fingerprint` of the split. cached: for each member, whether its probabilities came from a file.
+    images: `images_digest` of the split. cached: for each member, whether its probabilities came from a file.
     notes: sentences for a person.
     """
 
@@ -231,6 +232,11 @@ class Ensemble:
             first, images, whole, members, cached, (*notes, *chain.from_iterable(more_notes))
         )
 
+    def probabilities(self, split: str) -> tuple[Split, Iterator[Probabilities]]:
+        """The first member's own images of `split` and their probabilities, batch by batch. Raises DataError."""
+        (found, _, _), images = self._load(self.members[0], None, split)
+        return found, self._source(self.members[0], found, images)[0]
+
     def _combined(
         self, sources: Sequence[Iterator[Probabilities]], weights: Sequence[float] | None
     ) -> tuple[Predictions, tuple[Predictions, ...]]:
@@ -262,7 +268,7 @@ class Ensemble:
     def _load(
         self, member: Member, data: Listing | None, split: str | None
     ) -> tuple[EvaluationSplit, str]:
-        """The split for a member and its `fingerprint`, read once for all members that need the same."""
+        """The split for a member and its `images_digest`, read once for all members that need the same."""
         own = ("val_split", "split_seed", "seed", "images_per_class") if data is None else ()
         options = member.config.model_dump(include={"bad_images", *own}) | {
             "channels": member.bundle.description.spec.channels,
@@ -275,7 +281,7 @@ class Ensemble:
             collect = self.runtime.collect
             ranks = Ranks.on_node(self.runtime.rank, launched().per_node, collect)
             found = load_for_evaluation(source, classes=self.classes, ranks=ranks, **options)
-            self._loaded[key] = found, fingerprint(found.split)
+            self._loaded[key] = found, images_digest(found.split)
         return self._loaded[key]
 
     def _source(

@@ -76,6 +76,21 @@ class Evaluator:
         found = ((outputs.embedding.float(), index) for outputs, _, index in batches)
         return gathered(self._runtime, found)[0]
 
+    def embeddings_and_probabilities(
+        self, network: Network, split: Split, rows: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """The embeddings `[R, e]` and class probabilities `[R, C]` of R `rows` (rising), on every process.
+
+        Raises ModelError for a network without a classifier.
+        """
+        mine = rows[self._runtime.rank :: self._runtime.world_size]
+        found = (
+            (outputs.embedding.float(), _probabilities(outputs, labels, index)[0], index)
+            for outputs, labels, index in self._outputs(network, split, mine)
+        )
+        embeddings, probabilities, _ = gathered(self._runtime, found)
+        return embeddings, probabilities
+
     def features(self, network: Network, split: Split) -> Tensor:
         """The backbone's features `[N, 2, d]` of each image and of its mirror image, on every process."""
         batches = self._outputs(network, split, self.share(split), "flip")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,9 +12,9 @@ from torch import Tensor
 
 from nearkin.data.cache import Packed
 from nearkin.data.dataset import Split
-from nearkin.data.images import Files
 from nearkin.distributed import Runtime
 from nearkin.errors import DataError, ModelError
+from nearkin.evaluation.ensemble import images_digest
 from nearkin.evaluation.evaluator import Evaluator
 from nearkin.files import SaveFailed, cache_folder, write_atomic
 from nearkin.network import Network, read_safetensors
@@ -30,7 +29,7 @@ def frozen_features(
     """The features `[N, 2, d]` of every image of `split` and of its mirror image, float32, on every process.
 
     Kept under a key of everything that they depend on: `architecture` (what the backbone was built from, as text),
-    its weights, the evaluation transform, and names, sizes and times of the files. A file that is damaged or cannot be
+    its weights, the evaluation transform, and the images (`images_digest`). A file that is damaged or cannot be
     written only costs the computation.
     """
     path = _path(evaluator, network, split, architecture) if runtime.is_main else None
@@ -56,16 +55,9 @@ def _path(evaluator: Evaluator, network: Network, split: Split, architecture: st
         if name.startswith(("backbone.", "mean", "std")):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    images = split.images
-    if isinstance(images, Packed):
-        digest.update(images.pack.sizes.tobytes())  # these pixels are shrunk
-    files = images.files if isinstance(images, Packed) else images
-    for row in range(len(split.labels)):
-        digest.update(files.identity(row))
-        if isinstance(files, Files):
-            with suppress(OSError, ValueError):
-                status = os.stat(files.path(row))  # noqa: PTH116 - called once per image
-                digest.update(b"%d" % status.st_mtime_ns)
+    if isinstance(split.images, Packed):
+        digest.update(split.images.pack.sizes.tobytes())  # these pixels are shrunk
+    digest.update(images_digest(split).encode())
     return folder / f"features-{digest.hexdigest()[:16]}.safetensors"
 
 

@@ -41,7 +41,8 @@ class ModelSpec(BaseModel):
 
 
 class Description(BaseModel):
-    """`model.json`. metrics: totals of the final evaluation; tables are in files beside it."""
+    """`model.json`. metrics: totals of the final evaluation; tables are in files beside it. temperature: divides the
+    logits of probabilities that are shown as such (see `evaluation.calibration`); None where it is not known."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -51,6 +52,7 @@ class Description(BaseModel):
     transform: EvalSpec
     heads: tuple[str, ...]
     metrics: dict[str, Any] = {}
+    temperature: float | None = Field(default=None, gt=0)
 
 
 class Built(NamedTuple):

@@ -13,6 +13,7 @@ Weights = Literal["equal", "validation"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
 DESCRIPTION = "model.json"
+EVIDENCE = "kin.safetensors"
 
 
 def check_choice(option: str, value: object, choices: Any) -> None:
@@ -21,6 +22,14 @@ def check_choice(option: str, value: object, choices: Any) -> None:
     if value not in known:
         raise ConfigError(
             f"--{option} {printable(str(value))} is none of {', '.join(known)}.{nearest(str(value), known)}"
+        )
+
+
+def check_share(option: str, value: float | None) -> None:
+    """Raises ConfigError unless `value` is None or between 0 and 1, both excluded."""
+    if value is not None and not 0 < value < 1:
+        raise ConfigError(
+            f"--{option} {value:g} is not between 0 and 1; give a share such as 0.05."
         )
 
 

@@ -1,66 +1,117 @@
-"""`nearkin.predict`: the class of each image file."""
+"""`nearkin.load` and `nearkin.predict`: a trained model on image files. Imports torch only to compute."""
 
 from __future__ import annotations
 
+import glob
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nearkin.data.sources.folders import find_images
-from nearkin.errors import DataError, printable
-from nearkin.evaluation.options import Device, Tta, check_choice, check_run
+from nearkin.data.sources.folders import find_images, image_suffixes
+from nearkin.errors import ConfigError, DataError, ModelError, counted, printable
+from nearkin.evaluation.options import (
+    EVIDENCE,
+    Device,
+    Tta,
+    check_choice,
+    check_run,
+    check_share,
+)
 from nearkin.evaluation.results import Prediction
 
 if TYPE_CHECKING:
-    import torch
+    from nearkin.evaluation.classifier import Classifier
 
-    from nearkin.evaluation.model import Bundle
+
+def load(
+    run: str | Path,
+    *,
+    kin: int = 3,
+    reject: float | None = None,
+    sets: float | None = None,
+    tta: Tta = "none",
+    device: Device = "auto",
+) -> Classifier:
+    """The classifier of a run folder, or of any folder with its model.json and model.safetensors.
+
+    kin: nearest training images to name. reject: label images `unknown` that are farther from their kin than the share
+    1 - reject of the validation images. sets: confidence of prediction sets. tta: views, as in `evaluate`.
+    Evidence needs kin.safetensors, which every training writes; `Classifier.notes` says what is missing.
+
+    Raises ModelError when `run` has no finished model, or `reject` or `sets` are given and kin.safetensors or
+    validation images are missing; ConfigError for an option out of range.
+    """
+    check_arguments(run, tta, device, kin=kin, reject=reject, sets=sets)
+    from nearkin.evaluation.classifier import load_classifier
+
+    return load_classifier(Path(run), kin=kin, reject=reject, sets=sets, tta=tta, device=device)
 
 
 def predict(
     run: str | Path,
     paths: str | Path | Iterable[str | Path],
     *,
+    kin: int = 3,
+    reject: float | None = None,
+    sets: float | None = None,
     tta: Tta = "none",
     device: Device = "auto",
 ) -> Iterator[Prediction]:
-    """The class of each image file: of one path or many; folders are searched with the rules of `train`.
+    """The class of each image file and the evidence for it: of one path or many.
 
-    A file that cannot be read gives a Prediction with `error`. tta, precision: as in `evaluate`.
+    Folders are searched with the rules of `train`; a path that does not exist may be a pattern such as `new/*.jpg`.
+    A file that cannot be read gives a Prediction with `error`. Other options: as in `load`; precision: as in
+    `evaluate`.
 
-    Raises ModelError when `run` has no finished model, DataError when a path does not exist or holds no images,
-    ConfigError for an unknown `tta` or `device`: at once, before the first Prediction.
+    Raises as `load`, and DataError when a path does not exist or holds no images: before the first Prediction.
     """
-    check_arguments(run, tta, device)
+    check_arguments(run, tta, device, kin=kin, reject=reject, sets=sets)
     files, _ = find_files(paths)
-    import torch
-
-    from nearkin.distributed import choose_device
-    from nearkin.evaluation.ensemble import BATCH
-    from nearkin.evaluation.model import load_bundle
-    from nearkin.evaluation.tta import COUNTS
-
-    chosen = torch.device(choose_device(device))
-    bundle = load_bundle(Path(run), chosen)
-    size = BATCH // COUNTS[tta]
-    parts = (files[start : start + size] for start in range(0, len(files), size))
-    return (one for part in parts for one in _predictions(bundle, part, tta, chosen))
+    model = load(run, kin=kin, reject=reject, sets=sets, tta=tta, device=device)
+    return chain.from_iterable(model.batches(files))
 
 
-def check_arguments(run: str | Path, tta: str, device: str) -> None:
-    """Raises what `predict` raises for these arguments."""
+def check_arguments(
+    run: str | Path,
+    tta: str,
+    device: str,
+    *,
+    kin: int = 0,
+    reject: float | None = None,
+    sets: float | None = None,
+    explain: bool = False,
+) -> None:
+    """Raises what `load` raises for these arguments, as far as it is known without torch."""
     check_choice("tta", tta, Tta)
     check_choice("device", device, Device)
+    check_share("reject", reject)
+    check_share("sets", sets)
+    if kin < 0:
+        raise ConfigError(f"--kin {kin} is not possible; give a number from 0.")
+    needs = {"reject": reject, "sets": sets, "explain": explain or None}
+    given = [name for name, value in needs.items() if value is not None]
+    if tta != "none" and (reject or sets):
+        raise ConfigError(
+            f"--{given[0]} compares with validation images of one view; leave --tta {tta} out."
+        )
     check_run(Path(run))
+    if given and not (Path(run) / EVIDENCE).is_file():
+        raise ModelError(
+            f"--{given[0]} needs {EVIDENCE}, which {printable(str(run))} does not have (it was imported, or trained by "
+            "an earlier version); train it anew."
+        )
 
 
 def find_files(paths: str | Path | Iterable[str | Path]) -> tuple[list[str], list[str]]:
     """The image files among `paths` and in folders among them, in order, and what the folders hold besides.
 
-    A path to a file is taken whatever its name.
+    A path to a file is taken whatever its name. A path that does not exist may be a pattern (`*`, `?`, `[...]`, and
+    `**` for folders at any depth): it stands for the images that match and those in folders that match, sorted, each
+    once.
 
-    Raises DataError when a path does not exist or a folder holds no images.
+    Raises DataError when a path does not exist or a folder or pattern holds no images.
     """
     files: list[str] = []
     notes: list[str] = []
@@ -71,42 +122,29 @@ def find_files(paths: str | Path | Iterable[str | Path]) -> tuple[list[str], lis
             notes += [f"{printable(str(path))}: {note}" for note in found.notes]
         elif os.path.lexists(path):
             files.append(str(path))
+        elif glob.has_magic(str(path)):
+            files += _matching(str(path), notes)
         else:
             raise DataError(f"{printable(str(path))} does not exist; give image files or folders.")
     return files, notes
 
 
-def _predictions(
-    bundle: Bundle, files: Sequence[str], tta: Tta, device: torch.device
-) -> Iterator[Prediction]:
-    """The predictions for one batch of files, in their order."""
-    import torch
-
-    from nearkin.data.decode import BadImage, read_image
-    from nearkin.evaluation.evaluator import mean_probabilities
-    from nearkin.evaluation.metrics import ranked
-    from nearkin.evaluation.tta import tta_views
-
-    views = tta_views(tta, bundle.description.transform)
-    images: dict[str, tuple[torch.Tensor, ...]] = {}
-    errors: dict[str, str] = {}
-    for file in files:
-        try:
-            images[file] = views(read_image(file, channels=bundle.description.spec.channels))
-        except BadImage as error:
-            errors[file] = error.reason
-    rows: dict[str, tuple[list[int], list[float]]] = {}
-    if images:
-        batch = torch.stack([view for same in zip(*images.values(), strict=True) for view in same])
-        with torch.inference_mode():
-            logits = bundle.network(batch.to(device)).logits
-            columns = ranked(mean_probabilities(logits, len(images)))
-        rows = dict(zip(images, zip(*(c.tolist() for c in columns), strict=True), strict=True))
-    for file in files:
-        if file in errors:
-            yield Prediction(file, None, None, (), errors[file])
+def _matching(pattern: str, notes: list[str]) -> list[str]:
+    files: dict[str, None] = {}
+    others = 0
+    for path in sorted(glob.glob(pattern, recursive=True), key=os.fsencode):  # noqa: PTH207
+        if os.path.isdir(path):  # noqa: PTH112
+            try:
+                files |= dict.fromkeys(find_images(path).files)
+            except DataError as error:
+                notes.append(str(error))
+        elif os.path.splitext(path)[1].lower() in image_suffixes():  # noqa: PTH122
+            files[path] = None
         else:
-            classes, probabilities = rows[file]
-            names = (bundle.classes[one] for one in classes)
-            top5 = tuple(zip(names, probabilities, strict=True))
-            yield Prediction(file, *top5[0], top5)
+            others += 1
+    if not files:
+        raise DataError(f"The pattern {printable(pattern)} matches no image.")
+    if others:
+        words = "file that is no image is", "files that are no images are"
+        notes.append(f"{printable(pattern)}: {counted(others, *words)} left out")
+    return list(files)

@@ -74,11 +74,15 @@ class Metrics:
         }
 
 
-def wilson(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's interval of a share of n independent trials, by default of 95 % confidence (Wilson 1927).
+NORMAL_95 = 1.959964  # the quantile of the normal distribution for 95 % confidence
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """Wilson's interval of a share of n independent trials, of 95 % confidence (Wilson 1927).
 
     (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n).
     """
+    z = NORMAL_95
     centre, spread = share + z * z / (2 * n), share * (1 - share) / n + (z / (2 * n)) ** 2
     half, scale = z * math.sqrt(spread), 1 + z * z / n
     return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
@@ -126,11 +130,29 @@ class Evaluation(Metrics):
         }
 
 
+class KinImage(NamedTuple):
+    """A training image near to an image. path: relative to the run's DATA, as in `predictions.csv`. label: its class.
+    similarity: the cosine of the two embeddings, in [-1, 1]."""
+
+    path: str
+    label: str
+    similarity: float
+
+
+UNKNOWN = "unknown"
+
+
 @dataclass(frozen=True)
 class Prediction:
-    """The class of one image file: name and probability, and up to five (class, probability), most probable first.
+    """The class of one image, and the evidence for it.
 
-    error: why the file could not be read; then `label` and `probability` are None and `top5` is empty.
+    path: as it was given; of an image without a file `image N`, its place among those given. label: the class, or
+    `unknown` where the image was rejected. probability: of `guess`, in [0, 1], calibrated on validation where the run
+    has a temperature. top5: up to five (class, probability), most probable first. error: why the image could not be
+    read; then there is nothing else.
+    unlike: the share of the validation images that are nearer to their kin than this one, in [0, 1]; None where it is
+    not known. kin: the nearest training images, nearest first. guess: the most probable class, also of a rejected
+    image. set: classes, most probable first, that hold the right one with the confidence asked for; None unless asked.
     """
 
     path: str
@@ -138,6 +160,10 @@ class Prediction:
     probability: float | None
     top5: tuple[tuple[str, float], ...]
     error: str | None = None
+    unlike: float | None = None
+    kin: tuple[KinImage, ...] = ()
+    guess: str | None = None
+    set: tuple[str, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -147,6 +173,13 @@ class Prediction:
             "probability": self.probability,
             "top5": [{"class": name, "probability": value} for name, value in self.top5],
             "error": self.error,
+            "unlike": self.unlike,
+            "kin": [
+                {"path": one.path, "class": one.label, "similarity": one.similarity}
+                for one in self.kin
+            ],
+            "guess": self.guess,
+            "set": None if self.set is None else list(self.set),
         }
 
 

@@ -44,7 +44,7 @@ class Memory(NamedTuple):
     probabilities: Float[Tensor, "c k"]
 
 
-class Attention(NamedTuple):
+class BankTerms(NamedTuple):
     """neighbours: the losses of `neighbour_nll`. target: `[N, C]`, the result of `neighbour_target`."""
 
     neighbours: PerAnchor
@@ -62,7 +62,7 @@ def bank_attention(
     query_temperature: float,
     key_temperature: float,
     topk: int,
-) -> Attention:
+) -> BankTerms:
     """`neighbour_nll` of query and `neighbour_target` of key; empty slots and an anchor's own copies are masked.
 
     query, key: `[N, d]` unit rows; only query gets a gradient, which cannot be differentiated again. labels: `[N]`
@@ -81,7 +81,7 @@ def bank_attention(
         for rows in (slice(i, i + ANCHORS) for i in range(0, len(query), ANCHORS))
     ]
     value, valid, target = (torch.cat(column) for column in zip(*parts, strict=True))
-    return Attention(PerAnchor(value, valid), target)
+    return BankTerms(PerAnchor(value, valid), target)
 
 
 class _Attention(torch.autograd.Function):

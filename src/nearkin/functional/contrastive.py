@@ -177,7 +177,7 @@ def sigsup(
     Raises ValueError when normalise or the shape of labels is wrong.
     Source: SigLIP (arXiv 2303.15343), algorithm 1, which sums over all pairs and divides by the batch size, with one
     positive per anchor: there m_i is 1 as well. With labels: arXiv 2512.17954, whose term on style distances is left
-    out. Our choices: m_i for several positives, soft labels, and no pair of a sample with itself, which images and
+    out. From neither: m_i for several positives, soft labels, and no pair of a sample with itself, which images and
     texts do not have.
     """
     if normalise not in ("positives", "none"):

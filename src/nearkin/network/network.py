@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from nearkin.errors import ModelError, printable
 from nearkin.network.cpu import avoid_slow_attention, fill_strides
-from nearkin.network.heads import Head
+from nearkin.network.heads import Head, Slot
 from nearkin.network.keyed_dropout import RandomKey, key_randomness
 from nearkin.network.layers import blocks_below_heads
 from nearkin.types import Outputs
@@ -62,6 +62,16 @@ class Network(nn.Module):
     def classifies(self) -> bool:
         """Whether an active head writes class logits."""
         return any(self._slots[name][1] == "logits" for name in self.active)
+
+    def chain(self, writes: Slot) -> tuple[str, ...]:
+        """The active heads that the field `writes` depends on, in the order in which they run."""
+        found: list[str] = []
+        for name in reversed(self.active):
+            reads, written = self._slots[name]
+            if written == writes:
+                found.insert(0, name)
+                writes = reads
+        return tuple(found)
 
     def activate(self, heads: tuple[str, ...], freeze_backbone: bool) -> None:
         """Run and train these heads, in this order.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nearkin.errors import ModelError, printable
+from nearkin.errors import ModelError, listed, printable
 from nearkin.network.backbone import first_convolutions
 from nearkin.network.network import Network
 from nearkin.network.tensor_files import read_file, shown, without_prefix
@@ -140,11 +140,8 @@ def _fits(given: Tensor, own: Tensor) -> bool:
     return given.shape == own.shape and given.is_floating_point() == own.is_floating_point()
 
 
-def _listed(what: str, names: tuple[str, ...] | list[str], most: int = 4) -> str:
-    if not names:
-        return ""
-    more = f", and {len(names) - most} more" if len(names) > most else ""
-    return f"{len(names)} {what} ({', '.join(printable(n) for n in names[:most])}{more})"
+def _listed(what: str, names: Sequence[str]) -> str:
+    return f"{len(names)} {what} ({listed(names)})" if names else ""
 
 
 def _shape(tensor: Tensor) -> str:

@@ -105,7 +105,7 @@ class AttractRepulse(Objective, name="attract-repulse"):
         )
         heads = ("projection", "classifier")
         return (
-            Stage("contrast", share, heads, views=2, teacher=keys, coupled=in_batch),
+            Stage("contrast", share, heads, views=2, teacher=keys, coupled=in_batch, pairs="crops"),
             Stage(
                 "mean-teacher",
                 1 - share,

@@ -20,6 +20,9 @@ from nearkin.types import Batch, Facts, Loss, Outputs, Progress
 
 Start = Literal["fresh", "continue", "best"]
 Attach = Literal["auto", "features", "projection"]
+Pairs = Literal["none", "class", "crops", "bank"]
+USUAL_TEMPERATURE = 0.1  # of objectives without one
+SHOWN_NEIGHBOURS = 50
 
 
 class Stage(NamedTuple):
@@ -34,6 +37,8 @@ class Stage(NamedTuple):
     another image of its class in the batch. freeze_backbone: the backbone gets no gradient and runs in eval mode.
     lr: the stage's peak learning rate as a share of the run's.
     final: whether student or teacher is evaluated and saved.
+    pairs: the positives of a crop: every other crop of its class in the batch, other crops of the same image, or other
+    images of its class in a bank. within: they are in the same block of so many images; None: in the whole batch.
     """
 
     name: str
@@ -47,11 +52,20 @@ class Stage(NamedTuple):
     freeze_backbone: bool = False
     lr: float = 1.0
     final: Literal["student", "teacher"] = "student"
+    pairs: Pairs = "none"
+    within: int | None = None
 
     @property
     def student_views(self) -> int:
         """How many of the views the student reads: all but a crop of the teacher's own."""
         return self.views - int(self.teacher is not None and self.teacher.crop == "own")
+
+
+class Attention(NamedTuple):
+    """Weights of the `neighbours` nearest images: the softmax of their cosines / `temperature`."""
+
+    temperature: float
+    neighbours: int
 
 
 class Objective(nn.Module):
@@ -116,6 +130,10 @@ class Objective(nn.Module):
         self.config = (config or self.Config()).fill(smoothing=smoothing).resolve(facts)
         self.register_buffer("class_weights", None, persistent=False)
         self.heads = self.build(dim, classes)
+
+    def attention(self) -> Attention:
+        """How the nearest training images of an image are weighted when they are shown as evidence."""
+        return Attention(getattr(self.config, "temperature", USUAL_TEMPERATURE), SHOWN_NEIGHBOURS)
 
     def weigh_classes(self, weights: Tensor | None) -> None:
         """Weigh every cross-entropy term by class. weights: `[C]`, or None for equal weights."""

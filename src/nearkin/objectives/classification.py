@@ -72,7 +72,7 @@ def preset(classes: int) -> tuple[float, float]:
 
 
 class SymmetricCE(Objective, name="sce"):
-    """Cross-entropy plus its reverse, which bears wrong labels (arXiv 1908.06112).
+    """Cross-entropy plus its reverse, which tolerates wrong labels (arXiv 1908.06112).
 
     total = alpha * CE + beta * RCE. Heads: one linear classifier on the pooled features.
     """

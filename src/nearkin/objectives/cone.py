@@ -16,6 +16,7 @@ from nearkin.functional._bank_attention import bank_attention, multiplies_bf16
 from nearkin.network import Head, projection_head, projection_sizes
 from nearkin.objectives.base import (
     Attach,
+    Attention,
     Objective,
     Stage,
     attach_option,
@@ -117,6 +118,10 @@ class CoNe(Objective, name="cone"):
             "classifier": Head(nn.Linear(width, classes), reads=reads, writes="logits"),
         }
 
+    def attention(self) -> Attention:
+        """That of the neighbour term."""
+        return Attention(self.config.neighbour_temperature, self.config.topk)
+
     def stages(self) -> tuple[Stage, ...]:
         policy = TeacherPolicy(
             schedule=self.config.teacher_schedule,
@@ -126,9 +131,8 @@ class CoNe(Objective, name="cone"):
             crop=self.config.teacher_crop,
         )
         views = 2 if policy.crop == "own" else 1
-        return (
-            Stage("neighbours", 1.0, ("projection", "classifier"), views=views, teacher=policy),
-        )
+        heads = ("projection", "classifier")
+        return (Stage("neighbours", 1.0, heads, views=views, teacher=policy, pairs="bank"),)
 
     def forward(
         self, batch: Batch, student: Outputs, teacher: Outputs | None, progress: Progress

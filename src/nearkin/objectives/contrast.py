@@ -92,6 +92,7 @@ class Contrastive(Objective):
             views=views,
             coupled=True,
             positives=views == 1,
+            pairs="class",
         )
         linear = Stage("linear", 1 - share, ("classifier",), freeze_backbone=True)
         return (contrast,) if joint else (contrast, linear)

@@ -75,7 +75,8 @@ class GPaCo(Objective, name="gpaco"):
         policy = TeacherPolicy(horizon=self.config.teacher_horizon, crop=crop)
         views = 2 if crop == "own" else 1
         heads = ("projection", "classifier")
-        return (Stage("joint", 1.0, heads, views=views, teacher=policy, coupled=True),)
+        stage = Stage("joint", 1.0, heads, views=views, teacher=policy, coupled=True, pairs="class")
+        return (stage,)
 
     def forward(
         self, batch: Batch, student: Outputs, teacher: Outputs | None, progress: Progress

@@ -37,7 +37,8 @@ class OrthogonalProjection(Objective, name="opl"):
     config: Config
 
     def stages(self) -> tuple[Stage, ...]:
-        return (Stage("joint", 1.0, ("classifier",), views=self.config.views, coupled=True),)
+        views = self.config.views
+        return (Stage("joint", 1.0, ("classifier",), views=views, coupled=True, pairs="class"),)
 
     def forward(
         self, batch: Batch, student: Outputs, teacher: Outputs | None, progress: Progress
@@ -68,9 +69,8 @@ class Triplet(Objective, name="triplet"):
 
     def stages(self) -> tuple[Stage, ...]:
         views = self.config.views
-        return (
-            Stage("joint", 1.0, ("classifier",), views=views, coupled=True, positives=views == 1),
-        )
+        stage = Stage("joint", 1.0, ("classifier",), views=views, coupled=True, pairs="class")
+        return (stage._replace(positives=views == 1),)
 
     def forward(
         self, batch: Batch, student: Outputs, teacher: Outputs | None, progress: Progress

@@ -64,7 +64,8 @@ class SCHaNe(Objective, name="schane"):
     def stages(self) -> tuple[Stage, ...]:
         views = self.config.views
         heads = ("projection", "classifier")
-        return (Stage("joint", 1.0, heads, views=views, coupled=True, positives=views == 1),)
+        stage = Stage("joint", 1.0, heads, views=views, coupled=True, positives=views == 1)
+        return (stage._replace(pairs="class", within=self.config.within),)
 
     def forward(
         self, batch: Batch, student: Outputs, teacher: Outputs | None, progress: Progress

@@ -1,1 +1,1 @@
-"""Pages for people: one HTML file without scripts, with pictures drawn as SVG. Takes plain values only."""
+"""Pages for people: each one HTML file that needs nothing else, with pictures drawn as SVG. Takes plain values only."""

@@ -18,6 +18,7 @@ from nearkin.process import exit_if_importing_main
 from nearkin.settings import Settings
 from nearkin.training import run_folder
 from nearkin.training.console import say
+from nearkin.training.loggers import check_installed
 from nearkin.types import Result
 
 if TYPE_CHECKING:
@@ -37,13 +38,14 @@ def train(
     objective_options: Mapping[str, Any] | None = None,
     resume: str | Path | None = None,
     quiet: bool = True,
+    report: bool = True,
     **options: Unpack[TrainOptions],
 ) -> Result:
     """Train an image classifier; returns its run folder and test accuracy.
 
     data: a built-in name, a folder of class folders, or a CSV/parquet table; default `digits`. objective: default
     `cone`, from pretrained weights `supcon`. options: as on the command line, with underscores for hyphens. quiet:
-    nothing on stderr.
+    nothing on stderr. report: write report.html, a page to look at, into the run folder.
     resume: a run folder to continue with its own settings; then `data` is where the same images are now.
     Raises the errors of `nearkin.errors`, whose `code` is the exit code of the command line.
     """
@@ -51,11 +53,11 @@ def train(
     named = {"data": None if data is None else str(data), "objective": objective}
     values = {name: value for name, value in named.items() if value is not None} | own | options
     if resume is not None:
-        return continue_run(Path(resume), values, quiet=quiet)
-    return start_run(values, quiet=quiet)
+        return continue_run(Path(resume), values, quiet=quiet, report=report)
+    return start_run(values, quiet=quiet, report=report)
 
 
-def start_run(values: Mapping[str, Any], *, quiet: bool) -> Result:
+def start_run(values: Mapping[str, Any], *, quiet: bool, report: bool = True) -> Result:
     """A new run from flat options. Raises ConfigError, DataError, ModelError, DivergedError or Stopped."""
     started = time.monotonic()
     exit_if_importing_main()
@@ -73,10 +75,13 @@ def start_run(values: Mapping[str, Any], *, quiet: bool) -> Result:
             path = Path(str(runtime.share(folder))) / run_folder.BAD_FILES
             raise type(error)(f"{error} All are listed in {path}.", error.bad) from None
         folder = _create_folder(prepared, config, runtime)
-        return Trainer(prepared, runtime.at(prepared.settings.precision), folder, quiet=quiet).run()
+        runtime = runtime.at(prepared.settings.precision)
+        return Trainer(prepared, runtime, folder, quiet=quiet, report=report).run()
 
 
-def continue_run(run: Path, values: Mapping[str, Any], *, quiet: bool) -> Result:
+def continue_run(
+    run: Path, values: Mapping[str, Any], *, quiet: bool, report: bool = True
+) -> Result:
     """Continue at the newest checkpoint of `run`.
 
     values: the options of the run once more, or new values of those in FREE_ON_RESUME; `data` is where the same images
@@ -108,7 +113,7 @@ def continue_run(run: Path, values: Mapping[str, Any], *, quiet: bool) -> Result
         run_folder.check_identity(run, prepared.identity, settings.data)
         if runtime.is_main and settings.data != stored.data:
             run_folder.write_settings(run, stored.model_copy(update={"data": settings.data}))
-        return Trainer(prepared, runtime, run, quiet=quiet).run()
+        return Trainer(prepared, runtime, run, quiet=quiet, report=report).run()
 
 
 def _finished(run: Path, quiet: bool) -> Result:
@@ -130,6 +135,7 @@ def resolved(values: Mapping[str, Any]) -> Settings:
 def checked_options(values: Mapping[str, Any]) -> tuple[RunConfig, Listing | None]:
     """The options and what DATA holds, after every check that needs no torch: values, run folder, objective, DATA."""
     config: RunConfig = validate(RunConfig, values)
+    check_installed(config.log)
     run_folder.check_free(config.out)
     if config.objective == "auto" and config.options:  # options of an objective choose it
         config = config.model_copy(update={"objective": SCRATCH_OBJECTIVE})
@@ -168,6 +174,7 @@ def _with_changes(stored: Settings, run: Path, values: Mapping[str, Any]) -> Set
 
     values = {k: v for k, v in values.items() if (k, v) != ("objective", "auto")}
     given: RunConfig = validate(RunConfig, merge(stored.flat(), values))
+    check_installed(given.log)
     check_objective(given.objective, given.options)
     options = validated_options(given).model_dump(mode="json")
     new = given.model_copy(update={"options": options}).flat()

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from nearkin.data.dataset import Split
 from nearkin.data.loader import PATIENCE, train_loader
-from nearkin.data.sampling import Draw, TrainOrder, drawing
-from nearkin.data.transforms import TrainSpec, train_transform
+from nearkin.data.sampling import Draw, SampleKey, TrainOrder, drawing
+from nearkin.data.transforms import Pipeline, TrainSpec, train_transform
 from nearkin.distributed import Runtime
 from nearkin.settings import Settings
 from nearkin.types import Batch
@@ -26,6 +26,20 @@ def draw_of(settings: Settings, labels: NDArray[np.int64]) -> Draw:
         per_class=settings.per_class,
         repeats=settings.repeats,
     )
+
+
+def transform_of(settings: Settings) -> Pipeline:
+    """The augmentation of training images."""
+    return train_transform(TrainSpec.model_validate(settings, from_attributes=True))
+
+
+def first_keys(settings: Settings, split: Split) -> list[SampleKey]:
+    """The draws of the first global batch, in the order of all processes."""
+    size, draw = settings.batch_size, draw_of(settings, split.labels)
+    order = TrainOrder(
+        len(split.labels), seed=settings.seed, batch_size=size, first=0, last=1, draw=draw
+    )
+    return next(iter(order))
 
 
 def train_batches(
@@ -44,7 +58,7 @@ def train_batches(
     )
     return train_loader(
         split,
-        train_transform(TrainSpec.model_validate(settings, from_attributes=True)),
+        transform_of(settings),
         order,
         views=views,
         seed=settings.seed,

@@ -132,6 +132,7 @@ class Loop:
             stop = self._exchange_flags(loss, last_batch, step)
             last_batch, step, saved = batch, step + 1, False
             self.meters.add(loss)
+            self.bar.tick(step, leg.stage.name, progress.epoch)
             if step % self.settings.log_every == 0 or step == leg.last:
                 self._record_losses(progress, step)
             ended = step % self.stepper.steps_per_epoch == 0

@@ -91,11 +91,13 @@ class Journal:
     of the run. `train.log`: text with times.
 
     Training never stops because one of them cannot be written: the first failure gives one warning on stderr, the rest
-    are silent; `failures` counts them by file name. writes: False on all processes but the first.
+    are silent; `failures` counts them by file name. writes: False on all processes but the first. mirror: gets every
+    record as well.
     """
 
     def __init__(self, folder: Path, *, writes: bool = True) -> None:
         self.folder, self._writes = folder, writes
+        self.mirror: Callable[[Mapping[str, Any]], None] | None = None
         self.failures: Counter[str] = Counter()
         self._next_heartbeat = -math.inf
 
@@ -116,7 +118,10 @@ class Journal:
         and `-inf`. clock: durations and rates; the time of writing is added to them.
         """
         line = {"kind": kind, "stage": stage, "step": step, "epoch": epoch, **values}
-        self._append(METRICS, _json({**line, "clock": {"time": _now(), **(clock or {})}}))
+        line["clock"] = {"time": _now(), **(clock or {})}
+        self._append(METRICS, _json(line))
+        if self.mirror is not None:
+            self.mirror(line)
 
     def status(
         self,
@@ -157,6 +162,11 @@ class Journal:
         if path.exists():
             kept = [line + b"\n" for line, fields in _lines(path) if fields["step"] <= step]
             write_atomic(path, b"".join(kept))
+
+    def records(self) -> list[dict[str, Any]]:
+        """The records so far. Raises `ModelError`."""
+        path = self.folder / METRICS
+        return read_metrics(path) if path.exists() else []
 
     def _append(self, name: str, text: str) -> None:
         self._attempt(name, lambda: _append(self.folder / name, text.encode() + b"\n"))

@@ -76,6 +76,7 @@ class TrainOptions(TypedDict, total=False):
     autotune: bool
     compile: bool
     out: str | Path | None
+    log: str | None
     log_every: int
     save_minutes: float
     log_level: Literal["info", "warning", "error"]

@@ -86,7 +86,7 @@ def plan(
 
 
 def fix_parts(network: Network, settings: Settings) -> None:
-    """Fix what the settings say does not learn."""
+    """Freeze the blocks and the BatchNorm statistics that the settings exclude from training."""
     if settings.blocks != "all":
         network.learn_blocks(settings.blocks)
     if settings.freeze_batchnorm:
@@ -138,7 +138,7 @@ def _epoch(settings: Settings, built: Built, dataset: Dataset, runtime: Runtime)
 def _evaluation(built: Built, dataset: Dataset, evaluator: Evaluator) -> float:
     """Seconds to evaluate one image."""
     split = dataset.splits.get("val", dataset.splits["train"])
-    some = split.take(torch.arange(min(IMAGES, len(split.labels))).numpy())
+    count = min(IMAGES, len(split.labels))
     started = time.monotonic()
-    evaluator.embeddings(built.network, some, range(len(some.labels)))
-    return (time.monotonic() - started) / len(some.labels)
+    evaluator.embeddings(built.network, split, range(count))
+    return (time.monotonic() - started) / count

@@ -134,8 +134,8 @@ def _folds(features: Rows, labels: Labels) -> Iterator[Fold]:
     from sklearn.model_selection import StratifiedKFold
 
     classes = int(labels.max()) + 1
-    some = limited(labels, max(FOLDS, MOST_TO_CHOOSE // classes), seed=0)
-    features, labels = features[some], labels[some]
+    chosen = limited(labels, max(FOLDS, MOST_TO_CHOOSE // classes), seed=0)
+    features, labels = features[chosen], labels[chosen]
     folds = min(FOLDS, int(np.bincount(labels).max()))
     if folds < 2:
         return

@@ -25,6 +25,7 @@ LOCK = ".lock"
 STATUS = "status.json"
 CHECKPOINTS = "checkpoints"
 IDENTITY = "identity.json"
+REPORT = "report.html"
 PACKAGES = ("nearkin", "torch", "torchvision", "timm", "numpy", "pillow")
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,38 +14,54 @@ import torch
 
 from nearkin.data.dataset import Split
 from nearkin.distributed import Runtime
-from nearkin.errors import Stopped, counted, printable
+from nearkin.errors import Stopped, counted, first_line, printable
 from nearkin.evaluation.geometry import geometry
+from nearkin.evaluation.kin import Kin, collect, write_kin
 from nearkin.evaluation.metrics import summarise, top1_and_log_loss, write_predictions, write_tables
 from nearkin.evaluation.model import FORMAT, Description, save_bundle
+from nearkin.evaluation.report_data import Seen, gather, see
 from nearkin.network import PACKAGED, Network
 from nearkin.objectives import Stage
 from nearkin.process import stop_signals_recorded
 from nearkin.settings import Settings
+from nearkin.training import first_batch
 from nearkin.training.batches import train_batches
 from nearkin.training.checkpoint.saver import Saver, same_run
 from nearkin.training.checkpoint.snapshot import Snapshot
 from nearkin.training.checkpoint.store import Store
 from nearkin.training.console import Bar
+from nearkin.training.loggers import Loggers
 from nearkin.training.loop import Loop, legs
 from nearkin.training.metrics_log import Journal
 from nearkin.training.prepare import Prepared
 from nearkin.training.probe import refit
+from nearkin.training.report import write_report
 from nearkin.training.run_folder import CHECKPOINTS, locked
 from nearkin.training.step import Stepper
-from nearkin.types import Batch, Result
+from nearkin.types import Batch, Predictions, Result
+
+WORTH_TSNE = 60.0  # seconds of training
 
 
 class Trainer:
     """Trains in one run folder, from its newest checkpoint if there is one."""
 
-    def __init__(self, prepared: Prepared, runtime: Runtime, folder: Path, *, quiet: bool) -> None:
+    def __init__(
+        self,
+        prepared: Prepared,
+        runtime: Runtime,
+        folder: Path,
+        *,
+        quiet: bool,
+        report: bool = True,
+    ) -> None:
         self.prepared, self.runtime, self.folder = prepared, runtime, folder
         self.settings, self.dataset = prepared.settings, prepared.dataset
         self.train_split = self.dataset.splits["train"]
         self.steps_per_epoch = len(self.train_split.labels) // self.settings.batch_size
         self.journal = Journal(folder, writes=runtime.is_main)
         self.quiet = quiet or not runtime.is_main
+        self.reports, self.started = report, time.monotonic()
         self.evaluator = prepared.evaluator
         self._assemble()
 
@@ -75,7 +92,33 @@ class Trainer:
                 probed=self.settings.probe,
             )
             self.runtime.failures.callback = self._record_end
-            return self._finish(self.loop.run(snapshot))
+            if snapshot is None and self.runtime.is_main and route[-1].last > 0:
+                self._draw_first_batch(bar)
+            with self._logging(bar) as loggers:
+                result = self._finish(self.loop.run(snapshot))
+                loggers.close(result.metrics)
+            return result
+
+    def _draw_first_batch(self, bar: Bar) -> None:
+        try:
+            first_batch.draw(self.folder, self.settings, self.train_split, self.stages[0])
+        except Exception as error:  # a picture is no reason to end a run
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            bar.warn(f"The first batch cannot be drawn ({reason}); training goes on.")
+
+    @contextmanager
+    def _logging(self, bar: Bar) -> Iterator[Loggers]:
+        """The loggers of `--log`, which get the journal's records within the block."""
+        log = self.settings.log if self.runtime.is_main else None
+        loggers = Loggers(log, bar.say, bar.warn)
+        if log:
+            loggers.start(self.settings.flat(), self.folder, self.journal.records())
+            self.journal.mirror = loggers.record
+        try:
+            yield loggers
+        finally:
+            self.journal.mirror = None
+            loggers.close()
 
     def _assemble(self) -> None:
         network, objective = self.prepared.built.network, self.prepared.built.objective
@@ -138,9 +181,10 @@ class Trainer:
         if self.settings.refit:
             self._refit(network, step)
         metrics: dict[str, Any] = {}
+        looked: tuple[Predictions, Seen] | None = None
         split = self.dataset.splits.get("test", self.dataset.splits.get("val"))
         if split is not None:
-            predictions = self.evaluator.predictions(network, split)
+            looked = predictions, _ = see(self.evaluator, network, split)
             found = summarise(predictions, self.dataset.classes)
             metrics = {"split": split.name} | found.totals()
             if self.runtime.is_main:
@@ -151,7 +195,10 @@ class Trainer:
                     [split.images.name(row) for row in range(len(split.labels))],
                     self.dataset.classes,
                 )
+        objective = self.prepared.built.objective
+        kin, temperature = collect(network, objective, self.dataset, self.evaluator, self.runtime)
         if self.runtime.is_main:
+            write_kin(self.folder, kin)
             description = Description(
                 format=FORMAT,
                 nearkin=version("nearkin"),
@@ -159,11 +206,32 @@ class Trainer:
                 transform=self.evaluator.spec,
                 heads=self.stages[-1].heads,
                 metrics=metrics,
+                temperature=temperature,
             )
             save_bundle(self.folder, description, network.state_dict())
         self.loop.status("finished", step, self.settings.epochs)
         self.journal.log(f"finished at step {step}")
+        if self.reports and self.runtime.is_main:
+            self._report(looked, kin, temperature)
         return Result.of(self.folder, metrics)
+
+    def _report(
+        self, looked: tuple[Predictions, Seen] | None, kin: Kin, temperature: float | None
+    ) -> None:
+        """Write the page; what goes wrong there is a warning, since the run is finished and saved.
+
+        t-SNE takes some seconds, which only a training of a minute is worth.
+        """
+        if looked is None:
+            self.loop.bar.say("no report: there is neither a test nor a validation split")
+            return
+        with_tsne = time.monotonic() - self.started >= WORTH_TSNE
+        try:
+            data = gather(*looked, kin, self.train_split, temperature, with_tsne=with_tsne)
+            write_report(self.folder, data)
+        except Exception as error:  # nothing here may fail a finished run
+            run = printable(str(self.folder))
+            self.loop.bar.warn(f"there is no report: {first_line(error)}; try nearkin report {run}")
 
     def _refit(self, network: Network, step: int) -> None:
         """Give the classifier a logistic regression on the final features, unless validation says it is worse."""

@@ -23,6 +23,11 @@ HIDDEN = frozenset({"__MACOSX", "@eaDir", "lost+found"})
 Identity = tuple[int, int]  # device and inode of a folder
 
 
+def image_suffixes() -> frozenset[str]:
+    """The suffixes, in lower case, of the files that are taken for images."""
+    return IMAGE_SUFFIXES | (HEIF_SUFFIXES if find_spec("pillow_heif") else frozenset())
+
+
 class Harmless(str):
     """A note about what is left out of most folders: hidden files, and files that are no images."""
 
@@ -109,7 +114,7 @@ class _Walk:
 
     def __init__(self, root: str) -> None:
         self.root = root
-        self._suffixes = IMAGE_SUFFIXES | (HEIF_SUFFIXES if find_spec("pillow_heif") else set())
+        self._suffixes = image_suffixes()
         self._hidden = self._loops = self._beside = self._images_beside = 0
         self._others: Counter[str] = Counter()  # files of other kinds, by suffix
         self._broken: list[str] = []
@@ -264,7 +269,7 @@ class _Walk:
             raise _unreadable(path, error) from error
 
     def _kind(self, entry: os.DirEntry[str]) -> str:
-        """`folder`, `image`, or why the entry is left out. A pipe named x.jpg is an image: the look at it tells."""
+        """`folder`, `image`, or why the entry is left out. A pipe named x.jpg is an image; the look refuses it."""
         if entry.name.startswith(".") or entry.name in HIDDEN:
             return "hidden"
         try:

@@ -123,7 +123,7 @@ def by_bytes(names: Iterable[str]) -> list[str]:
     return sorted(names, key=os.fsencode)
 
 
-def numbered(labels: Sequence[str]) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+def class_places(labels: Sequence[str]) -> tuple[NDArray[np.int64], tuple[str, ...]]:
     """Class names, one per image, as places `[N]` among the sorted distinct names."""
     classes = tuple(by_bytes(set(labels)))
     places = {name: place for place, name in enumerate(classes)}

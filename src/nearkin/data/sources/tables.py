@@ -15,7 +15,7 @@ from nearkin.data.sources.listing import (
     FileList,
     ListedSplit,
     Listing,
-    numbered,
+    class_places,
 )
 from nearkin.errors import DataError, counted, listed, printable
 
@@ -52,7 +52,7 @@ def list_table(path: str) -> Listing:
     parts = {
         split: ListedSplit(
             FileList.pack(root, (os.fsencode(row.path) for row in found)),
-            *numbered([row.label for row in found]),
+            *class_places([row.label for row in found]),
         )
         for split, found in by_split.items()
         if found

@@ -1,0 +1,61 @@
+"""nearkin report RUN..."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nearkin.cli import show
+from nearkin.cli.arguments import Parser
+from nearkin.errors import ConfigError, printable
+from nearkin.evaluation.options import Device, check_choice, check_run
+
+USAGE = "nearkin report RUN... [--out FILE] [--data PATH] [--json]"
+ABOUT = """\
+One page about a finished run, to look at: errors, confused classes, a map, and the nearest training images of each
+image. Several runs are compared."""
+
+
+def parser() -> Parser:
+    parser = Parser(USAGE, ABOUT)
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="folders that train printed")
+    parser.add_argument("--out", metavar="FILE", help="the page [report.html in the first RUN]")
+    parser.add_argument("--data", metavar="PATH", help="where the images of RUN are now")
+    parser.add_argument("--device", metavar="NAME", help="auto, cpu, cuda or mps [auto]")
+    parser.flag("json", "one JSON object on stdout")
+    return parser
+
+
+def main(given: dict[str, Any]) -> int:
+    runs = [Path(run) for run in given.get("runs") or []]
+    if not runs:
+        raise ConfigError("Report on which run? Give the folder that train printed.")
+    check_choice("device", given.get("device", "auto"), Device)
+    out = _page(given["out"]) if "out" in given else None
+    if len(runs) > 1 and "data" in given:
+        raise ConfigError("--data is for one RUN; several are compared by what they kept.")
+    for run in runs:
+        check_run(run)  # before torch is imported
+    from nearkin.training.report import report, report_several
+
+    if len(runs) > 1:
+        page = report_several(runs, out)
+    else:
+        page = report(runs[0], given.get("data"), out, given.get("device", "auto"))
+    shown = printable(str(page))
+    show(
+        {"run": str(runs[0]), "page": str(page)},
+        f"page {shown}\n",
+        as_json=given.get("json", False),
+    )
+    return 0
+
+
+def _page(name: str) -> Path:
+    """Raises ConfigError where no page can be written."""
+    path, shown = Path(name), printable(name)
+    if path.is_dir():
+        raise ConfigError(f"--out {shown} is a folder; give the name of a file, such as page.html.")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"--out {shown}: there is no such folder; make it first.")
+    return path

@@ -1,0 +1,81 @@
+"""Conformal prediction sets: classes that hold the right one in a chosen share of all images."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nearkin.config import CONFIG_FILE, RunConfig, read_yaml, validate
+from nearkin.distributed import Runtime
+from nearkin.evaluation.calibration import scaled
+from nearkin.evaluation.ensemble import Ensemble, Member
+from nearkin.evaluation.model import Bundle
+
+
+class Sets(NamedTuple):
+    """A class belongs to the set of an image where 1 - p <= limit; the most probable one always does.
+
+    limit: infinite where there are too few validation images for the confidence, so that every class belongs.
+    """
+
+    confidence: float
+    limit: float
+
+    @classmethod
+    def calibrated(cls, scores: Tensor, confidence: float) -> Sets:
+        """From the rising `[V]` 1 - p(label) of the validation images.
+
+        A class of score s has the conformal p-value (1 + #{scores >= s}) / (V + 1) and belongs where it is at least
+        1 - confidence (Vovk et al. 2005). It falls with s, so the limit is the largest score that belongs. It is
+        found once: crepes compares every class of every image with every validation image in a loop of Python.
+        """
+        from crepes import ConformalClassifier
+
+        calibrated = ConformalClassifier().fit(scores.numpy())
+
+        def is_outside(row: int) -> bool:
+            alone = scores[row : row + 1].numpy()
+            return float(calibrated.predict_p(alone, smoothing=False)[0]) < 1 - confidence
+
+        inside = bisect_left(range(len(scores)), True, key=is_outside)
+        if inside == len(scores) and 1 / (len(scores) + 1) >= 1 - confidence:
+            return cls(confidence, float("inf"))
+        return cls(confidence, float(scores[inside - 1]) if inside else -1.0)
+
+    def members(self, probabilities: Tensor, top: Tensor) -> Tensor:
+        """Boolean `[N, C]`: which classes belong. probabilities: `[N, C]`, scaled. top: `[N]` the most probable."""
+        return (1 - probabilities <= self.limit).scatter(1, top[:, None], True)
+
+
+class Coverage(NamedTuple):
+    """share: of the images of the run's test split whose set holds their class. classes: mean size of the sets."""
+
+    share: float
+    images: int
+    classes: float
+
+
+def coverage(
+    sets: Sets, run: Path, bundle: Bundle, temperature: float, device: torch.device
+) -> Coverage:
+    """What the sets do on the run's own test split. Its probabilities are kept in the run folder, as by `evaluate`.
+
+    Raises DataError where the split is missing.
+    """
+    config: RunConfig = validate(RunConfig, read_yaml(run / CONFIG_FILE))
+    order = torch.arange(len(bundle.classes), device=device)
+    with Runtime(device=device.type, precision="fp32") as runtime:
+        member = Member(run, bundle, config, order)
+        ensemble = Ensemble([member], runtime, tta="none", workers=0, cache=True)
+        split, batches = ensemble.probabilities("test")
+        held = size = 0
+        for raw, labels, _ in batches:
+            inside = sets.members(scaled(raw, temperature), raw.argmax(1))
+            held += int(inside.gather(1, labels[:, None]).sum())
+            size += int(inside.sum())
+    images = len(split.labels)
+    return Coverage(held / images, images, size / images)

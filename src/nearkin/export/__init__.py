@@ -1,0 +1,1 @@
+"""Trained models for other programs, each checked against nearkin's own numbers."""

@@ -1,0 +1,144 @@
+"""The page of several runs: a table, paired differences from the first, and curves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from nearkin.errors import counted
+from nearkin.evaluation.results import wilson
+from nearkin.report import svg
+from nearkin.report.axes import sample, shown
+from nearkin.report.browser import plain
+from nearkin.report.page import render
+from nearkin.report.run import Facts, Picture
+from nearkin.report.words import Difference, difference
+
+MISSING = "–"  # noqa: RUF001
+
+
+class Finished(NamedTuple):
+    """A run and the totals of its evaluation, as in model.json; empty where it had no split for it."""
+
+    facts: Facts
+    metrics: Mapping[str, Any]
+
+
+def runs_page(runs: Sequence[Finished]) -> str:
+    """One HTML file without scripts. The first run is what the others are compared with."""
+    first, *others = runs
+    found = [difference(each.facts.right, first.facts.right) for each in others]
+    return render(
+        "runs.html",
+        first=first.facts.run,
+        headline=_headline(runs, found),
+        rows=[_row(first, None, 0), *map(_row, others, found, range(1, len(runs)))],
+        intervals=_intervals(first, others, found),
+        curves=_curves(runs),
+        options=_options(runs),
+        names=[each.facts.run for each in runs],
+    )
+
+
+def _verdict(found: Difference) -> str:
+    if found.low <= 0 <= found.high:
+        return "undecided"
+    return "better" if found.value > 0 else "worse"
+
+
+def _headline(runs: Sequence[Finished], found: Sequence[Difference | None]) -> list[str]:
+    first = runs[0].facts.run
+    sentences = []
+    for each, one in zip(runs[1:], found, strict=True):
+        if one is None:
+            sentences.append(f"{each.facts.run} and {first} have no evaluated image in common.")
+            continue
+        low, high = (shown(100 * end, 1, sign=True) for end in (one.low, one.high))
+        by = shown(100 * one.value, 1, sign=True)
+        verdict = _verdict(one)
+        text = "is not shown to differ from" if verdict == "undecided" else f"is {verdict} than"
+        sentences.append(
+            f"{each.facts.run} {text} {first}: {by} points (95 % interval {low} to {high})."
+        )
+    return sentences
+
+
+def _row(each: Finished, found: Difference | None, style: int) -> dict[str, Any]:
+    metrics, facts = each.metrics, each.facts
+    count = int(metrics.get("n", 0))
+    ends = wilson(metrics["top1"], count) if count else (0.0, 0.0)
+    low, high = (shown(100 * end, 1) for end in ends)
+    row = {
+        "run": facts.run,
+        "sample": sample(style),
+        "objective": str(facts.options.get("objective")),
+        "model": str(facts.options.get("model")),
+        "top1": shown(100 * metrics["top1"], 2) if count else MISSING,
+        "interval": f"{low} to {high}" if count else "",
+        "images": f"{count} {metrics['split']}" if count else MISSING,
+        "log_loss": shown(metrics["log_loss"], 3) if count else MISSING,
+        "difference": MISSING,
+        "ends": "",
+        "alone": MISSING,
+        "p": MISSING,
+    }
+    if found is None:
+        return row
+    low, high = (shown(100 * end, 2, sign=True) for end in (found.low, found.high))
+    return row | {
+        "difference": shown(100 * found.value, 2, sign=True),
+        "ends": f"{low} to {high}",
+        "alone": f"{found.better} / {found.worse}",
+        "p": "< 0.001" if found.p < 0.001 else shown(found.p, 3),
+    }
+
+
+def _intervals(
+    first: Finished, others: Sequence[Finished], found: Sequence[Difference | None]
+) -> Picture | None:
+    rows = []
+    for style, (each, one) in enumerate(zip(others, found, strict=True), start=1):
+        if one is not None:
+            value, low, high = (100 * end for end in (one.value, one.low, one.high))
+            text = f"{shown(value, 2, sign=True)} ({shown(low, 2, sign=True)} to {shown(high, 2, sign=True)})"
+            rows.append(svg.Interval(each.facts.run, value, low, high, text, style))
+    if not rows:
+        return None
+    drawn = svg.forest(
+        rows,
+        title=f"Top-1: differences from {first.facts.run}",
+        description="; ".join(f"{row.name} {row.text}" for row in rows),
+        label="higher than the first run, in points →",
+    )
+    return Picture("Top-1", drawn, "Paired: only images that one run alone recognises count.")
+
+
+def _curves(runs: Sequence[Finished]) -> Picture | None:
+    found = []
+    for style, each in enumerate(runs):
+        points = [
+            (float(line["epoch"]), 100 * float(line["value"]))
+            for line in each.facts.lines
+            if line.get("kind") == "validation" and isinstance(line.get("value"), int | float)
+        ]
+        if len(points) > 1:
+            found.append(svg.Curve(each.facts.run, [points], style))
+    if not found:
+        return None
+    drawn = svg.curves(
+        found,
+        title="Validation accuracy",
+        description=f"Curves of {counted(len(found), 'run')} over the epochs",
+        x_label="epochs",
+        y_label="accuracy in %",
+    )
+    return Picture("Validation accuracy", drawn, "Each run on its own validation images.")
+
+
+def _options(runs: Sequence[Finished]) -> list[tuple[str, list[str]]]:
+    """The options in which the runs differ, and what each has."""
+    names = sorted({name for each in runs for name in each.facts.options} - {"out"})
+    rows = [
+        (name, [plain(each.facts.options.get(name, MISSING)) for each in runs]) for name in names
+    ]
+    return [(name, values) for name, values in rows if len(set(values)) > 1]

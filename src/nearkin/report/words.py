@@ -1,0 +1,191 @@
+"""What a report says in sentences: its headline, its comparisons, and where to look first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from nearkin.errors import counted
+from nearkin.evaluation.results import wilson
+from nearkin.report.axes import shown
+from nearkin.report.browser import percent
+
+if TYPE_CHECKING:
+    from nearkin.evaluation.report_data import ReportData
+
+SURE = 0.99  # probability from which an error is worth a sentence
+Z = 1.959964
+
+
+class Tile(NamedTuple):
+    """A number with its name, and what it is compared with."""
+
+    term: str
+    value: str
+    text: str
+
+
+class First(NamedTuple):
+    """A sentence about what to look at, and the part of the page where it is."""
+
+    text: str
+    link: str
+    where: str
+
+
+class Difference(NamedTuple):
+    """Of two runs on the same images, in shares: mean and 95 % interval. better, worse: images that only this run, and
+    only the other one recognises. p: of McNemar's exact test."""
+
+    value: float
+    low: float
+    high: float
+    better: int
+    worse: int
+    images: int
+    p: float
+
+
+def difference(mine: Mapping[str, bool], other: Mapping[str, bool]) -> Difference | None:
+    """The difference on the images that both runs have; None without any.
+
+    d = (b - c) / n with b and c images that one run alone recognises. The interval is Agresti and Min's (2005): Wald's,
+    half an image added to each of the four cells. p: two-sided, of b among b + c at 1/2.
+    """
+    from scipy.special import bdtr
+
+    both = [name for name in mine if name in other]
+    if not both:
+        return None
+    better = sum(mine[name] and not other[name] for name in both)
+    worse = sum(other[name] and not mine[name] for name in both)
+    n, b, c = len(both) + 2, better + 0.5, worse + 0.5
+    middle = (b - c) / n
+    half = Z * math.sqrt(max(0.0, b + c - (b - c) ** 2 / n)) / n
+    p = min(1.0, 2 * float(bdtr(min(better, worse), better + worse, 0.5)))
+    value = (better - worse) / len(both)
+    return Difference(value, middle - half, middle + half, better, worse, len(both), p)
+
+
+def headline(data: ReportData) -> str:
+    top1, split = data.metrics.top1, data.split
+    which = {"val": "validation", "test": "test"}.get(split, split)
+    return f"{shown(100 * top1, 1)} % of the {which} images are recognised"
+
+
+def extent(data: ReportData) -> str:
+    low, high = (shown(100 * end, 1) for end in data.metrics.interval)
+    wrong = round(data.metrics.n * (1 - data.metrics.top1))
+    text = (
+        f"{counted(data.metrics.n, 'image')} of {counted(len(data.classes), 'class', 'classes')}, "
+        f"{counted(wrong, 'error')}. Other images of the same kind would give {low} to {high} % (95 % interval)."
+    )
+    if data.split == "val":
+        text += (
+            " There is no test split; these images chose the best epoch, so the number is too good."
+        )
+    return text
+
+
+def probe_tile(lines: Sequence[Mapping[str, Any]]) -> Tile | None:
+    """The validation accuracy of the probe, and of the model that was kept."""
+    found = [line for line in lines if line.get("kind") == "validation"]
+    probe = next((line for line in found if line.get("stage") == "probe"), None)
+    after = [line["top1"] for line in found if "top1" in line and line.get("stage") != "probe"]
+    if probe is None or "top1" not in probe:
+        return None
+    before = float(probe["top1"])
+    if not after:
+        return Tile(
+            "Probe of the frozen features",
+            f"{shown(100 * before, 1)} %",
+            "on validation; nothing was trained after it.",
+        )
+    best, start = max(after), f"{shown(100 * before, 1)} % (logistic regression on frozen features)"
+    if best <= before:
+        text = f"on validation: no epoch was better than {start}, the best had {shown(100 * best, 1)} %."
+        return Tile("Fine-tuning, against the probe", "nothing gained", text)
+    gain = shown(100 * (best - before), 1, sign=True)
+    text = f"on validation: from {start} to {shown(100 * best, 1)} %."
+    return Tile("Fine-tuning, against the probe", f"{gain} points", text)
+
+
+def before_tile(mine: Mapping[str, bool], run: str, other: Mapping[str, bool]) -> Tile | None:
+    """The difference from an earlier run."""
+    found = difference(mine, other)
+    if found is None:
+        return None
+    low, high = (shown(100 * end, 1, sign=True) for end in (found.low, found.high))
+    verdict = (
+        "no difference is shown"
+        if found.low <= 0 <= found.high
+        else ("better" if found.value > 0 else "worse")
+    )
+    return Tile(
+        "Against the last run on the same data",
+        f"{shown(100 * found.value, 1, sign=True)} points",
+        f"95 % interval {low} to {high}: {verdict}. {counted(found.better, 'image')} only this run recognises, "
+        f"{found.worse} only {run}.",
+    )
+
+
+def look_first(data: ReportData) -> list[First]:
+    """At most five sentences, what matters most first."""
+    found = [*_errors(data), *_mislabelled(data), *_worst_class(data), *_sure(data)]
+    if data.metrics.top1 == 1:
+        text = "There are no errors. The most uncertain images say where the next ones would be."
+        found.append(First(text, "See them", "uncertain"))
+    return found or [First("Nothing stands out.", "See the most uncertain images", "uncertain")]
+
+
+def _errors(data: ReportData) -> Iterator[First]:
+    """Which classes are confused most."""
+    errors = data.metrics.n - round(data.metrics.n * data.metrics.top1)
+    if not data.pairs:
+        return
+    pair = data.pairs[0]
+    taken = f"{pair.true} taken for {pair.predicted}"
+    if errors == 1:
+        text = f"The only error is {taken}."
+    elif pair.images == 1:
+        text = f"The {errors} errors are of {errors} kinds, such as {taken}."
+    else:
+        part = f"{pair.images} of {errors} errors"
+        whole = "All errors" if pair.images == errors else "Most errors"
+        text = f"{whole if pair.images > errors / 2 else part} are {taken}."
+    yield First(text, "See the confused classes", "confusion")
+
+
+def _mislabelled(data: ReportData) -> Iterator[First]:
+    number = data.mislabelled
+    if number:
+        text = (
+            f"{counted(number, 'training image')} of {data.trained} may have a wrong label: "
+            "nearly all of the ten nearest have one other."
+        )
+        yield First(text, "See them", "suspicious")
+
+
+def _worst_class(data: ReportData) -> Iterator[First]:
+    """The class whose recall is lowest with certainty: the upper end of its interval, if below the accuracy."""
+    known = (each for each in data.metrics.per_class if each.support)
+    worst = min(known, key=lambda each: wilson(each.recall, each.support)[1])
+    if wilson(worst.recall, worst.support)[1] < data.metrics.top1:
+        right = f"{round(worst.recall * worst.support)} of {counted(worst.support, 'image')}"
+        text = f"{worst.name} is recognised least often: {right}."
+        yield First(text, "See all classes", "classes")
+
+
+def _sure(data: ReportData) -> Iterator[First]:
+    images = data.images
+    rows = slice(images.evaluated)
+    wrong = images.predicted[rows] != images.labels[rows]
+    number = int((wrong & (images.probability[rows] >= SURE)).sum())
+    if number:
+        verb = "was" if number == 1 else "were"
+        text = (
+            f"{counted(number, 'error')} {verb} made with a probability of {percent(SURE)} or more: the label or the "
+            "model is badly wrong."
+        )
+        yield First(text, "See them", "worst")

@@ -1,0 +1,136 @@
+"""The page of a finished run, `report.html` in its folder: at the end of a training, and by `nearkin report`."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nearkin.evaluation.options import check_run
+from nearkin.files import write_atomic
+from nearkin.report.run import Before, Facts, run_page
+from nearkin.report.runs import Finished, runs_page
+from nearkin.training.metrics_log import METRICS, read_metrics
+from nearkin.training.run_folder import IDENTITY, REPORT, STATUS, stored_images, stored_settings
+
+if TYPE_CHECKING:
+    from nearkin.evaluation.report_data import ReportData
+
+FILE_OF_SEVERAL = "runs.html"
+MOST_SIBLINGS = 200  # run folders that are asked whether they had the same images
+
+
+def write_report(folder: Path, data: ReportData, out: Path | None = None) -> Path:
+    """Write the page of a finished run. Raises SaveFailed, or ModelError when files of the run are damaged."""
+    path = folder / REPORT if out is None else out
+    write_atomic(path, run_page(data, facts(folder)).encode("utf-8"))
+    return path
+
+
+def report(
+    run: Path, data: str | None = None, out: Path | None = None, device: str = "auto"
+) -> Path:
+    """Look at a finished run again, and write its page.
+
+    data: where its images are now; by default where they were. Raises ModelError when the run has no finished model or
+    no kin, DataError when its images cannot be read.
+    """
+    check_run(run)
+    from nearkin.data.dataset import load_for_evaluation
+    from nearkin.distributed import Runtime, choose_device
+    from nearkin.evaluation.ensemble import BATCH
+    from nearkin.evaluation.evaluator import Evaluator
+    from nearkin.evaluation.kin import read_kin
+    from nearkin.evaluation.model import load_bundle
+    from nearkin.evaluation.report_data import gather, see
+
+    settings = stored_settings(run)
+    with Runtime(device=choose_device(device), precision="fp32") as runtime:
+        bundle = load_bundle(run, runtime.device)
+        kin = read_kin(run, len(bundle.classes))
+        own = settings.model_dump(
+            include={"val_split", "split_seed", "seed", "images_per_class", "bad_images"}
+        )
+        options: dict[str, Any] = own | {
+            "classes": bundle.classes,
+            "channels": bundle.description.spec.channels,
+        }
+        source = settings.data if data is None else data
+        train = load_for_evaluation(source, split="train", **options).split
+        split = load_for_evaluation(source, **options).split
+        evaluator = Evaluator(runtime, bundle.description.transform, batch_size=BATCH, workers=0)
+        predictions, seen = see(evaluator, bundle.network, split)
+        found = gather(predictions, seen, kin, train, bundle.description.temperature)
+        return write_report(run, found, out)
+
+
+def report_several(runs: Sequence[Path], out: Path | None = None) -> Path:
+    """Write a page that compares finished runs with the first of them, by default `runs.html` in its folder. Raises
+    ModelError when a run has no finished model."""
+    for run in runs:
+        check_run(run)
+    from nearkin.evaluation.model import read_description
+
+    found = [Finished(facts(run), read_description(run).metrics) for run in runs]
+    path = runs[0] / FILE_OF_SEVERAL if out is None else out
+    write_atomic(path, runs_page(found).encode("utf-8"))
+    return path
+
+
+def facts(folder: Path) -> Facts:
+    """What the files of a run say about its training. Raises ModelError when one is damaged."""
+    lines = read_metrics(folder / METRICS) if (folder / METRICS).is_file() else []
+    return Facts(
+        run=str(folder),
+        lines=tuple(lines),
+        right=right(folder),
+        options=stored_settings(folder).flat(),
+        environment=_json(folder / "environment.json"),
+        before=last_run(folder),
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON object, empty where the file is missing or damaged: the page can do without."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def last_run(folder: Path) -> Before | None:
+    """The run beside `folder` that was finished last before it, of the same images; None where there is none."""
+    images = stored_images(folder)
+    if images is None:
+        return None
+    now = str(_json(folder / STATUS).get("updated", "")) or "9"
+    found: list[tuple[str, Path]] = []
+    for other in sorted(folder.resolve().parent.glob(f"*/{IDENTITY}"))[:MOST_SIBLINGS]:
+        status = _json(other.parent / STATUS)
+        when = str(status.get("updated", ""))
+        if (
+            other.parent != folder.resolve()
+            and status.get("state") == "finished"
+            and when < now
+            and stored_images(other.parent) == images
+        ):
+            found.append((when, other.parent))
+    for _, other in sorted(found, reverse=True):
+        hits = right(other)
+        if hits:
+            return Before(str(folder.parent / other.name), hits)
+    return None
+
+
+def right(run: Path) -> dict[str, bool]:
+    """Whether each image of a run's predictions.csv was recognised, by its name; empty where it cannot be read."""
+    try:
+        with (run / "predictions.csv").open(
+            newline="", encoding="utf-8", errors="surrogateescape"
+        ) as file:
+            return {row["path"]: row["label"] == row["predicted"] for row in csv.DictReader(file)}
+    except (OSError, KeyError, ValueError, csv.Error):
+        return {}
