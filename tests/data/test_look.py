@@ -203,7 +203,7 @@ def test_headers_refuse_nothing_that_decoding_accepts_and_for_the_same_reason(tm
         elif isinstance(outcomes[0], str):
             missed += 1
         else:
-            assert outcomes[0] == outcomes[1]
+            assert outcomes[0][:3] == outcomes[1][:3]  # the rest is known of decoded images only
     assert missed < 30  # flipped bytes inside; what is cut is found, as below
 
 

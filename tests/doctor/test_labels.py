@@ -69,6 +69,6 @@ def test_wrong_labels_by_the_network_of_a_run(wrong, tmp_path, capsys):
     assert run(["train", "digits", *words, "--out", str(tmp_path / "run")]) == 0
     assert doctor(table, "--out", tmp_path, "--run", tmp_path / "run") == 0
     found = suspicious(tmp_path)
-    assert sum(name in planted for name in found[: len(planted)]) >= 0.8 * len(found)
-    assert len(found) >= 0.8 * len(planted)
+    assert sum(name in planted for name in found) >= 0.9 * len(found)
+    assert len(found) >= 0.6 * len(planted)
     assert str(tmp_path / "run") in capsys.readouterr().out

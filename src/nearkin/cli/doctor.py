@@ -104,7 +104,7 @@ def _options(given: dict[str, Any]) -> dict[str, Any]:
     check_choice("device", given.get("device", "auto"), Device)
     if "run" in given:
         check_run(Path(given["run"]))
-    own = {name: given[name] for name in ("objective", "sampler") if name in given}
+    own: dict[str, Any] = {n: given[n] for n in ("objective", "sampler") if n in given}
     own |= {
         name: value for name, value in given.items() if name.startswith(("objective.", "model."))
     }

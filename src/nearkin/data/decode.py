@@ -48,8 +48,9 @@ TIFF_PARTS = ((273, 279), (324, 325))  # tags of the offsets and lengths of stri
 
 
 class Header(NamedTuple):
-    """Of an image as it is stored, before its orientation is applied. channels: of the file, 1 to 4. mode: Pillow's
-    name of its colours. orientation: by EXIF, 1 where it is upright or not known."""
+    """Of an image as it is stored, before its orientation is applied. channels: of the file, 1 to 4. Of an
+    image that was decoded also mode, Pillow's name of its colours, and orientation, by EXIF, 1 where it is upright.
+    """
 
     width: int
     height: int

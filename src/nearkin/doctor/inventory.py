@@ -49,7 +49,8 @@ class Inventory(NamedTuple):
     @property
     def starts(self) -> list[int]:
         """The number of the first image of each split."""
-        return np.searchsorted(self.split, np.arange(len(self.splits))).tolist()
+        starts: list[int] = np.searchsorted(self.split, np.arange(len(self.splits))).tolist()
+        return starts
 
     @property
     def from_files(self) -> bool:

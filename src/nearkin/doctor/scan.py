@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from nearkin.data.decode import Header, quiet_pillow
 from nearkin.data.images import Files
 from nearkin.data.look import examine, in_threads, shown
-from nearkin.data.remembered import Remembered
+from nearkin.data.remembered import Fact, Remembered
 from nearkin.doctor.inventory import Inventory
 from nearkin.process import cores
 
@@ -83,7 +83,8 @@ def scan(inventory: Inventory, *, quiet: bool = True) -> Scan:
     """Decode every image once, in a thread for each core. What is learned of files is remembered as by `look`, so that
     a run on the same images need not look at them again. quiet: without a bar on stderr."""
     total = len(inventory.labels)
-    numbers = Numbers(*(np.zeros(total) for _ in range(5)), *np.zeros((2, total), np.uint64))
+    dark, light, low, blurry, spread = np.zeros((5, total))
+    numbers = Numbers(dark, light, low, blurry, spread, *np.zeros((2, total), np.uint64))
     height, width = np.zeros(total, np.int64), np.zeros(total, np.int64)
     mode, turned = np.zeros(total, "U8"), np.zeros(total, np.bool_)
     reasons: dict[int, str] = {}
@@ -141,7 +142,7 @@ def _opened(inventory: Inventory) -> Iterator[list[Opened]]:
             continue
         channels = images.channels
 
-        def opened(path: bytes, channels: int = channels) -> tuple[bytes, object, Opened]:
+        def opened(path: bytes, channels: int = channels) -> tuple[bytes, Fact | None, Opened]:
             image, fact, reason, header = examine(path, channels, full=True)
             pixels = None if image is None else reduced(image)
             return path, fact, (pixels, header, reason)
@@ -213,7 +214,9 @@ def grey(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     if pixels.shape[-1] == 1:
         return pixels[..., 0]
     red, green, blue = (pixels[..., colour].astype(np.uint32) for colour in range(3))
-    return ((LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue + (1 << 15)) >> 16).astype(np.uint8)
+    sums = LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue + (1 << 15)
+    found: NDArray[np.uint8] = (sums >> 16).astype(np.uint8)
+    return found
 
 
 def _sharpness(images: NDArray[np.uint8]) -> NDArray[np.float64]:
@@ -250,7 +253,7 @@ def _shared(digests: NDArray[np.uint64], readable: NDArray[np.bool_]) -> NDArray
 def _checksum(image: Tensor) -> int:
     """64 bits of all pixels."""
     pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
-    return int.from_bytes(blake2b(pixels, digest_size=8).digest(), "little")
+    return int.from_bytes(blake2b(pixels.data, digest_size=8).digest(), "little")
 
 
 def perceptual_hashes(tiny: NDArray[np.uint8]) -> NDArray[np.uint64]:

@@ -46,10 +46,11 @@ def suspects(features: Tensor, labels: NDArray[np.int64], classes: int) -> Suspe
         raise DataError("Labels are compared with those of other images; give two or more.")
     unit = F.normalize(features.float(), dim=1)
     own_class = torch.from_numpy(labels)
+    step = max(1, CHUNK // max(len(labels), classes))
     shares = torch.cat(
         [
             _votes(unit, own_class, rows, classes)
-            for rows in torch.arange(len(labels)).split(max(1, CHUNK // max(len(labels), classes)))
+            for rows in torch.split(torch.arange(len(labels)), step)
         ]
     )
     own = shares.gather(1, own_class[:, None])[:, 0]
