@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nearkin.errors import counted
-from nearkin.evaluation.results import wilson
+from nearkin.evaluation.results import NORMAL_95, wilson
 from nearkin.report.axes import shown
 from nearkin.report.browser import percent
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from nearkin.evaluation.report_data import ReportData
 
 SURE = 0.99  # probability from which an error is worth a sentence
-Z = 1.959964
+FEW = 5  # images of a class, below which its recall is chance among many classes
 
 
 class Tile(NamedTuple):
@@ -62,7 +62,7 @@ def difference(mine: Mapping[str, bool], other: Mapping[str, bool]) -> Differenc
     worse = sum(other[name] and not mine[name] for name in both)
     n, b, c = len(both) + 2, better + 0.5, worse + 0.5
     middle = (b - c) / n
-    half = Z * math.sqrt(max(0.0, b + c - (b - c) ** 2 / n)) / n
+    half = NORMAL_95 * math.sqrt(max(0.0, b + c - (b - c) ** 2 / n)) / n
     p = min(1.0, 2 * float(bdtr(min(better, worse), better + worse, 0.5)))
     value = (better - worse) / len(both)
     return Difference(value, middle - half, middle + half, better, worse, len(both), p)
@@ -169,9 +169,9 @@ def _mislabelled(data: ReportData) -> Iterator[First]:
 
 def _worst_class(data: ReportData) -> Iterator[First]:
     """The class whose recall is lowest with certainty: the upper end of its interval, if below the accuracy."""
-    known = (each for each in data.metrics.per_class if each.support)
-    worst = min(known, key=lambda each: wilson(each.recall, each.support)[1])
-    if wilson(worst.recall, worst.support)[1] < data.metrics.top1:
+    known = [c for c in data.metrics.per_class if c.support >= FEW and c.recall < 1]
+    worst = min(known, key=lambda each: wilson(each.recall, each.support)[1], default=None)
+    if worst is not None and wilson(worst.recall, worst.support)[1] < data.metrics.top1:
         right = f"{round(worst.recall * worst.support)} of {counted(worst.support, 'image')}"
         text = f"{worst.name} is recognised least often: {right}."
         yield First(text, "See all classes", "classes")
