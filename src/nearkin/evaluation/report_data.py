@@ -21,7 +21,7 @@ from nearkin.evaluation.metrics import reduced, summarise
 from nearkin.evaluation.projection import has_tsne, pca, tsne, unit_square
 from nearkin.evaluation.results import Metrics
 from nearkin.evaluation.sprite import LARGEST, Sprite, sprite
-from nearkin.evaluation.suspicious import Doubt, doubts
+from nearkin.evaluation.suspects import Suspects, suspects
 from nearkin.network import Network
 from nearkin.types import Predictions
 
@@ -35,8 +35,7 @@ USUAL = 24  # bytes of a file's name
 LISTED = 24  # images in a list
 EXAMPLES = 6  # of a pair of classes
 PAIRS = 12
-SUSPICIOUS = 0.75  # share of one other label among kin, less that of the own, from which a label may be wrong
-DOUBTFUL = 0.5  # and from which it is listed
+DOUBTFUL = 0.5  # the votes for one other label, less those for its own, from which a training image is listed
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -63,8 +62,8 @@ class Images:
 
     names: as in predictions.csv. labels: `[n]`. predicted: `[n]`, -1 for training images. probability: of the
     predicted class; own: of the label, both calibrated; unlike: share of validation images that are nearer to their
-    kin; suspicion: share of the ten nearest training images, weighted, that have the label `other` (-1: none), of
-    training images; all `[n]`, NaN where not known. places: `[n, 2]` in [0, 1]. other_places: the
+    kin; suspicion: the votes of a training image's neighbours for the label `other`
+    (see `evaluation.suspects`; -1: none); all `[n]`, NaN where not known. places: `[n, 2]` in [0, 1]. other_places: the
     same by t-SNE, NaN for images that it leaves out; None without it.
     """
 
@@ -156,8 +155,8 @@ def gather(
     metrics = summarise(predictions, seen.split.classes)
     every = _said(seen, temperature)
     seen, said = _limited(seen, every)
-    doubt = doubts(kin.embeddings, kin.labels)
-    listed, mislabelled = _suspicious(doubt)
+    doubt = suspects(kin.embeddings, kin.labels.numpy(), len(train.classes))
+    listed = _suspicious(doubt)
     kept, place, related, with_kin = _training(kin, seen, listed)
     images, variance = _images(seen, said, kin, kept, doubt, with_tsne=with_tsne)
     pairs = _pairs(metrics, images)
@@ -182,18 +181,17 @@ def gather(
         uncertain=uncertain,
         suspicious=lists[2],
         pairs=pairs,
-        mislabelled=mislabelled,
+        mislabelled=int(doubt.suspicious.sum()),
         trained=len(kin.labels),
         sprite=_sprite(wanted, seen, kin, kept, train, images.names),
         root=_root(seen.split),
     )
 
 
-def _suspicious(doubt: Doubt) -> tuple[Ints, int]:
-    """The rows of the most suspicious labels, the worst first, and how many may be wrong."""
-    margin = (doubt.share - doubt.own).numpy()
-    listed = np.argsort(-margin, kind="stable")[:LISTED]
-    return listed[margin[listed] >= DOUBTFUL], int((margin >= SUSPICIOUS).sum())
+def _suspicious(found: Suspects) -> Ints:
+    """The rows of the most suspicious labels, the worst first."""
+    listed = found.ranking[:LISTED]
+    return listed[(found.votes - found.own)[listed] >= DOUBTFUL]
 
 
 def _root(split: Split) -> str:
@@ -268,7 +266,7 @@ def _training(kin: Kin, seen: Seen, listed: Ints) -> tuple[Ints, Ints, Kinship, 
 
 
 def _images(
-    seen: Seen, said: _Said, kin: Kin, kept: Ints, doubt: Doubt, *, with_tsne: bool
+    seen: Seen, said: _Said, kin: Kin, kept: Ints, doubt: Suspects, *, with_tsne: bool
 ) -> tuple[Images, float]:
     """The images, and the share of the variance that their map shows."""
     unlikely = unlike(kin, distance(nearest(kin, seen.embeddings, most=CLOSEST)))
@@ -286,8 +284,8 @@ def _images(
         probability=np.concatenate([said.calibrated, nothing]),
         own=np.concatenate([said.own, nothing]),
         unlike=np.concatenate([unknown if unlikely is None else unlikely.numpy(), nothing]),
-        suspicion=np.concatenate([unknown, doubt.share.numpy()[kept]]),
-        other=np.concatenate([np.full(len(seen.rows), -1), doubt.other.numpy()[kept]]),
+        suspicion=np.concatenate([unknown, doubt.votes[kept]], dtype=np.float32),
+        other=np.concatenate([np.full(len(seen.rows), -1), doubt.other[kept]]),
         places=places,
         other_places=other,
     )

@@ -335,9 +335,9 @@ def _reading(data: ReportData) -> list[str]:
         "The vote adds up the weights of each class. Without the ten nearest, the next ones vote with the network as "
         "it is. Where the vote then changes, the prediction rests on a few training images: look whether their labels "
         "are right.",
-        "A label is suspicious where one other label has at least half of the weight of the ten nearest training "
-        "images more than its own. A weak embedding makes good labels suspicious, and a network that has learned a "
-        "wrong label by heart hides it: look before you believe.",
+        "The twenty nearest training images vote on each label; it is listed where one other label has at least half "
+        "of the votes more than its own. A weak embedding makes good labels suspicious, and a network that has "
+        "learned a wrong label by heart hides it: look before you believe.",
         "Marks stay in this browser. A wrong label can be given the right one beside the kin. Save marks gives a "
         "table; nearkin doctor DATA --marks marks.csv --write-table clean.csv makes of it a table to train with.",
     ]

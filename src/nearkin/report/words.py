@@ -162,7 +162,7 @@ def _mislabelled(data: ReportData) -> Iterator[First]:
     if number:
         text = (
             f"{counted(number, 'training image')} of {data.trained} may have a wrong label: "
-            "nearly all of the ten nearest have one other."
+            "nearly all of the nearest have one other."
         )
         yield First(text, "See them", "suspicious")
 

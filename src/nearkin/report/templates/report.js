@@ -148,7 +148,7 @@
       if (data.unlike[place] >= 0) say("further from its kin than", `${percent(data.unlike[place])} of validation`);
     } else if (data.other[place - data.evaluated] >= 0) {
       const other = data.classes[data.other[place - data.evaluated]];
-      say("strongest other label of the ten nearest", `${other} with ${percent(data.suspicion[place - data.evaluated])}`);
+      say("strongest other label of the nearest", `${other} with ${percent(data.suspicion[place - data.evaluated])}`);
     }
     words.append(list);
     box.append(thumb(place, "large"), words);
