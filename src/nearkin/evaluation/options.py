@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -28,8 +29,9 @@ def check_choice(option: str, value: object, choices: Any) -> None:
 def check_share(option: str, value: float | None) -> None:
     """Raises ConfigError unless `value` is None or between 0 and 1, both excluded."""
     if value is not None and not 0 < value < 1:
+        usual = 0.95 if option == "sets" else 0.05
         raise ConfigError(
-            f"--{option} {value:g} is not between 0 and 1; give a share such as 0.05."
+            f"--{option} {value:g} is not between 0 and 1; give a share such as {usual}."
         )
 
 
@@ -40,7 +42,8 @@ def check_run(run: Path) -> None:
         return
     if (run / CONFIG_FILE).is_file():
         raise ModelError(
-            f"The run {shown} has no finished model (no {DESCRIPTION}); let its training end first."
+            f"The run {shown} has no finished model (no {DESCRIPTION}); let its training end first; if it was "
+            f"stopped: nearkin train --resume {shlex.quote(shown)}"
         )
     if run.is_dir():
         problem = f"is no run folder: it has no finished model (no {DESCRIPTION})"

@@ -121,12 +121,18 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
 
+def _program() -> str:
+    """How this process was called: `python -m nearkin` is `nearkin`, too."""
+    name = Path(sys.argv[0]).name
+    return "nearkin" if name == "__main__.py" else name
+
+
 def environment() -> dict[str, Any]:
     """The command, versions and kind of machine, without names of hosts or people."""
     import torch
 
     return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join([_program(), *sys.argv[1:]]),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
         "platform": f"{platform.system()} {platform.machine()}",

@@ -178,6 +178,8 @@ class Trainer:
         weights = self.runtime.share(self.saver.final_weights())
         if weights is not None:
             network.load_state_dict(weights)
+        if step > 0 and self.saver.gives_probe:
+            self.loop.bar.say("no epoch did better than the probe, so the result is the probe")
         if self.settings.refit:
             self._refit(network, step)
         metrics: dict[str, Any] = {}

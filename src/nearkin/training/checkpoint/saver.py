@@ -116,10 +116,17 @@ class Saver:
         probe = snapshot.state["probe"]
         self.best, self.probe = best and Best(**best), probe and Best(**probe)
 
+    @property
+    def gives_probe(self) -> bool:
+        """Whether no epoch did better than the probe, so that the run gives the probe's weights."""
+        probe, best = self.probe, self.best
+        if probe is None:
+            return best is not None and best.step == 0
+        return best is None or best.rank < probe.rank
+
     def final_weights(self) -> dict[str, Tensor] | None:
         """The weights that the run gives: the best of the last stage, or the probe's where they are better."""
-        probe, best = self.probe, self.best
-        if probe is None or (best is not None and best.rank >= probe.rank) or self._store is None:
+        if self.probe is None or not self.gives_probe or self._store is None:
             return self.best_weights()
         return read(self._store.path("probe", 0)).tensors["network"]
 
