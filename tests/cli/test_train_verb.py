@@ -39,7 +39,8 @@ def test_a_run_ends_with_its_accuracy_its_worst_confusion_and_the_next_command(t
     true, predicted, count = re.fullmatch(pattern, confused).groups()
     assert int(count) == most
     assert {"true": true, "predicted": predicted, "count": count} in wrong
-    assert rest == [f"run {out}", f"next: nearkin predict {out} PHOTOS"]
+    page = f"page {out / 'report.html'}"
+    assert rest == [f"run {out}", page, f"next: nearkin predict {out} PHOTOS"]
     summary = shown.err.splitlines()[0]
     assert summary.startswith("digits: 100 train, 143 val, 360 test images of 10 classes | ")
     assert "ce on test_resnet, 8 px, " in summary
@@ -59,7 +60,7 @@ def test_a_run_ends_with_its_accuracy_its_worst_confusion_and_the_next_command(t
             },
             [
                 "val top-1 50.00 % (95 % interval 9.5 to 90.5 %, 2 images); there is no test split, "
-                "and this one chose the best epoch",
+                "and the model was chosen by this one",
                 "most often confused: a\\nb, taken for \\x1b[31m (1 image)",
             ],
         ),

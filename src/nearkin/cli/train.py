@@ -115,7 +115,7 @@ def _accuracy(metrics: dict[str, Any]) -> Iterator[str]:
         f"{counted(count, 'image')})"
     )
     if split == "val":
-        text += "; there is no test split, and this one chose the best epoch"
+        text += "; there is no test split, and the model was chosen by this one"
     yield text
     worst = metrics.get("most_confused")
     if worst is not None:
