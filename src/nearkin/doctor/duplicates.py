@@ -52,7 +52,7 @@ def find_copies(scan: Scan, features: NDArray[np.float32] | None) -> tuple[Copie
     total = len(scan.height)
     readable = np.flatnonzero(scan.readable)
     _, first, place, counts = np.unique(
-        scan.identity[readable], axis=0, return_index=True, return_inverse=True, return_counts=True
+        scan.identity[readable], return_index=True, return_inverse=True, return_counts=True
     )
     place = place.reshape(-1)
     exact = np.zeros(total, np.bool_)
