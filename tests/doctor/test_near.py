@@ -49,6 +49,15 @@ def test_without_features_hashes_must_be_more_alike(bits, near):
     assert len(found.groups()) == near
 
 
+@pytest.mark.parametrize(("cosine", "near"), [(0.99, True), (0.97, False)])
+def test_without_features_pixels_confirm(cosine, near):
+    """Photos of two things before one background have like hashes."""
+    pixels = np.array([[1, 0], [cosine, np.sqrt(1 - cosine**2)]], np.float32)
+    hashes = [0x5555_0000_FFFF_0000, 0, 1]
+    _, found = find_copies(scanned(hashes), None, lambda rows: pixels[rows - 1])
+    assert [group.tolist() for group in found.groups()] == ([[1, 2]] if near else [])
+
+
 def look(data):
     report = diagnose(data, labels=False)
     found = {f.code: {file.path.rpartition("/")[2] for file in f.files} for f in report.findings}
