@@ -179,7 +179,8 @@ def reduced(image: Tensor, whole: tuple[int, int] | None = None) -> Pixels:
     from PIL import Image
 
     pixels = image.permute(1, 2, 0).numpy()
-    size, channels = whole or pixels.shape[:2], pixels.shape[2]
+    (rows, columns, channels), partial = pixels.shape, whole is not None
+    rows, columns = whole or (rows, columns)
     step = max(1, max(pixels.shape[:2]) // (DENSE * SIDE))
     pixels = pixels[::step, ::step]
     height, width = pixels.shape[:2]
@@ -193,7 +194,7 @@ def reduced(image: Tensor, whole: tuple[int, int] | None = None) -> Pixels:
         small = grey.resize(shape, Image.Resampling.BOX)
     else:
         small = grey
-    return Pixels(*size, channels, whole is not None, np.asarray(sample), np.asarray(small))
+    return Pixels(rows, columns, channels, partial, np.asarray(sample), np.asarray(small))
 
 
 def measure(pixels: Sequence[Pixels]) -> Numbers:
@@ -298,4 +299,5 @@ def perceptual_hashes(small: NDArray[np.uint8]) -> NDArray[np.uint64]:
 def _waves(side: int) -> NDArray[np.float32]:
     """The first eight cosines of a DCT, `[8, side]`."""
     angles = np.arange(8)[:, None] * (2 * np.arange(side) + 1) * (np.pi / (2 * side))
-    return np.cos(angles).astype(np.float32)
+    waves: NDArray[np.float32] = np.cos(angles).astype(np.float32)
+    return waves
