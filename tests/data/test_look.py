@@ -38,9 +38,9 @@ def opened(monkeypatch):
     calls: list[tuple[str, bool]] = []
     real = inspect
 
-    def counting(path, *, channels, full):
+    def counting(path, *, channels, full, least=0):
         calls.append((os.path.basename(path), full))
-        return real(path, channels=channels, full=full)
+        return real(path, channels=channels, full=full, least=least)
 
     monkeypatch.setattr(look_module, "inspect", counting)
     return calls

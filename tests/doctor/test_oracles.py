@@ -11,7 +11,7 @@ from tests.doctor.photos import blurred, faint, one_colour, photo
 
 from nearkin.data.sources.resolve import resolve
 from nearkin.doctor.duplicates import near_pairs
-from nearkin.doctor.scan import grey, measure, perceptual_hashes, reduced
+from nearkin.doctor.scan import measure, perceptual_hashes, reduced
 from nearkin.evaluation.suspects import suspects
 
 
@@ -35,11 +35,6 @@ def test_hashes_of_whole_images_are_near_those_of_imagehash(size):
         image = photo(seed, size)
         ours = int(measure([pixels(image)]).phash[0])
         assert (ours ^ bits(imagehash.phash(image))).bit_count() <= 6
-
-
-def test_grey_is_that_of_pillow():
-    image = photo(7)
-    assert (grey(np.array(image)) == np.array(image.convert("L"))).all()
 
 
 def test_images_measured_together_have_their_own_numbers():

@@ -11,8 +11,10 @@ from PIL import Image
 from tests.doctor.photos import photo, write_photos
 
 from nearkin.cli import run
+from nearkin.cli.doctor import main
 from nearkin.data.sources.resolve import resolve
 from nearkin.doctor.findings import COLUMNS
+from nearkin.errors import ConfigError
 
 
 @pytest.fixture
@@ -191,3 +193,13 @@ def test_data_and_run_that_are_not_there(tmp_path, monkeypatch, capsys):
     assert doctor("digits", "--run", "nowhere") == 4
     assert list(tmp_path.iterdir()) == []
     capsys.readouterr()
+
+
+def test_several_processes_are_refused(data, tmp_path, monkeypatch):
+    launch = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
+    launch |= {"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in launch.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="without torchrun"):
+        main({"data": str(data)})
+    assert not (tmp_path / "doctor.csv").exists()

@@ -10,6 +10,7 @@ from nearkin.cli import show
 from nearkin.cli.arguments import Parser, whole_number
 from nearkin.doctor.findings import FILE, check_target, summary, write_csv
 from nearkin.errors import ConfigError, counted, listed, printable
+from nearkin.process import launched
 
 if TYPE_CHECKING:
     from nearkin.doctor.diagnose import Report
@@ -53,6 +54,8 @@ def parser() -> Parser:
 def main(given: dict[str, Any]) -> int:
     if not given.get("data"):
         raise ConfigError("Examine which data? Give a folder, a table or a built-in name.")
+    if launched().world_size > 1:
+        raise ConfigError("nearkin doctor is one process; start it without torchrun or srun.")
     table = Path(given["write_table"]) if "write_table" in given else None
     marks = Path(given["marks"]) if "marks" in given else None
     options = _options(given)

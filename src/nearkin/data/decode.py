@@ -144,19 +144,20 @@ def from_pillow(image: Image, channels: int, name: str) -> Tensor:
 
 
 def inspect(
-    path: str | os.PathLike[str], *, channels: int, full: bool
+    path: str | os.PathLike[str], *, channels: int, full: bool, least: int = 0
 ) -> tuple[Tensor | None, Header]:
     """The pixels of an image file that can be used, as from `decoded`, if they were needed to find out, and its header.
 
     full: decode it as `read_image` does. Otherwise only its header is read, and its end checked: by the end marker
     (JPEG, PNG, GIF), or by the length that the header states (WEBP, BMP, TIFF). A file that does not pass is decoded,
-    so that an image is refused for the same reasons as by `full`, though damaged pixels go unnoticed.
+    so that an image is refused for the same reasons as by `full`, though damaged pixels go unnoticed. least: see
+    `decoded`; the whole file is read at any size, so that the same damage is found.
 
     Raises BadImage.
     """
     name = os.fspath(path)
     header = None if full else _quick_header(name)
-    return _decode(name, channels) if header is None else (None, header)
+    return _decode(name, channels, least=least) if header is None else (None, header)
 
 
 def _decode(

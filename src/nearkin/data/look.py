@@ -186,11 +186,11 @@ def _learn(
     return bad
 
 
-def examine(path: bytes, channels: int, full: bool) -> Examined:
+def examine(path: bytes, channels: int, full: bool, least: int = 0) -> Examined:
     """Open an image file (see `inspect`)."""
     try:
         status = os.stat(path)  # noqa: PTH116 - before the file is read: a later change is noticed
-        image, header = inspect(os.fsdecode(path), channels=channels, full=full)
+        image, header = inspect(os.fsdecode(path), channels=channels, full=full, least=least)
     except BadImage as error:
         reason = printable(error.reason)
         if isinstance(error.__cause__, OSError) and error.__cause__.errno is not None:

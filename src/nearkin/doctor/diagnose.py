@@ -13,7 +13,7 @@ from nearkin.data.dataset import choose
 from nearkin.data.sources.resolve import resolve
 from nearkin.doctor.classes import class_findings
 from nearkin.doctor.duplicates import copy_findings, find_copies, superfluous
-from nearkin.doctor.features import Described, describe
+from nearkin.doctor.features import Described, describe, pixel_features
 from nearkin.doctor.findings import Finding, count
 from nearkin.doctor.inventory import Inventory
 from nearkin.doctor.labels import label_findings
@@ -56,7 +56,7 @@ def diagnose(
 
     data: as for `nearkin.train`. forecast: options of a training to forecast, `{}` for those of `nearkin train DATA`,
     None for no forecast. run: a run folder, whose network compares images; by default the pretrained one. labels:
-    whether images are compared at all; if not, labels are not checked and near copies are judged by their hashes alone.
+    whether images are compared at all; if not, labels are not checked and near copies are judged by hashes and pixels.
     quiet: nothing on stderr.
 
     Every image is decoded once. Raises DataError when the data cannot be listed, ModelError for a run without a model,
@@ -75,7 +75,9 @@ def diagnose(
     if labels and len(rows):
         place = None if run is None else Path(run)
         described = describe(inventory, listing, seen, run=place, device=device, quiet=quiet)
-    exact, near = find_copies(seen, _by_row(described, seen))
+    exact, near = find_copies(
+        seen, _by_row(described, seen), lambda rows: pixel_features(inventory, rows).numpy()
+    )
     findings += copy_findings(inventory, exact, near)
     if described is not None:
         findings += label_findings(inventory, described.features, rows, described.source)

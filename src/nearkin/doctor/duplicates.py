@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ Pairs = NDArray[np.int64]
 HAMMING = 8  # bits of 64 in which the hashes of near duplicates may differ
 SIMILAR = 0.95  # least cosine of the features of near duplicates
 SURE = 4  # bits, where there are no features to confirm by
+ALIKE = 0.98  # least cosine of the pixels of 16 x 16, where there are no features
 LEAST_SIDE = 32  # pixels; hashes of smaller images say little
 LEAST_RANGE = 0.1  # of brightness; the same of images of one colour
 CHUNK = 2**22  # pairs of hashes that are compared at once, 32 MiB
@@ -41,18 +42,25 @@ class Copies(NamedTuple):
         return [rows for rows in np.split(members, ends) if len(rows)]
 
 
-def find_copies(scan: Scan, features: NDArray[np.float32] | None) -> tuple[Copies, Copies]:
+def find_copies(
+    scan: Scan,
+    features: NDArray[np.float32] | None,
+    pixels: Callable[[Rows], NDArray[np.float32]] | None = None,
+) -> tuple[Copies, Copies]:
     """Exact copies, and near ones: groups of the images whose pixels are equal, and of those that are alike.
 
     Near: the pHashes differ in at most 8 of 64 bits and the cosine of the features is at least 0.95; without features
-    at most 4 bits. features: `[N, d]` of unit length. A group of near copies has images of at least two groups of exact
-    ones, or none. Time grows with the square of the number of different images (10 000: 50 million pairs), memory does
-    not: pairs are compared in blocks.
+    at most 4 bits, and the cosine of the pixels is at least 0.98. A group of near copies has images of at least two
+    groups of exact ones, or none. Time grows with the square of the number of different images (10 000: 50 million
+    pairs), memory does not: pairs are compared in blocks.
+
+    features: `[N, d]` of unit length. pixels: gives those of some images, `[n, d]` of unit length; without both, hashes
+    alone decide.
     """
     total = len(scan.height)
     readable = np.flatnonzero(scan.readable)
     _, first, place, counts = np.unique(
-        scan.identity[readable], axis=0, return_index=True, return_inverse=True, return_counts=True
+        scan.identity[readable], return_index=True, return_inverse=True, return_counts=True
     )
     place = place.reshape(-1)
     exact = np.zeros(total, np.bool_)
@@ -68,6 +76,9 @@ def find_copies(scan: Scan, features: NDArray[np.float32] | None) -> tuple[Copie
     pairs = distinct[pairs]
     if features is not None and len(pairs):
         pairs = pairs[_cosines(features, pairs) >= SIMILAR]
+    elif pixels is not None and len(pairs):
+        rows, ends = np.unique(pairs, return_inverse=True)
+        pairs = pairs[_cosines(pixels(rows), ends.reshape(-1, 2)) >= ALIKE]
     return same, Copies(_joined(pairs, group, total), exact, cut)
 
 

@@ -53,7 +53,7 @@ def describe(
     rows = np.flatnonzero(scan.readable)
     usual = int(np.median(np.minimum(scan.height, scan.width)[rows]))
     if run is None and usual < PIXELS:
-        return Described(_pixels(inventory, rows), "pixels")
+        return Described(pixel_features(inventory, rows), "pixels")
     with Runtime(device=choose_device(device), precision="fp32") as runtime:
         if run is None:
             network, spec, architecture = _pretrained()
@@ -100,8 +100,8 @@ def _pretrained() -> tuple[Network, EvalSpec, str]:
     return built.network, EvalSpec.for_size(TUNED_EVAL_SIDE, 3, CROP), _architecture(built.spec)
 
 
-def _pixels(inventory: Inventory, rows: Rows) -> Tensor:
-    """Each image at 16 x 16 pixels, minus its mean."""
+def pixel_features(inventory: Inventory, rows: Rows) -> Tensor:
+    """Each image at 16 x 16 pixels, minus its mean, `[n, 256 C]`, of unit length. Raises BadImage."""
     found = []
     for row in rows.tolist():
         part, place = inventory.place(row)

@@ -58,7 +58,7 @@ def _looks(scan: Scan) -> Iterator[_Check]:
         ("dark", scan.dark, DARK, "very dark"),
         ("bright", scan.light, LIGHT, "very bright"),
         ("low-information", scan.low_information, LOW_INFORMATION, "of very few shades"),
-        ("blurred", scan.blurry, BLURRY, "blurred"),
+        ("blurred", scan.blurry, BLURRY, "blurred, or of little contrast"),
     ):
         found = left & (scores < least)
         left &= ~found

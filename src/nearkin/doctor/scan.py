@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from hashlib import blake2b
 from typing import NamedTuple
+from zlib import crc32
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
-from nearkin.data.decode import Header, quiet_pillow
+from nearkin.data.decode import TURNS, Header, quiet_pillow
 from nearkin.data.images import Files
 from nearkin.data.look import examine, in_threads, shown
 from nearkin.data.remembered import Fact, Remembered
@@ -22,24 +23,28 @@ from nearkin.process import cores
 
 SAMPLE = 32  # pixels a side of the sample that brightness and entropy are taken of
 SIDE = 64  # pixels of the longest side of the image whose edges are looked at
-HASH_SIDE = 32  # pixels a side that a pHash is made of
-CHUNK = 64  # images whose numbers are computed together, and in one task of a thread
-STEPS = np.arange(SAMPLE)
-LUMA = np.array([19595, 38470, 7471], np.uint32)  # of red, green, blue, by ITU-R 601, times 2^16
+CHUNK = 64  # images in one task of a thread
+TOGETHER = 16  # images whose edges and hashes are computed together; more do not fit in the processor's caches
+LOOSE = 8  # bits in which the pHashes of a whole image and of one decoded at a part of its size may differ
+DENSE = 16  # pixels per pixel of the small image, a side, that are averaged at most
 
 
 class Pixels(NamedTuple):
-    """Of one image. sample: uint8 `[32, 32, C]`, evenly spread pixels. small: uint8 `[h, w, C]`, the image averaged to
-    a longest side of 64 pixels, or as it is where that is smaller."""
+    """Of one image. height, width: of the whole image, upright. partial: whether it was decoded at a part of that
+    size. sample: uint8 `[32, 32]`, evenly spread grey pixels. small: uint8 `[h, w]`, the grey image averaged to a
+    longest side of 64 pixels, or as it is where that is smaller."""
 
     height: int
     width: int
+    channels: int
+    partial: bool
     sample: NDArray[np.uint8]
     small: NDArray[np.uint8]
 
 
 class Numbers(NamedTuple):
-    """Of n images, each `[n]`; see `Scan`. digest: of the small grey images; copies have the same one."""
+    """Of n images, each `[n]`; see `Scan`. digest: 32 bits of the small grey images; copies that were decoded alike
+    have the same one."""
 
     dark: NDArray[np.float64]
     light: NDArray[np.float64]
@@ -55,9 +60,9 @@ class Scan(NamedTuple):
 
     height, width: upright. mode: Pillow's name of the colours of the file. turned: whether EXIF turns it. dark, light,
     low_information, blurry: scores of cleanvision, low is bad. range: between the darkest and the brightest of the
-    sampled pixels, in [0, 1]. identity: `[N, 2]`, equal for images with equal pixels; the second is
-    computed of all pixels where the first, of the averaged image, is that of several. phash: 64 bits. reasons: row of
-    each image that cannot be read -> why.
+    sampled pixels, in [0, 1]. identity: equal for images with equal pixels; 64 bits of all pixels where several images
+    could be equal, else 32 bits of the averaged image. phash: 64 bits. reasons: row of each image that cannot be read
+    -> why.
     """
 
     height: NDArray[np.int64]
@@ -86,6 +91,7 @@ def scan(inventory: Inventory, *, quiet: bool = True) -> Scan:
     dark, light, low, blurry, spread = np.zeros((5, total))
     numbers = Numbers(dark, light, low, blurry, spread, *np.zeros((2, total), np.uint64))
     height, width = np.zeros(total, np.int64), np.zeros(total, np.int64)
+    partial = np.zeros(total, np.bool_)
     mode, turned = np.zeros(total, "U8"), np.zeros(total, np.bool_)
     reasons: dict[int, str] = {}
     for start, chunk in _numbered(shown(_opened(inventory), total, "images examined", quiet)):
@@ -99,12 +105,13 @@ def scan(inventory: Inventory, *, quiet: bool = True) -> Scan:
                 rows.append(row)
                 found.append(pixels)
                 height[row], width[row] = pixels.height, pixels.width
+                partial[row] = pixels.partial
         for column, values in zip(numbers, measure(found), strict=True) if found else ():
             column[rows] = values
-    identity = np.stack([numbers.digest, np.zeros(total, np.uint64)], axis=1)
-    for number in _shared(identity[:, 0], height > 0):
+    identity, sizes = numbers.digest, height << 32 | width
+    for number in _doubtful(identity, numbers.phash, sizes, partial):
         part, place = inventory.place(int(number))
-        identity[number, 1] = _checksum(part.images.read(place))
+        identity[number] = _checksum(part.images.read(place))
     return Scan(height, width, mode, turned, *numbers[:5], identity, numbers.phash, reasons)
 
 
@@ -143,8 +150,10 @@ def _opened(inventory: Inventory) -> Iterator[list[Opened]]:
         channels = images.channels
 
         def opened(path: bytes, channels: int = channels) -> tuple[bytes, Fact | None, Opened]:
-            image, fact, reason, header = examine(path, channels, full=True)
-            pixels = None if image is None else reduced(image)
+            image, fact, reason, header = examine(path, channels, full=True, least=SIDE)
+            pixels = (
+                None if image is None or header is None else reduced(image, _partial(image, header))
+            )
             return path, fact, (pixels, header, reason)
 
         paths = (images.key(row) for row in range(len(images)))
@@ -156,23 +165,36 @@ def _opened(inventory: Inventory) -> Iterator[list[Opened]]:
                 yield [each for _, _, each in chunk]
 
 
-def reduced(image: Tensor) -> Pixels:
-    """What the checks need of an image, uint8 `[C, H, W]`, C = 1 or 3."""
+def _partial(image: Tensor, header: Header) -> tuple[int, int] | None:
+    """The whole (height, width), upright, of an image that was decoded at a part of that size; None for others."""
+    width, height = header[:2]
+    if image.shape[-2] * image.shape[-1] == width * height:
+        return None
+    transposed, _ = TURNS.get(header.orientation, (False, ()))
+    return (width, height) if transposed else (height, width)
+
+
+def reduced(image: Tensor, whole: tuple[int, int] | None = None) -> Pixels:
+    """What the checks need of an image, uint8 `[C, H, W]`, C = 1 or 3. whole: see `_partial`."""
+    from PIL import Image
+
     pixels = image.permute(1, 2, 0).numpy()
+    (rows, columns, channels), partial = pixels.shape, whole is not None
+    rows, columns = whole or (rows, columns)
+    step = max(1, max(pixels.shape[:2]) // (DENSE * SIDE))
+    pixels = pixels[::step, ::step]
     height, width = pixels.shape[:2]
+    grey = Image.fromarray(
+        np.ascontiguousarray(pixels if channels == 3 else pixels[..., 0])
+    ).convert("L")
+    sample = grey.resize((SAMPLE, SAMPLE), Image.Resampling.NEAREST)
     ratio = max(height, width) / SIDE
-    small = image
     if ratio > 1:
-        size = max(1, int(height / ratio)), max(1, int(width / ratio))
-        small = resized(image[None], size)[0]
-    rows, columns = (STEPS * (side - 1) // (SAMPLE - 1) for side in (height, width))
-    sample = pixels.take(rows, 0).take(columns, 1)
-    return Pixels(height, width, sample, np.ascontiguousarray(small.permute(1, 2, 0).numpy()))
-
-
-def resized(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """uint8 `[n, C, H, W]`, averaged over all pixels where it becomes smaller."""
-    return F.interpolate(images, size, mode="bilinear", antialias=True)
+        shape = max(1, int(width / ratio)), max(1, int(height / ratio))
+        small = grey.resize(shape, Image.Resampling.BOX)
+    else:
+        small = grey
+    return Pixels(rows, columns, channels, partial, np.asarray(sample), np.asarray(small))
 
 
 def measure(pixels: Sequence[Pixels]) -> Numbers:
@@ -181,23 +203,21 @@ def measure(pixels: Sequence[Pixels]) -> Numbers:
 
     An image of three equal channels has an entropy of log2(3) more than one of them.
     """
-    images = len(pixels)
-    sample = grey(np.stack([each.sample for each in pixels]))
-    shares = _histograms(sample.reshape(images, -1)) / SAMPLE**2
+    shares = _histograms(np.stack([each.sample for each in pixels])) / SAMPLE**2
     below = shares.cumsum(1)
     low, high = ((below < part).sum(1) / 255 for part in (0.05, 0.99))
     entropy = -(shares * np.log2(np.where(shares > 0, shares, 1))).sum(1)
-    entropy += np.log2([each.sample.shape[2] for each in pixels])
-    blurry, (phash, digest) = np.zeros(images), np.zeros((2, images), np.uint64)
+    entropy += np.log2([each.channels for each in pixels])
+    blurry, phash = np.zeros(len(pixels)), np.zeros(len(pixels), np.uint64)
     shapes: dict[tuple[int, ...], list[int]] = {}
     for place, each in enumerate(pixels):
         shapes.setdefault(each.small.shape, []).append(place)
-    for places in shapes.values():
-        small = grey(np.stack([pixels[place].small for place in places]))
-        blurry[places] = _sharpness(small)
-        tiny = resized(torch.from_numpy(small)[:, None], (HASH_SIDE, HASH_SIDE))[:, 0].numpy()
-        phash[places] = perceptual_hashes(tiny)
-        digest[places] = [_digest(pixels[p], each) for p, each in zip(places, small, strict=True)]
+    for group in shapes.values():
+        for start in range(0, len(group), TOGETHER):
+            places = group[start : start + TOGETHER]
+            small = np.stack([pixels[place].small for place in places])
+            blurry[places] = _sharpness(small)
+            phash[places] = perceptual_hashes(small)
     return Numbers(
         dark=high,
         light=1 - low,
@@ -205,18 +225,8 @@ def measure(pixels: Sequence[Pixels]) -> Numbers:
         blurry=blurry,
         range=((below < 1 - 1e-9).sum(1) - (below < 1e-9).sum(1)) / 255,
         phash=phash,
-        digest=digest,
+        digest=np.array([_digest(each) for each in pixels], np.uint64),
     )
-
-
-def grey(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """`[..., C]` to `[...]`, rounded as by Pillow."""
-    if pixels.shape[-1] == 1:
-        return pixels[..., 0]
-    red, green, blue = (pixels[..., colour].astype(np.uint32) for colour in range(3))
-    sums = LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue + (1 << 15)
-    found: NDArray[np.uint8] = (sums >> 16).astype(np.uint8)
-    return found
 
 
 def _sharpness(images: NDArray[np.uint8]) -> NDArray[np.float64]:
@@ -227,27 +237,44 @@ def _sharpness(images: NDArray[np.uint8]) -> NDArray[np.float64]:
         rows = edges[:, :-2] + edges[:, 1:-1] + edges[:, 2:]
         around = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]
         edges[:, 1:-1, 1:-1] = (9 * edges[:, 1:-1, 1:-1] - around).clip(0, 255)
-    sharp = 1 - np.exp(-0.01 * edges.std((1, 2), dtype=np.float32).astype(np.float64))
-    spread = 1 - np.exp(-0.01 * _histograms(images.reshape(len(images), -1)).std(1))
+    flat = edges.reshape(len(edges), -1).astype(np.float32)
+    flat -= flat.mean(1, keepdims=True)
+    deviation = np.sqrt(np.einsum("nm,nm->n", flat, flat) / flat.shape[1])
+    sharp = 1 - np.exp(-0.01 * deviation.astype(np.float64))
+    spread = 1 - np.exp(-0.01 * _histograms(images).std(1))
     score: NDArray[np.float64] = np.minimum(sharp + np.where(spread > 0.18, spread, 0), 1)
     return score
 
 
-def _histograms(pixels: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """How many of `[n, m]` pixels have each grey, `[n, 256]`."""
-    places = pixels + 256 * np.arange(len(pixels), dtype=np.int32)[:, None]
-    return np.bincount(places.ravel(), minlength=256 * len(pixels)).reshape(-1, 256)
+def _histograms(images: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """How many pixels of each of n images have each grey, `[n, 256]`."""
+    return np.stack([np.bincount(image.ravel(), minlength=256) for image in images])
 
 
-def _digest(pixels: Pixels, small: NDArray[np.uint8]) -> int:
-    text = b"%d %d %b" % (pixels.height, pixels.width, small.tobytes())
-    return int.from_bytes(blake2b(text, digest_size=8).digest(), "little")
+def _digest(pixels: Pixels) -> int:
+    return crc32(pixels.small.tobytes(), crc32(b"%d %d" % (pixels.height, pixels.width)))
 
 
-def _shared(digests: NDArray[np.uint64], readable: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """The readable images whose digest another one has."""
+def _doubtful(
+    digests: NDArray[np.uint64],
+    phashes: NDArray[np.uint64],
+    sizes: NDArray[np.int64],
+    partial: NDArray[np.bool_],
+) -> NDArray[np.int64]:
+    """The images that may equal another one, by what is known. sizes: 0 where one cannot be read.
+
+    Copies that were decoded alike have one digest. Of a JPEG that was decoded at a part of its size and another file
+    of the same size the pHashes are compared.
+    """
     _, place, counts = np.unique(digests, return_inverse=True, return_counts=True)
-    return np.flatnonzero(readable & (counts[place.reshape(-1)] > 1))
+    found = (sizes > 0) & (counts[place.reshape(-1)] > 1)
+    parts = np.flatnonzero(partial)
+    for row in np.flatnonzero((sizes > 0) & ~partial & np.isin(sizes, sizes[parts])):
+        near = np.bitwise_count(phashes[parts] ^ phashes[row]) <= LOOSE
+        same = parts[near & (sizes[parts] == sizes[row])]
+        found[same] = True
+        found[row] |= len(same) > 0
+    return np.flatnonzero(found)
 
 
 def _checksum(image: Tensor) -> int:
@@ -256,13 +283,21 @@ def _checksum(image: Tensor) -> int:
     return int.from_bytes(blake2b(pixels.data, digest_size=8).digest(), "little")
 
 
-def perceptual_hashes(tiny: NDArray[np.uint8]) -> NDArray[np.uint64]:
-    """The 64 bits of `imagehash.phash` of each of n images at once, from their `[n, 32, 32]` grey pixels.
+def perceptual_hashes(small: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    """64 bits of each of n grey images `[n, h, w]`; of images `[n, 32, 32]` those of `imagehash.phash`.
 
     Bit (i, j) is whether the DCT coefficient of frequency (i, j), i and j in 0 ... 7, is above the median of the 64.
+    Low frequencies hardly depend on the size, so that images need not be reduced to 32 x 32 before.
     """
-    from scipy.fft import dctn
-
-    low = dctn(tiny.astype(np.float64), axes=(1, 2))[:, :8, :8].reshape(-1, 64)
+    rows, columns = map(_waves, small.shape[1:])
+    low = (rows @ small.astype(np.float32) @ columns.T).reshape(-1, 64)
     bits = low > np.median(low, axis=1, keepdims=True)
     return np.packbits(bits, axis=1).view(">u8")[:, 0].astype(np.uint64)
+
+
+@cache
+def _waves(side: int) -> NDArray[np.float32]:
+    """The first eight cosines of a DCT, `[8, side]`."""
+    angles = np.arange(8)[:, None] * (2 * np.arange(side) + 1) * (np.pi / (2 * side))
+    waves: NDArray[np.float32] = np.cos(angles).astype(np.float32)
+    return waves
