@@ -18,7 +18,6 @@ from PIL import Image
 from benchmarks.bench import Call, Row, Table, alternate, fastest, ratio
 from nearkin import evaluate, train
 from nearkin.evaluation.ensemble import FOLDER
-from nearkin.evaluation.evaluator import Evaluator
 from nearkin.training import prepare, trainer
 from nearkin.training.checkpoint.saver import Saver
 from nearkin.training.metrics_log import METRICS, read_metrics
@@ -99,7 +98,9 @@ def shares(run: Path) -> list[Row]:
     with (
         watched(prepare, "prepare", spent),
         watched(Saver, "save", spent),
-        watched(Evaluator, "predictions", spent),
+        watched(trainer, "see", spent),
+        watched(trainer, "collect", spent),
+        watched(trainer.Trainer, "_report", spent),
         watched(trainer, "write_predictions", spent),
         watched(trainer, "write_tables", spent),
         watched(trainer, "save_bundle", spent),
@@ -120,7 +121,9 @@ def shares(run: Path) -> list[Row]:
         share("checkpoints", spent["save"]),
         share("validation and checkpoints", looked + spent["save"], 10),
         share("data and model, before the first step", spent["prepare"]),
-        share("test split", spent["predictions"]),
+        share("test split", spent["see"]),
+        share("training images as evidence", spent["collect"]),
+        share("report", spent["_report"]),
         share("model and prediction files", files),
     ]
 

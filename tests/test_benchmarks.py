@@ -9,7 +9,18 @@ import time
 import pytest
 import torch
 from benchmarks import __main__ as command
-from benchmarks import bank, bench, data, evaluation, look, pairwise, predict, startup, step
+from benchmarks import (
+    bank,
+    bench,
+    data,
+    doctor,
+    evaluation,
+    look,
+    pairwise,
+    predict,
+    startup,
+    step,
+)
 
 from nearkin.data.dataset import load_dataset
 from nearkin.data.loader import eval_loader
@@ -74,6 +85,7 @@ def small(monkeypatch):
         | {"LARGE": (("test_resnet", 16),), "SMALL": (("test_resnet", 16, 0.5),)},
         look: {"FILES": 20, "LARGE": 2, "LISTED": 100, "RUNS": 1},
         evaluation: {"IMAGES": 8},
+        doctor: {"FILES": 20, "RUNS": 1},
         predict: {"RUNS": 1}
         | {"OPTIONS": {"model": "test_resnet", "image_size": 16, "batch_size": 8}},
     }

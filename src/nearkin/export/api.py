@@ -121,7 +121,9 @@ def verify(folder: str | Path) -> Bundled:
 
 def _check_target(target: Path) -> None:
     if os.path.lexists(target):
-        raise ConfigError(f"The folder {printable(str(target))} exists; choose another --out, or delete it.")
+        raise ConfigError(
+            f"The folder {printable(str(target))} exists; choose another --out, or delete it."
+        )
 
 
 def _check_packages(format: Format) -> None:
