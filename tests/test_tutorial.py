@@ -44,6 +44,7 @@ def test_the_page_has_the_commands():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # three trainings and an export
 def test_the_tutorial(tmp_path):
     kinds = ("oak", "birch", "ash")
     for label, kind in enumerate(kinds):
@@ -59,7 +60,9 @@ def test_the_tutorial(tmp_path):
     cache = {"NEARKIN_CACHE_DIR": str(tmp_path / "cache")}
     for words in COMMANDS:
         log = tmp_path / "log"
-        code = finish(start(run_in, tmp_path, words[1:], env=cache, log=log))
+        # A quarter of an hour is too long for a test.
+        less = ["--minutes", "1"] if words[1] == "train" and "--epochs" not in words else []
+        code = finish(start(run_in, tmp_path, words[1:] + less, env=cache, log=log))
         assert code == [0], f"{words}: {log.read_text()}"
         if words[1] == "train":
             text = log.read_text()
