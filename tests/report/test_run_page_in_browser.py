@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import io
 import os
-import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,21 +19,8 @@ from tests.report.reports import facts, hostile, many_classes, small
 from nearkin.report.run import run_page
 
 pytestmark = pytest.mark.slow
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 DATA = {"small": small, "hostile": hostile, "many": many_classes}
 VIEWS = [(width, scheme) for width in (390, 1440) for scheme in ("light", "dark")]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
-        pytest.skip("no Chromium on this machine")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
