@@ -269,9 +269,12 @@ def test_no_file_is_decoded_twice_for_a_cache_nor_looked_at_afterwards(tmp_path,
     root = pictures(tmp_path / "data")
     decoded: list[str] = []
     real = decode._decode
-    monkeypatch.setattr(
-        decode, "_decode", lambda path, *rest: (decoded.append(path), real(path, *rest))[1]
-    )
+
+    def counting(path, *rest, **named):
+        decoded.append(path)
+        return real(path, *rest, **named)
+
+    monkeypatch.setattr(decode, "_decode", counting)
     chosen = choose_all(root)
     make_pack(Contents(chosen.files, 20), "ram", 2)
     assert sorted(decoded) == sorted(chosen.files["train"].files)

@@ -463,9 +463,9 @@ def test_a_store_that_another_process_keeps_locked(data, store, monkeypatch):
 
 
 SLOW = """
-import time
+import os, time
 def slow(path, **options):
-    print("looking", flush=True)
+    os.write(1, b"looking\\n")  # in one call: two threads' prints may share a line
     time.sleep(0.5)
     raise module.BadImage(path, "slow")
 module.inspect = slow

@@ -32,10 +32,10 @@ def decoded(monkeypatch):
     names: list[str] = []
     real = look.inspect
 
-    def counting(path, *, channels, full):
+    def counting(path, *, full, **rest):
         if full:
             names.append(path)
-        return real(path, channels=channels, full=full)
+        return real(path, full=full, **rest)
 
     monkeypatch.setattr(look, "inspect", counting)
     return names
