@@ -62,6 +62,24 @@ def test_wrong_labels_by_pixels(wrong, tmp_path, capsys):
     assert "labels are suspicious" in capsys.readouterr().out
 
 
+def test_marked_images_and_contradicting_copies_are_not_suspicious(wrong, tmp_path, capsys):
+    """A copy under another label has a finding of its own, and does not vote."""
+    table, planted = wrong
+    first, second, *rest = sorted(planted)
+    text = table.read_text()
+    right = next(row for row in csv.reader(text.splitlines()) if row[0] not in {"path", *planted})
+    copied = table.with_name("copied.csv")
+    (table.parent / "copy.png").write_bytes((table.parent / right[0]).read_bytes())
+    copied.write_text(f"{text}copy.png,{(int(right[1]) + 1) % 10}\n")
+    marks = tmp_path / "marks.csv"
+    marks.write_text(f"path,mark\n{first},leave out\n{second},wrong label\n")
+    assert doctor(copied, "--out", tmp_path, "--marks", marks) == 0
+    found = set(suspicious(tmp_path))
+    assert not found & {first, second, "copy.png", right[0]}
+    assert len(found & set(rest)) >= 0.5 * len(rest)
+    assert "in two classes or more, as exact copies" in capsys.readouterr().out
+
+
 def test_wrong_labels_by_the_network_of_a_run(wrong, tmp_path, capsys):
     table, planted = wrong
     words = ["--objective", "ce", "--epochs", "4", "--batch-size", "64", "--threads", "1"]

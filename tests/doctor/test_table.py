@@ -8,7 +8,7 @@ import re
 
 import pytest
 from PIL import Image
-from tests.doctor.photos import photo, write_photos
+from tests.doctor.photos import one_colour, photo, write_photos
 
 from nearkin.cli import run
 from nearkin.cli.doctor import main
@@ -134,6 +134,47 @@ def test_marked_images_are_left_out_or_get_their_label(data, tmp_path, capsys):
     )
 
 
+def concerned(path):
+    """finding -> the last two parts of the paths it concerns."""
+    found = {}
+    for row in table(path):
+        found.setdefault(row["finding"], set()).add("/".join(row["path"].split("/")[-2:]))
+    return found
+
+
+def test_marked_images_are_in_no_finding(tmp_path, monkeypatch, capsys):
+    """And the copy of an image in another class stays once the wrong one is marked, or gets the right label."""
+    monkeypatch.chdir(tmp_path)
+    data = write_photos(tmp_path / "data")
+    one_colour(9).save(data / "train/ant/blank.png")
+    (data / "train/bee/bad.png").write_bytes(b"no image")
+    photo(3).save(data / "train/cow/again.png")  # an ant
+    photo(4).save(data / "train/cow/more.png")  # an ant
+    assert doctor(data) == 3
+    before = concerned(tmp_path / "doctor.csv")
+    assert before["exact-two-classes"] == {
+        "ant/3.png",
+        "cow/again.png",
+        "ant/4.png",
+        "cow/more.png",
+    }
+    assert before["unreadable"] == {"bee/bad.png"}
+    assert before["blank"] == {"ant/blank.png"}
+    given = marks(
+        tmp_path / "marks.csv",
+        ("train/ant/blank.png", "ant", "train", "leave out", ""),
+        ("train/bee/bad.png", "bee", "train", "leave out", ""),
+        ("train/cow/again.png", "cow", "train", "wrong label", ""),
+        ("train/cow/more.png", "cow", "train", "wrong label", "ant"),
+    )
+    assert doctor(data, "--marks", given, "--write-table", "clean.csv") == 0
+    assert concerned(tmp_path / "doctor.csv") == {"exact-copies": {"ant/4.png", "cow/more.png"}}
+    kept = {row["path"] for row in table(tmp_path / "clean.csv")}
+    assert "data/train/ant/3.png" in kept
+    assert len({"data/train/ant/4.png", "data/train/cow/more.png"} & kept) == 1
+    capsys.readouterr()
+
+
 @pytest.mark.parametrize(
     ("text", "what"),
     [
@@ -166,7 +207,7 @@ def test_marks_that_cannot_be_used(data, tmp_path, capsys, text, what):
         (("{data}", "--write-table", "table.txt"), "ends in .csv"),
         (("{data}", "--write-table", "no/table.csv"), "no such folder"),
         (("{data}", "--write-table", "there.csv"), "exists"),
-        (("{data}", "--marks", "there.csv"), "--write-table"),
+        (("digits", "--marks", "there.csv"), "are no files"),
         (("{data}", "--out", "no"), "is no folder"),
         (("{data}", "--out", "foreign"), "was not written by nearkin doctor"),
         (("{data}", "--objective", "supcom"), "supcon"),

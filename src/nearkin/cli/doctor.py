@@ -42,7 +42,7 @@ def parser() -> Parser:
     parser.add_argument(
         "--marks",
         metavar="FILE",
-        help="CSV of path,mark[,correct]; mark is 'wrong label' or 'leave out'",
+        help="CSV of path,mark[,correct]; mark is 'wrong label' or 'leave out'; marked images count no more",
     )
     parser.add_argument("--device", metavar="NAME", help="auto, cpu, cuda or mps [auto]")
     parser.flag("strict", "exit code 3 for warnings, too")
@@ -57,11 +57,8 @@ def main(given: dict[str, Any]) -> int:
     if launched().world_size > 1:
         raise ConfigError("nearkin doctor is one process; start it without torchrun or srun.")
     table = Path(given["write_table"]) if "write_table" in given else None
-    marks = Path(given["marks"]) if "marks" in given else None
     options = _options(given)
     target = check_target(Path(given.get("out", ".")))
-    if marks is not None and table is None:
-        raise ConfigError("--marks says what --write-table leaves out; give that, too.")
     if table is not None:
         from nearkin.doctor.table import check_table
 
@@ -74,15 +71,20 @@ def main(given: dict[str, Any]) -> int:
         forecast=options if given.get("forecast", True) else None,
         run=given.get("run"),
         labels=given.get("labels", True),
+        marks=given.get("marks"),
         device=given.get("device", "auto"),
         quiet=quiet,
     )
     notes = []
+    if unknown := report.marks.unknown:
+        sys.stderr.write(
+            f"warning: {counted(len(unknown), 'marked path')} not among the images: {listed(unknown)}\n"
+        )
     rows = write_csv(target, report.findings)
     if rows:
         notes.append(f"{counted(rows, 'file')} concerned, listed in {target}")
     if table is not None:
-        notes.append(_write(table, marks, report))
+        notes.append(_write(table, report))
     notes.append(summary(report.findings))
     record = {
         "run": given.get("run"),
@@ -116,19 +118,15 @@ def _options(given: dict[str, Any]) -> dict[str, Any]:
     return own
 
 
-def _write(table: Path, marks: Path | None, report: Report) -> str:
+def _write(table: Path, report: Report) -> str:
     """Write the table, and say what it leaves out."""
-    from nearkin.doctor.table import Marks, read_marks, write_table
+    from nearkin.doctor.table import write_table
 
     inventory = report.inventory
     if not inventory.from_files:
         raise ConfigError(f"{printable(report.data)} are no files, so there is no table of them.")
-    found = Marks() if marks is None else read_marks(marks, inventory)
-    if found.unknown:
-        sys.stderr.write(
-            f"warning: {counted(len(found.unknown), 'marked path')} not among the images: {listed(found.unknown)}\n"
-        )
-    kept = write_table(table, inventory, report.superfluous | found.out, found.labels)
+    marked = report.marks.out
+    kept = write_table(table, inventory, report.superfluous | marked)
     out = len(inventory.labels) - kept
-    why = f" ({len(found.out)} marked, {out - len(found.out)} copied or unreadable)" if out else ""
+    why = f" ({len(marked)} marked, {out - len(marked)} copied or unreadable)" if out else ""
     return f"{kept} images in {table}, {out} left out{why}; next: nearkin train {table}"

@@ -9,7 +9,7 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from itertools import chain, islice
@@ -28,6 +28,7 @@ from nearkin.process import cores
 
 S = TypeVar("S")
 T = TypeVar("T")
+C = TypeVar("C", bound=Sized)
 Check = Literal["auto", "full", "headers"]
 MOST_DECODED = 100_000  # files that are not yet known, up to which `auto` decodes them
 CHUNK = 64  # files per query and per task of a thread, which hides the cost of these
@@ -279,7 +280,7 @@ def _on_all(ranks: Ranks, work: Callable[[], T]) -> list[T]:
     return [result for result, _ in outcomes]
 
 
-def shown(chunks: Iterable[list[T]], total: int, what: str, quiet: bool) -> Iterator[list[T]]:
+def shown(chunks: Iterable[C], total: int, what: str, quiet: bool) -> Iterator[C]:
     """The chunks, with a bar on stderr once that takes two seconds; outside a terminal one line of text."""
     started, done, bar = time.monotonic(), 0, None
     try:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from nearkin.data.dataset import choose
 from nearkin.data.sources.resolve import resolve
 from nearkin.doctor.classes import class_findings
-from nearkin.doctor.duplicates import copy_findings, find_copies, superfluous
+from nearkin.doctor.duplicates import contradicting, copy_findings, find_copies, superfluous
 from nearkin.doctor.features import Described, describe, pixel_features
 from nearkin.doctor.findings import Finding, count
 from nearkin.doctor.inventory import Inventory
@@ -20,16 +21,19 @@ from nearkin.doctor.labels import label_findings
 from nearkin.doctor.outlook import checked_forecast, objective_findings
 from nearkin.doctor.quality import quality_findings
 from nearkin.doctor.scan import Scan, scan
+from nearkin.doctor.table import Marks, read_marks
+from nearkin.errors import ConfigError, printable
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was found. data: as it was given. superfluous: rows of `inventory` that cannot be read or show what another
-    image shows, to be left out of a table."""
+    """What was found. data: as it was given. inventory: with the labels that marks correct. marks: of a person.
+    superfluous: rows of `inventory` that cannot be read or show what another image shows, to be left out of a table."""
 
     data: str
     findings: tuple[Finding, ...]
     inventory: Inventory = field(repr=False)
+    marks: Marks = field(repr=False)
     superfluous: frozenset[int] = field(repr=False)
 
     @property
@@ -49,6 +53,7 @@ def diagnose(
     forecast: Mapping[str, Any] | None = None,
     run: str | Path | None = None,
     labels: bool = True,
+    marks: str | Path | None = None,
     device: str = "auto",
     quiet: bool = True,
 ) -> Report:
@@ -57,39 +62,56 @@ def diagnose(
     data: as for `nearkin.train`. forecast: options of a training to forecast, `{}` for those of `nearkin train DATA`,
     None for no forecast. run: a run folder, whose network compares images; by default the pretrained one. labels:
     whether images are compared at all; if not, labels are not checked and near copies are judged by hashes and pixels.
-    quiet: nothing on stderr.
+    marks: a file as for `nearkin.doctor.table.read_marks`; images that it leaves out are in no finding about images,
+    and others have the labels that it gives. quiet: nothing on stderr.
 
-    Every image is decoded once. Raises DataError when the data cannot be listed, ModelError for a run without a model,
-    ConfigError for options that do not fit.
+    Every image is decoded once. Raises DataError when the data or the marks cannot be read, ModelError for a run
+    without a model, ConfigError for options that do not fit.
     """
     given = {"device": device, **(forecast or {})}
     config = None if forecast is None else checked_forecast(str(data), given)
     listing = resolve(str(data))
     chosen = choose(listing, channels="auto", val_split=0.0, seed=0, images_per_class=None)
     inventory = Inventory.of(chosen)
+    marked = Marks() if marks is None else _marks(Path(marks), str(data), inventory)
     findings = list(class_findings(inventory, listing))
+    inventory = inventory.relabelled(marked.labels)
     seen = scan(inventory, quiet=quiet)
-    findings += quality_findings(inventory, seen)
-    rows = np.flatnonzero(seen.readable)
     described = None
-    if labels and len(rows):
+    if labels and seen.readable.any():
+        # With the marked images: the features of a whole split are kept for the next time.
         place = None if run is None else Path(run)
         described = describe(inventory, listing, seen, run=place, device=device, quiet=quiet)
+    features = _by_row(described, seen)
+    seen = seen.without(marked.out)
+    findings += quality_findings(inventory, seen)
     exact, near = find_copies(
-        seen, _by_row(described, seen), lambda rows: pixel_features(inventory, rows).numpy()
+        seen,
+        None if described is None or described.source == "pixels" else features,
+        lambda rows: pixel_features(inventory, rows).numpy(),
     )
     findings += copy_findings(inventory, exact, near)
-    if described is not None:
-        findings += label_findings(inventory, described.features, rows, described.source)
-    if len(rows) and config is not None:
+    if described is not None and features is not None:
+        disputed = contradicting(inventory, exact) | contradicting(inventory, near)
+        rows = np.setdiff1d(np.flatnonzero(seen.readable), list(disputed))
+        findings += label_findings(
+            inventory, torch.from_numpy(features[rows]), rows, described.source
+        )
+    if seen.readable.any() and config is not None:
         findings += objective_findings(listing, config)
     out = superfluous(inventory, exact) | superfluous(inventory, near) | set(seen.reasons)
-    return Report(str(data), tuple(findings), inventory, frozenset(out))
+    return Report(str(data), tuple(findings), inventory, marked, frozenset(out))
+
+
+def _marks(path: Path, data: str, inventory: Inventory) -> Marks:
+    if not inventory.from_files:
+        raise ConfigError(f"{printable(data)} are no files, so that none can be marked.")
+    return read_marks(path, inventory)
 
 
 def _by_row(described: Described | None, seen: Scan) -> np.typing.NDArray[np.float32] | None:
     """The features with a row for every image; zeros where one cannot be read."""
-    if described is None or described.source == "pixels":
+    if described is None:
         return None
     found = np.zeros((len(seen.height), described.features.shape[1]), np.float32)
     found[seen.readable] = described.features.cpu().numpy()

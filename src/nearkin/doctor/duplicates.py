@@ -219,14 +219,17 @@ def _details(inventory: Inventory, groups: list[Rows]) -> dict[int, str]:
     }
 
 
+def contradicting(inventory: Inventory, copies: Copies) -> set[int]:
+    """The rows of groups whose images have different labels."""
+    groups = (rows for rows in copies.groups() if len(np.unique(inventory.labels[rows])) > 1)
+    return {int(row) for rows in groups for row in rows}
+
+
 def superfluous(inventory: Inventory, copies: Copies) -> set[int]:
     """The rows to leave out so that every image occurs once: of a group one stays, rather in test than in val than in
     train, and of those the first; none where its labels contradict each other."""
-    out: set[int] = set()
+    out = contradicting(inventory, copies)
     for rows in copies.groups():
-        if len(np.unique(inventory.labels[rows])) > 1:
-            out |= set(rows.tolist())
-        else:
-            best = max(rows.tolist(), key=lambda row: (int(inventory.split[row]), -row))
-            out |= set(rows.tolist()) - {best}
+        best = max(rows.tolist(), key=lambda row: (int(inventory.split[row]), -row))
+        out |= set(rows.tolist()) - {best}
     return out

@@ -41,6 +41,14 @@ class Inventory(NamedTuple):
         labels = np.concatenate([part.labels for part in splits.values()])
         return cls(chosen.name, splits, classes, labels, np.repeat(np.arange(len(splits)), counts))
 
+    def relabelled(self, labels: Mapping[int, str]) -> Inventory:
+        """With other classes, which may be new, for some images."""
+        classes = (*self.classes, *sorted(set(labels.values()) - set(self.classes)))
+        given = self.labels.copy()
+        for row, label in labels.items():
+            given[row] = classes.index(label)
+        return self._replace(classes=classes, labels=given)
+
     @property
     def names(self) -> tuple[str, ...]:
         """The splits there are."""

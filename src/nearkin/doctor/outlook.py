@@ -70,7 +70,7 @@ def _findings(prepared: Prepared, found: Outlook) -> Iterator[Finding]:
     settings = prepared.settings
     start = f"{settings.objective} with a batch of {settings.batch_size} and the sampler {settings.sampler}"
     bank = f", and {found.kin:.1f} in a bank of {found.bank} entries" if found.bank else ""
-    text = f"{start}: an anchor meets {found.positives:.1f} other images of its class in the batch{bank}"
+    text = f"{start}: an image meets {found.positives:.1f} others of its class in its batch, on average{bank}"
     stages = prepared.built.objective.stages()
     warning = None
     if any(stage.positives for stage in stages):
@@ -85,7 +85,10 @@ def _findings(prepared: Prepared, found: Outlook) -> Iterator[Finding]:
     yield Finding("ok", "memory", f"a step needs about {total:.0f} MiB: {parts}")
     for stage, terms in found.collapse.items():
         shown = ", ".join(f"{term} {value:.4f}" for term, value in terms.items())
-        text = f"a loss that stays at {shown} in the stage {stage} means that all embeddings are alike (collapse)"
+        text = (
+            f"a loss that stays at {shown} in the stage {stage} has learned nothing: to the network all images look "
+            "alike (collapse)"
+        )
         yield Finding("ok", "collapse", text)
 
 

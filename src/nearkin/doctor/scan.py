@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from hashlib import blake2b
+from itertools import chain
 from typing import NamedTuple
 from zlib import crc32
 
@@ -23,8 +26,7 @@ from nearkin.process import cores
 
 SAMPLE = 32  # pixels a side of the sample that brightness and entropy are taken of
 SIDE = 64  # pixels of the longest side of the image whose edges are looked at
-CHUNK = 64  # images in one task of a thread
-TOGETHER = 16  # images whose edges and hashes are computed together; more do not fit in the processor's caches
+CHUNK = 16  # images in one task of a thread, which are computed together; more do not fit in its processor's cache
 LOOSE = 8  # bits in which the pHashes of a whole image and of one decoded at a part of its size may differ
 DENSE = 16  # pixels per pixel of the small image, a side, that are averaged at most
 
@@ -83,6 +85,13 @@ class Scan(NamedTuple):
         """`[N]`."""
         return self.height > 0
 
+    def without(self, rows: frozenset[int]) -> Scan:
+        """As if these images were not there."""
+        height = self.height.copy()
+        height[list(rows)] = 0
+        reasons = {row: reason for row, reason in self.reasons.items() if row not in rows}
+        return self._replace(height=height, reasons=reasons)
+
 
 def scan(inventory: Inventory, *, quiet: bool = True) -> Scan:
     """Decode every image once, in a thread for each core. What is learned of files is remembered as by `look`, so that
@@ -94,19 +103,18 @@ def scan(inventory: Inventory, *, quiet: bool = True) -> Scan:
     partial = np.zeros(total, np.bool_)
     mode, turned = np.zeros(total, "U8"), np.zeros(total, np.bool_)
     reasons: dict[int, str] = {}
-    for start, chunk in _numbered(shown(_opened(inventory), total, "images examined", quiet)):
-        rows, found = [], []
-        for row, (pixels, header, reason) in enumerate(chunk, start):
+    for start, chunk in _numbered(shown(_chunks(inventory), total, "images examined", quiet)):
+        rows = []
+        for row, (pixels, header, reason) in enumerate(chunk.images, start):
             if reason is not None:
                 reasons[row] = reason
             if header is not None:
                 mode[row], turned[row] = header.mode, header.orientation != 1
             if pixels is not None:
                 rows.append(row)
-                found.append(pixels)
                 height[row], width[row] = pixels.height, pixels.width
                 partial[row] = pixels.partial
-        for column, values in zip(numbers, measure(found), strict=True) if found else ():
+        for column, values in zip(numbers, chunk.numbers, strict=True) if rows else ():
             column[rows] = values
     identity, sizes = numbers.digest, height << 32 | width
     for number in _doubtful(identity, numbers.phash, sizes, partial):
@@ -118,7 +126,22 @@ def scan(inventory: Inventory, *, quiet: bool = True) -> Scan:
 Opened = tuple[Pixels | None, Header | None, str | None]
 
 
-def _numbered(chunks: Iterable[list[Opened]]) -> Iterator[tuple[int, list[Opened]]]:
+@dataclass(frozen=True)
+class Chunk:
+    """Pixels, header and what is wrong, of some images in order, and the numbers of those that can be read."""
+
+    images: list[Opened]
+    numbers: Numbers
+
+    @classmethod
+    def of(cls, images: list[Opened]) -> Chunk:
+        return cls(images, measure([pixels for pixels, _, _ in images if pixels is not None]))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def _numbered(chunks: Iterable[Chunk]) -> Iterator[tuple[int, Chunk]]:
     """Each chunk with the number of its first image."""
     start = 0
     with _one_thread():
@@ -138,31 +161,38 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _opened(inventory: Inventory) -> Iterator[list[Opened]]:
-    """Pixels, header and what is wrong, of every image in order."""
+def _chunks(inventory: Inventory) -> Iterator[Chunk]:
+    """Every image, in order. Files are examined in threads, with all that is computed of their pixels."""
     for part in inventory.splits.values():
         images = part.images
+        parts = (
+            range(start, min(start + CHUNK, len(images))) for start in range(0, len(images), CHUNK)
+        )
         if not isinstance(images, Files):
-            for start in range(0, len(images), CHUNK):
-                stop = min(start + CHUNK, len(images))
-                yield [(reduced(images.read(row)), None, None) for row in range(start, stop)]
+            for rows in parts:
+                yield Chunk.of([(reduced(images.read(row)), None, None) for row in rows])
             continue
-        channels = images.channels
-
-        def opened(path: bytes, channels: int = channels) -> tuple[bytes, Fact | None, Opened]:
-            image, fact, reason, header = examine(path, channels, full=True, least=SIDE)
-            pixels = (
-                None if image is None or header is None else reduced(image, _partial(image, header))
-            )
-            return path, fact, (pixels, header, reason)
-
-        paths = (images.key(row) for row in range(len(images)))
+        examined = functools.partial(_examined, channels=images.channels)
+        paths = ([images.key(row) for row in rows] for rows in parts)
         with quiet_pillow, Remembered() as remembered:
-            for chunk in in_threads(opened, paths, cores(), CHUNK):
-                for path, fact, _ in chunk:
-                    if fact is not None:
-                        remembered.keep(path, fact)
-                yield [each for _, _, each in chunk]
+            for facts, chunk in chain.from_iterable(in_threads(examined, paths, cores(), 1)):
+                for path, fact in facts:
+                    remembered.keep(path, fact)
+                yield chunk
+
+
+def _examined(paths: list[bytes], channels: int) -> tuple[list[tuple[bytes, Fact]], Chunk]:
+    """What is to be remembered of files, and what is in them."""
+    facts, images = [], []
+    for path in paths:
+        image, fact, reason, header = examine(path, channels, full=True, least=SIDE)
+        if fact is not None:
+            facts.append((path, fact))
+        pixels = None
+        if image is not None and header is not None:
+            pixels = reduced(image, _partial(image, header))
+        images.append((pixels, header, reason))
+    return facts, Chunk.of(images)
 
 
 def _partial(image: Tensor, header: Header) -> tuple[int, int] | None:
@@ -203,6 +233,8 @@ def measure(pixels: Sequence[Pixels]) -> Numbers:
 
     An image of three equal channels has an entropy of log2(3) more than one of them.
     """
+    if not pixels:
+        return Numbers(*np.zeros((5, 0)), *np.zeros((2, 0), np.uint64))
     shares = _histograms(np.stack([each.sample for each in pixels])) / SAMPLE**2
     below = shares.cumsum(1)
     low, high = ((below < part).sum(1) / 255 for part in (0.05, 0.99))
@@ -212,12 +244,10 @@ def measure(pixels: Sequence[Pixels]) -> Numbers:
     shapes: dict[tuple[int, ...], list[int]] = {}
     for place, each in enumerate(pixels):
         shapes.setdefault(each.small.shape, []).append(place)
-    for group in shapes.values():
-        for start in range(0, len(group), TOGETHER):
-            places = group[start : start + TOGETHER]
-            small = np.stack([pixels[place].small for place in places])
-            blurry[places] = _sharpness(small)
-            phash[places] = perceptual_hashes(small)
+    for places in shapes.values():
+        small = np.stack([pixels[place].small for place in places])
+        blurry[places] = _sharpness(small)
+        phash[places] = perceptual_hashes(small)
     return Numbers(
         dark=high,
         light=1 - low,

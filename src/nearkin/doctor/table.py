@@ -113,11 +113,9 @@ def check_table(path: Path) -> None:
         raise ConfigError(f"--write-table {shown}: there is no such folder; make it first.")
 
 
-def write_table(
-    path: Path, inventory: Inventory, out: frozenset[int], labels: dict[int, str]
-) -> int:
-    """Write `path,label,split` of the images that are not in `out`, and return their number. labels: in place of
-    theirs. Paths are relative to the table's folder, as training reads them.
+def write_table(path: Path, inventory: Inventory, out: frozenset[int]) -> int:
+    """Write `path,label,split` of the images that are not in `out`, and return their number. Paths are relative to the
+    table's folder, as training reads them.
 
     Raises DataError when no training image is left, SaveFailed.
     """
@@ -130,8 +128,6 @@ def write_table(
         raise DataError("No training image is left, so no table is written.")
     for row in kept:
         relative = os.fsdecode(os.path.relpath(inventory.key(row), folder))
-        writer.writerow(
-            (relative, labels.get(row, inventory.label(row)), inventory.split_name(row))
-        )
+        writer.writerow((relative, inventory.label(row), inventory.split_name(row)))
     write_atomic(path, text.getvalue().encode("utf-8", "surrogateescape"))
     return len(kept)
