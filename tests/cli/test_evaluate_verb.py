@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -68,7 +69,11 @@ def runs(tmp_path_factory):
 def test_what_a_person_reads(runs, capsys):
     one, two = str(runs / "a"), str(runs / "b")
     assert command(["evaluate", one]) == 0
-    assert "were kept" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "were kept" not in said
+    files = said.splitlines()[-1].removeprefix("in full: ").split(", ")
+    assert files == [f"{one}/classes-test.csv", f"{one}/confusion-test.csv"]
+    assert all(Path(file).is_file() for file in files)
     assert command(["evaluate", one]) == 0
     assert "its predictions were kept" in capsys.readouterr().out
     assert command(["evaluate", one, "--no-cache"]) == 0

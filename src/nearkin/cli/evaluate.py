@@ -89,19 +89,22 @@ def table(result: Evaluation) -> str:
         "",
         *(_matrix(result) if len(result.per_class) <= SHOWN else _confused(result)),
     ]
+    files = [printable(str(file)) for file in (result.classes_file, result.confusion_file) if file]
+    if files:
+        lines += ["", f"in full: {', '.join(files)}"]
     return "\n".join(lines) + "\n"
 
 
 def _classes(result: Evaluation) -> list[str]:
-    rows, title, file = list(result.per_class), "class", None
+    rows, title = list(result.per_class), "class"
     if len(rows) > SHOWN:
-        title, file = "class (lowest F1)", result.classes_file
+        title = "class (lowest F1)"
         rows = sorted((row for row in rows if row.support), key=lambda row: row.f1)[:SHOWN]
     lines = [f"{title:<24} {'precision':>9} {'recall':>9} {'F1':>9} {'images':>7}"]
     for name, *values, support in (*rows, ("macro mean", *result.macro, result.n)):
         shown = " ".join(f"{100 * value:8.2f}%" for value in values)
         lines.append(f"{printable(name):<24.24} {shown} {support:>7}")
-    return lines if file is None else [*lines, f"all of them: {printable(str(file))}"]
+    return lines
 
 
 def _matrix(result: Evaluation) -> list[str]:
@@ -121,8 +124,7 @@ def _confused(result: Evaluation) -> list[str]:
     for row in sorted(wrong, key=lambda row: -row.images)[:SHOWN]:
         true, predicted = printable(row.true), printable(row.predicted)
         lines.append(f"{true:<24.24}  {predicted:<24.24} {row.images:>7}")
-    file = result.confusion_file
-    return lines if file is None else [*lines, f"all of them: {printable(str(file))}"]
+    return lines
 
 
 def _members(result: Evaluation) -> list[str]:
