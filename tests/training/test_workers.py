@@ -56,6 +56,14 @@ def own_group(words, method, change=None):
     return command(words)
 
 
+def some_are_left(group):
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 def saved_step(folder):
     return int(max((folder / "checkpoints").glob("step-*")).name.split("-")[1])
 
@@ -87,6 +95,21 @@ def test_a_signal_to_the_group_saves_before_the_first_interval(tmp_path, run, me
         time.sleep(0.02)
     os.killpg(process.pid, number)
     assert finish(process) == [75], text.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_workers_end_when_their_run_is_killed(tmp_path, run, method):
+    """As for want of memory. A fork server is nobody's child then, and lives as long as a worker does."""
+    words, folder = run
+    process = start(own_group, words, method, log=tmp_path / "log")
+    wait_for(folder / "metrics.jsonl", process)
+    process.kill()
+    process.join()
+    end = time.monotonic() + 60
+    while some_are_left(process.pid):
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def reads(change):

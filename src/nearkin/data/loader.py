@@ -249,6 +249,7 @@ def _start_worker(started: EventType, _: int) -> None:
     # Imports what that thread would import at its first tensor, where Python 3.11 can fail with a KeyError.
     ForkingPickler.dumps(torch.empty(0, device="meta"))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Thread(target=_exit_after_parent, daemon=True).start()
     if hasattr(signal, "sigwaitinfo"):
         Thread(target=_exit_for_parent, daemon=True).start()
     elif hasattr(signal, "pthread_sigmask"):
@@ -259,6 +260,13 @@ def _exit_after(error: BaseException, _: object) -> None:
     sys.stderr.write(f"nearkin: a worker cannot send a batch: {type(error).__name__}: {error}\n")
     sys.stderr.flush()
     os._exit(1)
+
+
+def _exit_after_parent() -> None:
+    """torch looks whether the process that forked the worker is there, which may be a server that outlives the run."""
+    if (parent := parent_process()) is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _exit_for_parent() -> None:
