@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from tests.report.reports import report_data, small
 
 from nearkin.evaluation import report_data as module
+from nearkin.evaluation.suspects import suspects
 
 
 def test_every_image_is_there_with_what_was_said():
@@ -80,6 +82,53 @@ def test_of_many_images_errors_and_kin_are_kept(monkeypatch):
     places = data.kin.index[data.kin.index >= 0]
     assert set(range(30, len(data.images.names))) == set(places) | set(data.suspicious)
     assert data.with_kin.tolist() == [*range(30), *data.suspicious]
+
+
+def test_of_many_errors_those_that_the_network_is_most_sure_of_are_kept(monkeypatch):
+    monkeypatch.setattr(module, "MOST_IMAGES", 20)
+    some, every = report_data(errors=0.8), module_of_all(errors=0.8)
+    images = some.images
+    kept = images.own[:20][images.labels[:20] != images.predicted[:20]]
+    assert len(kept) == 10
+    assert sorted(kept) == sorted(every)[:10]
+
+
+def module_of_all(**options):
+    """What the labels of all errors got."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "MOST_IMAGES", 1000)
+        data = report_data(**options)
+    count = data.images.evaluated
+    wrong = data.images.labels[:count] != data.images.predicted[:count]
+    return data.images.own[:count][wrong].tolist()
+
+
+def test_a_large_set_without_suspicious_labels(monkeypatch):
+    monkeypatch.setattr(module, "MOST_POINTS", 50)
+    data = report_data(flipped=0)
+    assert (len(data.suspicious), data.mislabelled) == (0, 0)
+    assert data.with_kin.tolist() == list(range(40))
+    few = data.images.suspicion[40:] < 0.005
+    assert few.any()
+    assert ((data.images.other[40:] == -1) == few).all()
+
+
+@pytest.mark.parametrize("trained", [1, 2, 12])  # of four classes: too few to vote on a label
+def test_few_training_images_are_not_suspicious(trained):
+    data = report_data(trained=trained)
+    assert (len(data.suspicious), data.mislabelled) == (0, 0)
+
+
+def test_an_image_that_is_alone_in_its_class_is_not_suspicious():
+    rng = np.random.default_rng(0)
+    features = torch.from_numpy(rng.normal(1, 0.1, (60, 8)))
+    labels = np.zeros(60, np.int64)
+    labels[7] = 1
+    found = suspects(features, labels, 2)
+    assert not found.suspicious.any()
+    assert (found.own[7], found.votes[7]) == (0, 0)
+    labels[8] = 1
+    assert suspects(features, labels, 2).suspicious[[7, 8]].all()
 
 
 def test_what_is_listed_has_a_picture_before_others():

@@ -37,6 +37,12 @@ def test_of_many_classes_the_most_confused():
     assert drawn.total == 120
 
 
+def test_of_many_classes_without_errors_some_are_shown():
+    classes = [f"class {k}" for k in range(40)]
+    found = matrix([(name, name, 3) for name in classes], classes)
+    assert (len(found.names), found.total) == (24, 40)
+
+
 def test_cells_say_what_they_count():
     drawn = matrix(confused(("a", "b", 5), ("b", "a", 1)), CLASSES)
     cells = {cell["pair"]: cell for row in drawn.rows for cell in row["cells"]}

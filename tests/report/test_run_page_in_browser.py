@@ -10,11 +10,12 @@ import csv
 import io
 import os
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.report.reports import facts, hostile, many_classes, small
+from tests.report.reports import facts, hostile, many_classes, report_data, small
 
 from nearkin.report.run import run_page
 
@@ -110,6 +111,9 @@ def test_a_click_shows_the_kin_of_an_image(browser, addresses):
         name = data.images.names[int(kin.get_attribute("data-place"))]
         kin.click()  # from kin to kin
         assert page.locator("#kin .path").inner_text() == name
+        page.locator(".kin-list .pick").nth(2).focus()
+        page.keyboard.press("Enter")
+        assert page.evaluate("document.activeElement.id") == "kin-title"
 
 
 def test_a_cell_shows_its_images(browser, addresses):
@@ -138,6 +142,10 @@ def test_the_keyboard_is_enough(browser, addresses, width):
         assert page.evaluate("document.activeElement.id") == "kin-title"
         page.keyboard.press("Escape")
         assert page.evaluate("document.activeElement.id") == "map-list"
+        page.keyboard.press("ArrowDown")
+        page.keyboard.press("Enter")  # the list goes on where it was
+        assert page.locator("#kin .path").inner_text() == data.images.names[wrong[2]]
+        page.keyboard.press("Escape")
         assert page.locator("#kin").is_visible() == (width == 1440)
         card = page.locator(".cards .pick").nth(1)
         card.focus()
@@ -185,7 +193,7 @@ def test_a_point_of_the_map_is_hovered_and_clicked(browser, addresses):
         )
         page.mouse.move(*where)
         page.wait_for_selector("#map-tip", state="visible")
-        assert "→" in page.locator("#map-tip").inner_text()
+        assert "taken for" in page.locator("#map-tip").inner_text()
         page.mouse.down()
         page.mouse.up()
         shown = page.locator("#kin .path").inner_text()
@@ -231,6 +239,64 @@ def test_marks_are_saved_exactly(browser, addresses, name):
         assert page.locator("#marks").is_hidden()
 
 
+def test_the_right_label_on_the_page_is_the_saved_one(browser, addresses):
+    data = small()
+    place = int(data.worst[0])
+    with opened(browser, addresses["small"]) as page:
+        wrong = page.locator("#kin [data-mark='wrong label']")
+        wrong.click()
+        page.locator(".right-label select").select_option(str(int(data.images.predicted[place])))
+        assert data.classes[int(data.images.predicted[place])].encode() in marked(page)
+        page.locator("#kin [data-mark='leave out']").click()
+        wrong.click()
+        assert page.locator(".right-label select").input_value() == "-1"
+        assert marked(page).endswith(b'"wrong label",""\n')
+
+
+def test_marks_stay_with_their_images(browser, tmp_path):
+    """The same page with other images before: the place of an image is another one."""
+    few, more = (report_data(evaluated=count) for count in (40, 44))
+    path = tmp_path / "page.html"
+    path.write_text(run_page(few, facts(few)), "utf-8")
+    with opened(browser, path.as_uri()) as page:
+        leave = int(few.suspicious[0])
+        page.locator(f".cards [data-of='{leave}'][data-mark='leave out']").first.click()
+        path.write_text(run_page(more, facts(more)), "utf-8")
+        page.reload()
+        assert few.images.names[leave].encode() in marked(page)
+
+
+def test_what_is_copied(browser, tmp_path):
+    for name, expected in (("{}/{}.jpg", "/data/test/"), ("/photos/{}/{}.jpg", "/photos/test/")):
+        data = replace(report_data(names=name), root="/data/")
+        path = tmp_path / "page.html"
+        path.write_text(run_page(data, facts(data)), "utf-8")
+        with opened(browser, path.as_uri()) as page:
+            page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+            page.locator("#kin [data-copy]").click()
+            page.wait_for_function(
+                "document.querySelector('#kin [data-copy]').textContent === 'Copied'"
+            )
+            copied = page.evaluate("navigator.clipboard.readText()")
+            assert copied.startswith(expected)
+
+
+def test_a_cell_counts_images_that_are_not_in_the_page(browser, tmp_path, monkeypatch):
+    from nearkin.evaluation import report_data as module
+
+    monkeypatch.setattr(module, "MOST_IMAGES", 20)
+    data = report_data()
+    path = tmp_path / "page.html"
+    path.write_text(run_page(data, facts(data)), "utf-8")
+    with opened(browser, path.as_uri()) as page:
+        cell = page.locator(".matrix .hit").first
+        count = int(cell.inner_text())
+        cell.click()
+        title = page.locator("#pair-title").inner_text()
+        assert f"({count}, " in title
+        assert "of them in this page)" in title
+
+
 def test_markup_in_names_is_text(browser, addresses):
     with opened(browser, addresses["hostile"]) as page:
         page.locator("#map-list").focus()
@@ -248,8 +314,6 @@ def test_markup_in_names_is_text(browser, addresses):
 
 
 def test_a_map_of_ten_thousand_points_is_drawn_in_a_frame_or_few(browser, tmp_path):
-    from tests.report.reports import report_data
-
     data = report_data(6_000, 4_000, [f"class {k}" for k in range(20)], pictures=20)
     path = tmp_path / "many.html"
     path.write_text(run_page(data, facts(data)), "utf-8")

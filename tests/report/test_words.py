@@ -9,9 +9,16 @@ import pytest
 from scipy.stats import binomtest
 from tests.report.reports import facts, report_data, small
 
-from nearkin.errors import counted
 from nearkin.report.browser import percent
-from nearkin.report.words import before_tile, difference, extent, headline, look_first, probe_tile
+from nearkin.report.words import (
+    before_tile,
+    candidates,
+    difference,
+    extent,
+    headline,
+    look_first,
+    probe_tile,
+)
 
 
 @pytest.mark.parametrize(
@@ -50,6 +57,12 @@ def test_the_headline():
     assert "95 % interval" in extent(data)
     assert "too good" not in extent(data)
     assert "too good" in extent(report_data(split="val"))
+
+
+def test_a_headline_does_not_round_errors_away():
+    data = small()
+    almost = replace(data, metrics=replace(data.metrics, top1=0.9996))
+    assert headline(almost) == "> 99.9 % of the test images are recognised"
 
 
 def test_what_to_look_at_first():
@@ -92,7 +105,7 @@ def test_a_class_is_called_weak_when_its_interval_is(right, support, said):
     weak = data.metrics.per_class[0]._replace(recall=right / support, support=support)
     metrics = replace(data.metrics, top1=0.88, per_class=(weak, *others))
     texts = [each.text for each in look_first(replace(data, metrics=metrics))]
-    expected = f"{weak.name} is recognised least often: {right} of {counted(support, 'image')}."
+    expected = f"{weak.name} is recognised less often than the rest, beyond chance: {right} of {support} images."
     assert (expected in texts) == said
 
 
@@ -106,6 +119,16 @@ def test_fine_tuning_is_compared_with_the_probe():
     lines = [dict(line) for line in facts(small()).lines]
     lines[0]["top1"] = 0.9  # no epoch reaches it, so the probe was kept
     assert probe_tile(lines).value == "nothing gained"
+
+
+def test_only_the_last_stage_and_the_probe_gave_weights_to_choose_from():
+    lines = [
+        {"kind": "validation", "stage": stage, "step": step, "value": value, "top1": value}
+        for step, (stage, value) in enumerate([("probe", 0.7), ("first", 0.95), ("last", 0.88)])
+    ]
+    lines.insert(1, {"kind": "validation", "stage": "first", "step": 0, "value": 0.99})  # of kNN
+    assert candidates(lines) == [0.7, 0.88]
+    assert probe_tile(lines).text.endswith("to 88.0 %.")
 
 
 def test_an_earlier_run_is_compared_image_by_image():

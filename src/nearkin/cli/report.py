@@ -19,7 +19,11 @@ image. Several runs are compared."""
 def parser() -> Parser:
     parser = Parser(USAGE, ABOUT)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="folders that train printed")
-    parser.add_argument("--out", metavar="FILE", help="the page [report.html in the first RUN]")
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        help="the page [report.html in RUN; runs.html in the first of several]",
+    )
     parser.add_argument("--data", metavar="PATH", help="where the images of RUN are now")
     parser.add_argument("--device", metavar="NAME", help="auto, cpu, cuda or mps [auto]")
     parser.flag("json", "one JSON object on stdout")
@@ -32,8 +36,9 @@ def main(given: dict[str, Any]) -> int:
         raise ConfigError("Report on which run? Give the folder that train printed.")
     check_choice("device", given.get("device", "auto"), Device)
     out = _page(given["out"]) if "out" in given else None
-    if len(runs) > 1 and "data" in given:
-        raise ConfigError("--data is for one RUN; several are compared by what they kept.")
+    for name in ("data", "device"):
+        if len(runs) > 1 and name in given:
+            raise ConfigError(f"--{name} is for one RUN; several are compared by what they kept.")
     for run in runs:
         check_run(run)  # before torch is imported
     from nearkin.training.report import report, report_several

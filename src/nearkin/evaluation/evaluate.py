@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from nearkin.evaluation.ensemble import Ensemble
 
 ONE_VALIDATION = (
-    "train them on the same data with one --seed and --val-split, or use --weights equal"
+    "train them on the same data with one --split-seed and --val-split, or use --weights equal"
 )
 SAME_IMAGES = (
     "the weights were chosen on this very split, so the ensemble's numbers are too good; "

@@ -44,7 +44,7 @@ def kinship(kin: Kin, embeddings: Tensor, classes: int, own: Tensor | None = Non
     spare = 0 if own is None else 1
     size = max(1, CHUNK // max(classes, kin.neighbours))
     parts = []
-    for start in range(0, len(embeddings), size):
+    for start in range(0, max(1, len(embeddings)), size):
         rows = slice(start, start + size)
         found = nearest(kin, embeddings[rows], most=kin.neighbours + SHOWN + spare)
         index, similarity = found.index, found.similarity
@@ -92,4 +92,5 @@ def _strongest(share: Tensor, without: Tensor) -> tuple[Vote, ...]:
     most = min(VOTES, len(share))
     places = [*share.topk(most).indices.tolist(), *without.topk(most).indices.tolist()]
     found = [Vote(c, float(share[c]), float(without[c])) for c in dict.fromkeys(places)]
-    return tuple(vote for vote in found if max(vote.share, vote.without) >= LEAST)
+    strong = tuple(vote for vote in found if max(vote.share, vote.without) >= LEAST)
+    return strong or (found[0],)

@@ -16,7 +16,7 @@ from nearkin.data.images import Files
 from nearkin.evaluation.calibration import scaled
 from nearkin.evaluation.evaluator import Evaluator
 from nearkin.evaluation.kin import CLOSEST, Kin, distance, nearest, unlike
-from nearkin.evaluation.kinship import Kinship, kinship
+from nearkin.evaluation.kinship import LEAST, Kinship, kinship
 from nearkin.evaluation.metrics import reduced, summarise
 from nearkin.evaluation.projection import has_tsne, pca, tsne, unit_square
 from nearkin.evaluation.results import Metrics
@@ -62,8 +62,8 @@ class Images:
 
     names: as in predictions.csv. labels: `[n]`. predicted: `[n]`, -1 for training images. probability: of the
     predicted class; own: of the label, both calibrated; unlike: share of validation images that are nearer to their
-    kin; suspicion: the votes of a training image's neighbours for the label `other`
-    (see `evaluation.suspects`; -1: none); all `[n]`, NaN where not known. places: `[n, 2]` in [0, 1]. other_places: the
+    kin; suspicion: the votes of a training image's neighbours for the label `other` (see `evaluation.suspects`; -1:
+    they name none); all `[n]`, NaN where not known. places: `[n, 2]` in [0, 1]. other_places: the
     same by t-SNE, NaN for images that it leaves out; None without it.
     """
 
@@ -229,11 +229,12 @@ def _spread(count: int, most: int) -> Ints:
 
 
 def _limited(seen: Seen, said: _Said) -> tuple[Seen, _Said]:
-    """Those in the page: errors up to a half of MOST_IMAGES first, then evenly spread ones."""
+    """Those in the page: up to a half of MOST_IMAGES errors, those that the network is most sure of, then evenly spread
+    images that are right."""
     if len(seen.rows) <= MOST_IMAGES:
         return seen, said
     wrong, right = np.flatnonzero(~said.correct), np.flatnonzero(said.correct)
-    wrong = wrong[_spread(len(wrong), MOST_IMAGES // 2)]
+    wrong = wrong[np.argsort(said.own[wrong], kind="stable")[: MOST_IMAGES // 2]]
     right = right[_spread(len(right), MOST_IMAGES - len(wrong))]
     some = np.sort(np.concatenate([wrong, right]))
     kept = Seen(seen.split, seen.rows[some], seen.embeddings[some], seen.probabilities[some])
@@ -285,7 +286,9 @@ def _images(
         own=np.concatenate([said.own, nothing]),
         unlike=np.concatenate([unknown if unlikely is None else unlikely.numpy(), nothing]),
         suspicion=np.concatenate([unknown, doubt.votes[kept]], dtype=np.float32),
-        other=np.concatenate([np.full(len(seen.rows), -1), doubt.other[kept]]),
+        other=np.concatenate(
+            [np.full(len(seen.rows), -1), np.where(doubt.votes >= LEAST, doubt.other, -1)[kept]]
+        ),
         places=places,
         other_places=other,
     )
@@ -303,7 +306,10 @@ def _map(seen: Tensor, kept: Tensor, with_tsne: bool) -> tuple[Floats, Floats | 
         if room > 0:
             some = np.concatenate([some, len(seen) + _spread(len(kept), room)])
         other = np.full((len(rows), 2), np.nan, np.float32)
-        other[some] = unit_square(tsne(rows[some]))
+        found_there = tsne(rows[some])
+        if not np.isfinite(found_there).all():  # as for equal embeddings
+            return unit_square(found), None, share
+        other[some] = unit_square(found_there)
     return unit_square(found), other, share
 
 

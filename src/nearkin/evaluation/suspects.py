@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from nearkin.errors import DataError
 from nearkin.evaluation.evaluator import CHUNK
 
 NEIGHBOURS = 20  # that vote on the label of an image
@@ -36,14 +35,11 @@ def suspects(features: Tensor, labels: NDArray[np.int64], classes: int) -> Suspe
     """Compare each label with those of the 20 nearest other images by cosine: leave-one-out, so that no image votes for
     itself.
 
-    features: `[N, d]` of any length, N at least 2. labels: `[N]`, below `classes`. An image has the votes of its
-    neighbours, weighted by exp(cosine / 0.05) and made to sum to 1. Ranked by the share of its own label minus that of
-    the strongest other class, lowest first. Memory: 64 MiB of similarities, whatever N.
-
-    Raises DataError for fewer than two images.
+    features: `[N, d]` of any length. labels: `[N]`, below `classes`. An image has the votes of its
+    neighbours, weighted by exp(cosine / 0.05) and made to sum to 1; none (all shares 0) where it is alone in its class,
+    since nothing could speak for its label, and where there are fewer than 40 images. Ranked by the share of its own
+    label minus that of the strongest other class, lowest first. Memory: 64 MiB of similarities, whatever N.
     """
-    if len(labels) < 2:
-        raise DataError("Labels are compared with those of other images; give two or more.")
     unit = F.normalize(features.float(), dim=1)
     own_class = torch.from_numpy(labels)
     step = max(1, CHUNK // max(len(labels), classes))
@@ -53,6 +49,8 @@ def suspects(features: Tensor, labels: NDArray[np.int64], classes: int) -> Suspe
             for rows in torch.split(torch.arange(len(labels)), step)
         ]
     )
+    judged = torch.bincount(own_class, minlength=classes)[own_class] > 1
+    shares *= judged[:, None] & (len(labels) >= 2 * NEIGHBOURS)
     own = shares.gather(1, own_class[:, None])[:, 0]
     votes, other = shares.scatter(1, own_class[:, None], -1.0).max(1)
     ranking = torch.argsort(own - votes, stable=True)
@@ -62,6 +60,8 @@ def suspects(features: Tensor, labels: NDArray[np.int64], classes: int) -> Suspe
 
 def _votes(unit: Tensor, labels: Tensor, rows: Tensor, classes: int) -> Tensor:
     """`[len(rows), classes]`, sums to 1 in each row, float64."""
+    if len(labels) < 2:
+        return torch.zeros(len(rows), classes, dtype=torch.float64)
     similarities = unit[rows] @ unit.T
     similarities[torch.arange(len(rows)), rows] = -torch.inf
     nearest = similarities.topk(min(NEIGHBOURS, len(labels) - 1), dim=1)

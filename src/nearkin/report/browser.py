@@ -46,6 +46,7 @@ def page_data(data: ReportData, run: str) -> str:
         "rawClasses": {n: name for n, name in enumerate(data.classes) if printable(name) != name},
         "evaluated": images.evaluated,
         "attended": data.attended,
+        "trained": data.trained,
         "folders": list(folders),
         "folder": places,
         "base": bases,
@@ -117,7 +118,7 @@ def _card(data: ReportData, place: int) -> dict[str, Any]:
         sure = percent(float(images.probability[place]))
         right = predicted == images.labels[place]
         return found | {
-            "title": f"{label}" if right else f"{label} → {data.classes[predicted]}",
+            "title": f"{label}" if right else f"{label} taken for {data.classes[predicted]}",
             "text": f"{'right' if right else 'predicted'} with {sure}",
             "wrong": not right,
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,7 +34,8 @@ def counts(confusion: Sequence[tuple[str, str, int]], classes: Sequence[str]) ->
 
 
 def most_confused(found: Counts, most: int = MOST) -> list[int]:
-    """The classes of the most frequent confusions, at most `most`, rising; all where there are no more."""
+    """The classes of the most frequent confusions, at most `most`, rising; all where there are no more. Where fewer are
+    confused, the first others as well."""
     if len(found) <= most:
         return list(range(len(found)))
     wrong = found - np.diag(np.diag(found))
@@ -43,7 +45,8 @@ def most_confused(found: Counts, most: int = MOST) -> list[int]:
         pair = [number for number in divmod(place, len(found)) if number not in kept]
         if len(kept) + len(pair) <= most:
             kept |= dict.fromkeys(pair)
-    return sorted(kept)
+    others = (number for number in range(len(found)) if number not in kept)
+    return sorted([*kept, *islice(others, most - len(kept))])
 
 
 def ordered(found: Counts) -> list[int]:

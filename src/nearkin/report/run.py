@@ -26,21 +26,24 @@ PER_CHART = 20
 
 
 class Before(NamedTuple):
-    """An earlier run on the same images, and whether it recognised each of them, by name."""
+    """An earlier run on the same images, and whether it recognised each of them."""
 
     run: str
-    right: dict[str, bool]
+    right: dict[words.Image, bool]
 
 
 class Facts(NamedTuple):
-    """What the files of a run say. lines: of metrics.jsonl. right: as in `Before`. options: all, flat."""
+    """What the files of a run say. lines: of metrics.jsonl. right: as in `Before`. options: all, flat.
+    images: equal for runs on equal images; None where not known. root: the folder of the images' names."""
 
     run: str
     lines: tuple[dict[str, Any], ...]
-    right: dict[str, bool]
+    right: dict[words.Image, bool]
     options: dict[str, Any]
     environment: dict[str, Any]
-    before: Before | None
+    images: str | None = None
+    root: str = ""
+    before: Before | None = None
 
 
 class Picture(NamedTuple):
@@ -117,7 +120,7 @@ def _tiles(data: ReportData, facts: Facts) -> list[words.Tile]:
         words.Tile(
             "Confidence, on average",
             f"{shown(100 * float(confidence.mean()), 1)} %",
-            f"where {shown(100 * float(data.correct.mean()), 1)} % are right; log loss {shown(log_loss, 3)} "
+            f"where {shown(100 * data.metrics.top1, 1)} % are right; log loss {shown(log_loss, 3)} "
             "as trained.",
         )
     )
@@ -158,6 +161,7 @@ def _pairs(data: ReportData) -> list[dict[str, Any]]:
             "true": pair.true,
             "predicted": pair.predicted,
             "pair": f"{numbers[pair.true]},{numbers[pair.predicted]}",
+            "images": pair.images,
             "text": f"{pair.images} of {counted(support[pair.true], 'image')}",
             "cards": cards(data, pair.examples),
         }
@@ -173,8 +177,7 @@ def _class_bars(data: ReportData) -> list[Picture]:
     for each in known[:MOST_BARS]:
         low, high = wilson(each.recall, each.support)
         right = round(each.recall * each.support)
-        recall, precision = (shown(100 * value, 0) for value in (each.recall, each.precision))
-        text = f"{recall} % ({right} of {each.support}), precision {precision} %"
+        text = f"{percent(each.recall)} ({right} of {each.support}), precision {percent(each.precision)}"
         rows.append(charts.Share(each.name, each.recall, low, high, text))
     found = []
     size = PER_CHART if len(rows) > PER_CHART else -(-len(rows) // 2)
@@ -199,8 +202,13 @@ def _class_bars(data: ReportData) -> list[Picture]:
 
 
 def _calibration_note(data: ReportData) -> str:
+    sample = (
+        f" The pictures are of {len(data.confidence)} evenly spread images."
+        if len(data.confidence) < data.metrics.n
+        else ""
+    )
     if data.temperature is None:
-        return "There were no validation images, so the probabilities are as trained."
+        return f"There were no validation images, so the probabilities are as trained.{sample}"
     if data.temperature > 1.05:
         effect = "the model was too sure of itself"
     else:
@@ -209,7 +217,8 @@ def _calibration_note(data: ReportData) -> str:
         )
     return (
         f"Temperature {shown(data.temperature, 2)}, fitted on validation: {effect}. "
-        "Probabilities in this page have it, and so have those of nearkin predict."
+        f"Probabilities in this page have it, and so have those of nearkin predict.{sample}"
+        f"{' It was fitted on these very images, which flatters it.' if data.split == 'val' else ''}"
     )
 
 
@@ -261,9 +270,7 @@ def _curves(lines: Sequence[Mapping[str, Any]]) -> list[Picture]:
     """Validation, and the loss with its terms, each from metrics.jsonl."""
     found = []
     accuracy = [
-        (float(line["step"]), 100 * float(line["value"]))
-        for line in lines
-        if line.get("kind") == "validation" and isinstance(line.get("value"), int | float)
+        (float(line["step"]), 100 * float(line["top1"])) for line in words.validations(lines)
     ]
     if len(accuracy) > 1:
         drawn = svg.curves(
@@ -273,7 +280,7 @@ def _curves(lines: Sequence[Mapping[str, Any]]) -> list[Picture]:
             x_label="steps",
             y_label="accuracy in %",
         )
-        best = max(value for _, value in accuracy)
+        best = 100 * max(words.candidates(lines))
         found.append(
             Picture(
                 "Validation accuracy",
@@ -338,6 +345,7 @@ def _reading(data: ReportData) -> list[str]:
         "The twenty nearest training images vote on each label; it is listed where one other label has at least half "
         "of the votes more than its own. A weak embedding makes good labels suspicious, and a network that has "
         "learned a wrong label by heart hides it: look before you believe.",
-        "Marks stay in this browser. A wrong label can be given the right one beside the kin. Save marks gives a "
-        "table; nearkin doctor DATA --marks marks.csv --write-table clean.csv makes of it a table to train with.",
+        "The browser remembers marks if it keeps anything for pages opened from disk. A wrong label can be given the "
+        "right one beside the kin. Save marks gives a table; nearkin doctor DATA --marks marks.csv --write-table "
+        "clean.csv makes of it a table to train with.",
     ]

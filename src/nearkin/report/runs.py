@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from nearkin.report.axes import sample, shown
 from nearkin.report.browser import plain
 from nearkin.report.page import render
 from nearkin.report.run import Facts, Picture
-from nearkin.report.words import Difference, difference
+from nearkin.report.words import Difference, Image, difference, validations
 
 MISSING = "–"  # noqa: RUF001
 
@@ -27,7 +28,7 @@ class Finished(NamedTuple):
 def runs_page(runs: Sequence[Finished]) -> str:
     """One HTML file without scripts. The first run is what the others are compared with."""
     first, *others = runs
-    found = [difference(each.facts.right, first.facts.right) for each in others]
+    found = [_difference(each.facts, first.facts) for each in others]
     return render(
         "runs.html",
         first=first.facts.run,
@@ -40,10 +41,18 @@ def runs_page(runs: Sequence[Finished]) -> str:
     )
 
 
-def _verdict(found: Difference) -> str:
-    if found.low <= 0 <= found.high:
-        return "undecided"
-    return "better" if found.value > 0 else "worse"
+def _difference(mine: Facts, other: Facts) -> Difference | None:
+    """On images of equal names and labels; where the runs had other data, of equal paths."""
+    if mine.images is not None and mine.images == other.images:
+        return difference(mine.right, other.right)
+    return difference(_by_path(mine), _by_path(other))
+
+
+def _by_path(facts: Facts) -> dict[Image, bool]:
+    def whole(name: str) -> str:
+        return os.path.abspath(os.path.join(facts.root, name))  # noqa: PTH100, PTH118 - without links
+
+    return {(whole(name), label): hit for (name, label), hit in facts.right.items()}
 
 
 def _headline(runs: Sequence[Finished], found: Sequence[Difference | None]) -> list[str]:
@@ -51,12 +60,17 @@ def _headline(runs: Sequence[Finished], found: Sequence[Difference | None]) -> l
     sentences = []
     for each, one in zip(runs[1:], found, strict=True):
         if one is None:
-            sentences.append(f"{each.facts.run} and {first} have no evaluated image in common.")
+            sentences.append(
+                f"{each.facts.run} and {first} have no evaluated image in common, by path and label."
+            )
             continue
         low, high = (shown(100 * end, 1, sign=True) for end in (one.low, one.high))
         by = shown(100 * one.value, 1, sign=True)
-        verdict = _verdict(one)
-        text = "is not shown to differ from" if verdict == "undecided" else f"is {verdict} than"
+        text = (
+            "is not shown to differ from"
+            if one.verdict == "undecided"
+            else f"is {one.verdict} than"
+        )
         sentences.append(
             f"{each.facts.run} {text} {first}: {by} points (95 % interval {low} to {high})."
         )
@@ -117,9 +131,8 @@ def _curves(runs: Sequence[Finished]) -> Picture | None:
     found = []
     for style, each in enumerate(runs):
         points = [
-            (float(line["epoch"]), 100 * float(line["value"]))
-            for line in each.facts.lines
-            if line.get("kind") == "validation" and isinstance(line.get("value"), int | float)
+            (float(line["step"]), 100 * float(line["top1"]))
+            for line in validations(each.facts.lines)
         ]
         if len(points) > 1:
             found.append(svg.Curve(each.facts.run, [points], style))
@@ -128,8 +141,8 @@ def _curves(runs: Sequence[Finished]) -> Picture | None:
     drawn = svg.curves(
         found,
         title="Validation accuracy",
-        description=f"Curves of {counted(len(found), 'run')} over the epochs",
-        x_label="epochs",
+        description=f"Curves of {counted(len(found), 'run')} over the steps",
+        x_label="steps",
         y_label="accuracy in %",
     )
     return Picture("Validation accuracy", drawn, "Each run on its own validation images.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from nearkin.errors import counted
 from nearkin.evaluation.results import NORMAL_95, wilson
@@ -34,6 +34,9 @@ class First(NamedTuple):
     where: str
 
 
+Image = tuple[str, str]  # path and label
+
+
 class Difference(NamedTuple):
     """Of two runs on the same images, in shares: mean and 95 % interval. better, worse: images that only this run, and
     only the other one recognises. p: of McNemar's exact test."""
@@ -46,8 +49,15 @@ class Difference(NamedTuple):
     images: int
     p: float
 
+    @property
+    def verdict(self) -> Literal["better", "worse", "undecided"]:
+        """By the interval."""
+        if self.low <= 0 <= self.high:
+            return "undecided"
+        return "better" if self.value > 0 else "worse"
 
-def difference(mine: Mapping[str, bool], other: Mapping[str, bool]) -> Difference | None:
+
+def difference(mine: Mapping[Image, bool], other: Mapping[Image, bool]) -> Difference | None:
     """The difference on the images that both runs have; None without any.
 
     d = (b - c) / n with b and c images that one run alone recognises. The interval is Agresti and Min's (2005): Wald's,
@@ -71,7 +81,7 @@ def difference(mine: Mapping[str, bool], other: Mapping[str, bool]) -> Differenc
 def headline(data: ReportData) -> str:
     top1, split = data.metrics.top1, data.split
     which = {"val": "validation", "test": "test"}.get(split, split)
-    return f"{shown(100 * top1, 1)} % of the {which} images are recognised"
+    return f"{percent(top1, 1)} of the {which} images are recognised"
 
 
 def extent(data: ReportData) -> str:
@@ -88,14 +98,24 @@ def extent(data: ReportData) -> str:
     return text
 
 
+def validations(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The records of validations with an accuracy."""
+    return [line for line in lines if line.get("kind") == "validation" and "top1" in line]
+
+
+def candidates(lines: Sequence[Mapping[str, Any]]) -> list[float]:
+    """The accuracies among which the best weights were chosen: of the last stage, and of the probe."""
+    found = validations(lines)
+    stages = {"probe", found[-1].get("stage")} if found else set()
+    return [float(line["top1"]) for line in found if line.get("stage") in stages]
+
+
 def probe_tile(lines: Sequence[Mapping[str, Any]]) -> Tile | None:
     """The validation accuracy of the probe, and of the model that was kept."""
-    found = [line for line in lines if line.get("kind") == "validation"]
-    probe = next((line for line in found if line.get("stage") == "probe"), None)
-    after = [line["top1"] for line in found if "top1" in line and line.get("stage") != "probe"]
-    if probe is None or "top1" not in probe:
+    found = validations(lines)
+    if not found or found[0].get("stage") != "probe":
         return None
-    before = float(probe["top1"])
+    before, *after = candidates(lines)
     if not after:
         return Tile(
             "Probe of the frozen features",
@@ -111,17 +131,13 @@ def probe_tile(lines: Sequence[Mapping[str, Any]]) -> Tile | None:
     return Tile("Fine-tuning, against the probe", f"{gain} points", text)
 
 
-def before_tile(mine: Mapping[str, bool], run: str, other: Mapping[str, bool]) -> Tile | None:
+def before_tile(mine: Mapping[Image, bool], run: str, other: Mapping[Image, bool]) -> Tile | None:
     """The difference from an earlier run."""
     found = difference(mine, other)
     if found is None:
         return None
     low, high = (shown(100 * end, 1, sign=True) for end in (found.low, found.high))
-    verdict = (
-        "no difference is shown"
-        if found.low <= 0 <= found.high
-        else ("better" if found.value > 0 else "worse")
-    )
+    verdict = "no difference is shown" if found.verdict == "undecided" else found.verdict
     return Tile(
         "Against the last run on the same data",
         f"{shown(100 * found.value, 1, sign=True)} points",
@@ -173,7 +189,7 @@ def _worst_class(data: ReportData) -> Iterator[First]:
     worst = min(known, key=lambda each: wilson(each.recall, each.support)[1], default=None)
     if worst is not None and wilson(worst.recall, worst.support)[1] < data.metrics.top1:
         right = f"{round(worst.recall * worst.support)} of {counted(worst.support, 'image')}"
-        text = f"{worst.name} is recognised least often: {right}."
+        text = f"{worst.name} is recognised less often than the rest, beyond chance: {right}."
         yield First(text, "See all classes", "classes")
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Sequence
+from heapq import nlargest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ from nearkin.evaluation.options import check_run
 from nearkin.files import write_atomic
 from nearkin.report.run import Before, Facts, run_page
 from nearkin.report.runs import Finished, runs_page
+from nearkin.report.words import Image
 from nearkin.training.metrics_log import METRICS, read_metrics
 from nearkin.training.run_folder import IDENTITY, REPORT, STATUS, stored_images, stored_settings
 
@@ -25,7 +28,8 @@ MOST_SIBLINGS = 200  # run folders that are asked whether they had the same imag
 def write_report(folder: Path, data: ReportData, out: Path | None = None) -> Path:
     """Write the page of a finished run. Raises SaveFailed, or ModelError when files of the run are damaged."""
     path = folder / REPORT if out is None else out
-    write_atomic(path, run_page(data, facts(folder)).encode("utf-8"))
+    found = facts(folder)._replace(before=last_run(folder))
+    write_atomic(path, run_page(data, found).encode("utf-8"))
     return path
 
 
@@ -82,13 +86,16 @@ def report_several(runs: Sequence[Path], out: Path | None = None) -> Path:
 def facts(folder: Path) -> Facts:
     """What the files of a run say about its training. Raises ModelError when one is damaged."""
     lines = read_metrics(folder / METRICS) if (folder / METRICS).is_file() else []
+    settings = stored_settings(folder)
+    data = Path(settings.data)
     return Facts(
         run=str(folder),
         lines=tuple(lines),
         right=right(folder),
-        options=stored_settings(folder).flat(),
+        options=settings.flat(),
         environment=_json(folder / "environment.json"),
-        before=last_run(folder),
+        images=stored_images(folder),
+        root=str(data.parent if data.is_file() else data),
     )
 
 
@@ -108,7 +115,8 @@ def last_run(folder: Path) -> Before | None:
         return None
     now = str(_json(folder / STATUS).get("updated", "")) or "9"
     found: list[tuple[str, Path]] = []
-    for other in sorted(folder.resolve().parent.glob(f"*/{IDENTITY}"))[:MOST_SIBLINGS]:
+    beside = folder.resolve().parent.glob(f"*/{IDENTITY}")
+    for other in nlargest(MOST_SIBLINGS, beside, key=lambda path: path.stat().st_mtime):
         status = _json(other.parent / STATUS)
         when = str(status.get("updated", ""))
         if (
@@ -121,16 +129,19 @@ def last_run(folder: Path) -> Before | None:
     for _, other in sorted(found, reverse=True):
         hits = right(other)
         if hits:
-            return Before(str(folder.parent / other.name), hits)
+            return Before(os.path.normpath(folder / ".." / other.name), hits)
     return None
 
 
-def right(run: Path) -> dict[str, bool]:
-    """Whether each image of a run's predictions.csv was recognised, by its name; empty where it cannot be read."""
+def right(run: Path) -> dict[Image, bool]:
+    """Whether each image of a run's predictions.csv was recognised; empty where it cannot be read."""
     try:
         with (run / "predictions.csv").open(
             newline="", encoding="utf-8", errors="surrogateescape"
         ) as file:
-            return {row["path"]: row["label"] == row["predicted"] for row in csv.DictReader(file)}
+            return {
+                (row["path"], row["label"]): row["label"] == row["predicted"]
+                for row in csv.DictReader(file)
+            }
     except (OSError, KeyError, ValueError, csv.Error):
         return {}

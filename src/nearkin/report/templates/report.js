@@ -6,7 +6,7 @@
  * hold ten values for each image of `withKin`; `votes` are label, share, share without the ten nearest, and so on.
  * @typedef {{
  *   run: string, root: string, split: string, classes: string[], rawClasses: Record<string, string>,
- *   evaluated: number, attended: number, folders: string[], folder: number[], base: string[],
+ *   evaluated: number, attended: number, trained: number, folders: string[], folder: number[], base: string[],
  *   raw: Record<string, string>, label: number[], predicted: number[], probability: number[], own: number[],
  *   unlike: number[], suspicion: number[], other: number[], pca: number[], tsne: number[] | null, cell: number[], columns: number,
  *   withKin: number[], kin: number[], weight: number[], votes: number[][]
@@ -208,8 +208,9 @@
     }
     const shown = list.children.length;
     const title = make("h3", "", `The ${shown} nearest training images`);
-    const note = make("p", "soft", data.attended > shown
-      ? `They hold ${percent(sum, 10000)} of the weight of the ${data.attended} kin that count.`
+    const attended = Math.min(data.attended, data.trained - (isTraining(place) ? 1 : 0)); // it is not its own kin
+    const note = make("p", "soft", attended > shown
+      ? `They hold ${percent(sum, 10000)} of the weight of the ${attended} kin that count.`
       : "Their weights are all that count.");
     return [title, list, note, ...votes(row, place)];
   }
@@ -232,7 +233,7 @@
     }
     const table = make("table", "votes");
     const head = make("tr");
-    head.append(make("th", "", "class", { scope: "col" }), make("th", "", "all kin", { scope: "col" }), make("th", "", "without these ten", { scope: "col" }));
+    head.append(make("th", "", "class", { scope: "col" }), make("th", "", "all kin", { scope: "col" }), make("th", "", "without the ten nearest", { scope: "col" }));
     const top = make("thead");
     top.append(head);
     const body = make("tbody");
@@ -259,16 +260,23 @@
   // ---- Marks ----
 
   const MARKS = ["wrong label", "leave out"];
-  const STORE = `nearkin marks ${data.run} ${data.base.length} ${nameOf(0)}`;
+  const STORE = `nearkin marks ${data.run}`;
   /** @type {Map<number, [string, number]>} the mark of an image, and its right label, -1 where not known */
   const marks = new Map();
+
+  /** An image by its split, name and label: its place in the page may change. @param {number} place */
+  const keyOf = (place) => JSON.stringify([splitOf(place), rawName(place), rawClass(data.label[place])]);
 
   /** Marks of an earlier visit; some browsers keep nothing for files. */
   function remembered() {
     try {
-      const found = JSON.parse(localStorage.getItem(STORE) || "[]");
-      for (const [place, [mark, right]] of found) {
-        if (place < data.base.length && MARKS.includes(mark)) marks.set(place, [mark, right in data.classes ? right : -1]);
+      const stored = JSON.parse(localStorage.getItem(STORE) || "[]");
+      if (!stored.length) return;
+      const places = new Map(data.base.map((_, place) => [keyOf(place), place]));
+      const classes = new Map(data.classes.map((_, label) => [rawClass(label), label]));
+      for (const [key, mark, right] of stored) {
+        const place = places.get(key);
+        if (place !== undefined && MARKS.includes(mark)) marks.set(place, [mark, classes.get(right) ?? -1]);
       }
     } catch { /* nothing is remembered */ }
   }
@@ -277,12 +285,14 @@
     for (const button of document.querySelectorAll("[data-mark]")) {
       button.setAttribute("aria-pressed", String(marks.get(Number(button.getAttribute("data-of")))?.[0] === button.getAttribute("data-mark")));
     }
-    const right = panel.querySelector(".right-label");
+    const right = panel.querySelector(".right-label"), select = panel.querySelector("[data-right]");
     if (right instanceof HTMLElement) right.hidden = marks.get(chosen)?.[0] !== MARKS[0];
+    if (select instanceof HTMLSelectElement) select.value = String(marks.get(chosen)?.[1] ?? -1);
     element("marks").hidden = marks.size === 0;
     element("marks-count").textContent = marks.size === 1 ? "1 image marked" : `${marks.size} images marked`;
     try {
-      localStorage.setItem(STORE, JSON.stringify([...marks]));
+      const kept = [...marks].map(([place, [mark, label]]) => [keyOf(place), mark, label < 0 ? null : rawClass(label)]);
+      localStorage.setItem(STORE, JSON.stringify(kept));
     } catch { /* nothing is remembered */ }
   }
 
@@ -319,7 +329,9 @@
 
   /** @param {number} place @param {HTMLElement} button */
   async function copy(place, button) {
-    const path = (data.root ? `${data.root.replace(/\/$/, "")}/` : "") + rawName(place);
+    const name = rawName(place), whole = /^([\\/]|[A-Za-z]:)/.test(name);
+    const path = (data.root && !whole ? `${data.root.replace(/\/$/, "")}/` : "") + name;
+    let done = true;
     try {
       await navigator.clipboard.writeText(path);
     } catch {
@@ -327,18 +339,18 @@
       field.value = path;
       document.body.append(field);
       field.select();
-      document.execCommand("copy");
+      done = document.execCommand("copy");
       field.remove();
       button.focus();
     }
-    button.textContent = "Copied";
+    button.textContent = done ? "Copied" : "Not copied";
     setTimeout(() => { button.textContent = "Copy path"; }, 1500);
   }
 
   // ---- Confused classes ----
 
-  /** @param {string} pair @param {Element | null} from */
-  function showPair(pair, from) {
+  /** @param {string} pair @param {number} count of all images @param {Element | null} from */
+  function showPair(pair, count, from) {
     const [label, predicted] = pair.split(",").map(Number);
     const places = [];
     for (let place = 0; place < data.evaluated; place++) {
@@ -348,7 +360,8 @@
     const text = label === predicted
       ? `${data.classes[label]}, recognised`
       : `${data.classes[label]}, taken for ${data.classes[predicted]}`;
-    element("pair-title").textContent = `${text} (${places.length})`;
+    const part = count > places.length ? `, ${places.length} of them in this page` : "";
+    element("pair-title").textContent = `${text} (${count}${part})`;
     const box = element("pair-images");
     box.replaceChildren(...places.slice(0, MOST_OF_PAIR).map((place) => picker(place, thumb(place))));
     if (places.length > MOST_OF_PAIR) box.append(make("span", "soft", `and ${places.length - MOST_OF_PAIR} more`));
@@ -519,7 +532,7 @@
       tip.hidden = place < 0;
       if (place >= 0) {
         const [x, y] = at(place);
-        const text = make("span", isWrong(place) ? "bad" : "", isTraining(place) || !isWrong(place) ? labelOf(place) : `${labelOf(place)} → ${data.classes[data.predicted[place]]}`);
+        const text = make("span", isWrong(place) ? "bad" : "", isTraining(place) || !isWrong(place) ? labelOf(place) : `${labelOf(place)} taken for ${data.classes[data.predicted[place]]}`);
         tip.replaceChildren(thumb(place), text, make("small", "", isTraining(place) ? "training image" : chance(data.probability[place])));
         tip.style.left = `${Math.max(0, Math.min(width - 112, x + 14))}px`;
         tip.style.top = `${y > height - 150 ? y - 150 : y + 14}px`;
@@ -580,7 +593,7 @@
       list.replaceChildren(...listed.map((place, row) => {
         const wrong = isWrong(place);
         const option = make("div", "option", "", { role: "option", id: `option-${row}`, "aria-selected": "false", "data-row": String(row) });
-        option.append(make("span", wrong ? "bad" : "", wrong ? `✕ ${labelOf(place)} → ${data.classes[data.predicted[place]]}` : labelOf(place)), make("small", "", isTraining(place) ? `training, ${data.base[place]}` : data.base[place]));
+        option.append(make("span", wrong ? "bad" : "", wrong ? `✕ ${labelOf(place)} taken for ${data.classes[data.predicted[place]]}` : labelOf(place)), make("small", "", isTraining(place) ? `training, ${data.base[place]}` : data.base[place]));
         return option;
       }));
       list.removeAttribute("aria-activedescendant");
@@ -601,7 +614,7 @@
     }
 
     list.addEventListener("keydown", (event) => {
-      const row = listed.indexOf(active);
+      const row = Number(list.querySelector('[aria-selected="true"]')?.getAttribute("data-row") ?? -1);
       /** @type {Record<string, number>} */
       const next = { ArrowDown: row + 1, ArrowUp: row < 0 ? 0 : row - 1, Home: 0, End: listed.length - 1, PageDown: row + 10, PageUp: row - 10 };
       if (event.key in next) {
@@ -677,8 +690,12 @@
     const pair = target.getAttribute("data-pair");
     const mark = target.getAttribute("data-mark");
     const copied = target.getAttribute("data-copy");
-    if (place !== null) choose(Number(place), byKey && !panel.contains(target) ? target : null);
-    if (pair !== null) showPair(pair, byKey ? target : null);
+    if (place !== null) {
+      const inside = panel.contains(target); // the focused button is replaced
+      choose(Number(place), byKey && !inside ? target : null);
+      if (byKey && inside) heading.focus();
+    }
+    if (pair !== null) showPair(pair, Number(target.getAttribute("data-count")), byKey ? target : null);
     if (copied !== null) copy(Number(copied), target);
     if (mark !== null) {
       const of = Number(target.getAttribute("data-of"));
