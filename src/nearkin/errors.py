@@ -82,6 +82,14 @@ def listed(names: Sequence[str]) -> str:
     return f"{text} and {len(names) - SHOWN} more" if len(names) > SHOWN else text
 
 
+def to_install(*extras: str) -> str:
+    """The advice for packages that are missing."""
+    options = " ".join(f"--extra {extra}" for extra in extras)
+    return (
+        f"run: pip install 'nearkin[{','.join(extras)}]' (in a copy of nearkin: uv sync {options})"
+    )
+
+
 def counted(number: int, thing: str, things: str | None = None) -> str:
     """`1 image`, `2 images`, `1 class`, `2 classes`."""
     return f"{number} {thing if number == 1 else things or thing + 's'}"

@@ -57,13 +57,18 @@ CASES = {
     ),
     "unknown objective option": (
         2,
-        ["train", "digits", "--objective.topc", "3"],
+        ["train", "digits", "--objective", "cone", "--objective.topc", "3"],
         ["--objective.topc", "--objective.topk?"],
     ),
     "objective option out of range": (
         2,
-        ["train", "digits", "--objective.topk", "0"],
+        ["train", "digits", "--objective", "cone", "--objective.topk", "0"],
         ["--objective.topk '0'", "greater than or equal to 1"],
+    ),
+    "option of no named objective": (
+        2,
+        ["train", "digits", "--objective.neighbour-weight", "1"],
+        ["--objective.neighbour-weight", "--objective cone"],
     ),
     "unknown objective": (2, ["train", "digits", "--objective", "kone"], ["kone", "cone?"]),
     "unknown model": (2, ["train", "digits", "--model", "resnet19"], ["resnet19", "resnet18"]),
@@ -214,7 +219,7 @@ def trained(tmp_path_factory):
         "3",
         "--quiet",
     ]
-    assert run([*words, "--objective.bank", "16"]) == 0
+    assert run([*words, "--objective", "cone", "--objective.bank", "16"]) == 0
     return home
 
 
@@ -271,7 +276,7 @@ def test_without_a_test_split_the_validation_split_is_named(finished, capsys):
 
 def test_weights_of_a_run_bring_its_stem(finished, capsys):
     words = ["train", "photos", "--out", "next", "--weights", "run/model.safetensors", *FAST]
-    assert run([*words, "--batch-size", "8", "--objective.bank", "16"]) == 0
+    assert run([*words, "--batch-size", "8", "--objective", "cone", "--objective.bank", "16"]) == 0
     assert "stem: small" in Path("next/config.yaml").read_text()
     assert "tensors" in capsys.readouterr().err
 

@@ -24,8 +24,9 @@ CASES = {
     "unknown option of an objective": (
         2,
         "Did you mean --objective.topk?",
-        "train --objective.topc 1",
+        "train --objective cone --objective.topc 1",
     ),
+    "option of no named objective": (2, "--objective cone", "train --objective.topk 1"),
     "unknown recipe": (2, "Did you mean digits-cone?", "train --config digits-con"),
     "missing folder": (3, "nowhere", "train nowhere/"),
     "missing table": (3, "nowhere.csv", "train nowhere.csv"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -175,6 +176,40 @@ def test_marked_images_are_in_no_finding(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
 
 
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_table_in_another_folder_names_the_files(tmp_path, monkeypatch, capsys, linked):
+    """A link to the table's folder, too, and the marks of such a table's images."""
+    monkeypatch.chdir(tmp_path)
+    data = write_photos(tmp_path / "data")
+    photo(0).save(data / "train/ant/line\rbreak.png")
+    place = Path("far/away/tables")
+    place.mkdir(parents=True)
+    if linked:
+        Path("tables").symlink_to(place)
+        place = Path("tables")
+    assert doctor(data, "--write-table", place / "clean.csv") == 0
+    images = resolve(str(place / "clean.csv")).parts["train"].images
+    assert all(Path(images.path(row)).is_file() for row in range(len(images)))
+    listed = resolve(str(place / "clean.csv")).parts["train"].images.path(5)
+    given = marks(tmp_path / "marks.csv", (listed, "ant", "train", "leave out", ""))
+    assert doctor(place / "clean.csv", "--marks", given, "--write-table", "again.csv") == 0
+    assert len(table(tmp_path / "again.csv")) == len(table(place / "clean.csv")) - 1
+    capsys.readouterr()
+
+
+def test_findings_are_shown_though_the_table_cannot_be_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    data = write_photos(tmp_path / "data")
+    given = marks(
+        tmp_path / "marks.csv",
+        *((path, "", "", "leave out", "") for path in (data / "train").glob("*/*")),
+    )
+    assert doctor(data, "--write-table", "clean.csv", "--marks", given) == 3
+    shown = capsys.readouterr()
+    assert "3 classes" in shown.out
+    assert "No training image is left" in shown.err
+
+
 @pytest.mark.parametrize(
     ("text", "what"),
     [
@@ -214,6 +249,7 @@ def test_marks_that_cannot_be_used(data, tmp_path, capsys, text, what):
         (("{data}", "--batch-size", "many"), "whole number"),
         (("{data}", "--batch-size", "4000"), "larger than"),
         (("digits", "--write-table", "new.csv"), "are no files"),
+        (("{data}", "--write-table", "doctor.csv"), "is the list of findings"),
     ],
 )
 def test_options_that_do_not_fit(data, tmp_path, capsys, words, what):

@@ -35,7 +35,7 @@ def untrained(tmp_path_factory):
         "1",
         "--quiet",
     ]
-    assert run([*words, "--out", str(folder), "--objective.bank", "40"]) == 0
+    assert run([*words, "--out", str(folder), "--objective", "cone", "--objective.bank", "40"]) == 0
     return folder
 
 

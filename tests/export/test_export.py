@@ -7,7 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -19,8 +21,10 @@ from tests.pictures import write_image
 import nearkin
 from nearkin.cli import run as command
 from nearkin.errors import ConfigError, DataError, ExportError, ModelError
-from nearkin.export import agreement, formats
+from nearkin.evaluation.model import load_bundle
+from nearkin.export import agreement, api, formats
 from nearkin.export.api import export, verify
+from nearkin.export.module import Exported
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +75,38 @@ def test_timm_gives_the_probabilities_of_predict(run, photos, bundle):
 def test_the_lines_of_the_card_run(bundle, photos, monkeypatch):
     monkeypatch.chdir(bundle)
     assert run_card(bundle, next((photos / "cat").iterdir())).shape == (1, 3)
+
+
+def test_a_float64_network_stays_one(run):
+    bundle = load_bundle(run, torch.device("cpu"))
+    bundle.network.double()
+    images = torch.randint(256, (2, 24, 24, 3), dtype=torch.uint8)
+    Exported(bundle, raw=False)
+    assert bundle.network(images.permute(0, 3, 1, 2)).logits.dtype == torch.float64
+
+
+def test_a_photo_that_is_stored_turned_is_upright_for_the_card(run, tmp_path):
+    """The lines of the card, on a photo and on the same with an EXIF orientation."""
+    folder = export(run, "torch", out=tmp_path / "torch").folder
+    photo = Image.effect_noise((40, 30), 90).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo.save(tmp_path / "upright.png")
+    photo.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    shown = [run_card(folder, tmp_path / name) for name in ("upright.png", "turned.png")]
+    assert shown[0].tolist()[0] == pytest.approx(shown[1].tolist()[0])
+    assert nearkin.load(run)(tmp_path / "turned.png").probability == pytest.approx(
+        max(shown[1].tolist()[0]), abs=1e-5
+    )
+
+
+def test_a_package_by_another_name_has_a_version(monkeypatch):
+    monkeypatch.setattr(api, "version", missing)
+    assert api._version("numpy") == np.__version__
+
+
+def missing(name):
+    raise PackageNotFoundError(name)
 
 
 def test_what_a_person_reads(run, photos, tmp_path, capsys):

@@ -354,6 +354,26 @@ def test_a_logger_that_hangs_is_left_behind(tmp_path, monkeypatch):
     ]
 
 
+def test_a_logger_that_was_too_slow_is_closed_as_failed(tmp_path, monkeypatch):
+    stub, slow = wandb_stub(monkeypatch), threading.Event()
+    made = stub.init
+    stub.init = lambda **given: (slow.wait(), made(**given))[1]
+    monkeypatch.setattr(loggers, "LONGEST_QUEUE", 5)
+    threading.Timer(0.5, slow.set).start()
+    told = sent("wandb", tmp_path, [record(step, loss=1.0) for step in range(9)])
+    assert "5 records wait for it" in told.warned[0]
+    assert stub.named("finish") == [((), {"exit_code": 1})]
+    assert stub.named("log") == []
+
+
+def test_settings_that_are_not_utf_8_go_to_tensorboard(tmp_path):
+    told = Told()
+    some = Loggers("tensorboard", told.say, told.warn)
+    some.start({"data": "/photos/caf\udce9\nx"}, tmp_path, [])
+    some.close()
+    assert told.warned == []
+
+
 def test_a_run_survives_its_loggers(tmp_path, monkeypatch):
     """The disk refuses TensorBoard's file, W&B has no network, and the weights are those of a run without both."""
     wandb_stub(monkeypatch, fails={"log"})

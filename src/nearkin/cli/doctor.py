@@ -56,13 +56,9 @@ def main(given: dict[str, Any]) -> int:
         raise ConfigError("Examine which data? Give a folder, a table or a built-in name.")
     if launched().world_size > 1:
         raise ConfigError("nearkin doctor is one process; start it without torchrun or srun.")
-    table = Path(given["write_table"]) if "write_table" in given else None
     options = _options(given)
     target = check_target(Path(given.get("out", ".")))
-    if table is not None:
-        from nearkin.doctor.table import check_table
-
-        check_table(table)
+    table = _table(given["write_table"], target) if "write_table" in given else None
     from nearkin.doctor.diagnose import diagnose
 
     quiet = given.get("quiet", False)
@@ -76,15 +72,13 @@ def main(given: dict[str, Any]) -> int:
         quiet=quiet,
     )
     notes = []
-    if unknown := report.marks.unknown:
+    if (unknown := report.marks.unknown) and not quiet:
         sys.stderr.write(
             f"warning: {counted(len(unknown), 'marked path')} not among the images: {listed(unknown)}\n"
         )
     rows = write_csv(target, report.findings)
     if rows:
         notes.append(f"{counted(rows, 'file')} concerned, listed in {target}")
-    if table is not None:
-        notes.append(_write(table, report))
     notes.append(summary(report.findings))
     record = {
         "run": given.get("run"),
@@ -98,6 +92,10 @@ def main(given: dict[str, Any]) -> int:
     text = "".join(f"{finding.line()}\n" for finding in report.findings)
     show(record, text, as_json=given.get("json", False), notes=() if quiet else notes)
     sys.stdout.flush()
+    if table is not None:  # after the findings are shown, since it may fail
+        note = _write(table, report)
+        if not quiet:
+            sys.stderr.write(f"note: {note}\n")
     bad = report.errors + (report.warnings if given.get("strict", False) else 0)
     return 3 if bad else 0
 
@@ -116,6 +114,17 @@ def _options(given: dict[str, Any]) -> dict[str, Any]:
     if "batch_size" in given:
         own["batch_size"] = whole_number("batch-size", given["batch_size"])
     return own
+
+
+def _table(name: str, findings: Path) -> Path:
+    """Where to write the table. Raises ConfigError."""
+    from nearkin.doctor.table import check_table
+
+    table = Path(name)
+    check_table(table)
+    if table.absolute() == findings.absolute():
+        raise ConfigError(f"--write-table {table} is the list of findings; give another name.")
+    return table
 
 
 def _write(table: Path, report: Report) -> str:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from nearkin.errors import ConfigError, printable
+from nearkin.errors import ConfigError, printable, to_install
 from nearkin.evaluation.options import check_choice
 from nearkin.evaluation.results import Prediction
+from nearkin.files import csv_line
 
 Format = Literal["csv", "json", "jsonl", "parquet"]
 # New columns come last, so that those of earlier versions keep their places.
@@ -49,11 +48,15 @@ def choose_format(given: dict[str, Any]) -> tuple[str, Path | None]:
 
 
 def check_out(out: Path | None) -> None:
-    """Raises ConfigError when `out` is a folder, or its folder does not exist."""
+    """Raises ConfigError when `out` is no regular file, or its folder does not exist."""
     if out is None:
         return
     if out.is_dir():
         raise ConfigError(f"--out {printable(str(out))} is a folder; give the name of a file.")
+    if out.exists() and not out.is_file():  # a pipe or a device would be replaced by a file
+        raise ConfigError(
+            f"--out {printable(str(out))} is no regular file; leave --out away to write to stdout."
+        )
     if not out.parent.is_dir():
         raise ConfigError(f"The folder of --out {printable(str(out))} does not exist; make it.")
 
@@ -61,7 +64,7 @@ def check_out(out: Path | None) -> None:
 def check_pyarrow() -> None:
     """Raises ConfigError where Parquet cannot be written."""
     if find_spec("pyarrow") is None:
-        raise ConfigError("Parquet needs pyarrow; run: pip install 'nearkin[parquet]'.")
+        raise ConfigError(f"Parquet needs pyarrow; {to_install('parquet')}.")
 
 
 def write_rows(predictions: Iterable[Prediction], run: str, chosen: str, out: Path | None) -> None:
@@ -85,10 +88,10 @@ def write_rows(predictions: Iterable[Prediction], run: str, chosen: str, out: Pa
 
 
 def _csv(predictions: Iterable[Prediction], _: str) -> Iterator[str]:
-    yield _line(COLUMNS)
+    yield csv_line(COLUMNS)
     for one in predictions:
         kin = [[near.path, near.label, round(near.similarity, 6)] for near in one.kin]
-        yield _line(
+        yield csv_line(
             (
                 one.path,
                 one.label or "",
@@ -105,12 +108,6 @@ def _csv(predictions: Iterable[Prediction], _: str) -> Iterator[str]:
 
 def _cell(values: list[Any]) -> str:
     return json.dumps(values) if values else ""
-
-
-def _line(fields: Iterable[str]) -> str:
-    text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerow(fields)
-    return text.getvalue()
 
 
 def _json(predictions: Iterable[Prediction], run: str) -> Iterator[str]:
@@ -152,7 +149,7 @@ def _parquet(predictions: Iterable[Prediction]) -> bytes:
 def valid_text(value: Any) -> Any:
     """`value` with every text in it valid UTF-8, as Parquet needs: other bytes of file names as `\\xe9`."""
     if isinstance(value, str):
-        return os.fsencode(value).decode("utf-8", "backslashreplace")
+        return value.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     if isinstance(value, dict):
         return {name: valid_text(part) for name, part in value.items()}
     return [valid_text(part) for part in value] if isinstance(value, list) else value

@@ -13,7 +13,7 @@ import yaml
 
 from nearkin.comparison.entries import Entry, parse
 from nearkin.config import Auto, CompareOptions, RunConfig, read_yaml, to_yaml, validate
-from nearkin.errors import ConfigError, Stopped, counted, printable
+from nearkin.errors import ConfigError, Stopped, counted, printable, to_install
 from nearkin.files import write_atomic
 from nearkin.process import exit_if_importing_main, launched
 from nearkin.training import run_folder
@@ -203,9 +203,9 @@ def _request(asked: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[Reque
         own["minutes"] = 0.0
     own.setdefault("split_seed", config.seed)  # the same validation images for all seeds
     if options.tune and find_spec("optuna") is None:
-        raise ConfigError("--tune needs Optuna; run: pip install 'nearkin[tune]'.")
+        raise ConfigError(f"--tune needs Optuna; {to_install('tune')}.")
     if options.submit == "ray" and find_spec("ray") is None:
-        raise ConfigError("--submit ray needs Ray; run: pip install 'nearkin[ray]'.")
+        raise ConfigError(f"--submit ray needs Ray; {to_install('ray')}.")
     entries = parse(options.objectives.split(","), match_head=options.match_head)
     return Request(options, entries, own, config.seed), config.out
 

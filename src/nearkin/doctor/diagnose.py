@@ -75,6 +75,7 @@ def diagnose(
     inventory = Inventory.of(chosen)
     marked = Marks() if marks is None else _marks(Path(marks), str(data), inventory)
     findings = list(class_findings(inventory, listing))
+    outlook = [] if config is None else list(objective_findings(listing, config))
     inventory = inventory.relabelled(marked.labels)
     seen = scan(inventory, quiet=quiet)
     described = None
@@ -82,37 +83,37 @@ def diagnose(
         # With the marked images: the features of a whole split are kept for the next time.
         place = None if run is None else Path(run)
         described = describe(inventory, listing, seen, run=place, device=device, quiet=quiet)
-    features = _by_row(described, seen)
-    seen = seen.without(marked.out)
-    findings += quality_findings(inventory, seen)
+    remaining = seen.without(marked.out)
+    findings += quality_findings(inventory, remaining)
+    compared, out = _compared(inventory, seen, remaining, described)
+    findings += (*compared, *outlook)
+    return Report(str(data), tuple(findings), inventory, marked, out | set(remaining.reasons))
+
+
+def _compared(
+    inventory: Inventory, seen: Scan, remaining: Scan, described: Described | None
+) -> tuple[list[Finding], frozenset[int]]:
+    """Findings of images that are compared with each other, and the copies to leave out. described: features of all
+    images of `seen` that can be read."""
+    features = None
+    if described is not None:
+        features = np.zeros((len(seen.height), described.features.shape[1]), np.float32)
+        features[seen.readable] = described.features.cpu().numpy()
     exact, near = find_copies(
-        seen,
+        remaining,
         None if described is None or described.source == "pixels" else features,
         lambda rows: pixel_features(inventory, rows).numpy(),
     )
-    findings += copy_findings(inventory, exact, near)
+    findings = list(copy_findings(inventory, exact, near))
     if described is not None and features is not None:
         disputed = contradicting(inventory, exact) | contradicting(inventory, near)
-        rows = np.setdiff1d(np.flatnonzero(seen.readable), list(disputed))
-        findings += label_findings(
-            inventory, torch.from_numpy(features[rows]), rows, described.source
-        )
-    if seen.readable.any() and config is not None:
-        findings += objective_findings(listing, config)
-    out = superfluous(inventory, exact) | superfluous(inventory, near) | set(seen.reasons)
-    return Report(str(data), tuple(findings), inventory, marked, frozenset(out))
+        rows = np.setdiff1d(np.flatnonzero(remaining.readable), list(disputed))
+        chosen = torch.from_numpy(features[rows])
+        findings += label_findings(inventory, chosen, rows, described.source)
+    return findings, frozenset(superfluous(inventory, exact) | superfluous(inventory, near))
 
 
 def _marks(path: Path, data: str, inventory: Inventory) -> Marks:
     if not inventory.from_files:
         raise ConfigError(f"{printable(data)} are no files, so that none can be marked.")
     return read_marks(path, inventory)
-
-
-def _by_row(described: Described | None, seen: Scan) -> np.typing.NDArray[np.float32] | None:
-    """The features with a row for every image; zeros where one cannot be read."""
-    if described is None:
-        return None
-    found = np.zeros((len(seen.height), described.features.shape[1]), np.float32)
-    found[seen.readable] = described.features.cpu().numpy()
-    return found

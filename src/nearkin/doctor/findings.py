@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from nearkin.errors import ConfigError, counted, printable
-from nearkin.files import write_atomic
+from nearkin.files import csv_line, write_atomic
 
 Level = Literal["ok", "warning", "error"]
 FILE = "doctor.csv"
@@ -80,17 +78,14 @@ def check_target(folder: Path) -> Path:
 def write_csv(path: Path, findings: Sequence[Finding]) -> int:
     """Write a row for each file of each finding, and return their number. Without any row nothing is written, unless
     there is a file of an earlier time to replace. Raises SaveFailed."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
     rows = [
         (file.path, file.label, file.split, finding.level, finding.code, file.detail)
         for finding in findings
         for file in finding.files
     ]
-    writer.writerows(rows)
     if rows or path.exists():
-        write_atomic(path, text.getvalue().encode("utf-8", "surrogateescape"))
+        text = "".join(map(csv_line, (COLUMNS, *rows)))
+        write_atomic(path, text.encode("utf-8", "surrogateescape"))
     return len(rows)
 
 

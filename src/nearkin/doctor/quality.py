@@ -84,7 +84,7 @@ def _shapes(scan: Scan) -> Iterator[_Check]:
     yield _Check("odd-shape", narrow, f"is {words}", f"are {words}", advice)
     words = "stored turned, with an EXIF orientation"
     advice = "nearkin turns them, other programs may not"
-    yield _Check("turned", scan.turned, f"is {words}", f"are {words}", advice, "ok")
+    yield _Check("turned", scan.readable & scan.turned, f"is {words}", f"are {words}", advice, "ok")
 
 
 def _usual_side(scan: Scan) -> int:
@@ -118,7 +118,7 @@ def _modes(inventory: Inventory, scan: Scan) -> Iterator[Finding]:
         usual = modes[counts.argmax()]
         rows = np.flatnonzero(known & (scan.mode != usual))
         details = {int(row): str(scan.mode[row]) for row in rows}
-        alpha = int(np.isin(scan.mode, ALPHA_MODES).sum())
+        alpha = int(np.isin(scan.mode[known], ALPHA_MODES).sum())
         white = f"; transparent parts of {counted(alpha, 'image')} become white" if alpha else ""
         text = f"files store colours in different ways ({shown}){white}; training reads all of them alike"
         yield Finding("ok", "colour-modes", text, inventory.concerned(rows, details))
@@ -128,9 +128,8 @@ def _modes(inventory: Inventory, scan: Scan) -> Iterator[Finding]:
     shares = np.bincount(inventory.labels[grey], minlength=classes) / np.maximum(totals, 1)
     present = np.flatnonzero(totals)
     if np.ptp(shares[present]) > ODD_GREY:
-        most = [
-            inventory.classes[place] for place in present if shares[place] > shares.min() + ODD_GREY
-        ]
+        least = shares[present].min() + ODD_GREY
+        most = [inventory.classes[place] for place in present if shares[place] > least]
         rows = np.flatnonzero(grey)
         text = (
             f"grey images are common in {counted(len(most), 'class', 'classes')} and rare in others ({listed(most)}), "

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from nearkin.data.sources.tables import COLUMNS
 from nearkin.doctor.inventory import Inventory
 from nearkin.errors import ConfigError, DataError, counted, printable
-from nearkin.files import write_atomic
+from nearkin.files import csv_line, write_atomic
 
 MARKS = ("wrong label", "leave out")
 
@@ -40,7 +40,7 @@ def read_marks(path: Path, inventory: Inventory) -> Marks:
     the table. Raises DataError for a file that is no such table, another mark, and when no path is one of the images.
     """
     rows = list(_marks(path))
-    known = {inventory.key(row): row for row in range(len(inventory.labels))}
+    known = {os.path.normpath(inventory.key(row)): row for row in range(len(inventory.labels))}
     folders = [Path.cwd(), path.parent.absolute(), *_roots(inventory)]
     out, labels, unknown = set(), {}, []
     for mark in rows:
@@ -115,19 +115,19 @@ def check_table(path: Path) -> None:
 
 def write_table(path: Path, inventory: Inventory, out: frozenset[int]) -> int:
     """Write `path,label,split` of the images that are not in `out`, and return their number. Paths are relative to the
-    table's folder, as training reads them.
+    table's folder, as training reads them; absolute where a link leads to that folder, which `..` would follow.
 
     Raises DataError when no training image is left, SaveFailed.
     """
-    folder = os.fsencode(path.absolute().parent)
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    folder = path.absolute().parent
+    linked = folder.resolve() != folder
+    lines = [csv_line(COLUMNS)]
     kept = [row for row in range(len(inventory.labels)) if row not in out]
     if not any(inventory.split_name(row) == "train" for row in kept):
         raise DataError("No training image is left, so no table is written.")
     for row in kept:
-        relative = os.fsdecode(os.path.relpath(inventory.key(row), folder))
-        writer.writerow((relative, inventory.label(row), inventory.split_name(row)))
-    write_atomic(path, text.getvalue().encode("utf-8", "surrogateescape"))
+        key = inventory.key(row)
+        written = os.fsdecode(key if linked else os.path.relpath(key, os.fsencode(folder)))
+        lines.append(csv_line((written, inventory.label(row), inventory.split_name(row))))
+    write_atomic(path, "".join(lines).encode("utf-8", "surrogateescape"))
     return len(kept)

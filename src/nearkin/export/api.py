@@ -6,14 +6,16 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from uuid import uuid4
 
 from nearkin.config import CONFIG_FILE, RunConfig, read_yaml, validate
 from nearkin.data.sources.resolve import resolve
-from nearkin.errors import ConfigError, DataError, ModelError, counted, printable
+from nearkin.errors import ConfigError, DataError, ModelError, counted, printable, to_install
 from nearkin.evaluation.options import check_choice, check_run
 from nearkin.export.manifest import (
     CHECK,
@@ -129,7 +131,7 @@ def _check_target(target: Path) -> None:
 def _check_packages(format: Format) -> None:
     if format == "onnx" and not all(find_spec(name) for name in EXTRA):
         raise ConfigError(
-            "ONNX models need onnx, onnxscript and onnxruntime; run: pip install 'nearkin[export]'."
+            f"ONNX models need onnx, onnxscript and onnxruntime; {to_install('export')}."
         )
 
 
@@ -181,7 +183,7 @@ def _split(
 def _whole(target: Path) -> Iterator[Path]:
     """A folder that gets the name `target` at the end of the block, and is removed when the block fails."""
     anchor = next(parent for parent in target.absolute().parents if parent.is_dir())
-    folder = anchor / f".tmp-{target.name}-{os.getpid()}"
+    folder = anchor / f".tmp-{target.name}-{uuid4().hex[:12]}"
     try:
         folder.mkdir()
         try:
@@ -235,6 +237,14 @@ def _complete(
     return write_manifest(folder, manifest)
 
 
+def _version(package: str) -> str:
+    """Of what is imported by this name, which may come from a distribution of another one, as onnxruntime-gpu."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return str(import_module(package).__version__)
+
+
 def describe(bundle: Bundle, format: Format, raw: bool) -> Manifest:
     """The manifest of a model, before it was compared with anything."""
     description, network = bundle.description, bundle.network
@@ -242,7 +252,7 @@ def describe(bundle: Bundle, format: Format, raw: bool) -> Manifest:
 
     transform = description.transform
     side, channels = transform.image_size, transform.channels
-    taken = f"uint8 [N, H, W, {channels}], decoded images of any height and width"
+    taken = f"uint8 [N, H, W, {channels}], decoded upright images of any height and width"
     if raw:
         taken = f"float32 [N, {channels}, {side}, {side}], (pixels / 255 - mean) / std of the resized and cropped image"
     return Manifest(
@@ -257,7 +267,7 @@ def describe(bundle: Bundle, format: Format, raw: bool) -> Manifest:
         transform=transform.model_dump(mode="json"),
         mean=tuple(network.mean.flatten().tolist()),
         std=tuple(network.std.flatten().tolist()),
-        packages={name: version(name) for name in PACKAGES[format]},
+        packages={name: _version(name) for name in PACKAGES[format]},
         checked=Checked(split="", images=0, batch_sizes=(), largest_difference=0.0),
         files={},
     )

@@ -171,7 +171,7 @@ def _use(manifest: Manifest) -> str:
         scaled = "" if manifest.temperature == 1 else f" / {manifest.temperature:.6g}"
         give += f"; softmax(logits{scaled}) are the probabilities"
     mode = "RGB" if channels == 3 else "L"
-    opened = f'Image.open("photo.jpg").convert("{mode}")'
+    opened = f'ImageOps.exif_transpose(Image.open("photo.jpg")).convert("{mode}")'
     given = [
         f"image = np.array({opened})",
         f"images = image.reshape(1, *image.shape[:2], {channels})",
@@ -184,7 +184,7 @@ def _use(manifest: Manifest) -> str:
         "onnx": [
             "import numpy as np",
             "import onnxruntime",
-            "from PIL import Image",
+            "from PIL import Image, ImageOps",
             "",
             f'model = onnxruntime.InferenceSession("{file}")',
             *given,
@@ -193,7 +193,7 @@ def _use(manifest: Manifest) -> str:
         "torch": [
             "import numpy as np",
             "import torch",
-            "from PIL import Image",
+            "from PIL import Image, ImageOps",
             "",
             f'model = torch.export.load("{file}").module()',
             *given,
@@ -201,7 +201,7 @@ def _use(manifest: Manifest) -> str:
         ],
         "timm": [
             "import timm",
-            "from PIL import Image",
+            "from PIL import Image, ImageOps",
             "",
             'model = timm.create_model("local-dir:.", pretrained=True).eval()',
             "config = timm.data.resolve_model_data_config(model)",

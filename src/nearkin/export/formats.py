@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import math
@@ -67,8 +68,10 @@ def trace(bundle: Bundle, *, raw: bool) -> torch.export.ExportedProgram:
 def write_torch(folder: Path, bundle: Bundle, *, raw: bool) -> None:
     """model.pt2: a program of torch.export."""
     program = trace(bundle, raw=raw)
+    buffer = io.BytesIO()  # on a full disk torch's own writer ends the process
     with _quiet():
-        torch.export.save(program, folder / MODELS["torch"])
+        torch.export.save(program, buffer)
+    write_atomic(folder / MODELS["torch"], buffer.getvalue())
 
 
 def write_onnx(folder: Path, bundle: Bundle, manifest: Manifest) -> None:

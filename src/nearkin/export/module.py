@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import cast
 
 import torch
@@ -32,7 +33,8 @@ class Exported(nn.Module):
         self.register_buffer("mean", network.mean.detach().cpu().float().clone())
         self.register_buffer("std", network.std.detach().cpu().float().clone())
         self.backbone = plain_backbone(bundle)
-        self.heads = nn.Sequential(*(network.heads[name] for name in network.chain("logits")))
+        heads = (network.heads[name] for name in network.chain("logits"))
+        self.heads = nn.Sequential(*map(deepcopy, heads))  # the network may be float64
         self.temperature = temperature(bundle)
         self.float().eval()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
 from nearkin.catalogue import check_objective
-from nearkin.config import FREE_ON_RESUME, SCRATCH_OBJECTIVE, RunConfig, merge, validate
+from nearkin.config import FREE_ON_RESUME, RunConfig, merge, validate
 from nearkin.errors import ConfigError, DataError, DivergedError, ModelError, printable
 from nearkin.process import exit_if_importing_main
 from nearkin.settings import Settings
@@ -137,8 +137,12 @@ def checked_options(values: Mapping[str, Any]) -> tuple[RunConfig, Listing | Non
     config: RunConfig = validate(RunConfig, values)
     check_installed(config.log)
     run_folder.check_free(config.out)
-    if config.objective == "auto" and config.options:  # options of an objective choose it
-        config = config.model_copy(update={"objective": SCRATCH_OBJECTIVE})
+    if config.objective == "auto" and config.options:
+        given = next(iter(config.options)).replace("_", "-")
+        raise ConfigError(
+            f"--objective.{given} belongs to an objective, which depends on the data; name it, such as "
+            f"--objective cone --objective.{given} ..."
+        )
     if config.objective != "auto":
         check_objective(config.objective, config.options)
     if config.from_scratch and (config.pretrained or config.weights is not None):

@@ -20,7 +20,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, NamedTuple, Protocol
 
-from nearkin.errors import ConfigError, first_line, printable
+from nearkin.errors import ConfigError, first_line, printable, to_install
 from nearkin.files import write_atomic
 
 LONGEST_QUEUE = 10_000  # records that wait for a logger before it is given up
@@ -79,7 +79,7 @@ class TensorBoard:
         self._writer, self._last = self._made_writer(file), Point(0, 0.0, {})
         self._event(0.0, file_version="brain.Event:2")
         rows = "".join(
-            f"    {name}: {value}\n" for name, value in settings.items()
+            f"    {name}: {printable(str(value))}\n" for name, value in settings.items()
         )  # Markdown's code
         self._event(0.0, summary=self._made_text("settings", rows))
         return f"tensorboard --logdir {shlex.quote(str(place))}"
@@ -206,8 +206,7 @@ def check_installed(log: str | None) -> None:
     """Raises ConfigError when the package of a logger is missing. log: names, separated by commas."""
     missing = [name for name in names(log) if find_spec(name) is None]
     if missing:
-        extras = ",".join(missing)
-        raise ConfigError(f"--log {extras} needs packages; run: pip install 'nearkin[{extras}]'.")
+        raise ConfigError(f"--log {','.join(missing)} needs packages; {to_install(*missing)}.")
 
 
 def names(log: str | None) -> list[str]:
@@ -326,8 +325,9 @@ class _Sender(Thread):
                 call()
             except BaseException as error:  # of a foreign package, which may even call sys.exit
                 self._fail(error)
-                with suppress(BaseException):
-                    self._logger.close(finished=False)
+        if self.failure:
+            with suppress(BaseException):
+                self._logger.close(finished=False)
 
     def _fail(self, error: BaseException) -> None:
         text = first_line(error) if isinstance(error, Exception) else ""

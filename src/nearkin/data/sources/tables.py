@@ -17,7 +17,7 @@ from nearkin.data.sources.listing import (
     Listing,
     class_places,
 )
-from nearkin.errors import DataError, counted, listed, printable
+from nearkin.errors import DataError, counted, listed, printable, to_install
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
 COLUMNS = ("path", "label", "split")
@@ -134,7 +134,7 @@ def _parquet(path: str) -> tuple[list[_Row], list[str]]:
         from pyarrow import parquet
     except ImportError:
         raise DataError(
-            f"Reading {printable(path)} needs pyarrow; run: pip install 'nearkin[parquet]'."
+            f"Reading {printable(path)} needs pyarrow; {to_install('parquet')}."
         ) from None
     try:
         header = list(parquet.read_schema(path).names)
