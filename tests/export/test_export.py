@@ -158,6 +158,17 @@ def test_a_changed_model_is_found_though_its_checksum_fits(copy):
         verify(copy)
 
 
+def test_check_inputs_that_the_model_cannot_take(copy):
+    from nearkin.export.manifest import read_manifest, write_manifest
+
+    tensors = load_file(copy / "check.safetensors")
+    tensors["inputs.0"] = tensors["inputs.0"][:, :1].contiguous()
+    save_file(tensors, copy / "check.safetensors")
+    write_manifest(copy, read_manifest(copy))
+    with pytest.raises(ExportError, match=r"fails for images \[3, 1, 24, 24\]"):
+        verify(copy)
+
+
 def test_a_file_that_is_no_part_of_the_bundle_is_named(copy):
     (copy / "extra\n.bin").write_text("")
     assert "extra\\n.bin" in verify(copy).notes[1]

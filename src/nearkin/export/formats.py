@@ -208,10 +208,20 @@ def crop_share(transform: EvalSpec) -> float:
 
 
 def load(folder: Path, kind: Format) -> Runner:
-    """The model of a bundle as a function of a batch. Raises ExportError when its files cannot be loaded."""
+    """The model of a bundle as a function of a batch.
+
+    Raises ExportError when its files cannot be loaded, and so does the function for images that it cannot take.
+    """
     path = folder / MODELS[kind]
-    with _quiet(), _explained(f"{printable(str(path))} cannot be loaded"):
-        return {"onnx": _load_onnx, "torch": _load_torch, "timm": _load_timm}[kind](path)
+    shown = printable(str(path))
+    with _quiet(), _explained(f"{shown} cannot be loaded"):
+        model = {"onnx": _load_onnx, "torch": _load_torch, "timm": _load_timm}[kind](path)
+
+    def run(images: Tensor) -> Tensor:
+        with _explained(f"{shown} fails for images {list(images.shape)}"):
+            return model(images)
+
+    return run
 
 
 def _load_onnx(path: Path) -> Runner:
