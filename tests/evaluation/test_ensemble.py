@@ -303,7 +303,7 @@ def test_the_command_line(runs, capsys, tmp_path):
     assert command(["evaluate", a, b, "--tta", "flip", "--weights", "validation"]) == 0
     text = capsys.readouterr().out
     assert "weight" in text
-    assert text.count(a) == 1
+    assert text.count(f"\n{a} ") == 1
     assert command(["evaluate", a, "digits", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["members"][0]["run"] == a
     for words, code, part in (
