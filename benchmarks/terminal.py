@@ -122,6 +122,7 @@ def step(command: str) -> str:
         [sys.executable, "-m", *command.split()],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},  # both in the order in which they are written
         text=True,
         check=True,
     )

@@ -24,12 +24,19 @@ class Log:
         self.lines.append(text)
 
 
-def test_the_picture_in_the_docs_is_of_this_bar_and_holds_no_address():
-    picture = (
-        (Path(__file__).parents[2] / "docs" / "terminal.svg").read_text().replace("&#160;", " ")
-    )
+DOCS = Path(__file__).parents[2] / "docs"
+PICTURES = sorted(["terminal.svg", *(path.name for path in DOCS.glob("tutorial-*.svg"))])
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_picture_of_a_terminal_holds_no_address(name):
+    picture = (DOCS / name).read_text()
     assert re.findall(r"https?://[^\s\"]*", picture) == ["http://www.w3.org/2000/svg"]
     assert not re.search("/(root|home|tmp|work)", picture)
+
+
+def test_the_picture_of_a_training_is_of_this_bar():
+    picture = (DOCS / "terminal.svg").read_text().replace("&#160;", " ")
     assert "images/s" in picture
     assert re.search(r"loss \d\.\d{4} \(ce \d\.\d{4}, supcon \d\.\d{4}\)  val top-1", picture)
 

@@ -71,15 +71,11 @@ def main(given: dict[str, Any]) -> int:
         device=given.get("device", "auto"),
         quiet=quiet,
     )
-    notes = []
     if (unknown := report.marks.unknown) and not quiet:
         sys.stderr.write(
             f"warning: {counted(len(unknown), 'marked path')} not among the images: {listed(unknown)}\n"
         )
     rows = write_csv(target, report.findings)
-    if rows:
-        notes.append(f"{counted(rows, 'file')} concerned, listed in {target}")
-    notes.append(summary(report.findings))
     record = {
         "run": given.get("run"),
         "data": report.data,
@@ -90,14 +86,20 @@ def main(given: dict[str, Any]) -> int:
         "table": None if table is None else str(table),
     }
     text = "".join(f"{finding.line()}\n" for finding in report.findings)
-    show(record, text, as_json=given.get("json", False), notes=() if quiet else notes)
+    show(record, text, as_json=given.get("json", False))
     sys.stdout.flush()
+    if rows:
+        _say(f"{counted(rows, 'file')} concerned, listed in {target}", quiet)
+    _say(summary(report.findings), quiet)
     if table is not None:  # after the findings are shown, since it may fail
-        note = _write(table, report)
-        if not quiet:
-            sys.stderr.write(f"note: {note}\n")
+        _say(_write(table, report), quiet)
     bad = report.errors + (report.warnings if given.get("strict", False) else 0)
     return 3 if bad else 0
+
+
+def _say(note: str, quiet: bool) -> None:
+    if not quiet:
+        sys.stderr.write(f"note: {printable(note)}\n")
 
 
 def _options(given: dict[str, Any]) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def label_findings(
     number = counted(len(chosen), "label is", "labels are")
     text = (
         f"{number} suspicious ({100 * share:.1f} %): the {NEIGHBOURS} most similar images have another one "
-        f"({printable(source)}); look at them, the most suspicious first, and mark what is wrong"
+        f"({printable(source)}); look, the most suspicious first, and mark what is wrong"
     )
     level: Level = "warning" if share > USUAL else "ok"
     yield Finding(level, "suspicious-labels", text, inventory.concerned(rows[chosen], details))

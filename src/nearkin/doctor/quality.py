@@ -49,7 +49,7 @@ def quality_findings(inventory: Inventory, scan: Scan) -> Iterator[Finding]:
 
 def _looks(scan: Scan) -> Iterator[_Check]:
     """Of one colour, dark, bright, with few shades, blurred: each image has one of these at most."""
-    advice = "look at them, and delete those that show nothing of their class"
+    advice = "look, and delete what shows nothing of its class"
     left = scan.readable & ~(blank := scan.readable & (scan.range < BLANK))
     yield _Check("blank", blank, "has one colour only", "have one colour only", "delete them")
     if _usual_side(scan) < SMALL_SET:

@@ -116,7 +116,7 @@ def last_run(folder: Path) -> Before | None:
     now = str(_json(folder / STATUS).get("updated", "")) or "9"
     found: list[tuple[str, Path]] = []
     beside = folder.resolve().parent.glob(f"*/{IDENTITY}")
-    for other in nlargest(MOST_SIBLINGS, beside, key=lambda path: path.stat().st_mtime):
+    for other in nlargest(MOST_SIBLINGS, beside, key=_changed):
         status = _json(other.parent / STATUS)
         when = str(status.get("updated", ""))
         if (
@@ -131,6 +131,14 @@ def last_run(folder: Path) -> Before | None:
         if hits:
             return Before(os.path.normpath(folder / ".." / other.name), hits)
     return None
+
+
+def _changed(path: Path) -> float:
+    """When the file was changed; 0 where it is gone by now."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def right(run: Path) -> dict[Image, bool]:
