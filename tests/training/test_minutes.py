@@ -30,7 +30,7 @@ def backbone():
 
 @pytest.fixture
 def planned(monkeypatch, backbone):
-    """A plan where an epoch of training takes `seconds[blocks]`; 100 validation and 200 test images."""
+    """A plan where an epoch of training takes `seconds[blocks]`; 500 training, 100 validation and 200 test images."""
 
     def make(seconds, *, minutes=10.0, spent=60.0, stages=1, probe=True, **given):
         tried = []
@@ -40,7 +40,7 @@ def planned(monkeypatch, backbone):
             return seconds if isinstance(seconds, float) else seconds[settings.blocks]
 
         monkeypatch.setattr(plans, "_epoch", epoch)
-        monkeypatch.setattr(plans, "_evaluation", lambda *_: EVALUATED)
+        monkeypatch.setattr(plans, "_evaluation", lambda *_: lambda images: EVALUATED * images)
         monkeypatch.setattr(plans.time, "monotonic", lambda: 0.0)
         splits = {
             name: SimpleNamespace(labels=np.zeros(count))
@@ -67,15 +67,17 @@ def planned(monkeypatch, backbone):
 
 def test_the_epochs_fit_into_what_is_left(planned):
     made, tried = planned(14.0)
-    left = 600 * (1 - RESERVE) - 60 - 200 * EVALUATED
+    # The probe's validation, the result, and the kin of training with their temperature.
+    after = (100 + 200 + 500 + 100) * EVALUATED
+    left = 600 * (1 - RESERVE) - 60 - after
     epochs = int(left / (14.0 + 100 * EVALUATED))
     assert (made.settings.epochs, made.settings.minutes) == (epochs, 0.0)
     assert tried == [4]
-    assert 60 + epochs * 15.0 + 2.0 <= 600
+    assert 60 + epochs * 15.0 + after <= 600
     assert made.settings.warmup_epochs == pytest.approx(0.05 * epochs)
     assert (
         str(made)
-        == f"plan: {epochs} epochs in about {epochs * 15 / 60:.1f} of 8.4 min that are left"
+        == f"plan: {epochs} epochs in about {epochs * 15 / 60:.1f} of {left / 60:.1f} min that are left"
     )
 
 
@@ -93,7 +95,7 @@ def test_fewer_blocks_learn_where_few_epochs_fit(planned):
 def test_blocks_that_were_asked_for_stay(planned):
     made, tried = planned({4: 99.0, 2: 40.0}, blocks=4)
     assert tried == [4]
-    assert (made.settings.blocks, made.settings.epochs) == (4, 5)
+    assert (made.settings.blocks, made.settings.epochs) == (4, 4)
     made, tried = planned(100.0, blocks="all", warmup_epochs=2.0)
     assert (tried, made.settings.warmup_epochs) == (["all"], 2.0)
 
@@ -102,7 +104,31 @@ def test_what_never_fits_ends_with_the_probe_and_says_so(planned):
     made, tried = planned(6000.0)
     assert tried == [4, 2, 1, 0]
     assert made.settings.epochs == 0
-    assert "an epoch takes about 100.0 min, and 8.4 min are left; give more --minutes" in str(made)
+    assert "an epoch takes about 100.0 min, and 8.2 min are left; give more --minutes" in str(made)
+
+
+def test_random_blocks_are_never_frozen(planned):
+    made, tried = planned({"all": 99.0}, from_scratch=True, probe=False)
+    assert (tried, made.settings.epochs) == (["all"], 4)
+
+
+def test_where_nothing_fits_the_fewest_blocks_learn(planned):
+    made, tried = planned({4: 6000.0, 2: 3000.0, 1: 2000.0, 0: 1000.0}, probe=False)
+    assert tried == [4, 2, 1, 0]
+    assert (made.settings.blocks, made.settings.epochs) == (0, 1)
+
+
+def test_time_that_is_gone_is_not_measured_any_longer(planned):
+    made, tried = planned(9.0, spent=700.0)
+    assert tried == [4]
+    assert "0.0 min are left" in str(made)
+
+
+def test_a_new_fit_takes_a_part_of_the_time(planned):
+    without, _ = planned(14.0)
+    with_fit, _ = planned(14.0, refit=True)
+    # 2 validations, and features of 600 images of two views, twice.
+    assert without.left - with_fit.left == pytest.approx((200 + 4 * 600) * EVALUATED)
 
 
 def test_without_a_probe_every_stage_gets_an_epoch(planned):

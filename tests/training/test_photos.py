@@ -149,6 +149,15 @@ def test_features_are_computed_once_for_the_same_photos(photos, tmp_path, monkey
     nearkin.train(photos, epochs=0, out=tmp_path / "four", **QUICK)
     assert computed == ["train", "val"] * 3
     assert sorted(file.stat().st_size > 1000 for file in kept) == [False, False, True, True]
+    computed.clear()
+    for file in (tmp_path / "cache").glob("features-*.safetensors"):
+        content = bytearray(file.read_bytes())
+        content[-1 if len(content) < 1000 else 999] ^= 1  # a bit of a feature
+        file.write_bytes(content)
+    nearkin.train(photos, epochs=0, out=tmp_path / "five", **QUICK)
+    assert computed == ["train", "val"]
+    nearkin.train(photos, epochs=0, decode="scaled", out=tmp_path / "six", **QUICK)
+    assert computed == ["train", "val", "train"]  # training images may have other pixels then
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,17 @@ def test_one_image_a_class_and_no_validation_takes_the_usual_strength():
     assert fit(features, labels, None).strength == USUAL
 
 
+@pytest.mark.parametrize("labels", [[0, 1, 1, 1, 1, 1], [0, 1, 1], [0, 1]])
+@pytest.mark.parametrize("validated", [False, True])
+def test_the_only_image_of_one_of_two_classes(labels, validated):
+    """A fold without it has one class only, of which nothing can be learned."""
+    labels = np.array(labels)
+    features = np.random.default_rng(0).normal(size=(len(labels), 2, 4)).astype(np.float32)
+    features += labels[:, None, None]
+    held_out = (features, labels) if validated else None
+    assert fit(features, labels, held_out).weight.shape == (2, 4)
+
+
 def test_a_class_that_a_fold_lacks_is_improbable_there_but_learned_in_the_end():
     features, labels = clouds(3, 6)
     kept = np.flatnonzero((labels != 2) | (np.arange(len(labels)) == len(labels) - 1))

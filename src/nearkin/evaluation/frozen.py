@@ -6,12 +6,15 @@ import hashlib
 import json
 from contextlib import suppress
 from pathlib import Path
+from zlib import crc32
 
+import torch
 from safetensors.torch import save
 from torch import Tensor
 
 from nearkin.data.cache import Packed
 from nearkin.data.dataset import Split
+from nearkin.data.images import Files
 from nearkin.distributed import Runtime
 from nearkin.errors import DataError, ModelError
 from nearkin.evaluation.ensemble import images_digest
@@ -19,7 +22,7 @@ from nearkin.evaluation.evaluator import Evaluator
 from nearkin.files import SaveFailed, cache_folder, write_atomic
 from nearkin.network import Network, read_safetensors
 
-NAME = "features"
+NAME, CHECK = "features", "crc32"
 LARGEST = 1 << 30  # bytes; more is computed anew each time
 
 
@@ -39,7 +42,7 @@ def frozen_features(
         if path is not None and found.nbytes <= LARGEST:
             with suppress(SaveFailed, OSError):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                write_atomic(path, save({NAME: found.contiguous()}))
+                write_atomic(path, save({NAME: found.contiguous(), CHECK: _checksum(found)}))
     if not found.isfinite().all():
         raise ModelError("The backbone gives features that are not finite; give other weights.")
     return found
@@ -57,13 +60,22 @@ def _path(evaluator: Evaluator, network: Network, split: Split, architecture: st
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     if isinstance(split.images, Packed):
         digest.update(split.images.pack.sizes.tobytes())  # these pixels are shrunk
+    if isinstance(split.images, Files):
+        digest.update(b"%d" % split.images.least)  # these may be decoded at a part of their size
     digest.update(images_digest(split).encode())
     return folder / f"features-{digest.hexdigest()[:16]}.safetensors"
 
 
 def _read(path: Path, images: int) -> Tensor | None:
     try:
-        found = read_safetensors(path)[NAME]
+        tensors = read_safetensors(path)
+        found, check = tensors[NAME], tensors[CHECK]
     except (ModelError, LookupError):
         return None
-    return found if found.dim() == 3 and len(found) == images else None
+    fits = found.dim() == 3 and len(found) == images and torch.equal(check, _checksum(found))
+    return found if fits else None
+
+
+def _checksum(features: Tensor) -> Tensor:
+    """CRC-32 of the values: two runs may write the file at the same time."""
+    return torch.tensor([crc32(features.contiguous().numpy().data)])

@@ -34,6 +34,12 @@ class LoadReport(NamedTuple):
     mismatched: dict[str, str]
     adapted: dict[str, str]
 
+    @property
+    def whole_backbone(self) -> bool:
+        """Whether no tensor of the backbone is left as initialised."""
+        left = (*self.missing, *self.mismatched)
+        return not any(name.startswith("backbone.") for name in left)
+
     def __str__(self) -> str:
         adapted, mismatched = (
             [f"{name} ({shapes})" for name, shapes in each.items()]

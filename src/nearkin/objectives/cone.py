@@ -141,6 +141,9 @@ class CoNe(Objective, name="cone"):
         ce = self.classify(logits, batch.labels)
         if progress.step < self.config.warmup_steps or teacher is None:
             loss = combine(ce=(1.0, ce))
+            if student.embedding is not None:
+                # Where the classifier reads the features: several processes wait for each weight's gradient.
+                loss = loss._replace(total=loss.total + 0.0 * student.embedding.sum())
             zero = torch.zeros_like(loss.total.detach())
             return loss._replace(terms=loss.terms | {"neighbour": zero, "consistency": zero})
         neighbour, target = bank_attention(

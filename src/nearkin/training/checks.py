@@ -34,6 +34,8 @@ def check_built(settings: Settings, built: Built) -> None:
         check_eval_size(network.backbone, network.dim, model, channels, size)
     if settings.layer_decay < 1.0 and not names_layers(network.backbone):
         raise ConfigError(f"{settings.model} does not name its layers; leave out --layer-decay.")
+    if settings.blocks != "all" and not names_layers(network.backbone):
+        raise ConfigError(f"{settings.model} does not name its layers; leave out --blocks.")
     if (settings.probe or settings.refit) and readable(built.objective.heads) is None:
         option = "probe" if settings.probe else "refit"
         raise ConfigError(

@@ -86,7 +86,8 @@ def resolve_data(config: RunConfig, facts: DataFacts) -> DataSettings:
     usual: Literal["light", "strong"] = "strong" if objective == "attract-repulse" else "light"
     augment = usual if config.augment == "auto" else config.augment
     strong = augment == "strong"
-    usual_size = TUNED_EVAL_SIDE if size == TUNED_SIDE and photos and pretrained else size
+    packaged = photos and pretrained and not own
+    usual_size = TUNED_EVAL_SIDE if size == TUNED_SIDE and packaged else size
     eval_size = usual_size if config.eval_size == "auto" else config.eval_size
     tiny = size <= TINY_IMAGE
     model_options = NARROW if tiny and not own else {}
@@ -94,7 +95,7 @@ def resolve_data(config: RunConfig, facts: DataFacts) -> DataSettings:
     limited = photos and tuned and facts.device == "cpu" and config.epochs == "auto"
     values: dict[str, Any] = {
         "objective": objective,
-        "model": PHOTO_MODEL if photos and pretrained else scratch,
+        "model": PHOTO_MODEL if packaged else scratch,
         "image_size": size,
         "batch_size": _batch_size(images, TUNED_BATCH if tuned else None),
         "minutes": MINUTES if limited else 0.0,
@@ -141,7 +142,8 @@ def resolve(config: DataSettings, facts: NetworkFacts) -> Settings:
         "head_lr": TUNED_HEAD_LR if pretrained and optimizer == "adamw" else 1.0,
         "blocks": TUNED_BLOCKS if pretrained and photo_model else "all",
         "probe": pretrained and facts.probed,
-        "freeze_batchnorm": pretrained,
+        # With another first layer the statistics after it are not those of the weights.
+        "freeze_batchnorm": pretrained and not (config.pretrained and facts.stem == "small"),
         "sampler": "balanced" if grouped else "shuffle",
         "weight_decay": (5e-4 if facts.images < 100_000 else 1e-4) if sgd else 0.05,
         "layer_decay": TUNED_DECAY if decays else 1.0,

@@ -153,14 +153,18 @@ class Journal:
         self._append(LOG, "\n".join(f"{now} {printable(line)}" for line in text.split("\n")))
 
     def cut_back(self, step: int) -> None:
-        """Remove the lines of `metrics.jsonl` after `step`, and an incomplete last line.
+        """Remove the lines of `metrics.jsonl` after `step`, those of a new fit at the end, and an incomplete last line.
 
         Resuming from a checkpoint of `step` then writes them again. Raises `ModelError` when
         another line is no JSON, and `SaveFailed` when the disk refuses.
         """
         path = self.folder / METRICS
         if path.exists():
-            kept = [line + b"\n" for line, fields in _lines(path) if fields["step"] <= step]
+            kept = [
+                line + b"\n"
+                for line, fields in _lines(path)
+                if fields["step"] <= step and fields.get("kind") != "refit"
+            ]
             write_atomic(path, b"".join(kept))
 
     def records(self) -> list[dict[str, Any]]:

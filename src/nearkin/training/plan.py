@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from copy import deepcopy
 from typing import NamedTuple
 
@@ -11,12 +12,15 @@ import torch
 from nearkin.config import RunConfig
 from nearkin.data.dataset import Dataset
 from nearkin.distributed import Runtime
+from nearkin.errors import counted
 from nearkin.evaluation.evaluator import Evaluator
+from nearkin.evaluation.kin import MOST_KEYS
 from nearkin.evaluation.model import Built
 from nearkin.network import Network, blocks_below_heads, names_layers
 from nearkin.settings import Settings
 from nearkin.training.batches import train_batches
-from nearkin.training.defaults import warmup_epochs
+from nearkin.training.defaults import is_pretrained, warmup_epochs
+from nearkin.training.probe import MOST_IMAGES as MOST_FITTED
 from nearkin.training.step import Stepper
 from nearkin.types import Progress
 
@@ -25,6 +29,7 @@ ENOUGH = 10  # epochs; where fewer fit, fewer blocks learn
 STEPS = 12  # at most, in a measurement
 SECONDS = 5.0  # after which it ends
 WARM = 2  # steps that do not count
+LONG = 30.0  # seconds after which one of them does not, either
 IMAGES = 128  # that are evaluated to measure validation
 
 
@@ -39,11 +44,11 @@ class Plan(NamedTuple):
         epochs, minutes = self.settings.epochs, self.left / 60
         if epochs == 0:
             return (
-                f"no fine-tuning: an epoch takes about {self.epoch / 60:.1f} min, and {minutes:.1f} min are left; "
-                "give more --minutes, or --epochs"
+                f"no fine-tuning: an epoch takes about {self.epoch / 60:.1f} min, and {max(0.0, minutes):.1f} min are "
+                "left; give more --minutes, or --epochs"
             )
         took = epochs * self.epoch / 60
-        return f"plan: {epochs} epochs in about {took:.1f} of {minutes:.1f} min that are left"
+        return f"plan: {counted(epochs, 'epoch')} in about {took:.1f} of {max(0.0, minutes):.1f} min that are left"
 
 
 def plan(
@@ -58,19 +63,20 @@ def plan(
 ) -> Plan:
     """The largest number of epochs, up to `settings.epochs`, with which the run ends within `settings.minutes`.
 
-    config: the options as given; with `auto` blocks, fewer of them learn where fewer than ENOUGH epochs fit.
-    spent: seconds since the start of the run. A run without a probe trains at least one epoch a stage.
+    config: the options as given; from trained weights, with `auto` blocks, fewer of them learn where fewer than ENOUGH
+    epochs fit. spent: seconds since the start of the run. A run without a probe trains at least one epoch a stage.
     All processes choose the same. Changes no weights and no global random state.
     """
     started = time.monotonic()
-    one = _evaluation(built, dataset, evaluator)
-    count = {name: len(split.labels) for name, split in dataset.splits.items()}
+    cost = _evaluation(built, dataset, evaluator)
+    validation, after = cost(_count(dataset, "val")), sum(map(cost, _evaluated(settings, dataset)))
     stages = len(built.objective.stages())
     found: list[Plan] = []
-    for blocks in _candidates(settings, built, config.blocks == "auto"):
+    choose = config.blocks == "auto" and is_pretrained(settings)
+    for blocks in _candidates(settings, built, choose):
         tried = settings.model_copy(update={"blocks": blocks})
-        epoch = _epoch(tried, built, dataset, runtime) + one * count.get("val", 0)
-        gone = spent + time.monotonic() - started + one * count.get("test", 0)
+        epoch = _epoch(tried, built, dataset, runtime) + validation
+        gone = spent + time.monotonic() - started + after
         left = settings.minutes * 60 * (1 - RESERVE) - gone
         epoch, left = runtime.share((epoch, left))
         fitting = max(0, min(settings.epochs, int(left / epoch)))
@@ -80,8 +86,10 @@ def plan(
         if config.warmup_epochs == "auto":
             chosen["warmup_epochs"] = warmup_epochs(fitting)
         found.append(Plan(tried.model_copy(update=chosen), epoch, left))
-        if fitting >= min(ENOUGH, settings.epochs):
+        if fitting >= min(ENOUGH, settings.epochs) or left <= 0:
             break
+    if all(each.left < each.epoch for each in found):
+        return min(found, key=lambda each: each.epoch)
     return max(found, key=lambda each: each.settings.epochs)
 
 
@@ -123,22 +131,50 @@ def _epoch(settings: Settings, built: Built, dataset: Dataset, runtime: Runtime)
             )
             times: list[float] = []
             began = previous = time.monotonic()
+            # As at the end of the stage: in a warm-up there is less to compute.
+            last = max(1, settings.epochs) * steps + STEPS
             for step, batch in enumerate(batches):
-                stepper.step(batch, Progress(stage.name, step, STEPS, 0, 1), step).total.item()
+                at = Progress(stage.name, last - STEPS + step, last, 0, 1)
+                stepper.step(batch, at, step).total.item()
                 times.append(time.monotonic() - previous)
                 previous += times[-1]
                 # Every process takes as many steps as the first.
-                if runtime.share(len(times) > WARM and previous - began > SECONDS):
+                enough = WARM if previous - began < LONG else 1
+                if runtime.share(len(times) > enough and previous - began > SECONDS):
                     break
-            counted = times[WARM:] or times
-            seconds += stage.share * sum(counted) / len(counted)
+            warm = times[WARM:] or times[1:] or times
+            seconds += stage.share * sum(warm) / len(warm)
     return seconds * steps
 
 
-def _evaluation(built: Built, dataset: Dataset, evaluator: Evaluator) -> float:
-    """Seconds to evaluate one image."""
+def _count(dataset: Dataset, name: str) -> int:
+    return len(dataset.splits[name].labels) if name in dataset.splits else 0
+
+
+def _evaluated(settings: Settings, dataset: Dataset) -> list[int]:
+    """How many images are evaluated in each pass that is not of an epoch: the probe's validation, the result, the kin
+    with their temperature, and the new fit of the classifier."""
+    train, val = _count(dataset, "train"), _count(dataset, "val")
+    passes = [_count(dataset, "test") or val, min(MOST_KEYS, train), val]
+    if settings.probe:
+        passes.append(val)
+    if settings.refit:  # of two views; the fit takes about as long
+        passes += [val, val, 4 * (min(MOST_FITTED, train) + val)]
+    return passes
+
+
+def _evaluation(built: Built, dataset: Dataset, evaluator: Evaluator) -> Callable[[int], float]:
+    """Seconds to evaluate so many images: those of the first one, in which workers start, and of each other."""
     split = dataset.splits.get("val", dataset.splits["train"])
     count = min(IMAGES, len(split.labels))
-    started = time.monotonic()
-    evaluator.embeddings(built.network, split, range(count))
-    return (time.monotonic() - started) / count
+
+    def seconds(images: int) -> float:
+        started = time.monotonic()
+        evaluator.embeddings(built.network, split, range(images))
+        return time.monotonic() - started
+
+    first = seconds(1)
+    each = max(0.0, seconds(count) - first) / max(1, count - 1)
+    if count == 1:
+        each = first
+    return lambda images: first + each * images if images else 0.0

@@ -18,6 +18,7 @@ from nearkin.data.look import Ranks, usual_side
 from nearkin.data.sources.listing import Listing
 from nearkin.data.sources.resolve import resolve as list_data
 from nearkin.distributed import Runtime
+from nearkin.errors import ConfigError
 from nearkin.evaluation.evaluator import Evaluator
 from nearkin.evaluation.model import DESCRIPTION, WEIGHTS, Built, ModelSpec, build, read_description
 from nearkin.network import default_memory_format, load_weights, names_layers, prefers_adamw
@@ -72,11 +73,13 @@ def prepare(
         validated_options(config)  # what is wrong with them is said before images are looked at
     data, dataset = _read_data(config, runtime, listing, classes, look=look, quiet=quiet)
     train = dataset.splits["train"]
-    settings, built = _resolve(config, data, dataset, runtime, load=not begun)
+    # A run that goes on may have fewer workers than it began with; its stored settings have no `auto`.
+    fixed = config.workers != "auto" and classes is None
+    settings, built = _resolve(data, dataset, runtime, load=not begun, workers_given=fixed)
     if settings.freeze_backbone and not (settings.pretrained or settings.weights):
         say("note: --freeze-backbone keeps random weights; give --pretrained or --weights.", quiet)
     if settings.weights is not None and not begun:
-        say(str(load_weights(built.network, settings.weights)), quiet)
+        settings = _with_weights(settings, built, config, quiet)
     views = built.objective.stages()[0].views
     automatic = frozenset(name for name in NAMES if getattr(config, name) == "auto")
     if settings.autotune and automatic:
@@ -86,7 +89,7 @@ def prepare(
     evaluator = _placed(settings, built, runtime)
     if look and settings.probe and not begun:
         start_from_probe(built, dataset, evaluator, runtime)
-    if look and settings.minutes > 0:
+    if look and settings.minutes > 0 and settings.epochs > 0:
         at, spent = runtime.at(settings.precision), time.monotonic() - started
         planned = plan(settings, built, dataset, evaluator, at, config=config, spent=spent)
         say(str(planned), quiet)
@@ -98,9 +101,15 @@ def prepare(
 
 
 def _resolve(
-    config: RunConfig, data: DataSettings, dataset: Dataset, runtime: Runtime, *, load: bool
+    data: DataSettings,
+    dataset: Dataset,
+    runtime: Runtime,
+    *,
+    load: bool,
+    workers_given: bool,
 ) -> tuple[Settings, Built]:
-    """The network, and the settings that follow from it. load: whether pretrained weights are loaded."""
+    """The network, and the settings that follow from it. load: whether pretrained weights are loaded. workers_given:
+    whether their number must not be lowered."""
     images = dataset.splits["train"].images
     built = _build(data, dataset, runtime.device.type, load=load and data.pretrained)
     files = images.from_files and not defaults.read_whole(data)
@@ -108,7 +117,17 @@ def _resolve(
     settings = defaults.resolve(data, facts)
     checks.check_built(settings, built)
     views = built.objective.stages()[0].views
-    return checks.fit_workers(settings, views, given=config.workers != "auto"), built
+    return checks.fit_workers(settings, views, given=workers_given), built
+
+
+def _with_weights(settings: Settings, built: Built, config: RunConfig, quiet: bool) -> Settings:
+    """Load the weights that are given. BatchNorm of a backbone with new layers must learn its statistics."""
+    assert settings.weights is not None
+    loaded = load_weights(built.network, settings.weights)
+    say(str(loaded), quiet)
+    if config.freeze_batchnorm != "auto" or loaded.whole_backbone:
+        return settings
+    return settings.model_copy(update={"freeze_batchnorm": False})
 
 
 def _placed(settings: Settings, built: Built, runtime: Runtime) -> Evaluator:
@@ -236,10 +255,17 @@ def _decoding(
         where: Where = config.cache
         contents = Contents(files, defaults.side_in_cache(config))
         on_node = cores() * launched().per_node
-        made = runtime.once_per_node(lambda: make_pack(contents, where, on_node))
-        say(str(made), quiet)
-        readable = leave_out(chosen, made.bad, config.bad_images)
-        return packed(numbered(readable, classes), contents, made.pack)
+        try:
+            made = runtime.once_per_node(lambda: make_pack(contents, where, on_node))
+        except ConfigError as error:
+            if classes is None or not defaults.shrinks_exactly(config):
+                raise
+            # A run that goes on reads the same pixels without it.
+            say(f"note: {str(error).partition(';')[0]}; the run goes on without a cache.", quiet)
+        else:
+            say(str(made), quiet)
+            readable = leave_out(chosen, made.bad, config.bad_images)
+            return packed(numbered(readable, classes), contents, made.pack)
     ranks = Ranks.on_node(runtime.rank, launched().per_node, runtime.collect)
     readable = looked(chosen, config.check, config.bad_images, ranks=ranks, quiet=quiet)
     dataset = numbered(readable, classes)

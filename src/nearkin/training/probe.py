@@ -130,7 +130,8 @@ def fit(features: Rows, labels: Labels, validation: tuple[Rows, Labels] | None) 
 
 
 def _folds(features: Rows, labels: Labels) -> Iterator[Fold]:
-    """Cross-validation over at most MOST_TO_CHOOSE images; nothing where every class has a single image."""
+    """Cross-validation over at most MOST_TO_CHOOSE images, or FOLDS of each class; nothing where every class has a
+    single image."""
     from sklearn.model_selection import StratifiedKFold
 
     classes = int(labels.max()) + 1
@@ -143,7 +144,10 @@ def _folds(features: Rows, labels: Labels) -> Iterator[Fold]:
     with warnings.catch_warnings(action="ignore"):  # about classes with fewer images than folds
         parts = list(splitter.split(labels, labels))
     for kept, held in parts:
-        yield features[kept], labels[kept], features[held][:, 0], labels[held]
+        if (
+            len(np.unique(labels[kept])) > 1
+        ):  # else the only image of one of two classes is held out
+            yield features[kept], labels[kept], features[held][:, 0], labels[held]
 
 
 def _fitted(features: Rows, labels: Labels, classes: int, strength: float) -> Probe:
