@@ -33,6 +33,11 @@ CASES = {
     "ce-mixed": {"objective": "ce", "augment": "strong", "class_weights": "balanced"},
     "supcon": {"objective": "supcon", "objective.hidden": 24, "objective.projection": 12},
     "cone": {"objective": "cone", "objective.bank": 50, "objective.topk": 9, **HEAD},
+    # In the warm-up no loss reads the projection.
+    "cone-on-features": {
+        **{"objective": "cone", "objective.bank": 50, "objective.topk": 9, **HEAD},
+        "objective.classifier": "features",
+    },
     "cone-own-crop": {
         **{"objective": "cone", "objective.bank": 64, "objective.topk": 9, **HEAD},
         **{"objective.teacher_crop": "own", "augment": "strong", "drop_path": 0.2, "ema": 0.9},
