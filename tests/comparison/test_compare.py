@@ -209,6 +209,9 @@ def test_few_test_images_are_refused_before_anything_runs(tmp_path):
     ("options", "message"),
     [
         ({"budget": "minutes"}, "needs --minutes"),
+        ({"budget": "minutes", "minutes": 0}, "needs --minutes"),
+        ({"budget": "minutes", "minutes": 3, "epochs": 4}, "leave --epochs out"),
+        ({"pick": True, "val_split": 0}, "leave out --val-split 0"),
         ({"minutes": 3}, "--minutes needs --budget minutes"),
         ({"objective": "cone"}, "give --objectives"),
         ({"submit": "ray2"}, "submit"),
@@ -216,12 +219,49 @@ def test_few_test_images_are_refused_before_anything_runs(tmp_path):
     ],
 )
 def test_bad_options_are_refused_before_anything_runs(photos, tmp_path, options, message):
-    asked = {k: v for k, v in options.items() if k in ("budget", "submit", "seeds")}
+    asked = {k: v for k, v in options.items() if k in ("budget", "submit", "seeds", "pick")}
     values = {k: v for k, v in options.items() if k not in asked} | {"data": str(photos)}
     values["out"] = tmp_path / "out"
     with pytest.raises(ConfigError, match=message):
         api.compare_options(asked, values, quiet=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_another_process_has_begun_is_not_removed(tmp_path):
+    """Before its first checkpoint, as when the result of a cluster is asked for too early."""
+    from nearkin.comparison.run import _run
+    from nearkin.training import run_folder
+
+    (tmp_path / "ce-seed0").mkdir()
+    (tmp_path / "ce-seed0.yaml").write_text("data: digits\n")
+    code = f"""
+import pathlib, sys
+from nearkin.training import run_folder
+with run_folder.locked(pathlib.Path({str(tmp_path / "ce-seed0")!r})):
+    print("locked", flush=True)
+    sys.stdin.readline()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(ConfigError, match="Another process is training"):
+            _run(tmp_path, "ce-seed0", {})
+        assert (tmp_path / "ce-seed0").is_dir()
+        other.communicate("\n")
+    assert run_folder.stored_state(tmp_path / "ce-seed0") != "finished"
+
+
+def test_a_run_that_was_killed_has_failed(photos, tmp_path, monkeypatch):
+    def killed(folder, names, machine, ended):
+        for name in names:
+            ended(name, -9)
+
+    monkeypatch.setattr(launch, "local", killed)
+    found = compare(photos, "ce,supcon", seeds=1, out=tmp_path / "out", **SMALL)
+    assert {run.state for run in found.runs} == {"failed"}
+    assert "code -9, perhaps for want of memory" in found.runs[0].error
+    assert (tmp_path / "out" / "compare.json").is_file()
 
 
 def test_how_many_run_at_a_time(monkeypatch):

@@ -7,7 +7,7 @@ import torch
 from tests.pictures import write_classes
 
 from nearkin.comparison.entries import parse
-from nearkin.comparison.plan import jobs, terms
+from nearkin.comparison.plan import jobs, terms, unequal
 from nearkin.distributed import Runtime
 from nearkin.errors import ConfigError
 from nearkin.training.batches import train_batches
@@ -87,7 +87,39 @@ def test_crops_through_the_student_are_equal(planned):
 def test_minutes_are_given_to_all_as_they_are(planned):
     found, given = planned("ce,supcon", budget="minutes", epochs="auto", minutes=3.0)
     assert [each.epochs for each in found] == [None, None]
-    assert {job.config.minutes for job in jobs(found, given, [0])} == {3.0}
+    made = jobs(found, given, [0])
+    assert {job.config.minutes for job in made} == {3.0}
+    assert {job.config.epochs for job in made} == {100_000}  # the minutes end each run
+
+
+def test_terms_of_equal_minutes_are_not_measured(planned):
+    options = {"budget": "minutes", "epochs": "auto", "minutes": 3.0}
+    first, again = (planned("ce,ce+ema", **options)[0] for _ in range(2))
+    assert [each.options for each in first] == [each.options for each in again]
+
+
+def test_few_epochs_that_cannot_be_equal_are_told(planned):
+    (note,) = unequal(planned("ce,supcon", epochs=3)[0])
+    assert note.startswith("supcon gets 33 % fewer crops than ce")
+    (note,) = unequal(planned("ce,supcon", epochs=1)[0])
+    assert "100 % more crops" in note
+    assert unequal(planned("ce,supcon", epochs=16)[0]) == []
+
+
+def test_crops_up_to_a_step_follow_the_stages(planned):
+    found = planned("ce,supcon:mode=two-stage", epochs=16)[0][1]
+    steps, batch = found.steps_per_epoch, 8
+    first = round(found.stages[0].share * 10) * steps
+    assert found.crops(10, first) == first * batch * 2
+    assert found.crops(10, first + 3) == first * batch * 2 + 3 * batch
+    assert found.crops(10, 10 * steps) == found.crops(10)
+
+
+def test_a_rival_with_another_augmentation_is_no_cross_entropy(planned):
+    found, given = planned("ce,ce:augment=none,ce:mixup=0.2,ce:repeats=2,supcon")
+    names = [each.entry.name for each in found]
+    assert names == ["ce", "ce:augment=none", "ce:mixup=0.2", "ce:repeats=2", "supcon"]
+    assert [job.config.mixup for job in jobs(found, given, [0])][2] == 0.2
 
 
 def test_an_option_that_an_entry_names_is_its_alone(planned):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -129,11 +130,14 @@ def _compare(
         equal=_equal(request, planned.terms),
         notes=planned.notes,
     )
-    if request.options.pick and all(run.state != "waiting" for run in found.runs):
+    write(found)  # before the winner trains, which may fail
+    if request.options.pick and any(run.state == "waiting" for run in found.runs):
+        say("note: nothing is picked before all runs have ended", quiet)
+    elif request.options.pick:
         from nearkin.comparison.pick import pick
 
         found = pick(found, planned, request, quiet=quiet)
-    write(found)
+        write(found)
     return found
 
 
@@ -159,7 +163,7 @@ def _plan(
 ) -> Planned:
     """The terms of all entries, on data with a test split."""
     from nearkin.comparison.launch import visible_gpus
-    from nearkin.comparison.plan import terms
+    from nearkin.comparison.plan import terms, unequal
     from nearkin.comparison.splits import with_test
 
     (folder / RUNS).mkdir(exist_ok=True)
@@ -180,6 +184,10 @@ def _plan(
             runtime=runtime,
             quiet=quiet,
         )
+        if request.options.budget == "crops":
+            for note in unequal(found):
+                notes = (*notes, note)
+                say(f"note: {note}", quiet)
         device = runtime.device.type
         gpus = visible_gpus() if device == "cuda" else ()
         return Planned(found, values, device, gpus, notes)
@@ -195,8 +203,12 @@ def _request(asked: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[Reque
             )
     own = {name: value for name, value in values.items() if name not in ("out", "seed")}
     config: RunConfig = validate(RunConfig, values)
-    if options.budget == "minutes" and "minutes" not in own:
+    if options.budget == "minutes" and config.minutes in ("auto", 0):
         raise ConfigError("--budget minutes needs --minutes, the time of each run.")
+    if options.budget == "minutes" and config.epochs != "auto":
+        raise ConfigError("--budget minutes trains as many epochs as fit; leave --epochs out.")
+    if options.pick and config.val_split == 0:
+        _check_validation(config.data)
     if options.budget == "crops" and config.minutes not in ("auto", 0):
         raise ConfigError("--minutes needs --budget minutes; with equal crops use --epochs.")
     if options.budget == "crops":
@@ -208,6 +220,15 @@ def _request(asked: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[Reque
         raise ConfigError(f"--submit ray needs Ray; {to_install('ray')}.")
     entries = parse(options.objectives.split(","), match_head=options.match_head)
     return Request(options, entries, own, config.seed), config.out
+
+
+def _check_validation(data: str) -> None:
+    """Raises ConfigError where there is no validation split to pick by."""
+    from nearkin.data.sources.builtin import BUILTIN
+    from nearkin.data.sources.resolve import resolve
+
+    if data in BUILTIN or "val" not in resolve(data).parts:
+        raise ConfigError("--pick chooses on validation images; leave out --val-split 0.")
 
 
 def _folder(out: Path | None, data: str, request: Request) -> tuple[Path, bool]:
@@ -297,17 +318,21 @@ def _run_all(
 
     def end(name: str, code: int) -> None:
         ended.append(name)
+        failure = runs / f"{name}.error"
+        if code not in (0, Stopped.code) and not failure.exists():
+            killed = ", perhaps for want of memory" if code == -signal.SIGKILL else ""
+            write_atomic(failure, f"it ended with code {code}{killed}; see {name}.log\n".encode())
         each = (time.monotonic() - began) / len(ended)
         left = duration(each * (len(names) - len(ended)))
         say(f"[{len(ended)}/{len(names)}] {outcome(runs, name, code)}  {left} left", quiet)
 
-    if options.submit == "ray":
-        launch.ray(runs, names, end)
-    else:
-        try:
+    try:
+        if options.submit == "ray":
+            launch.ray(runs, names, end)
+        else:
             launch.local(runs, names, machine, end)
-        except Stopped as error:
-            raise Stopped(f"{error} It is in {folder}: --out {folder}") from None
+    except Stopped as error:
+        raise Stopped(f"{error} It is in {folder}: --out {folder}") from None
 
 
 def outcome(runs: Path, name: str, code: int) -> str:
@@ -336,7 +361,7 @@ def _equal(request: Request, terms: Sequence[Terms]) -> dict[str, str]:
         budget = f"{request.values['minutes']} minutes"
     from nearkin.training.trainer import origin
 
-    sampler = terms[1].options.get("sampler", terms[1].settings.sampler)
+    sampler = terms[0].options.get("sampler", first.sampler)
     given = {"head": "ce has the projection of cone"} if options.match_head else {}
     if first.images_per_class is not None:
         given["training images"] = f"{first.images_per_class} of each class, others at another seed"

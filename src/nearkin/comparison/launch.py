@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from nearkin.process import cores, stop_handler
 
 POLL = 0.2  # seconds between two looks at the processes
 PATIENCE = 60.0  # seconds that they have to save after a stop
+STOPPED = "Stopped on request; the runs are saved, give the same command to go on."
 SCRIPT = "array.sh"
 SUBMITTED = "array.id"
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -64,7 +65,12 @@ def visible_gpus() -> tuple[str, ...]:
 
 
 def _free_memory() -> int:
-    """Bytes; very many where the system does not tell."""
+    """Bytes that may be used, with what the page cache would give back; very many where the system does not tell."""
+    with suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * int(
+            next(line for line in lines if line.startswith("MemAvailable")).split()[1]
+        )
     if not (hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names):
         return 1 << 60
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -97,7 +103,7 @@ def local(
                 stop(process for _, process in running.values())
             time.sleep(POLL)
     if stopping:
-        raise Stopped("Stopped on request; the runs are saved, give the same command to go on.")
+        raise Stopped(STOPPED)
 
 
 def start(folder: Path, name: str, machine: Machine, place: int) -> subprocess.Popen[bytes]:
@@ -212,10 +218,16 @@ def ray(folder: Path, names: Sequence[str], ended: Callable[[str, int], None]) -
     resources: dict[str, float] = cluster.cluster_resources()  # type: ignore[no-untyped-call]
     gpus = resources.get("GPU", 0) > 0
 
+    here = Path.cwd()  # a worker has the folder in which its node was started
+
     @cluster.remote(num_cpus=1, num_gpus=int(gpus), max_retries=3)
     def task(name: str) -> tuple[str, int]:
-        words = command(folder, name, [] if gpus else ["1", "0"])
-        return name, subprocess.run(words, check=False).returncode
+        process = subprocess.Popen(command(folder, name, [] if gpus else ["1", "0"]), cwd=here)
+        try:
+            return name, process.wait()
+        except KeyboardInterrupt:  # it was cancelled
+            stop([process])
+            return name, Stopped.code
 
     waiting = [task.remote(name) for name in names]
     try:
@@ -225,6 +237,7 @@ def ray(folder: Path, names: Sequence[str], ended: Callable[[str, int], None]) -
     except KeyboardInterrupt:
         for each in waiting:
             cluster.cancel(each)
-        raise
+        cluster.wait(waiting, num_returns=len(waiting), timeout=PATIENCE)
+        raise Stopped(STOPPED) from None
     finally:
         cluster.shutdown()

@@ -46,8 +46,9 @@ def pick(comparison: Comparison, planned: Planned, request: Request, *, quiet: b
         ended: list[int] = []
         launch.local(folder, [name], planned.machine(1, 1), lambda _, code: ended.append(code))
         if ended[0]:
-            error = (folder / f"{name}.error").read_text(encoding="utf-8").strip()
-            raise NearkinError(f"The run {printable(str(folder / name))} failed: {error}")
+            from nearkin.comparison.api import outcome
+
+            raise NearkinError(printable(f"The run {outcome(folder, name, ended[0])}"))
     return replace(comparison, picked=(winner, str(folder / name)))
 
 

@@ -20,6 +20,8 @@ from nearkin.training.loop import legs
 from nearkin.training.prepare import Prepared, prepare
 
 Budget = Literal["crops", "minutes"]
+UNLIMITED = 100_000  # epochs; the minutes decide
+UNEQUAL = 0.05  # share of crops from which a note says that they are not equal
 MEMORY = 20  # an averaged copy remembers a twentieth of the steps
 # Where `auto` depends on the objective, the value of the baseline holds for all that do not name their own.
 ALIKE = (
@@ -57,15 +59,15 @@ class Terms(NamedTuple):
     settings: Settings
     images: str
 
-    def crops(self, epochs: int) -> int:
-        """Crops that pass through the student in so many epochs."""
-        return crops(self.stages, epochs, self.steps_per_epoch, self.settings.batch_size)
-
-
-def crops(stages: tuple[Stage, ...], epochs: int, steps_per_epoch: int, batch_size: int) -> int:
-    """Crops that pass through the student: two crops of an image count twice, a teacher's own crop does not count."""
-    parts = legs(stages, epochs, steps_per_epoch)
-    return batch_size * sum((leg.last - leg.first) * leg.stage.student_views for leg in parts)
+    def crops(self, epochs: int, step: int | None = None) -> int:
+        """Crops that pass through the student in so many epochs, up to a step: two crops of an image count twice, a
+        teacher's own crop does not count."""
+        batch, parts = self.settings.batch_size, legs(self.stages, epochs, self.steps_per_epoch)
+        return batch * sum(
+            max(0, (leg.last if step is None else min(step, leg.last)) - leg.first)
+            * leg.stage.student_views
+            for leg in parts
+        )
 
 
 def terms(
@@ -82,7 +84,7 @@ def terms(
 
     The images are looked at and the probe's features computed once, for all runs. Raises what `prepare` raises.
     """
-    free = {"minutes": 0.0} if budget == "crops" else {}
+    free = {"minutes": 0.0}  # what a stopwatch says is no term: each run plans its own minutes
     with _named(entries[0]):
         config = _config(entries[0], options, free, seed)
         first = prepare(config, runtime, look=True, quiet=quiet)
@@ -108,10 +110,27 @@ def terms(
         stages, steps = found.built.objective.stages(), _steps_per_epoch(first)
         weights, images = _needed(found.built), first.dataset.fingerprint
         one = Terms(entry, own, None, stages, steps, weights, found.settings, images)
-        made.append(one if budget == "minutes" else _with_epochs(one, (made or [one])[0], first))
+        if budget == "minutes":
+            made.append(one._replace(options=own | {"epochs": UNLIMITED}))
+        else:
+            made.append(_with_epochs(one, (made or [one])[0], first))
     if len(made) < 2:
         raise ConfigError(f"There is nothing to compare {printable(entries[0].name)} with.")
     return tuple(made)
+
+
+def unequal(found: Sequence[Terms]) -> list[str]:
+    """Notes about entries whose whole epochs are no equal crops."""
+    wanted = found[0].crops(found[0].epochs or 0)
+    notes = []
+    for each in found[1:]:
+        share = each.crops(each.epochs or 0) / wanted - 1 if wanted else 0.0
+        if abs(share) > UNEQUAL:
+            many = (
+                f"{abs(100 * share):.0f} % {'more' if share > 0 else 'fewer'} crops than {BASELINE}"
+            )
+            notes.append(f"{each.entry.name} gets {many}, in whole epochs; give more --epochs")
+    return notes
 
 
 @contextmanager
@@ -187,8 +206,12 @@ def _same(entry: Entry, found: Prepared, first: Prepared, own: Mapping[str, Any]
     """Whether nothing tells the entry from cross-entropy."""
     alike = (*ALIKE, "sampler")
     other = [name for name in own if not name.startswith("objective.") and name not in alike]
+    named = any(
+        name in alike and getattr(found.settings, name) != getattr(first.settings, name)
+        for name in entry.options
+    )
     configs = found.built.objective.config, first.built.objective.config
-    return entry.objective == BASELINE and not other and configs[0] == configs[1]
+    return entry.objective == BASELINE and not other and not named and configs[0] == configs[1]
 
 
 def _fitting(found: Terms, wanted: int, most: int) -> int:

@@ -110,8 +110,8 @@ class Comparison:
     """All runs of a comparison, and each entry against cross-entropy.
 
     folder: where everything is. baseline: the entry that the others are compared with. images: of the test split.
-    equal: what was held equal, in words. contrasts: of every entry with a finished run for each seed of the baseline's.
-    classes: accuracy of each class, entry -> class -> mean over seeds. picked: the entry that
+    equal: what was held equal, in words. contrasts: of every entry, over the seeds that it and the baseline have
+    finished. classes: accuracy of each class, entry -> class -> mean over seeds. picked: the entry that
     `pick` chose, and its run folder.
     """
 
@@ -173,7 +173,7 @@ class Comparison:
             "compared": found and found.seeds,
             "crops_per_second": _mean([run.crops_per_second for run in runs]),
             "seconds": _mean([run.seconds for run in runs]),
-            "memory": max((run.memory or 0 for run in runs), default=None),
+            "memory": max((run.memory or 0 for run in runs), default=0) or None,
             "weights": self.weights.get(entry),
             "crops": self.crops.get(entry),
         }
@@ -305,7 +305,7 @@ def _finished(place: Path, term: Terms, seed: int, scores: Scores) -> Run:
     validations = [line for line in lines if line["kind"] == "validation"]
     seconds = sum(_seconds(line) for line in lines if line["kind"] == "train")
     last = max((line["step"] for line in lines), default=0)
-    validating = sum(_seconds(line) for line in validations if 0 < line["step"] < last)
+    validating = sum(_seconds(line) for line in validations if line["step"] < last)
     training, crops = seconds - validating, term.crops(epochs)
     return Run(
         entry=term.entry.name,
@@ -319,7 +319,7 @@ def _finished(place: Path, term: Terms, seed: int, scores: Scores) -> Run:
         crops_per_second=crops / training if training > 0 else None,
         memory=_memory(place.with_name(f"{place.name}.json")),
         curve=tuple(
-            (crops * line["step"] / max(1, last), float(line["value"])) for line in validations
+            (float(term.crops(epochs, line["step"])), float(line["value"])) for line in validations
         ),
     )
 

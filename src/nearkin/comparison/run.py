@@ -63,8 +63,11 @@ def _run(folder: Path, name: str, machine: dict[str, Any]) -> None:
         where = {"data": options["data"]} if "data" in options else {}
         continue_run(run, where, quiet=True, report=False)
     else:
-        if run.exists():  # it was killed before it saved anything
-            shutil.rmtree(run)
+        if (
+            run.exists()
+        ):  # it was killed before it saved anything, or another process has just begun
+            with run_folder.locked(run):
+                shutil.rmtree(run)
         start_run(machine | options | {"out": run}, quiet=True, report=False)
     write_atomic(folder / f"{name}.json", json.dumps({"memory": _peak()}).encode())
 

@@ -138,7 +138,10 @@ class _Search:
             if trial.state == TrialState.RUNNING:  # its process was killed
                 study.tell(trial.number, state=TrialState.FAIL)
                 study.enqueue_trial(trial.params)
-        if not study.trials:
+        tried = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.WAITING)
+        if not study.get_trials(
+            deepcopy=False, states=tried
+        ):  # a first trial that was stopped has failed
             study.enqueue_trial(self._defaults())
         ended = (TrialState.COMPLETE, TrialState.PRUNED)
         done = len(study.get_trials(deepcopy=False, states=ended))

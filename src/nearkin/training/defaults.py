@@ -21,7 +21,7 @@ TUNED_OBJECTIVE = "supcon"
 TUNED_SIDE, TUNED_EVAL_SIDE = 160, 192  # without a GPU; random crops enlarge what they show
 TUNED_EPOCHS = 60
 TUNED_BATCH = 32
-TUNED_LR = 3e-4  # at a batch of 32; a third of it for networks with attention
+TUNED_LR = 3e-4  # at a batch of 32; a third of it for networks that prefer adamw
 TUNED_HEAD_LR = 3.0
 TUNED_BLOCKS = (
     4  # of the photo model, all with one learning rate; other models learn whole, with TUNED_DECAY
