@@ -240,7 +240,8 @@ def _folder(out: Path | None, data: str, request: Request) -> tuple[Path, bool]:
     shown = printable(str(out))
     if not (out / REQUEST).is_file():
         raise ConfigError(f"{shown} exists and holds no comparison; give another --out.")
-    stored, now = read_yaml(out / REQUEST), _described(request)
+    usual = CompareOptions().model_dump()  # of options that came later
+    stored, now = usual | read_yaml(out / REQUEST), _described(request)
     changed = [name for name in stored | now if stored.get(name) != now.get(name)]
     changed = [name for name in changed if name not in FREE]
     if changed:
@@ -305,14 +306,15 @@ def _run_all(
     names = [job.name for job in jobs if run_folder.stored_state(runs / job.name) != "finished"]
     if not names:
         return
-    machine = planned.machine(options.jobs, len(names))
+    # For all runs, though some are finished: what is left has the threads that they had.
+    machine = planned.machine(options.jobs, len(jobs))
     said = f"{counted(len(names), 'run')} of {len(jobs)}"
     if options.submit == "slurm":
         limit = None if options.jobs == "auto" else options.jobs
         say(f"{said}: {launch.slurm(runs, names, limit)}", quiet)
         say("give the same command again when they have ended", quiet)
         return
-    at_once = "" if options.submit == "ray" else f", {machine.number} at a time"
+    at_once = "" if options.submit == "ray" else f", {min(machine.number, len(names))} at a time"
     say(f"{said}{at_once} -> {folder}", quiet)
     began, ended = time.monotonic(), list[str]()
 
