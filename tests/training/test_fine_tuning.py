@@ -56,11 +56,29 @@ def test_layer_decay_is_for_what_starts_from_weights_with_adamw(tmp_path, monkey
         (96, {}, (96, 0.875)),
         (300, {"image_size": 160, "eval_size": 224, "eval_crop": 0.95}, (224, 0.95)),
         (300, {"image_size": 32, "eval_size": 96}, (96, 0.875)),
+        (300, {"files": True}, (192, 0.875)),  # photos for the packaged network
+        (
+            300,
+            {"files": True, "model": "resnet18", "pretrained": True, "image_size": 160},
+            (160, 0.875),
+        ),
     ],
 )
 def test_the_size_in_evaluation(side, given, expected):
     config = settings(side=side, **given)
     assert (config.eval_size, config.eval_crop) == expected
+
+
+def test_batchnorm_of_a_backbone_with_new_layers_learns(tmp_path):
+    """Weights of another network, of which some fit."""
+    from nearkin.network.weights import LoadReport
+
+    whole = LoadReport(
+        tmp_path, ("backbone.conv1.weight",), ("heads.classifier.weight",), (), {}, {}
+    )
+    assert whole.whole_backbone
+    assert not whole._replace(missing=("backbone.bn1.weight",)).whole_backbone
+    assert not whole._replace(mismatched={"backbone.conv1.weight": "3 and 4"}).whole_backbone
 
 
 PARTS = ("crop_scale", "randaugment", "jitter", "jitter_prob", "grey_prob", "erasing", "flip")

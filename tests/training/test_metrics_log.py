@@ -96,6 +96,16 @@ def test_cutting_back_keeps_the_bytes_up_to_the_step(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl"]
 
 
+def test_a_new_fit_of_the_classifier_is_recorded_once(tmp_path: Path) -> None:
+    """Its record has the last step, and a run that goes on from there fits again."""
+    journal = Journal(tmp_path)
+    record(journal, 5)
+    whole = (tmp_path / "metrics.jsonl").read_bytes()
+    journal.record("refit", stage="all", step=5, epoch=0, kept=True)
+    journal.cut_back(5)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == whole
+
+
 def test_cutting_back_without_a_file_makes_none(tmp_path: Path) -> None:
     Journal(tmp_path).cut_back(3)
     assert list(tmp_path.iterdir()) == []
