@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from nearkin.config import RunConfig
+from nearkin.data import cache as cache_room
 from nearkin.data import look
 from nearkin.distributed import Runtime
-from nearkin.errors import DataError
+from nearkin.errors import ConfigError, DataError
 from nearkin.training.api import resolved
 from nearkin.training.prepare import prepare
 
@@ -39,6 +42,21 @@ def decoded(monkeypatch):
 
     monkeypatch.setattr(look, "inspect", counting)
     return names
+
+
+def test_a_run_that_goes_on_can_do_without_its_cache(data, monkeypatch):
+    """Where its machine has less shared memory; the network sees the same pixels."""
+    runtime = Runtime(device="cpu", precision="fp32")
+    config = RunConfig(**OPTIONS, data=str(data), cache="ram")
+    first = prepare(config, runtime)
+    monkeypatch.setattr(cache_room.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    with pytest.raises(ConfigError, match="--cache ram needs about"):
+        prepare(config, runtime)
+    second = prepare(config, runtime, classes=first.dataset.classes)
+    assert first.identity == second.identity
+    images = [found.dataset.splits["train"].images for found in (first, second)]
+    assert type(images[0]) is not type(images[1])
+    runtime.close()
 
 
 def test_printing_the_options_decodes_nothing(data, decoded):
