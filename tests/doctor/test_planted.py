@@ -35,7 +35,10 @@ def test_nothing_is_reported_on_clean_data(data):
     report = look(data)
     assert worrying(report) == {}
     assert (report.errors, report.warnings, report.superfluous) == (0, 0, frozenset())
-    assert "3 classes; 36 train, 12 test images; 12 to 12" in report.findings[0].text
+    assert (
+        "3 classes; 36 train, 12 test images; 12 training images in a class"
+        in report.findings[0].text
+    )
 
 
 def test_nothing_is_reported_on_clean_jpegs_in_different_sizes(tmp_path):

@@ -326,7 +326,7 @@ def _run_all(
             write_atomic(failure, f"it ended with code {code}{killed}; see {name}.log\n".encode())
         each = (time.monotonic() - began) / len(ended)
         left = duration(each * (len(names) - len(ended)))
-        say(f"[{len(ended)}/{len(names)}] {outcome(runs, name, code)}  {left} left", quiet)
+        say(f"[{len(ended)}/{len(names)}] {launch.outcome(runs, name, code)}  {left} left", quiet)
 
     try:
         if options.submit == "ray":
@@ -335,22 +335,6 @@ def _run_all(
             launch.local(runs, names, machine, end)
     except Stopped as error:
         raise Stopped(f"{error} It is in {folder}: --out {folder}") from None
-
-
-def outcome(runs: Path, name: str, code: int) -> str:
-    """How a run ended, in words."""
-    from nearkin.evaluation.model import read_description
-
-    if code == 0:
-        metrics = read_description(runs / name).metrics
-        return f"{name}  {metrics['split']} top-1 {100 * metrics['top1']:.2f} %"
-    if code == Stopped.code:
-        return f"{name}  stopped"
-    try:
-        reason = (runs / f"{name}.error").read_text(encoding="utf-8").strip()
-    except OSError:
-        reason = f"it ended with {code}"
-    return f"{name}  failed: {reason}"
 
 
 def _equal(request: Request, terms: Sequence[Terms]) -> dict[str, str]:

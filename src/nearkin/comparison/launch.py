@@ -132,6 +132,22 @@ def stop(processes: Iterable[subprocess.Popen[bytes]]) -> None:
         process.wait()
 
 
+def outcome(runs: Path, name: str, code: int) -> str:
+    """How a run ended, in words."""
+    from nearkin.evaluation.model import read_description
+
+    if code == 0:
+        metrics = read_description(runs / name).metrics
+        return f"{name}  {metrics['split']} top-1 {100 * metrics['top1']:.2f} %"
+    if code == Stopped.code:
+        return f"{name}  stopped"
+    try:
+        reason = (runs / f"{name}.error").read_text(encoding="utf-8").strip()
+    except OSError:
+        reason = f"it ended with {code}"
+    return f"{name}  failed: {reason}"
+
+
 @contextmanager
 def _all_ended(running: dict[str, tuple[int, subprocess.Popen[bytes]]]) -> Iterator[None]:
     """Whatever happens, no process is left behind."""

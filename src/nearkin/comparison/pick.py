@@ -46,9 +46,7 @@ def pick(comparison: Comparison, planned: Planned, request: Request, *, quiet: b
         ended: list[int] = []
         launch.local(folder, [name], planned.machine(1, 1), lambda _, code: ended.append(code))
         if ended[0]:
-            from nearkin.comparison.api import outcome
-
-            raise NearkinError(printable(f"The run {outcome(folder, name, ended[0])}"))
+            raise NearkinError(printable(f"The run {launch.outcome(folder, name, ended[0])}"))
     return replace(comparison, picked=(winner, str(folder / name)))
 
 

@@ -53,10 +53,11 @@ def _counts(inventory: Inventory) -> Finding:
     train = inventory.splits["train"]
     counts = np.bincount(train.labels, minlength=len(inventory.classes))
     counts = counts[counts > 0]
+    each = f"{counts.min()} to {counts.max()}" if counts.min() < counts.max() else f"{counts.min()}"
     sizes = ", ".join(f"{len(part.labels)} {name}" for name, part in inventory.splits.items())
     text = (
         f"{counted(len(inventory.classes), 'class', 'classes')}; {sizes} images; "
-        f"{counts.min()} to {counts.max()} training images in a class"
+        f"{each} training images in a class"
     )
     return Finding("ok", "classes", text)
 

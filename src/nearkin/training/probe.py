@@ -144,9 +144,8 @@ def _folds(features: Rows, labels: Labels) -> Iterator[Fold]:
     with warnings.catch_warnings(action="ignore"):  # about classes with fewer images than folds
         parts = list(splitter.split(labels, labels))
     for kept, held in parts:
-        if (
-            len(np.unique(labels[kept])) > 1
-        ):  # else the only image of one of two classes is held out
+        # Of two classes the only image of one may be held out, and nothing can be learned.
+        if len(np.unique(labels[kept])) > 1:
             yield features[kept], labels[kept], features[held][:, 0], labels[held]
 
 
