@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 import pytest
-from benchmarks import photo_search, photos, plain_finetuning
+from benchmarks import photo_search, photos, plain_finetuning, search
 from tests.training.test_photos import write_photo
 
 from nearkin.data.dataset import load_dataset
@@ -56,12 +56,12 @@ def test_a_search_appends_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setenv("NEARKIN_BENCH_PHOTOS", str(tmp_path))
     done = []
 
-    def run(cell, name, core):
+    def run(self, cell, name, core):
         done.append(name)
         values = ("nearkin", cell, 0, name, "", 0.5, 1.0, 2531, 2.0)
-        return dict(zip(photo_search.FIELDS, values, strict=True))
+        return dict(zip(search.FIELDS, values, strict=True))
 
-    monkeypatch.setattr(photo_search, "_run", run)
+    monkeypatch.setattr(search.Search, "run", run)
     monkeypatch.setattr(sys, "argv", ["photo_search", "default"])
     photo_search.main()
     monkeypatch.setattr(sys, "argv", ["photo_search", "default", "ce"])
@@ -76,7 +76,7 @@ def test_the_search_judges_by_images_that_do_not_train(tmp_path):
             for place in range(number):
                 write_photo(tmp_path / split / kind / f"{place}.jpg", label, place)
     for images, kept in ((3, 3), (None, 8)):
-        rows = list(photo_search._held_out(tmp_path, images))
+        rows = list(search.held_out(tmp_path, images))
         train = [path for path, _, split in rows if split == "train"]
         judged = [path for path, _, split in rows if split == "test"]
         assert (len(train), len(judged)) == (2 * kept, 2 * (12 - kept))
