@@ -16,6 +16,7 @@ from multiprocessing.reduction import ForkingPickler
 from multiprocessing.synchronize import Event as EventType
 from pathlib import Path
 from threading import Thread, current_thread, main_thread
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ SHARED_MEMORY = Path("/dev/shm")
 # a draw takes up to three times as long.
 TOGETHER = 1 << 23
 
+T = TypeVar("T")
 Views = Callable[[ImageSource, Sequence[SampleKey]], list[Tensor]]
 
 
@@ -70,7 +72,7 @@ def train_loader(
     Raises DataError when an image can no longer be read, WorkersDied when a worker ends early.
     """
     make = partial(_train_views, transform, views, seed)
-    return _batches(_Batches(split, make), order, workers, pin_memory, patience)
+    return in_processes(_Batches(split, make), order, workers, pin_memory, patience)
 
 
 def eval_loader(
@@ -88,7 +90,7 @@ def eval_loader(
     keys = [SampleKey(row, 0, 0) for row in rows]
     order = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
     make = partial(_eval_views, views)
-    return _batches(_Batches(split, make), order, workers, pin_memory=False, patience=PATIENCE)
+    return in_processes(_Batches(split, make), order, workers, patience=PATIENCE)
 
 
 class _Batches(Dataset[Batch | DataError]):
@@ -157,24 +159,30 @@ def fitting_workers(workers: int, batch_bytes: int) -> int:
     return max(0, min(workers, (batches - 1) // PREFETCH))  # one more batch is in use
 
 
-def _batches(
-    made: _Batches,
-    order: Iterable[Sequence[SampleKey]],
+def in_processes(
+    made: Dataset[T | NearkinError],
+    order: Iterable[Sequence[Any]],
     workers: int,
-    pin_memory: bool,
-    patience: float,
-) -> Iterator[Batch]:
+    pin_memory: bool = False,
+    patience: float = 0.0,
+    ahead: int = PREFETCH,
+) -> Iterator[T]:
+    """What the `__getitems__` of `made` gives for each of `order`, in that order; an error that it gives is raised.
+    ahead: of them that each worker makes before they are wanted.
+
+    Raises as `train_loader`.
+    """
     started = Event() if workers else None
-    loader: DataLoader[Batch | NearkinError] = DataLoader(
+    loader: DataLoader[T | NearkinError] = DataLoader(
         made,
         batch_sampler=order,  # type: ignore[arg-type]  # any iterable of keys will do
         num_workers=workers,
-        collate_fn=_share,  # type: ignore[arg-type]  # of whole batches
+        collate_fn=_share,  # of whole batches
         worker_init_fn=partial(_start_worker, started) if started else None,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # otherwise each loader would draw from the global state
         timeout=POLL if workers else 0,
-        prefetch_factor=PREFETCH if workers else None,
+        prefetch_factor=ahead if workers else None,
     )
     with _deaths_explained(started):
         batches = _start(loader) if workers else iter(loader)
@@ -184,7 +192,7 @@ def _batches(
             yield batch
 
 
-def _start(loader: DataLoader[Batch | NearkinError]) -> Iterator[Batch | NearkinError]:
+def _start(loader: DataLoader[T]) -> Iterator[T]:
     """Start the workers.
 
     torch's first loader sets a SIGCHLD handler that raises an error wherever the main process is, in the middle of a
@@ -202,7 +210,7 @@ def _start(loader: DataLoader[Batch | NearkinError]) -> Iterator[Batch | Nearkin
     return batches
 
 
-def _next(batches: Iterator[Batch | NearkinError], patience: float) -> Batch | NearkinError | None:
+def _next(batches: Iterator[T], patience: float) -> T | None:
     while True:
         try:
             return next(batches, None)
@@ -213,14 +221,14 @@ def _next(batches: Iterator[Batch | NearkinError], patience: float) -> Batch | N
             raise Stopped("Stopped on request while waiting for images; continue with --resume.")
 
 
-def _share(made: Batch | NearkinError) -> Batch | NearkinError:
-    """In a worker, move the batch to shared memory.
+def _share(made: Any) -> Any:
+    """In a worker, move a batch to shared memory.
 
     Otherwise torch does it in a background thread of the worker, where an error is printed and lost, and the main
     process waits for ever.
     """
     worker = get_worker_info()
-    if worker is None or isinstance(made, NearkinError):
+    if worker is None or not isinstance(made, Batch):
         return made
     try:
         return Batch(*(tensor.share_memory_() for tensor in made))  # type: ignore[no-untyped-call]

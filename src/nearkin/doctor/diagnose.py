@@ -23,6 +23,7 @@ from nearkin.doctor.quality import quality_findings
 from nearkin.doctor.scan import Scan, scan
 from nearkin.doctor.table import Marks, read_marks
 from nearkin.errors import ConfigError, printable
+from nearkin.process import exit_if_importing_main
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ def diagnose(
     Every image is decoded once. Raises DataError when the data or the marks cannot be read, ModelError for a run
     without a model, ConfigError for options that do not fit.
     """
+    exit_if_importing_main()
     given = {"device": device, **(forecast or {})}
     config = None if forecast is None else checked_forecast(str(data), given)
     listing = resolve(str(data))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,17 +15,26 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from nearkin.data.decode import TURNS, Header, quiet_pillow
 from nearkin.data.images import Files
+from nearkin.data.loader import WorkersDied, in_processes
 from nearkin.data.look import examine, in_threads, shown
 from nearkin.data.remembered import Fact, Remembered
 from nearkin.doctor.inventory import Inventory
+from nearkin.errors import ConfigError
 from nearkin.process import cores
 
 SAMPLE = 32  # pixels a side of the sample that brightness and entropy are taken of
 SIDE = 64  # pixels of the longest side of the image whose edges are looked at
-CHUNK = 16  # images in one task of a thread, which are computed together; more do not fit in its processor's cache
+CHUNK = 16  # images that are computed together; more do not fit in the cache of a core
+TASK = 64  # images that a process or thread examines at a time
+AHEAD = 8  # tasks that each process does before they are wanted: the main process is busy as well
+MOST_PROCESSES = 8
+# When processes cannot be started, or one of them died.
+REFUSED = (WorkersDied, ConfigError, OSError, ImportError, AssertionError, MemoryError)
+MANY = 4000  # files from which processes examine them; below it they take longer to start than they save
 LOOSE = 8  # bits in which the pHashes of a whole image and of one decoded at a part of its size may differ
 DENSE = 16  # pixels per pixel of the small image, a side, that are averaged at most
 
@@ -94,8 +102,8 @@ class Scan(NamedTuple):
 
 
 def scan(inventory: Inventory, *, quiet: bool = True) -> Scan:
-    """Decode every image once, in a thread for each core. What is learned of files is remembered as by `look`, so that
-    a run on the same images need not look at them again. quiet: without a bar on stderr."""
+    """Decode every image once, on all cores. What is learned of files is remembered as by `look`, so that a run on the
+    same images need not look at them again. quiet: without a bar on stderr."""
     total = len(inventory.labels)
     dark, light, low, blurry, spread = np.zeros((5, total))
     numbers = Numbers(dark, light, low, blurry, spread, *np.zeros((2, total), np.uint64))
@@ -105,15 +113,14 @@ def scan(inventory: Inventory, *, quiet: bool = True) -> Scan:
     reasons: dict[int, str] = {}
     for start, chunk in _numbered(shown(_chunks(inventory), total, "images examined", quiet)):
         rows = []
-        for row, (pixels, header, reason) in enumerate(chunk.images, start):
+        for row, (size, header, reason) in enumerate(chunk.images, start):
             if reason is not None:
                 reasons[row] = reason
             if header is not None:
                 mode[row], turned[row] = header.mode, header.orientation != 1
-            if pixels is not None:
+            if size is not None:
                 rows.append(row)
-                height[row], width[row] = pixels.height, pixels.width
-                partial[row] = pixels.partial
+                height[row], width[row], partial[row] = size
         for column, values in zip(numbers, chunk.numbers, strict=True) if rows else ():
             column[rows] = values
     identity, sizes = numbers.digest, height << 32 | width
@@ -128,14 +135,19 @@ Opened = tuple[Pixels | None, Header | None, str | None]
 
 @dataclass(frozen=True)
 class Chunk:
-    """Pixels, header and what is wrong, of some images in order, and the numbers of those that can be read."""
+    """Of some images in order: (height, width, partial), header and what is wrong; and the numbers of those that can
+    be read."""
 
-    images: list[Opened]
+    images: list[tuple[tuple[int, int, bool] | None, Header | None, str | None]]
     numbers: Numbers
 
     @classmethod
     def of(cls, images: list[Opened]) -> Chunk:
-        return cls(images, measure([pixels for pixels, _, _ in images if pixels is not None]))
+        sizes = [
+            (pixels and (pixels.height, pixels.width, pixels.partial), header, reason)
+            for pixels, header, reason in images
+        ]
+        return cls(sizes, measure([pixels for pixels, _, _ in images if pixels is not None]))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -162,37 +174,66 @@ def _one_thread() -> Iterator[None]:
 
 
 def _chunks(inventory: Inventory) -> Iterator[Chunk]:
-    """Every image, in order. Files are examined in threads, with all that is computed of their pixels."""
+    """Every image, in order."""
     for part in inventory.splits.values():
         images = part.images
-        parts = (
-            range(start, min(start + CHUNK, len(images))) for start in range(0, len(images), CHUNK)
-        )
         if not isinstance(images, Files):
-            for rows in parts:
+            for start in range(0, len(images), CHUNK):
+                rows = range(start, min(start + CHUNK, len(images)))
                 yield Chunk.of([(reduced(images.read(row)), None, None) for row in rows])
             continue
-        examined = functools.partial(_examined, channels=images.channels)
-        paths = ([images.key(row) for row in rows] for rows in parts)
         with quiet_pillow, Remembered() as remembered:
-            for facts, chunk in chain.from_iterable(in_threads(examined, paths, cores(), 1)):
+            for facts, chunk in _on_all_cores(_Examiner(images)):
                 for path, fact in facts:
                     remembered.keep(path, fact)
                 yield chunk
 
 
-def _examined(paths: list[bytes], channels: int) -> tuple[list[tuple[bytes, Fact]], Chunk]:
-    """What is to be remembered of files, and what is in them."""
-    facts, images = [], []
-    for path in paths:
-        image, fact, reason, header = examine(path, channels, full=True, least=SIDE)
-        if fact is not None:
-            facts.append((path, fact))
-        pixels = None
-        if image is not None and header is not None:
-            pixels = reduced(image, _partial(image, header))
-        images.append((pixels, header, reason))
-    return facts, Chunk.of(images)
+Examined = tuple[list[tuple[bytes, Fact]], Chunk]
+
+
+class _Examiner(Dataset[list[Examined]]):
+    """Makes chunks of the rows of image files."""
+
+    def __init__(self, images: Files) -> None:
+        self.images = images
+
+    def tasks(self) -> list[range]:
+        """All rows, in order."""
+        count = len(self.images)
+        return [range(start, min(start + TASK, count)) for start in range(0, count, TASK)]
+
+    def __getitems__(self, rows: Sequence[int]) -> list[Examined]:
+        return [self._chunk(rows[start : start + CHUNK]) for start in range(0, len(rows), CHUNK)]
+
+    def _chunk(self, rows: Sequence[int]) -> Examined:
+        """What is to be remembered of the files, and what is in them."""
+        facts, images = [], []
+        for path in map(self.images.key, rows):
+            image, fact, reason, header = examine(path, self.images.channels, full=True, least=SIDE)
+            if fact is not None:
+                facts.append((path, fact))
+            pixels = None
+            if image is not None and header is not None:
+                pixels = reduced(image, _partial(image, header))
+            images.append((pixels, header, reason))
+        return facts, Chunk.of(images)
+
+
+def _on_all_cores(examiner: _Examiner) -> Iterator[Examined]:
+    """All chunks, in order. Python's lock is held for half of the time of a small image, so threads hardly help where
+    there are many; they do what processes have no room or memory for, or may not do."""
+    tasks, done = examiner.tasks(), 0
+    if len(examiner.images) >= MANY:
+        workers = min(cores(), MOST_PROCESSES)
+        try:
+            for found in in_processes(examiner, tasks, workers, ahead=AHEAD):
+                done += 1
+                yield from found
+        except REFUSED:
+            pass
+    threads = in_threads(examiner.__getitems__, tasks[done:], cores(), 1)
+    yield from chain.from_iterable(chain.from_iterable(threads))
 
 
 def _partial(image: Tensor, header: Header) -> tuple[int, int] | None:

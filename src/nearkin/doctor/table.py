@@ -127,7 +127,15 @@ def write_table(path: Path, inventory: Inventory, out: frozenset[int]) -> int:
         raise DataError("No training image is left, so no table is written.")
     for row in kept:
         key = inventory.key(row)
-        written = os.fsdecode(key if linked else os.path.relpath(key, os.fsencode(folder)))
+        written = os.fsdecode(key if linked else _relative(key, os.fsencode(folder)))
         lines.append(csv_line((written, inventory.label(row), inventory.split_name(row))))
     write_atomic(path, "".join(lines).encode("utf-8", "surrogateescape"))
     return len(kept)
+
+
+def _relative(key: bytes, folder: bytes) -> bytes:
+    """On another drive of Windows a file has no relative path."""
+    try:
+        return os.path.relpath(key, folder)
+    except ValueError:
+        return key
