@@ -132,3 +132,12 @@ def test_the_precision_that_auto_means_on_a_gpu(capability, precision, monkeypat
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     assert bank_precision("cuda") == precision
     assert bank_precision("mps") == "exact"
+
+
+def test_smaller_integers_are_stored_and_probabilities_are_not_forgotten():
+    bank = NeighbourBank(4, 4, 3)
+    keys, labels, probabilities, ids = rows(0, 3)
+    bank.write(keys, labels.int(), probabilities, ids.int())
+    assert bank.labels[:3, 0].tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match="keeps class probabilities"):
+        bank.write(keys, labels, None, ids)

@@ -80,15 +80,17 @@ class NeighbourBank(nn.Module):
         keys `[B, d]` of unit length; labels `[B]` or `[B, C]`; probabilities `[B, C]`, or None in a bank made
         for 0 classes; ids `[B]` or `[B, 2]`.
         """
+        if probabilities is None and len(self.probabilities) > 0:
+            raise ValueError("This bank keeps class probabilities; give them.")
         size = len(self)
         rows = slice(max(0, keys.shape[0] - size), None)
         pairs = soft_pairs(labels[rows], validate=False)
         count = pairs.labels.shape[0]
         at = (self.pointer + torch.arange(count, device=self.keys.device)) % size
         self.keys[at] = keys[rows].detach().to(self.keys.dtype)
-        self.labels[at] = pairs.labels
+        self.labels[at] = pairs.labels.to(self.labels.dtype)
         self.weights[at] = pairs.weights.to(self.weights.dtype)
-        own = ids[rows] if ids.dim() == 2 else ids[rows, None]
+        own = (ids[rows] if ids.dim() == 2 else ids[rows, None]).to(self.ids.dtype)
         self.ids[at] = nn.functional.pad(own, (0, 2 - own.shape[1]), value=EMPTY)
         if probabilities is not None:
             self.probabilities[:, at] = probabilities[rows].detach().T.to(self.probabilities.dtype)

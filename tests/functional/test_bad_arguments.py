@@ -57,6 +57,12 @@ def test_imports_torch_and_jaxtyping_only():
         (lambda: F.varcon(X.features, X.labels, temperature=0.0, epsilon=0.0), "temperature is 0"),
         (lambda: F.varcon(X.features, X.labels, temperature=0.1, epsilon=-0.1), "epsilon is -0.1"),
         (lambda: gpaco(temperature=0.0), "temperature is 0.0"),
+        (lambda: gpaco(alpha=-0.1), "alpha is -0.1"),
+        (
+            lambda: F.schane(X.features, X.labels, temperature=0.1, hardness=float("nan")),
+            "hardness is nan",
+        ),
+        (lambda: F.triplet_batch_hard(X.features, X.labels, margin=float("nan")), "margin is nan"),
         (lambda: gpaco(smoothing=1.0), "smoothing is 1.0"),
         (lambda: F.cross_entropy(X.logits, X.labels, smoothing=-0.1), "smoothing is -0.1"),
         (
@@ -147,6 +153,24 @@ ONE_ROW = torch.tensor([0])
             "normalise is 'mean'",
         ),
         (lambda: F.sigsup(X.features, ONE_ROW, log_scale=1.0, bias=0.0), "labels .* 4 rows"),
+        (
+            lambda: F.sigsup(X.features, X.labels, log_scale=torch.zeros(4), bias=0.0),
+            "log_scale has shape",
+        ),
+        (lambda: F.supcon_out(X.features[:, 0], X.labels, temperature=0.1), "must be rows"),
+        (
+            lambda: F.binary_cross_entropy(X.logits, X.labels, class_weights=torch.ones(1)),
+            "class_weights .* 4 rows",
+        ),
+        (
+            lambda: F.supcon_out(X.features, X.labels, temperature=torch.tensor(0.1)),
+            "temperature is a tensor",
+        ),
+        (
+            lambda: F.schane(X.features, X.labels, temperature=0.1, hardness=torch.tensor(1.0)),
+            "hardness is a tensor",
+        ),
+        (lambda: F.soft_pairs(torch.tensor([[0.4, 0.3, 0.3]])), "two largest of labels"),
     ],
 )
 def test_a_mistake_that_broadcasting_would_hide(call, message):

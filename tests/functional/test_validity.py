@@ -168,3 +168,38 @@ def test_arcface_at_the_centre_of_a_class(length, dtype, angle):
 
 def test_every_function_is_listed():
     assert set(PAIRED) | set(PER_SAMPLE) | set(HARD) <= set(ALL)
+
+
+def test_a_class_that_is_masked_out_does_no_harm():
+    """Its logit is -inf. Expected by the same loss without that class."""
+    torch.manual_seed(0)
+    logits, target = torch.randn(2, 4, 5, dtype=torch.float64)
+    target = target.softmax(1)
+    target[:, 2] = 0
+    target /= target.sum(1, keepdim=True)
+    kept = [0, 1, 3, 4]
+    masked = logits.clone()
+    masked[:, 2] = -torch.inf
+    masked.requires_grad_()
+    found = F.consistency_kl(masked, target).value
+    torch.testing.assert_close(found, F.consistency_kl(logits[:, kept], target[:, kept]).value)
+    (gradient,) = torch.autograd.grad(found.sum(), masked)
+    assert gradient.isfinite().all()
+
+
+def test_no_anchors_have_no_values():
+    none, labels = torch.empty(0, 4), torch.empty(0, dtype=torch.long)
+    for result in (
+        F.supcon_out(none, labels, temperature=0.1),
+        F.triplet_batch_hard(none, labels, margin=0.1),
+        F.cross_entropy(none, labels),
+    ):
+        assert result.value.shape == (0,)
+
+
+def test_an_empty_bank_says_nothing():
+    x = make([0, 0, 1])
+    result = F.neighbour_nll(
+        x.features, x.labels, x.bank[:0], x.bank_labels[:0], temperature=0.1, topk=3
+    )
+    assert not result.valid.any() or result.value.eq(0).all()

@@ -115,8 +115,9 @@ def _clipped(centre: int, length: float, limit: int) -> tuple[int, int]:
 def _blend(own: Tensor, partner: Tensor, shares: NDArray[np.float64]) -> Tensor:
     """lam own + (1 - lam) partner, `[V, b, ...]`; no fused operation, whose rounding depends on the shape."""
     shape = (-1, *[1] * (own.ndim - 2))
-    first, second = (
-        _to(part.reshape(shape), own.device).to(own.dtype) for part in (shares, 1 - shares)
+    first, second = (  # cast before they move: mps has no float64
+        torch.from_numpy(part.reshape(shape)).to(own.dtype).to(own.device, non_blocking=True)
+        for part in (shares, 1 - shares)
     )
     return own * first + partner * second
 

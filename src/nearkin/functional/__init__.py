@@ -3,8 +3,8 @@
 validate: all losses check the values of their arguments unless validate=False, and raise ValueError with the row:
 integer labels must be in [0, C), or not negative where C is unknown; soft labels must be finite, not negative and sum
 to 1; rows of unit length must have it within 1 %; in a bank -1 and rows of zeros are empty slots. On a GPU the check
-is an asynchronous assertion without the row. Shapes and settings are always checked. A training step passes False;
-so must torch.vmap, whose tensors have no single value.
+is an asynchronous assertion without the row. Settings and numbers of rows are always checked. A training step passes
+False; so must torch.vmap, whose tensors have no single value.
 """
 
 from nearkin.functional._common import PerAnchor, SoftPairs, mean_valid, soft_pairs

@@ -15,9 +15,23 @@ TOLERANCE = 0.01  # of lengths and sums: rounding to bf16 changes them by at mos
 
 
 def check_positive(name: str, value: float | int) -> None:
-    """Raise ValueError unless `value` is above 0."""
+    """Raise ValueError unless `value` is a number above 0."""
+    _check_number(name, value)
     if not value > 0:
         raise ValueError(f"{name} is {value} but must be above 0.")
+
+
+def check_amount(name: str, value: float) -> None:
+    """Raise ValueError unless `value` is a number, 0 or above."""
+    _check_number(name, value)
+    if not value >= 0:
+        raise ValueError(f"{name} is {value} but must be 0 or above.")
+
+
+def _check_number(name: str, value: object) -> None:
+    """A tensor would be taken for a constant, and what it learns from would be wrong."""
+    if isinstance(value, Tensor):
+        raise ValueError(f"{name} is a tensor, and has no gradient here; give a number.")
 
 
 def check_rows(name: str, rows: Tensor, count: int) -> None:
@@ -62,7 +76,7 @@ def check_classes(name: str, labels: Tensor, classes: int | None, least: int = 0
     if classes is not None:
         bad = bad | (labels >= classes)
     allowed = f"at least {least}" if classes is None else f"in [{least}, {classes})"
-    rows = bad.view(len(bad), -1)
+    rows = bad.flatten(1) if bad.ndim > 1 else bad[:, None]
 
     def message(row: int) -> str:
         value = labels.view(len(labels), -1)[row][rows[row]][0]
@@ -88,7 +102,11 @@ def check_shares(name: str, rows: Tensor, *, zeros: bool = False) -> None:
 
 
 def check_unit(validate: bool, *, zeros: bool = False, **named: Tensor) -> None:
-    """If `validate`, raise ValueError unless all rows have unit length; zeros: or are 0, as empty slots of a bank."""
+    """Raise ValueError for anything but rows and, if `validate`, unless all have unit length; zeros: or are 0, as empty
+    slots of a bank."""
+    for name, rows in named.items():
+        if rows.ndim != 2:
+            raise ValueError(f"{name} has shape {tuple(rows.shape)} but must be rows [N, d].")
     for name, rows in named.items() if validate else ():
         length = torch.linalg.vector_norm(rows.detach(), dim=1)
         good = ((length - 1).abs() <= TOLERANCE) | ((length == 0) & zeros)

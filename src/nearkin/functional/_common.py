@@ -80,7 +80,7 @@ def soft_pairs(labels: Labels, *, validate: bool = True) -> SoftPairs:
     """Labels as pairs of classes with weights; a single class y becomes (y, y) with weights (1, 0).
 
     labels: `[N]` integers, -1 for none, or `[N, C]` rows that sum to 1 with at most two non-zero
-    entries (of more, the two largest are taken unchanged). validate: raise ValueError for others.
+    entries. validate: raise ValueError for others; otherwise of more the two largest are taken unchanged.
     """
     if validate:
         check_shares("labels", labels) if labels.ndim == 2 else check_classes(
@@ -92,6 +92,8 @@ def soft_pairs(labels: Labels, *, validate: bool = True) -> SoftPairs:
         return SoftPairs(torch.stack([labels, labels], 1), weights)
     # The column of zeros gives rows of a single class their second entry.
     weights, classes = F.pad(labels, (0, 1)).topk(2, dim=1)
+    if validate:
+        check_shares("the two largest of labels", weights)
     second = classes[:, 1].where(weights[:, 1] > 0, classes[:, 0])
     return SoftPairs(torch.stack([classes[:, 0], second], 1), weights)
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from nearkin.functional._checks import check_labels, check_smoothing
+from nearkin.functional._checks import check_labels, check_rows, check_smoothing
 from nearkin.functional._common import Labels, PerAnchor, all_valid, class_rows, full_precision
 
 LEAST_PROBABILITY = 1e-7  # as published: predictions are clipped to [1e-7, 1]
@@ -28,7 +28,7 @@ def cross_entropy(
 
         L_i = -sum_c w_c ( (1 - s) y_ic + s/C ) log softmax_c(logits_i)
 
-    logits: `[N, C]`. labels: `[N]` integers or `[N, C]` rows that sum to 1.
+    logits: `[N, C]`, finite. labels: `[N]` integers or `[N, C]` rows that sum to 1.
     smoothing: s, in [0, 1), torch's form. class_weights: w, `[C]`; the values are not divided by them. All anchors are
     valid. Raises ValueError when smoothing or the shape of labels is wrong. Source: Szegedy et al. 2016, section 7.
     """
@@ -64,6 +64,8 @@ def binary_cross_entropy(
     check_labels(labels, len(logits), classes=logits.shape[1], validate=validate)
     check_smoothing(smoothing)
     classes = logits.shape[1]
+    if class_weights is not None:
+        check_rows("class_weights", class_weights, classes)
     target = (1 - smoothing) * class_rows(labels, classes, logits.dtype) + smoothing / classes
     value = F.binary_cross_entropy_with_logits(
         logits, target, weight=class_weights, reduction="none"
@@ -88,7 +90,7 @@ def symmetric_ce(
 
     RCE is -sum_c p_ic log max(y_ic, 1e-4) for hard labels and linear in y for soft ones.
 
-    logits: `[N, C]`, p their softmax. labels: `[N]` integers or `[N, C]` rows that sum to 1.
+    logits: `[N, C]`, finite, p their softmax. labels: `[N]` integers or `[N, C]` rows that sum to 1.
     All anchors are valid. Raises ValueError when the shape of labels is wrong.
     Source: Wang et al. 2019 and their code; presets (alpha, beta) (0.1, 1) for about 10 classes, (6, 0.1) for 100.
     """

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nearkin.functional._checks import (
+    check_amount,
     check_labels,
     check_positive,
     check_rows,
@@ -127,13 +128,14 @@ def schane(
     and counts over P(i) are weighed with a_ij = sum_c y_ic y_jc, those over N(i) with 1 - a_ij.
 
     features: `[N, d]` rows of unit length. labels: `[N]` integers or `[N, C]` rows that sum to 1. temperature > 0.
-    hardness: 0 weighs all negatives alike, as published 1. positives: "mean", or "sum" as in the later CLCE.
+    hardness >= 0: 0 weighs all negatives alike, as published 1. positives: "mean", or "sum" as in the later CLCE.
     Invalid: an anchor without a positive. Without a negative its value is 0 and it is valid. Raises ValueError when
-    temperature, positives or the shape of labels is wrong. Source: arXiv 2308.14893 and its code; "sum" arXiv
+    temperature, hardness, positives or the shape of labels is wrong. Source: arXiv 2308.14893 and its code; "sum" arXiv
     2402.14551; without soft labels and invalid anchors.
     """
     if positives not in ("mean", "sum"):
         raise ValueError(f'positives is {positives!r} but must be "mean" or "sum".')
+    check_amount("hardness", hardness)
     _check(features, labels, temperature, validate)
     positive, steeper, weights, positive_count, negative_count = pair_sums(
         features,
@@ -184,6 +186,9 @@ def sigsup(
         raise ValueError(f'normalise is {normalise!r} but must be "positives" or "none".')
     check_labels(labels, len(features), validate=validate)
     check_unit(validate, features=features)
+    for name, number in (("log_scale", log_scale), ("bias", bias)):
+        if isinstance(number, Tensor) and number.ndim > 0:
+            raise ValueError(f"{name} has shape {tuple(number.shape)} but must be one number, [].")
     scale = log_scale.exp() if isinstance(log_scale, Tensor) else math.exp(log_scale)
     value = sigmoid_sum(features, labels, scale, bias)
     if normalise == "positives":
@@ -269,10 +274,11 @@ def gpaco(
     features: `[N, d]` and bank: `[K, d]` rows of unit length. labels: `[N]` integers or `[N, C]` rows that sum to 1.
     logits: `[N, C]`. bank_labels: `[K]` integers or `SoftPairs`; -1 equals no class. mask: `[N, K]` or `[K]`, True
     where a bank entry may be used. temperature > 0, smoothing in [0, 1). All anchors are valid.
-    Raises ValueError when temperature, smoothing or a shape is wrong.
-    Source: Cui et al. 2023 (GPaCo) and its code, without soft labels and mask.
+    Raises ValueError when temperature, alpha, smoothing or a shape is wrong. Memory: about 2.5 N (K + N) numbers for
+    the backward pass. Source: Cui et al. 2023 (GPaCo) and its code, without soft labels and mask.
     """
     check_positive("temperature", temperature)
+    check_amount("alpha", alpha)
     check_smoothing(smoothing)
     check_rows("logits", logits, len(features))
     classes = logits.shape[1]

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from nearkin.functional._checks import check_labels, check_positive, check_unit
+from nearkin.functional._checks import check_amount, check_labels, check_positive, check_unit
 from nearkin.functional._common import (
     Hard,
     Labels,
@@ -33,10 +33,14 @@ def triplet_batch_hard(
 
     features: `[N, d]` rows of unit length; the distance is Euclidean, with gradient 0 between rows that coincide.
     labels: `[N]` integers. margin: 0.2 to 0.3 on unit rows. Invalid: an anchor without a positive or without a
-    negative. Raises ValueError when labels are not `[N]` integers. Source: Hermans et al. 2017, equation 5.
+    negative. Raises ValueError when labels are not `[N]` integers or margin is wrong. Source: Hermans et al. 2017,
+    equation 5.
     """
     check_labels(labels, len(features), hard=True, validate=validate)
     check_unit(validate, features=features)
+    check_amount("margin", margin)
+    if len(labels) == 0:
+        return masked(features.sum(1), labels < 0)
     same = labels[:, None] == labels
     positive = same & not_self(same)
     with torch.no_grad():
@@ -98,8 +102,7 @@ def varcon(
     code; computed in log space: as published it is NaN at temperature 0.01.
     """
     check_positive("temperature", temperature)
-    if not epsilon >= 0:
-        raise ValueError(f"epsilon is {epsilon} but must not be below 0.")
+    check_amount("epsilon", epsilon)
     check_labels(labels, len(features), hard=True, validate=validate)
     check_unit(validate, features=features)
     value = _against_centres(features, _centres(features, labels), labels, temperature, epsilon)

@@ -124,7 +124,8 @@ def consistency_kl(
     if validate:
         check_shares("target", target, zeros=True)
     target = target.detach()
-    value = (torch.xlogy(target, target) - target * logits.log_softmax(1)).sum(1)
+    log_p = logits.log_softmax(1).masked_fill(target == 0, 0)  # of a masked class it is -inf
+    value = (torch.xlogy(target, target) - target * log_p).sum(1)
     return all_valid(value)
 
 

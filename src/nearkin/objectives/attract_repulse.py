@@ -11,8 +11,8 @@ from nearkin.config import AutoAmount, AutoCount, Count, option
 from nearkin.functional import (
     PerAnchor,
     consistency_kl,
-    instance_nce,
     instance_nce_bank,
+    supcon_out,
     symmetric_ce,
 )
 from nearkin.network import Head, Norm, projection_head
@@ -139,7 +139,7 @@ class AttractRepulse(Objective, name="attract-repulse"):
         labels = repeat_views(batch.labels, logits)
         losses = symmetric_ce(
             logits,
-            smoothed(labels, logits.shape[1], self.config.smoothing),
+            smoothed(labels, logits.shape[1], self.config.smoothing, logits.dtype),
             alpha=self.config.alpha,
             beta=self.config.beta,
             validate=False,
@@ -149,7 +149,9 @@ class AttractRepulse(Objective, name="attract-repulse"):
     def _repulse(self, batch: Batch, student: Outputs, teacher: Outputs | None) -> PerAnchor:
         rows, temperature = unit(required(student.projection)), self.config.temperature
         if self.config.negatives == "batch":
-            return instance_nce(*rows.chunk(2), temperature=temperature, validate=False)
+            # `instance_nce`, in which all crops of an image are positives where it is there more than once.
+            images = batch.index if batch.index.ndim == 1 else batch.index[:, 0]
+            return supcon_out(rows, images.repeat(2), temperature=temperature, validate=False)
         keys, mask = unit(required(teacher, "projection")), self.bank.usable(batch.index)
         return instance_nce_bank(
             rows, keys, self.bank.keys, temperature=temperature, mask=mask, validate=False

@@ -235,11 +235,12 @@ def per_class(function: Callable[[Tensor], PerAnchor], labels: Tensor) -> PerAnc
     return PerAnchor(shares[0] + shares[1], counts[0] | counts[1])
 
 
-def smoothed(labels: Tensor, classes: int, smoothing: float) -> Tensor:
+def smoothed(labels: Tensor, classes: int, smoothing: float, dtype: torch.dtype) -> Tensor:
     """Labels as rows (1 - s) y + s / C, torch's form; as they are where s is 0."""
     if smoothing == 0:
         return labels
-    return (1 - smoothing) * class_rows(labels, classes, torch.float32) + smoothing / classes
+    wide = torch.promote_types(dtype, torch.float32)
+    return (1 - smoothing) * class_rows(labels, classes, wide) + smoothing / classes
 
 
 def _collapsed(outputs: Outputs) -> Outputs:

@@ -93,7 +93,7 @@ class SymmetricCE(Objective, name="sce"):
         self, batch: Batch, student: Outputs, teacher: Outputs | None, progress: Progress
     ) -> Loss:
         logits = required(student.logits)
-        labels = smoothed(batch.labels, logits.shape[1], self.config.smoothing)
+        labels = smoothed(batch.labels, logits.shape[1], self.config.smoothing, logits.dtype)
         alpha, beta = self.config.alpha, self.config.beta
         losses = symmetric_ce(logits, labels, alpha=alpha, beta=beta, validate=False)
         return combine(sce=(1.0, self.weigh(losses, batch.labels)))

@@ -46,7 +46,7 @@ class Contrastive(Objective):
         temperature: float = option(0.1, "divides the cosine similarities", gt=0)
         views: AutoViews = option(
             "auto",
-            "crops per image; auto: 1 if pretrained and classes have 2 images or more, else 2",
+            "crops per image; auto: 1 if pretrained and classes have 2 images or more on average, else 2",
         )
         contrast_share: float = option(
             0.8, "share of the epochs that contrast (two-stage)", gt=0, lt=1

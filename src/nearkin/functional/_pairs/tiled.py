@@ -114,8 +114,8 @@ class _LogSums(torch.autograd.Function):
         tiles: Tiles = ctx.tiles
         (sums,) = ctx.saved_tensors
         # The common factor of a sample's derivatives: upstream scale / sum; 0 where all weights are 0.
-        scales = sums.new_tensor([[term.scale] for term in ctx.terms])
-        factors = tiles.sorted(upstream, dim=1) * (scales / sums).where(sums > 0, 0)
+        shares = [term.scale / row for term, row in zip(ctx.terms, sums, strict=True)]
+        factors = tiles.sorted(upstream, dim=1) * torch.stack(shares).where(sums > 0, 0)
         # Terms over all rows first, because those over the near rows are added to them.
         terms = sorted(zip(ctx.terms, factors, strict=True), key=lambda t: t[0].over == "positives")
         gradient = torch.zeros_like(tiles.z)
