@@ -79,6 +79,23 @@ def test_slurm_divides_the_cores_itself(env, monkeypatch):
     assert cores() == 4
 
 
+def test_torchrun_inside_a_task_shares_the_cores_of_the_task(env):
+    env(TORCHRUN | SLURM | {"SLURM_CPUS_PER_TASK": "16"})
+    assert cores() == 4
+
+
+def test_a_closed_terminal_stops_a_run_but_not_under_nohup():
+    for before, stops in ((signal.SIG_DFL, True), (signal.SIG_IGN, False)):
+        earlier = signal.signal(signal.SIGHUP, before)
+        try:
+            with stop_signals_recorded():
+                os.kill(os.getpid(), signal.SIGHUP)
+                assert stop_requested() == stops
+            assert signal.getsignal(signal.SIGHUP) is before
+        finally:
+            signal.signal(signal.SIGHUP, earlier)
+
+
 def test_a_stop_signal_is_recorded_once_and_forgotten():
     assert not stop_requested()
     with stop_signals_recorded():
@@ -102,4 +119,4 @@ print(inside.count("SIG"), outside.count("SIG"))
 @pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="needs signal masks")
 def test_children_inherit_the_mask_only_within_the_block():
     done = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True, check=True)
-    assert done.stdout == "3 0\n"
+    assert done.stdout == "4 0\n"

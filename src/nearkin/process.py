@@ -17,19 +17,27 @@ from typing import Any, NamedTuple
 
 from nearkin.errors import Stopped
 
-# Signals that ask a run to stop. Windows has no SIGUSR1.
+# Signals that ask a run to stop; a terminal that is closed sends SIGHUP. Windows has neither that nor SIGUSR1.
 STOP_SIGNALS = frozenset(
-    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
+    getattr(signal, name)
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
+    if hasattr(signal, name)
 )
 
 
 @contextmanager
 def stop_handler(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Send the stop signals to `handler` within the block, then restore the earlier handlers."""
+    """Send the stop signals to `handler` within the block, then restore the earlier handlers. A SIGHUP that is ignored
+    (`nohup`) stays so."""
     earlier: dict[int, Any] = {}
     # Python allows handlers in the main thread only; elsewhere (a notebook's worker) the caller decides.
     if threading.current_thread() is threading.main_thread():
-        earlier = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
+        earlier = {
+            number: signal.signal(number, handler)
+            for number in STOP_SIGNALS
+            if number != getattr(signal, "SIGHUP", None)
+            or signal.getsignal(number) is not signal.SIG_IGN
+        }
     try:
         yield
     finally:
@@ -144,11 +152,12 @@ def launched() -> Launch:
 def cores() -> int:
     """CPU cores for this process: its share of those that the processes of its node may use, at least 1.
 
-    With `srun --cpus-per-task` the scheduler has already divided them.
+    With `srun --cpus-per-task` the scheduler has already divided them among its tasks, each of which may be a torchrun.
     """
     given = os.environ.get("SLURM_CPUS_PER_TASK")
     if given is not None and "SLURM_PROCID" in os.environ:
-        return int(given)
+        sharing = launched().per_node if "TORCHELASTIC_RUN_ID" in os.environ else 1
+        return max(1, int(given) // sharing)
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, (usable or 1) // launched().per_node)
 

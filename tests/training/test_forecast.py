@@ -44,6 +44,13 @@ def test_edges():
     assert share_without_positive(draws, np.array([0, 0, 1, 2]), 4) == 0.5
 
 
+def test_positives_are_counted_in_the_blocks_of_an_anchor():
+    draws = Draws(np.array([0, 1, 2, 3, 4, 5, 6, 7]), np.zeros(8, dtype=np.int64))
+    labels = np.array([0, 0, 1, 2, 1, 2, 3, 3])
+    assert share_without_positive(draws, labels, 8) == 0.0
+    assert share_without_positive(draws, labels, 8, within=4) == 0.5
+
+
 def test_balanced_batches_have_next_to_none():
     labels = labels_of([20] * 50)
     assert share_without_positive(shuffled(1000, 0, 0), labels, 32) > 0.5
@@ -76,7 +83,7 @@ def test_train_warns_before_it_starts(tmp_path, capfd):
         tmp_path, capfd, objective="supcon", objective_options={"views": 1}, batch_size=4
     )
     assert len(lines) == 1
-    assert "no other image of their class in a batch of 4" in lines[0]
+    assert "no other image of their class among the 4 that" in lines[0]
 
 
 @pytest.mark.parametrize(

@@ -85,13 +85,14 @@ class Dataset(NamedTuple):
     """What a run trains on and is evaluated on.
 
     splits: `train`, and `val` and `test` if there. `choose` leaves each with classes of its own, `numbered` gives them
-    those of the run. notes: for the user. bad: the images left out.
+    those of the run. notes: for the user. bad: the images left out. origin: `origin_of` the listing.
     """
 
     name: str
     splits: dict[str, Split]
     notes: tuple[str, ...] = ()
     bad: tuple[BadImage, ...] = ()
+    origin: str = ""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -189,7 +190,21 @@ def choose(
             number = counted(len(few), "class has", "classes have")
             notes += (f"{number} fewer than {images_per_class} training images: {listed(few)}",)
         parts["train"] = train.take(limited(train.labels, images_per_class, seed))
-    return Dataset(listing.name, parts, notes)
+    return Dataset(listing.name, parts, notes, origin=origin_of(listing))
+
+
+def origin_of(listing: Listing) -> str:
+    """SHA-256 of the names and classes of the training images as they are listed, in order. Which of them are held out
+    for validation, or kept by `images_per_class`, is the same as long as this is."""
+    digest = hashlib.sha256()
+    if "train" in listing.parts:
+        part = listing.parts["train"]
+        images = open_images(part.images, "auto")
+        for row, label in enumerate(part.labels.tolist()):
+            for text in (images.name(row), part.classes[label]):
+                name = text.encode("utf-8", "surrogateescape")
+                digest.update(b"%d:" % len(name) + name)
+    return digest.hexdigest()
 
 
 def looked(
@@ -309,6 +324,7 @@ def load_for_evaluation(
     split_seed: int | None = None,
     seed: int = 0,
     images_per_class: int | None = None,
+    origin: str | None = None,
     bad_images: BadPolicy = "error",
     check: Check = "auto",
     ranks: Ranks = ALONE,
@@ -317,12 +333,13 @@ def load_for_evaluation(
     """One split of DATA. split: by default test, else val.
 
     own: DATA is what the model was trained on; then `val_split`, `split_seed`, `seed` and `images_per_class` of that
-    run give its very splits again. Other data without splits are one split, test, as a whole.
+    run give its very splits again, as long as `origin_of` the data is still the run's `origin` (None: not known).
+    Other data without splits are one split, test, as a whole.
     classes: of the model; only those that the chosen split has need to be among them.
     check, ranks, quiet: as in `look`; only images of the split are looked at.
 
-    Raises BadImages for unreadable images under the policy `error`; DataError when the split is not there
-    or has a class that the model does not know.
+    Raises BadImages for unreadable images under the policy `error`; DataError when the split is not there, has a class
+    that the model does not know, or cannot be told from other images of the run.
     """
     listing = resolve(data) if isinstance(data, str) else data
     if not own and tuple(listing.parts) == ("train",):
@@ -330,6 +347,13 @@ def load_for_evaluation(
     carved = own and "val" not in listing.parts and "train" in listing.parts and val_split > 0
     there = [name for name in SPLITS if name in listing.parts or (carved and name == "val")]
     name = _choose(split, there, listing.data)
+    drawn = carved if name != "train" else carved or images_per_class is not None
+    if own and drawn and name != "test" and origin not in (None, origin_of(listing)):
+        raise DataError(
+            f"Training images of {printable(listing.data)} were added, removed or renamed since the run was trained, "
+            "so those that it was trained on cannot be told from those held out for validation; put the files back, "
+            "or evaluate other images."
+        )
     parts = _opened(listing, channels)
     if carved and name in ("train", "val"):
         parts = hold_out(parts, val_split, _split_seed(seed, split_seed))

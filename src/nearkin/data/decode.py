@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
@@ -24,7 +25,7 @@ from nearkin.errors import ConfigError, DataError, printable
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# Raise it with every change that accepts or refuses other files than before: remembered results are then ignored.
+# Raise it with every change that accepts or refuses other files than before (see `decoder`).
 DECODER = 1
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
 MAX_PIXELS = 64_000_000
@@ -72,7 +73,8 @@ class BadImage(DataError):
     def by_now(self) -> DataError:
         """The error for an image that was readable when the run started."""
         return DataError(
-            f"{str(self).rstrip('.')}, though it could be read at the start; repair it, and start again."
+            f"{str(self).rstrip('.')}, though it could be read at the start; put it back, and start again, a training "
+            "with --resume."
         )
 
 
@@ -243,6 +245,13 @@ def _formats() -> tuple[str, ...]:
     except ImportError:
         return FORMATS
     return (*FORMATS, "HEIF")
+
+
+@cache
+def decoder() -> bytes:
+    """What decides which files can be used. What was remembered of files with another one is ignored."""
+    parts = (DECODER, *_formats(), version("pillow"), version("simplejpeg"))
+    return " ".join(map(str, parts)).encode()
 
 
 def is_exact_jpeg(image: Image, channels: int) -> bool:

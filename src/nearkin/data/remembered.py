@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple, Self
 
-from nearkin.data.decode import DECODER
+from nearkin.data.decode import decoder
 from nearkin.errors import DataError, printable
 from nearkin.files import cache_folder
 
@@ -46,7 +46,7 @@ class Fact(NamedTuple):
     def checksum(self, path: bytes) -> int:
         """CRC-32 of the row in the database: a damaged row, or one that another decoder wrote, is ignored."""
         reason = b"-" if self.reason is None else self.reason.encode("utf-8", "surrogatepass")
-        return zlib.crc32(b"%d %d %d %d %d %d %d %b\0%b" % (DECODER, *self[:6], reason, path))
+        return zlib.crc32(b"%b %d %d %d %d %d %d %b\0%b" % (decoder(), *self[:6], reason, path))
 
 
 class Remembered:

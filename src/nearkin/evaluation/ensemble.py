@@ -12,6 +12,7 @@ from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -29,19 +30,21 @@ from nearkin.evaluation.evaluator import Evaluator, Probabilities, gathered
 from nearkin.evaluation.metrics import reduced
 from nearkin.evaluation.model import FORMAT, WEIGHTS, Bundle, load_bundle
 from nearkin.evaluation.options import DESCRIPTION, Tta
+from nearkin.evaluation.own_data import is_own, stored_origin
 from nearkin.files import SaveFailed, write_atomic
 from nearkin.network import read_safetensors
 from nearkin.process import launched
 from nearkin.types import Predictions
 
 FOLDER = "cache"
-NAME = "probabilities"
+NAME, CHECK = "probabilities", "crc32"
 LARGEST = 2**27  # probabilities in a cache file and in memory, per member: 512 MiB in float32
 BATCH = 64
 STEPS = 10_000
 CLOSE = 1e-6  # nats between the log loss found and the smallest possible
 LEAST = 1e-12
-PACKAGES = ("nearkin", "torch", "timm", "torchvision", "pillow")  # what turns files into numbers
+# What turns files into numbers.
+PACKAGES = ("nearkin", "torch", "timm", "torchvision", "pillow", "simplejpeg", "numpy")
 
 
 def cache_key(run: Path, split: Split, images: str, tta: str, device: torch.device) -> str:
@@ -53,9 +56,18 @@ def cache_key(run: Path, split: Split, images: str, tta: str, device: torch.devi
     for file in (WEIGHTS, DESCRIPTION):
         with (run / file).open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
-    versions = [version(package) for package in PACKAGES]
-    digest.update(json.dumps([FORMAT, tta, device.type, split.name, images, versions]).encode())
+    digest.update(json.dumps([FORMAT, tta, device.type, split.name, images, versions()]).encode())
     return digest.hexdigest()
+
+
+def versions() -> list[str]:
+    """Of everything that turns files into numbers."""
+    return [version(package) for package in PACKAGES]
+
+
+def checksum(values: Tensor) -> Tensor:
+    """CRC-32 of values on the CPU: a damaged file is found, and one that two runs wrote at the same time."""
+    return torch.tensor([crc32(values.contiguous().numpy().data)])
 
 
 def images_digest(split: Split) -> str:
@@ -82,14 +94,10 @@ def read_cached(path: Path, shape: tuple[int, int]) -> tuple[Tensor | None, str 
     try:
         if not path.is_file():
             return None, None
-        rows = read_safetensors(path)[NAME]
-        ones = torch.ones(shape[0], dtype=rows.dtype)
-        if (
-            rows.shape == shape
-            and rows.dtype in (torch.float32, torch.float64)
-            and bool((rows >= 0).all())
-            and torch.allclose(rows.sum(1), ones, atol=1e-3)
-        ):
+        tensors = read_safetensors(path)
+        rows = tensors[NAME]
+        known = rows.dtype in (torch.float32, torch.float64)
+        if rows.shape == shape and known and torch.equal(tensors[CHECK], checksum(rows)):
             return rows, None
     except (OSError, ModelError, KeyError):
         pass
@@ -106,7 +114,8 @@ def write_cached(path: Path, probabilities: Tensor) -> str | None:
         return f"{printable(str(folder))} is a link, so the predictions were not kept there"
     try:
         folder.mkdir(exist_ok=True)
-        write_atomic(path, save({NAME: probabilities.contiguous()}))
+        found = probabilities.contiguous()
+        write_atomic(path, save({NAME: found, CHECK: checksum(found)}))
     except OSError as error:
         shown = printable(str(folder))
         return f"the predictions were not kept: no folder {shown} ({error.strerror})"
@@ -211,13 +220,17 @@ class Ensemble:
         *,
         advice: str = "give DATA that none of them was trained on",
     ) -> EnsemblePredictions:
-        """data: None for the members' own, which must then be the same images. weights: None for equal ones.
+        """data: None for the members' own, which must then be the same images; so are data that all members were
+        trained on, with a note. weights: None for equal ones.
 
         Raises DataError for data or a split that do not exist, ConfigError with `advice` when the members' own images
         differ.
         """
-        loaded = [self._load(member, data, split) for member in self.members]
+        own, remarks = self._own(data)
+        loaded = [self._load(member, data, split, own=own) for member in self.members]
         (first, notes, _), images = loaded[0]
+        if own and data is not None:
+            remarks = (f"{remarks[0]}: their split {first.name} is evaluated",)
         for member, (other, other_images) in zip(self.members, loaded, strict=True):
             if other_images != images or not np.array_equal(other.split.labels, first.labels):
                 raise ConfigError(
@@ -229,12 +242,32 @@ class Ensemble:
         batches, cached, more_notes = zip(*sources, strict=True)
         whole, members = self._combined(batches, weights)
         return EnsemblePredictions(
-            first, images, whole, members, cached, (*notes, *chain.from_iterable(more_notes))
+            first,
+            images,
+            whole,
+            members,
+            cached,
+            (*notes, *remarks, *chain.from_iterable(more_notes)),
         )
+
+    def _own(self, data: Listing | None) -> tuple[bool, tuple[str, ...]]:
+        """Whether all members were trained on `data`, and a note where any was."""
+        if data is None:
+            return True, ()
+        trained = [
+            member.run
+            for member in self.members
+            if is_own(data, member.config.data, stored_origin(member.run))
+        ]
+        names = listed([str(run) for run in trained])
+        if len(trained) == len(self.members):
+            return True, (f"{names} was trained on these images",)
+        note = f"{names} was trained on some of these images, so the numbers are too good"
+        return False, (note,) if trained else ()
 
     def probabilities(self, split: str) -> tuple[Split, Iterator[Probabilities]]:
         """The first member's own images of `split` and their probabilities, batch by batch. Raises DataError."""
-        (found, _, _), images = self._load(self.members[0], None, split)
+        (found, _, _), images = self._load(self.members[0], None, split, own=True)
         return found, self._source(self.members[0], found, images)[0]
 
     def _combined(
@@ -266,14 +299,15 @@ class Ensemble:
         return found[-1], tuple(found[: len(sources)])
 
     def _load(
-        self, member: Member, data: Listing | None, split: str | None
+        self, member: Member, data: Listing | None, split: str | None, *, own: bool
     ) -> tuple[EvaluationSplit, str]:
         """The split for a member and its `images_digest`, read once for all members that need the same."""
-        own = ("val_split", "split_seed", "seed", "images_per_class") if data is None else ()
-        options = member.config.model_dump(include={"bad_images", *own}) | {
+        kept = ("val_split", "split_seed", "seed", "images_per_class") if own else ()
+        options = member.config.model_dump(include={"bad_images", *kept}) | {
             "channels": member.bundle.description.spec.channels,
             "split": split,
-            "own": data is None,
+            "own": own,
+            "origin": stored_origin(member.run) if own else None,
         }
         source = data or member.config.data
         key = (data.data if data else source, *options.items())

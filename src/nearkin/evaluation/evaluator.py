@@ -10,14 +10,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nearkin.data.dataset import Split
-from nearkin.data.loader import eval_loader
+from nearkin.data.loader import PATIENCE, eval_loader
 from nearkin.data.transforms import EvalSpec
 from nearkin.distributed import Runtime
-from nearkin.errors import DataError, DivergedError, ModelError
+from nearkin.errors import DataError, DivergedError, ModelError, Stopped
 from nearkin.evaluation.metrics import reduced
 from nearkin.evaluation.options import Tta
 from nearkin.evaluation.tta import COUNTS, tta_views
 from nearkin.network import Network
+from nearkin.process import stop_requested
 from nearkin.types import Outputs, Predictions
 
 CHUNK = 2**24  # similarities, or votes, held at once: 64 MiB in float32
@@ -128,6 +129,8 @@ class Evaluator:
         network.eval()
         try:
             for batch in eval_loader(split, views, rows, batch_size=size, workers=self._workers):
+                if self._runtime.world_size == 1 and stop_requested(PATIENCE):
+                    raise Stopped("Stopped on request while evaluating; continue with --resume.")
                 outputs = network(batch.images.flatten(0, 1).to(device))
                 yield outputs, batch.labels.to(device), batch.index.to(device)
         finally:

@@ -27,6 +27,7 @@ from nearkin.distributed import choose_device
 from nearkin.errors import DataError, ModelError, counted, listed, printable
 from nearkin.evaluation.episodes import accuracy, draw, eligible, estimate
 from nearkin.evaluation.model import Bundle, load_bundle
+from nearkin.evaluation.own_data import is_own, stored_origin
 from nearkin.evaluation.results import FewShot
 from nearkin.evaluation.tta import tta_views
 from nearkin.types import Batch
@@ -145,7 +146,8 @@ def _unseen(
 
     Raises DataError when the images do not exist, or the run was trained on some of them.
     """
-    own = _same(data.data, config.data)
+    origin = stored_origin(run)
+    own = is_own(data, config.data, origin)
     if own:
         shown = printable(config.data)
         if not {"val", "test"} & set(data.parts) and config.val_split == 0:
@@ -163,22 +165,13 @@ def _unseen(
         split=protocol.split,
         own=own,
         bad_images=config.bad_images if own else protocol.bad_images,
+        origin=origin,
         **config.model_dump(include={"val_split", "split_seed", "seed", "images_per_class"}),
         channels=bundle.description.spec.channels,
     )
     if not own and tuple(data.parts) == ("train",):
         split = split._replace(name="all")
     return split, names, notes + _refuse_trained(split, config, run)
-
-
-def _same(data: str, trained: str) -> bool:
-    """Whether both name the same data. A built-in name is not a folder of that name."""
-    if data == trained or data in BUILTIN or trained in BUILTIN:
-        return data == trained
-    try:
-        return Path(data).samefile(trained)
-    except (OSError, ValueError):
-        return False
 
 
 def _refuse_trained(split: Split, config: RunConfig, run: Path) -> tuple[str, ...]:

@@ -6,7 +6,6 @@ import hashlib
 import json
 from contextlib import suppress
 from pathlib import Path
-from zlib import crc32
 
 import torch
 from safetensors.torch import save
@@ -17,7 +16,7 @@ from nearkin.data.dataset import Split
 from nearkin.data.images import Files
 from nearkin.distributed import Runtime
 from nearkin.errors import DataError, ModelError
-from nearkin.evaluation.ensemble import images_digest
+from nearkin.evaluation.ensemble import checksum, images_digest, versions
 from nearkin.evaluation.evaluator import Evaluator
 from nearkin.files import SaveFailed, cache_folder, write_atomic
 from nearkin.network import Network, read_safetensors
@@ -31,29 +30,31 @@ def frozen_features(
 ) -> Tensor:
     """The features `[N, 2, d]` of every image of `split` and of its mirror image, float32, on every process.
 
-    Kept under a key of everything that they depend on: `architecture` (what the backbone was built from, as text),
-    its weights, the evaluation transform, and the images (`images_digest`). A file that is damaged or cannot be
-    written only costs the computation.
+    Kept under a key of everything that they depend on but the number of threads, which changes their last bits:
+    `architecture` (what the backbone was built from, as text), its weights, the evaluation transform, the images
+    (`images_digest`), the kind of device, and versions. A file that is damaged or cannot be written only costs the
+    computation.
     """
-    path = _path(evaluator, network, split, architecture) if runtime.is_main else None
+    known = [architecture, runtime.device.type, versions(), evaluator.spec.model_dump()]
+    path = _path(network, split, json.dumps(known)) if runtime.is_main else None
     found = runtime.share(None if path is None else _read(path, len(split.labels)))
     if found is None:
         found = evaluator.features(network, split)
         if path is not None and found.nbytes <= LARGEST:
             with suppress(SaveFailed, OSError):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                write_atomic(path, save({NAME: found.contiguous(), CHECK: _checksum(found)}))
+                write_atomic(path, save({NAME: found.contiguous(), CHECK: checksum(found)}))
     if not found.isfinite().all():
         raise ModelError("The backbone gives features that are not finite; give other weights.")
     return found
 
 
-def _path(evaluator: Evaluator, network: Network, split: Split, architecture: str) -> Path | None:
+def _path(network: Network, split: Split, known: str) -> Path | None:
     try:
         folder = cache_folder()
     except DataError:
         return None
-    digest = hashlib.sha256(json.dumps([architecture, evaluator.spec.model_dump()]).encode())
+    digest = hashlib.sha256(known.encode())
     for name, tensor in network.state_dict().items():
         if name.startswith(("backbone.", "mean", "std")):
             digest.update(name.encode())
@@ -72,10 +73,5 @@ def _read(path: Path, images: int) -> Tensor | None:
         found, check = tensors[NAME], tensors[CHECK]
     except (ModelError, LookupError):
         return None
-    fits = found.dim() == 3 and len(found) == images and torch.equal(check, _checksum(found))
+    fits = found.dim() == 3 and len(found) == images and torch.equal(check, checksum(found))
     return found if fits else None
-
-
-def _checksum(features: Tensor) -> Tensor:
-    """CRC-32 of the values: two runs may write the file at the same time."""
-    return torch.tensor([crc32(features.contiguous().numpy().data)])

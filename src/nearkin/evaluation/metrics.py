@@ -60,7 +60,7 @@ def top1_and_log_loss(predictions: Predictions) -> tuple[float, float]:
     if broken:
         raise DivergedError(
             f"The probabilities of {broken} of {len(labels)} images are not finite; "
-            "use an earlier checkpoint or a lower learning rate."
+            "train anew with a lower --lr, --clip-grad 1 or --precision fp32."
         )
     hits = (predictions.top[:, 0] == labels).double().mean()
     return float(hits), float(-own.clamp(min=SMALLEST).log().mean())

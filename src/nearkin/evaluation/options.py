@@ -15,6 +15,7 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 
 DESCRIPTION = "model.json"
 EVIDENCE = "kin.safetensors"
+IDENTITY = "identity.json"
 
 
 def check_choice(option: str, value: object, choices: Any) -> None:

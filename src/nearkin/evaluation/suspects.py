@@ -43,16 +43,14 @@ def suspects(features: Tensor, labels: NDArray[np.int64], classes: int) -> Suspe
     unit = F.normalize(features.float(), dim=1)
     own_class = torch.from_numpy(labels)
     step = max(1, CHUNK // max(len(labels), classes))
-    shares = torch.cat(
-        [
-            _votes(unit, own_class, rows, classes)
-            for rows in torch.split(torch.arange(len(labels)), step)
-        ]
-    )
-    judged = torch.bincount(own_class, minlength=classes)[own_class] > 1
-    shares *= judged[:, None] & (len(labels) >= 2 * NEIGHBOURS)
-    own = shares.gather(1, own_class[:, None])[:, 0]
-    votes, other = shares.scatter(1, own_class[:, None], -1.0).max(1)
+    enough = len(labels) >= 2 * NEIGHBOURS
+    judged = (torch.bincount(own_class, minlength=classes)[own_class] > 1) & enough
+    parts = []
+    for rows in torch.split(torch.arange(len(labels)), step):
+        shares = _votes(unit, own_class, rows, classes) * judged[rows, None]
+        given = own_class[rows, None]
+        parts.append((shares.gather(1, given)[:, 0], *shares.scatter_(1, given, -1.0).max(1)))
+    own, votes, other = (torch.cat(column) for column in zip(*parts, strict=True))
     ranking = torch.argsort(own - votes, stable=True)
     suspicious = (own <= OWN) & (votes >= AGREED)
     return Suspects(own.numpy(), other.numpy(), votes.numpy(), ranking.numpy(), suspicious.numpy())

@@ -24,29 +24,31 @@ class Matrix(NamedTuple):
     total: int
 
 
-def counts(confusion: Sequence[tuple[str, str, int]], classes: Sequence[str]) -> Counts:
-    """`[C, C]` images by label and predicted class. confusion: label, predicted, images."""
+Confusion = Sequence[tuple[str, str, int]]  # label, predicted, images
+
+
+def counts(confusion: Confusion, classes: Sequence[str]) -> Counts:
+    """`[C, C]` images by label and predicted class, both among `classes`."""
     place = {name: number for number, name in enumerate(classes)}
     found = np.zeros((len(classes), len(classes)), np.int64)
     for true, predicted, images in confusion:
-        found[place[true], place[predicted]] = images
+        if true in place and predicted in place:
+            found[place[true], place[predicted]] = images
     return found
 
 
-def most_confused(found: Counts, most: int = MOST) -> list[int]:
-    """The classes of the most frequent confusions, at most `most`, rising; all where there are no more. Where fewer are
-    confused, the first others as well."""
-    if len(found) <= most:
-        return list(range(len(found)))
-    wrong = found - np.diag(np.diag(found))
-    order = np.argsort(-wrong.ravel(), kind="stable")
+def most_confused(confusion: Confusion, classes: Sequence[str], most: int = MOST) -> list[str]:
+    """The classes of the most frequent confusions, at most `most`, in their order; all where there are no more. Where
+    fewer are confused, the first others as well."""
+    place = {name: number for number, name in enumerate(classes)}
+    wrong = [(-n, place[a], place[b]) for a, b, n in confusion if a != b and n > 0]
     kept: dict[int, None] = {}
-    for place in order[: np.count_nonzero(wrong)].tolist():
-        pair = [number for number in divmod(place, len(found)) if number not in kept]
-        if len(kept) + len(pair) <= most:
-            kept |= dict.fromkeys(pair)
-    others = (number for number in range(len(found)) if number not in kept)
-    return sorted([*kept, *islice(others, most - len(kept))])
+    for _, *pair in sorted(wrong):
+        new = [number for number in pair if number not in kept]
+        if len(kept) + len(new) <= most:
+            kept |= dict.fromkeys(new)
+    others = (number for number in range(len(classes)) if number not in kept)
+    return [classes[number] for number in sorted([*kept, *islice(others, most - len(kept))])]
 
 
 def ordered(found: Counts) -> list[int]:
@@ -68,26 +70,28 @@ def ordered(found: Counts) -> list[int]:
     return order
 
 
-def matrix(confusion: Sequence[tuple[str, str, int]], classes: Sequence[str]) -> Matrix:
+def matrix(confusion: Confusion, classes: Sequence[str]) -> Matrix:
     """The cells of the matrix with their words and colours."""
-    found = counts(confusion, classes)
-    kept = np.array(most_confused(found), dtype=np.int64)
-    kept = kept[ordered(found[np.ix_(kept, kept)])] if len(kept) else kept
+    kept = most_confused(confusion, classes)
+    kept = [kept[number] for number in ordered(counts(confusion, kept))]
+    found, place = counts(confusion, kept), {name: n for n, name in enumerate(classes)}
+    totals = dict.fromkeys(classes, 0)
+    for true, _, images in confusion:
+        totals[true] += images
     rows = []
-    for a in kept.tolist():
-        total = max(1, int(found[a].sum()))
-        cells = []
-        for b in kept.tolist():
+    for a, name in enumerate(kept):
+        total, cells = max(1, totals[name]), []
+        for b, other in enumerate(kept):
             images = int(found[a, b])
-            done = "recognised" if a == b else f"taken for {classes[b]}"
+            done = "recognised" if a == b else f"taken for {other}"
             cells.append(
                 {
                     "count": images,
                     "kind": "hit" if a == b else "miss",
                     "share": f"{images / total:.3f}",
-                    "pair": f"{a},{b}",
-                    "words": f"{classes[a]} {done}: {counted(images, 'image')}",
+                    "pair": f"{place[name]},{place[other]}",
+                    "words": f"{name} {done}: {counted(images, 'image')}",
                 }
             )
-        rows.append({"name": classes[a], "cells": cells})
-    return Matrix([classes[b] for b in kept.tolist()], rows, len(classes))
+        rows.append({"name": name, "cells": cells})
+    return Matrix(kept, rows, len(classes))

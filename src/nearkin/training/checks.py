@@ -94,21 +94,23 @@ def fit_workers(settings: Settings, views: int, *, given: bool) -> Settings:
 TOO_MANY = 0.05  # share of anchors without a positive above which the user is warned
 
 
-def share_without_positive(draws: Draws, labels: NDArray[np.int64], batch_size: int) -> float:
-    """The share of anchors without a positive in the whole batches of one epoch, in [0, 1]."""
+def share_without_positive(
+    draws: Draws, labels: NDArray[np.int64], batch_size: int, within: int | None = None
+) -> float:
+    """The share of anchors without a positive in the whole batches of one epoch, in [0, 1]. within: see `Stage`."""
     steps = len(labels) // batch_size
-    drawn = labels[draws.rows[: steps * batch_size]].reshape(steps, batch_size)
-    return sum(int((np.bincount(batch) == 1).sum()) for batch in drawn) / drawn.size
+    drawn = labels[draws.rows[: steps * batch_size]].reshape(-1, within or batch_size)
+    return sum(int((np.bincount(block) == 1).sum()) for block in drawn) / drawn.size
 
 
-def missing_positives_warning(share: float, batch_size: int, sampler: Sampler) -> str | None:
-    """The warning for this share of anchors without a positive, or None."""
+def missing_positives_warning(share: float, size: int, sampler: Sampler) -> str | None:
+    """The warning for this share of anchors without a positive among `size` images, or None."""
     if share <= TOO_MANY:
         return None
     change = "another --per-class" if sampler == "balanced" else "--sampler balanced"
     return (
-        f"About {100 * share:.0f} % of the anchors will find no other image of their class in a batch of "
-        f"{batch_size} and teach the contrast nothing. Use {change}, a larger --batch-size, or "
+        f"About {100 * share:.0f} % of the anchors will find no other image of their class among the {size} that "
+        f"they are compared with, so nothing attracts them. Use {change}, a larger --batch-size, or "
         "--objective.views 2."
     )
 

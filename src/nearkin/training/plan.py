@@ -13,10 +13,11 @@ from nearkin.config import RunConfig
 from nearkin.data.dataset import Dataset
 from nearkin.distributed import Runtime
 from nearkin.errors import counted
-from nearkin.evaluation.evaluator import Evaluator
+from nearkin.evaluation.evaluator import NEIGHBOURS, Evaluator
 from nearkin.evaluation.kin import MOST_KEYS
 from nearkin.evaluation.model import Built
 from nearkin.network import Network, blocks_below_heads, names_layers
+from nearkin.objectives import Objective
 from nearkin.settings import Settings
 from nearkin.training.batches import train_batches
 from nearkin.training.defaults import is_pretrained, warmup_epochs
@@ -70,6 +71,9 @@ def plan(
     started = time.monotonic()
     cost = _evaluation(built, dataset, evaluator)
     validation, after = cost(_count(dataset, "val")), sum(map(cost, _evaluated(settings, dataset)))
+    if validation:
+        keys = min(NEIGHBOURS, _count(dataset, "train"))
+        validation += _without_classifier(built.objective) * cost(keys)
     stages = len(built.objective.stages())
     found: list[Plan] = []
     choose = config.blocks == "auto" and is_pretrained(settings)
@@ -145,6 +149,15 @@ def _epoch(settings: Settings, built: Built, dataset: Dataset, runtime: Runtime)
             warm = times[WARM:] or times[1:] or times
             seconds += stage.share * sum(warm) / len(warm)
     return seconds * steps
+
+
+def _without_classifier(objective: Objective) -> float:
+    """The share of the training whose validations compare with embedded training images instead."""
+    return sum(
+        stage.share
+        for stage in objective.stages()
+        if all(objective.heads[name].writes != "logits" for name in stage.heads)
+    )
 
 
 def _count(dataset: Dataset, name: str) -> int:

@@ -67,7 +67,8 @@ def prepare(
     Raises ConfigError, DataError or ModelError; writes nothing but caches.
     """
     started = time.monotonic() if started is None else started
-    quiet = quiet or not runtime.is_main
+    silent = quiet or not runtime.is_main or config.log_level == "error"
+    quiet = silent or config.log_level != "info"
     config = _with_model_of_weights(config)
     if config.objective != "auto":
         validated_options(config)  # what is wrong with them is said before images are looked at
@@ -95,8 +96,10 @@ def prepare(
         say(str(planned), quiet)
         settings = planned.settings
     fix_parts(built.network, settings)
-    if config.sampler != "auto" or settings.sampler != "balanced":  # else there is nothing better
-        _warn_of_missing_positives(settings, built, train, quiet)
+    scattered = any(stage.within is not None for stage in built.objective.stages())
+    if config.sampler != "auto" or settings.sampler != "balanced" or scattered:
+        # else there is nothing better
+        _warn_of_missing_positives(settings, built, train, silent)
     return Prepared(settings, dataset, built, evaluator, _identity(settings, dataset))
 
 
@@ -141,10 +144,12 @@ def _placed(settings: Settings, built: Built, runtime: Runtime) -> Evaluator:
 
 
 def _warn_of_missing_positives(settings: Settings, built: Built, train: Split, quiet: bool) -> None:
-    if any(stage.positives for stage in built.objective.stages()):
+    needing = [stage for stage in built.objective.stages() if stage.positives]
+    if needing:
         batch, draws = settings.batch_size, draw_of(settings, train.labels)(0)
-        share = checks.share_without_positive(draws, train.labels, batch)
-        warning = checks.missing_positives_warning(share, batch, settings.sampler)
+        within = needing[0].within
+        share = checks.share_without_positive(draws, train.labels, batch, within)
+        warning = checks.missing_positives_warning(share, within or batch, settings.sampler)
         if warning is not None:
             say(f"warning: {warning}", quiet)
 
@@ -318,7 +323,8 @@ def _identity(settings: Settings, dataset: Dataset) -> dict[str, str]:
     free = FREE_ON_RESUME | {"data", "out"}
     fixed = {name: v for name, v in settings.flat().items() if name not in free}
     classes = _digest(dataset.classes)
-    return {"settings": _digest(fixed), "classes": classes, "data": dataset.fingerprint}
+    settings_and_classes = {"settings": _digest(fixed), "classes": classes}
+    return settings_and_classes | {"data": dataset.fingerprint, "origin": dataset.origin}
 
 
 def _digest(value: Any) -> str:

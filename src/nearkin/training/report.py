@@ -10,13 +10,13 @@ from heapq import nlargest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nearkin.evaluation.options import check_run
+from nearkin.evaluation.options import IDENTITY, check_run
 from nearkin.files import write_atomic
 from nearkin.report.run import Before, Facts, run_page
 from nearkin.report.runs import Finished, runs_page
 from nearkin.report.words import Image
 from nearkin.training.metrics_log import METRICS, read_metrics
-from nearkin.training.run_folder import IDENTITY, REPORT, STATUS, stored_images, stored_settings
+from nearkin.training.run_folder import REPORT, STATUS, stored_images, stored_settings
 
 if TYPE_CHECKING:
     from nearkin.evaluation.report_data import ReportData
@@ -48,6 +48,7 @@ def report(
     from nearkin.evaluation.evaluator import Evaluator
     from nearkin.evaluation.kin import read_kin
     from nearkin.evaluation.model import load_bundle
+    from nearkin.evaluation.own_data import stored_origin
     from nearkin.evaluation.report_data import gather, see
 
     settings = stored_settings(run)
@@ -58,6 +59,7 @@ def report(
             include={"val_split", "split_seed", "seed", "images_per_class", "bad_images"}
         )
         options: dict[str, Any] = own | {
+            "origin": stored_origin(run),
             "classes": bundle.classes,
             "channels": bundle.description.spec.channels,
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -16,15 +17,16 @@ from typing import Any, TypeVar
 
 from nearkin.config import CONFIG_FILE, GIVEN_FILE, RunConfig, read_yaml, to_yaml, validate
 from nearkin.errors import ConfigError, ModelError, printable
+from nearkin.evaluation.options import IDENTITY
 from nearkin.files import write_atomic
 from nearkin.settings import Settings
+from nearkin.training.console import say
 
 Options = TypeVar("Options", bound=RunConfig)
 BAD_FILES = "bad_files.csv"
 LOCK = ".lock"
 STATUS = "status.json"
 CHECKPOINTS = "checkpoints"
-IDENTITY = "identity.json"
 REPORT = "report.html"
 PACKAGES = ("nearkin", "torch", "torchvision", "timm", "numpy", "pillow")
 
@@ -39,7 +41,8 @@ def create(out: Path | None, *, data: str, objective: str) -> Path:
         if out is None:
             return _next_folder(data, objective)
         check_free(out)
-        out.mkdir(parents=True, exist_ok=True)
+        if not _only_bad_files(out):
+            out.mkdir(parents=True)  # fails where another run has just made it
     except OSError as error:
         where = printable(str(out or "runs"))
         raise ConfigError(
@@ -49,8 +52,21 @@ def create(out: Path | None, *, data: str, objective: str) -> Path:
 
 
 def check_free(out: Path | None) -> None:
-    """Raises ConfigError when `out` exists and holds more than the list of bad images of an earlier try."""
-    if out is not None and out.exists() and not _only_bad_files(out):
+    """Raises ConfigError when `out` exists and holds more than the list of bad images of an earlier try, or cannot be
+    made."""
+    place = Path("runs") if out is None else out
+    try:
+        there = next(path for path in (place, *place.absolute().parents) if path.exists())
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot write the run folder {printable(str(place))}: {error.strerror}; choose another --out."
+        ) from None
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)) and not (out and there == out):
+        raise ConfigError(
+            f"Cannot write the run folder {printable(str(place))}: nothing can be made in {printable(str(there))}; "
+            "choose another --out."
+        )
+    if out is not None and there == out and not _only_bad_files(out):
         raise ConfigError(
             f"The run folder {printable(str(out))} exists; choose another --out, or continue it "
             f"with --resume {printable(str(out))}."
@@ -79,22 +95,31 @@ def _only_bad_files(folder: Path) -> bool:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Lets one process at a time train in a run folder. Raises ConfigError when another one does.
+    """Lets one process at a time train in a run folder. Raises ConfigError when another one does, or nothing can be
+    written there.
 
-    The kernel releases the lock when its process ends in any way; loader workers do not inherit it.
+    The kernel releases the lock when its process ends in any way; loader workers do not inherit it. A file system
+    without locks keeps nothing out of the folder.
     """
     try:
         import fcntl
     except ImportError:  # not on Windows, where nothing keeps two runs out of one folder
         yield
         return
-    with (folder / LOCK).open("a+") as file:
+    shown = printable(str(folder))
+    try:
+        file = (folder / LOCK).open("a+")
+    except OSError as error:
+        raise ConfigError(f"The run folder {shown} cannot be written: {error.strerror}.") from None
+    with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(
-                f"Another process is training in {printable(str(folder))}; wait for it or stop it first."
-            ) from None
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise ConfigError(
+                    f"Another process is training in {shown}; wait for it or stop it first."
+                ) from None
+            say(f"warning: {shown} has no locks ({error.strerror}); train there once only", False)
         yield
 
 

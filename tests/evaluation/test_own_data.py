@@ -1,0 +1,73 @@
+"""Images that a run was trained on are recognised, and are no test of it."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from tests.pictures import write_classes, write_image
+
+import nearkin
+from nearkin.data.dataset import origin_of
+from nearkin.data.sources.resolve import resolve
+from nearkin.errors import DataError
+from nearkin.evaluation.own_data import is_own, stored_origin
+
+OPTIONS = {"objective": "ce", "epochs": 1, "model": "test_resnet", "image_size": 16}
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A run on `photos`, whose validation images are held out from its training images."""
+    monkeypatch.chdir(tmp_path)
+    write_classes(tmp_path / "photos")
+    nearkin.train("photos", out="run", batch_size=8, workers=0, report=False, **OPTIONS)
+    return tmp_path / "run"
+
+
+def test_its_own_images_are_evaluated_as_they_were_split(run, tmp_path):
+    expected = nearkin.evaluate(run)
+    shutil.copytree(tmp_path / "photos", tmp_path / "moved")
+    for place in ("photos", tmp_path / "photos", "moved"):
+        found = nearkin.evaluate(run, place)
+        assert (found.split, found.n, found.top1) == ("val", expected.n, expected.top1)
+        assert any("was trained on these images: their split val" in note for note in found.notes)
+
+
+def test_other_images_are_a_test(run, tmp_path):
+    write_classes(tmp_path / "others")
+    write_image(tmp_path / "others" / "cat" / "another.png")
+    found = nearkin.evaluate(run, "others")
+    assert found.split == "test"
+    assert not any("was trained on" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("change", ["added", "removed"])
+def test_validation_images_that_cannot_be_told_are_refused(run, tmp_path, change):
+    if change == "added":
+        write_image(tmp_path / "photos" / "cat" / "another.png")
+    else:
+        (tmp_path / "photos" / "cat" / "3.png").unlink()
+    for data in (None, "photos"):
+        with pytest.raises(DataError, match="were added, removed or renamed since"):
+            nearkin.evaluate(run, data)
+    from nearkin.training.report import report
+
+    with pytest.raises(DataError, match="were added, removed or renamed since"):
+        report(run)
+
+
+def test_a_run_that_knows_only_the_place(run, tmp_path):
+    (run / "identity.json").write_text("{}")
+    assert stored_origin(run) is None
+    assert nearkin.evaluate(run).split == "val"
+    assert is_own(resolve("photos"), "photos", None)
+    shutil.copytree(tmp_path / "photos", tmp_path / "moved")
+    assert not is_own(resolve("moved"), "photos", None)
+
+
+def test_a_built_in_name_is_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    digits = resolve("digits")
+    assert is_own(digits, "digits", None)
+    assert not is_own(digits, "photos", origin_of(digits))
