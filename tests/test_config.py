@@ -62,6 +62,11 @@ def test_yaml_round_trip(tmp_path):
     assert validate(RunConfig, read_yaml(path)) == config
 
 
+def test_options_of_an_objective_without_its_name_choose_none(tmp_path):
+    (tmp_path / "c.yaml").write_text("objective: {attach: projection}")
+    assert read_yaml(tmp_path / "c.yaml")["objective"] == "auto"
+
+
 def test_later_layers_win_and_another_objective_drops_its_rivals_options():
     merged = merge({"objective": "cone", "objective.topk": 3, "lr": 1}, {"lr": 2})
     assert merged == {"objective": "cone", "objective.topk": 3, "lr": 2}

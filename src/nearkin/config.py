@@ -123,6 +123,8 @@ GIVEN_FILE = "given.yaml"  # beside it: the options as they were given
 
 def option(default: Any, description: str, **limits: Any) -> Any:
     """A field of an options model: `--help` and the docs show its description, pydantic checks its limits."""
+    if isinstance(default, float):
+        limits = {"allow_inf_nan": False} | limits
     return Field(default, description=description, **limits)
 
 
@@ -399,7 +401,7 @@ def _flatten(loaded: Any, path: Path) -> dict[str, Any]:
     for key, value in loaded.items():
         name = str(key).replace("-", "_")
         if name == "objective" and isinstance(value, dict):
-            flat["objective"] = value.get("name", "cone")
+            flat["objective"] = value.get("name", "auto")
             flat |= {f"objective.{k}": v for k, v in value.items() if k != "name"}
         else:
             flat[name] = value

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
-from nearkin.errors import ConfigError, NearkinError, Stopped
+from nearkin.errors import ConfigError, NearkinError, Stopped, counted
 from nearkin.process import Launch, exit_if_importing_main, launched
 from nearkin.types import Outputs
 
@@ -81,7 +81,10 @@ def choose_device(device: str) -> str:
     if device == "auto":
         return next(name for name, present in there.items() if present)
     if not there[device]:
-        raise ConfigError(f"--device {device} is not available here; use --device cpu or auto.")
+        raise ConfigError(
+            f"--device {device} is not available here; use --device cpu or auto. A run that began on it goes on where "
+            "there is one, or as a new run with --weights RUN."
+        )
     return device
 
 
@@ -98,6 +101,19 @@ def choose_precision(precision: str, device: str) -> Precision:
     return precision  # type: ignore[return-value]  # pydantic's Literal allows nothing else
 
 
+def _gpu(launch: Launch) -> int:
+    """The GPU of this process. Slurm may show each task a single one, its own. Raises ConfigError."""
+    visible = torch.cuda.device_count()
+    if launch.local_rank < visible:
+        return launch.local_rank
+    if visible == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return 0
+    raise ConfigError(
+        f"There are {launch.per_node} processes on this node, which sees {counted(visible, 'GPU')}; start one process "
+        "for each GPU."
+    )
+
+
 class Runtime:
     """The processes, the device and the precision of one run.
 
@@ -112,7 +128,7 @@ class Runtime:
         self.is_main = launch.rank == 0
         self.device = torch.device(device)
         if device == "cuda":
-            self.device = torch.device("cuda", launch.local_rank)
+            self.device = torch.device("cuda", _gpu(launch))
             torch.cuda.set_device(self.device)
         self._set_precision(precision)
         self.failures = Failures(launch)
@@ -231,11 +247,21 @@ class Runtime:
         return values
 
     def once_per_node(self, work: Callable[[], T]) -> T:
-        """The result of `work` on the first process of each node, on all processes of that node."""
-        mine = work() if self.local_rank == 0 else None
-        results = self.collect(mine)
+        """The result of `work` on the first process of each node, on all processes of that node. Raises the first
+        NearkinError of any on all of them."""
+        mine: T | None = None
+        problem: NearkinError | None = None
+        try:
+            mine = work() if self.local_rank == 0 else None
+        except NearkinError as error:
+            problem = error
+        results = self.collect((mine, problem))
+        for _, problem in results:
+            if problem is not None:
+                raise problem
         # Not its copy: a cache folder is deleted with the object that made it.
-        return cast("T", mine if self.local_rank == 0 else results[self.rank - self.local_rank])
+        found = mine if self.local_rank == 0 else results[self.rank - self.local_rank][0]
+        return cast("T", found)
 
     def barrier(self) -> None:
         """Wait for all processes."""

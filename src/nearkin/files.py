@@ -33,8 +33,8 @@ def reporting(failure: str) -> Iterator[None]:
 
 
 def write_synced(path: Path, data: bytes) -> None:
-    """Write `data` to `path` and fsync it. Raises `OSError`."""
-    with path.open("wb") as file:
+    """Write `data` to a new file and fsync it. Raises `OSError`; a file or a link that is there is not opened."""
+    with path.open("xb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -67,6 +67,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".tmp-{path.name}")
     with reporting(f"{printable(str(path))} could not be written"):
         try:
+            temporary.unlink(missing_ok=True)  # of a process that was killed
             write_synced(temporary, data)
             temporary.replace(path)
             sync_folder(path.parent)

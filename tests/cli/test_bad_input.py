@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -407,5 +408,25 @@ def test_a_bug_is_called_a_bug(here, capsys, monkeypatch):
     error = capsys.readouterr().err
     assert error.startswith("nearkin: bug: KeyError")
     assert "\x1b" not in error
-    with pytest.raises(KeyError):
-        run(["list", "models", "--debug"])
+    assert run(["list", "models", "--debug"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("Traceback")
+    assert "KeyError" in error
+
+
+def test_debug_does_not_change_the_exit_code(here, capsys):
+    assert run(["train", "nowhere", "--debug"]) == 3
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_path_that_the_system_refuses_is_no_bug(here, capsys, monkeypatch):
+    import nearkin.cli.list_ as verb
+
+    def closed(_):
+        raise PermissionError(errno.EACCES, "Permission denied", "/closed/run")
+
+    monkeypatch.setattr(verb, "main", closed)
+    assert run(["list", "models"]) == 2
+    assert capsys.readouterr().err == (
+        "nearkin: error: /closed/run cannot be used: Permission denied.\n"
+    )

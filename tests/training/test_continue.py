@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from tests.pictures import write_classes
 import nearkin
 from nearkin.cli import run as command
 from nearkin.config import RunConfig, read_yaml, validate
-from nearkin.errors import ConfigError, DataError, ModelError
+from nearkin.errors import ConfigError, DataError, ModelError, Stopped
+from nearkin.files import SaveFailed
 from nearkin.training.checkpoint.saver import Saver
 from nearkin.training.run_folder import stored_settings
 from nearkin.training.step import Stepper
@@ -179,3 +181,80 @@ def test_of_equal_validations_the_lower_log_loss_is_kept():
 def test_without_a_log_loss_the_earliest_of_equal_validations_is_kept():
     saver = Saver(None, {}, 5.0, stepper=None)
     assert [saver.consider(0.7, step) for step in range(2)] == [True, False]
+
+
+def test_with_damaged_best_weights_a_run_ends_with_the_last_ones(stopped, capfd):
+    (weights,) = (stopped / "checkpoints").glob("best-*/network.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    nearkin.train(resume=stopped, quiet=False)
+    assert "are damaged" in capfd.readouterr().err
+    assert (stopped / "model.json").is_file()
+
+
+def test_a_stop_says_whether_the_last_steps_are_saved(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_classes(tmp_path / "photos")
+    monkeypatch.setattr("nearkin.training.loop.stop_requested", lambda: True)
+    with pytest.raises(Stopped, match="everything is saved"):
+        nearkin.train("photos", out="saved", **OPTIONS)
+    monkeypatch.setattr(Saver, "save", lambda *_: "the disk is full.")
+    with pytest.raises(Stopped, match="the last steps could not be saved"):
+        nearkin.train("photos", out="lost", **OPTIONS)
+
+
+def test_when_an_image_is_gone_the_steps_so_far_are_saved(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_classes(tmp_path / "photos")
+    step = Stepper.step
+
+    def losing(self, batch, progress, number):
+        shutil.rmtree(tmp_path / "photos" / "cat", ignore_errors=True)
+        return step(self, batch, progress, number)
+
+    monkeypatch.setattr(Stepper, "step", losing)
+    with pytest.raises(DataError, match="a training with --resume"):
+        nearkin.train("photos", out="run", cache="off", **OPTIONS)
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
+def test_a_start_that_fails_leaves_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def full(*_):
+        raise SaveFailed("no space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nearkin.training.run_folder.write_origin", full)
+        with pytest.raises(SaveFailed, match="no space"):
+            nearkin.train("digits", out="run", **OPTIONS)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_made_is_known_before_anything_is_computed(tmp_path):
+    (tmp_path / "closed").mkdir(mode=0o500)
+    with pytest.raises(ConfigError, match="nothing can be made in"):
+        nearkin.train("photos-that-are-nowhere", out=tmp_path / "closed" / "run")
+
+
+def test_a_name_that_is_too_long_is_refused_at_once(tmp_path):
+    with pytest.raises(ConfigError, match="File name too long"):
+        nearkin.train("photos-that-are-nowhere", out=tmp_path / ("x" * 300))
+    assert command(["evaluate", "x" * 300]) == 2
+
+
+def test_a_run_folder_that_is_removed_ends_the_run(tmp_path, monkeypatch):
+    """A new one would lack the files that a run needs to go on."""
+    step = Stepper.step
+
+    def removing(self, batch, progress, number):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        return step(self, batch, progress, number)
+
+    monkeypatch.setattr(Stepper, "step", removing)
+    monkeypatch.setattr(Saver, "due", lambda *_: True)
+    with pytest.raises(SaveFailed, match="No such file"):
+        nearkin.train("digits", out=tmp_path / "run", **OPTIONS)
+    assert not (tmp_path / "run" / "checkpoints").exists()

@@ -16,6 +16,7 @@ from nearkin.training.checkpoint.store import Store
 
 
 def test_round_trip_gives_every_bit_back(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
     store = Store(tmp_path / "run" / "checkpoints")
     path = store.save(snapshot(7))
     assert path == tmp_path / "run" / "checkpoints" / "step-0000000007"

@@ -60,7 +60,7 @@ class Faults:
 
         def opened(path: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
             file = real(path, mode, *args, **kwargs)
-            return Torn(file, self.strike) if "w" in mode else file
+            return Torn(file, self.strike) if "x" in mode else file
 
         patch.setattr(Path, "open", opened)
 
@@ -280,13 +280,21 @@ def test_an_atomic_write_refused_or_not_leaves_no_temporary(tmp_path: Path) -> N
     with pytest.MonkeyPatch.context() as patch:
         faults = Faults(patch)
         write_atomic(path, b"new")
-        assert faults.calls == ["write", "fsync", "replace", "fsync"]
+        assert faults.calls == ["unlink", "write", "fsync", "replace", "fsync"]
         faults.calls.clear()
-        for number in range(4):
+        for number in range(5):
             faults.calls.clear()
             faults.chosen = lambda call: call == number  # noqa: B023
             faults.fault = refusing(errno.ENOSPC)
             with pytest.raises(SaveFailed, match=r"status\.json could not be written: No space"):
                 write_atomic(path, b"newer")
-            assert path.read_bytes() == (b"newer" if number == 3 else b"new")
+            assert path.read_bytes() == (b"newer" if number == 4 else b"new")
             assert names(tmp_path) == ["status.json"]
+
+
+def test_an_atomic_write_does_not_follow_a_link_that_someone_left(tmp_path: Path) -> None:
+    (tmp_path / "theirs").write_bytes(b"theirs")
+    (tmp_path / ".tmp-status.json").symlink_to(tmp_path / "theirs")
+    write_atomic(tmp_path / "status.json", b"ours")
+    assert (tmp_path / "theirs").read_bytes() == b"theirs"
+    assert (tmp_path / "status.json").read_bytes() == b"ours"

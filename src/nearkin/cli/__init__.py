@@ -5,9 +5,11 @@ The top-level help is static, since importing the verbs takes 0.2 s.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
@@ -55,6 +57,10 @@ VERBS = {
 }
 
 
+# What the system says of a path that nobody may use, or cannot exist.
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)
+
+
 def run(argv: Sequence[str]) -> int:
     """Run one verb and return the exit code; errors become one sentence on stderr."""
     from nearkin.errors import NearkinError, printable
@@ -66,7 +72,7 @@ def run(argv: Sequence[str]) -> int:
         return code
     except NearkinError as error:
         if debug and error.code != 75:
-            raise
+            traceback.print_exc()
         _report("stopped" if error.code == 75 else "error", printable(str(error)), error)
         return error.code
     except BrokenPipeError:  # the reader of stdout, like `head`, has what it wanted
@@ -76,7 +82,11 @@ def run(argv: Sequence[str]) -> int:
         return 75
     except Exception as error:
         if debug:
-            raise
+            traceback.print_exc()
+        if isinstance(error, OSError) and error.errno in REFUSED and error.filename is not None:
+            path, reason = (printable(os.fsdecode(error.filename)), error.strerror)
+            _report("error", f"{path} cannot be used: {reason}.", error)
+            return 2
         text = printable(f"{type(error).__name__}: {error}")
         _report(
             "bug", f"{text} (please report it; run again with --debug for the traceback)", error

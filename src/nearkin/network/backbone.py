@@ -333,11 +333,12 @@ def _with_small_stem(module: nn.Module, channels: int, image_size: int) -> nn.Mo
     """
     if not _has_open_stem(module):
         return None
-    small = deepcopy(module)
+    small, state = deepcopy(module), torch.get_rng_state()
     _keep_resolution(small)
     try:
         _probe(small, channels, image_size)
     except UNSUPPORTED:
+        torch.set_rng_state(state)  # a run that goes on, whose stem is known, draws nothing here
         return None
     return small
 

@@ -5,6 +5,7 @@ torch and all that imports it are loaded late: what is wrong with options, DATA 
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -223,8 +224,12 @@ def _create_folder(prepared: Prepared, config: RunConfig, runtime: Runtime) -> P
     if runtime.is_main:
         dataset = prepared.dataset
         made = _folder_with_list(config, dataset.bad)
-        run_folder.describe(made, prepared.settings, dataset.classes)
-        run_folder.write_origin(made, config, prepared.identity)
+        try:
+            run_folder.describe(made, prepared.settings, dataset.classes)
+            run_folder.write_origin(made, config, prepared.identity)
+        except BaseException:  # without these files nothing can go on there
+            shutil.rmtree(made, ignore_errors=True)
+            raise
     return cast("Path", runtime.share(made))
 
 

@@ -133,8 +133,11 @@ def resolve(config: DataSettings, facts: NetworkFacts) -> Settings:
     photo_model = config.model == PHOTO_MODEL
     decays = pretrained and facts.layered and optimizer == "adamw" and not photo_model
     # Where contrast needs other images of the class, they must meet in a batch.
-    fits = config.batch_size % config.per_class == 0 and config.repeats == 1
-    grouped = pretrained and facts.positives and fits
+    asked = (
+        config.per_class != RunConfig.model_fields["per_class"].default
+    )  # then `check` says what does not fit
+    fits = config.batch_size % config.per_class == 0 or asked
+    grouped = pretrained and facts.positives and fits and config.repeats == 1
     small = facts.parameters * config.image_size**2 < SMALL_WORK
     values: dict[str, Any] = {
         "optimizer": optimizer,

@@ -10,7 +10,7 @@ import torch
 
 from nearkin.data.loader import WorkersDied
 from nearkin.distributed import Flags, Runtime
-from nearkin.errors import DivergedError, Stopped
+from nearkin.errors import DataError, DivergedError, Stopped
 from nearkin.objectives import Stage
 from nearkin.process import stop_requested
 from nearkin.settings import Settings
@@ -81,6 +81,13 @@ class Loop:
 
     def run(self, snapshot: Snapshot | None) -> int:
         """Train to the end of the route and return the last step. Raises Stopped or DivergedError."""
+        try:
+            return self._run(snapshot)
+        except DivergedError:  # of the loss, of validation or of a weight
+            self.diverged = True
+            raise
+
+    def _run(self, snapshot: Snapshot | None) -> int:
         step = 0
         if snapshot is None and self.probed:
             self._start_from_probe()
@@ -116,7 +123,7 @@ class Loop:
             self.saver.keep_probe()
 
     def _start_from(self, stage: Stage) -> None:
-        weights = self.saver.best_weights() if stage.start == "best" else None
+        weights = self.saver.best_weights(self.bar.warn) if stage.start == "best" else None
         weights = self.runtime.share(weights)
         if weights is not None:
             self.stepper.network.load_state_dict(weights)
@@ -142,11 +149,10 @@ class Loop:
                 self._record_validation(progress, step)
             if stop:
                 self._check_last_step(last_batch, step)
-                self._save(leg, step)
-                self.runtime.barrier()  # the other processes must not end before the checkpoint is whole
-                raise Stopped(
-                    f"Stopped at step {step} of {self.steps} on request; everything is saved."
-                )
+                # The other processes must not end before the checkpoint is whole.
+                saved = self.runtime.share(self._save(leg, step))
+                how = "everything is saved" if saved else "the last steps could not be saved"
+                raise Stopped(f"Stopped at step {step} of {self.steps} on request; {how}.")
             if self._due(loss, ended) and step < leg.last:
                 self._save(leg, step)
         if not saved:
@@ -159,7 +165,7 @@ class Loop:
         """The next batch. If none can be had, the steps so far are saved first: none is in progress here."""
         try:
             return next(batches)
-        except (Stopped, WorkersDied):
+        except (Stopped, WorkersDied, DataError):
             if last_batch is not None:
                 self._check_last_step(last_batch, step)
                 self._save(leg, step)
@@ -196,7 +202,6 @@ class Loop:
         return due and bool(torch.isfinite(loss.total.detach()))
 
     def _raise_diverged(self, batch: Batch, step: int) -> None:
-        self.diverged = True
         # Set by the stepper before this step; all other draws are keyed to (seed, step, sample).
         generator = torch.Generator().manual_seed(self.settings.seed + step)
         replay = {
@@ -246,7 +251,9 @@ class Loop:
         self.status("running", step, progress.epoch)
         self.bar.update(step, {"kind": kind, **place, **values})
 
-    def _save(self, leg: Leg, step: int) -> None:
+    def _save(self, leg: Leg, step: int) -> bool:
+        """Whether the disk took it; if not, that is said."""
         warning = self.saver.save(step, leg.number, self.meters, self.collapse)
         if warning:
             self.bar.warn(warning)
+        return warning is None

@@ -175,10 +175,10 @@ class Trainer:
 
     def _finish(self, step: int) -> Result:
         network = self.stepper.eval_network()
-        weights = self.runtime.share(self.saver.final_weights())
+        weights = self.runtime.share(self.saver.final_weights(self.loop.bar.warn))
         if weights is not None:
             network.load_state_dict(weights)
-        if step > 0 and self.saver.gives_probe:
+        if weights is not None and step > 0 and self.saver.gives_probe:
             self.loop.bar.say("no epoch did better than the probe, so the result is the probe")
         if self.settings.refit:
             self._refit(network, step)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from nearkin.errors import ModelError
+from nearkin.errors import ModelError, printable
 from nearkin.files import SaveFailed
-from nearkin.training.checkpoint.snapshot import Snapshot, read
+from nearkin.training.checkpoint.snapshot import Damaged, Snapshot, read
 from nearkin.training.checkpoint.store import Store
 from nearkin.training.checks import CollapseWatch
 from nearkin.training.metrics_log import Meters
@@ -124,19 +126,21 @@ class Saver:
             return best is not None and best.step == 0
         return best is None or best.rank < probe.rank
 
-    def final_weights(self) -> dict[str, Tensor] | None:
-        """The weights that the run gives: the best of the last stage, or the probe's where they are better."""
+    def final_weights(self, warn: Callable[[str], None]) -> dict[str, Tensor] | None:
+        """The weights that the run gives: the best of the last stage, or the probe's where they are better. None as
+        from `best_weights`."""
         if self.probe is None or not self.gives_probe or self._store is None:
-            return self.best_weights()
-        return read(self._store.path("probe", 0)).tensors["network"]
+            return self.best_weights(warn)
+        return _stored(self._store.path("probe", 0), warn)
 
-    def best_weights(self) -> dict[str, Tensor] | None:
-        """The weights of `best`, from memory or from the store; None without any validation."""
+    def best_weights(self, warn: Callable[[str], None]) -> dict[str, Tensor] | None:
+        """The weights of `best`, from memory or from the store; None without any validation, or with a warning where
+        they are damaged."""
         if self.best is None or self._store is None:
             return None
         if self._waiting is not None:
             return self._waiting
-        return read(self._store.path("best", self.best.step)).tensors["network"]
+        return _stored(self._store.path("best", self.best.step), warn)
 
     def _save(
         self, store: Store, step: int, stage: int, meters: Meters, collapse: CollapseWatch
@@ -156,6 +160,15 @@ class Saver:
             "scaler": self._stepper.runtime.scaler.state_dict(),
         }
         store.save(Snapshot(step, self._stepper.tensors() | {"meters": sums}, state))
+
+
+def _stored(path: Path, warn: Callable[[str], None]) -> dict[str, Tensor] | None:
+    try:
+        return read(path).tensors["network"]
+    except Damaged as error:
+        name, reason = printable(str(path)), printable(error.reason)
+        warn(f"The weights {name} are damaged ({reason}); those of the last step are used instead.")
+        return None
 
 
 def same_run(snapshot: Snapshot, identity: dict[str, str]) -> None:

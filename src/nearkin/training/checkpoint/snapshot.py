@@ -149,7 +149,7 @@ def _storable(step: int, stem: str, tensors: dict[str, Tensor]) -> dict[str, Ten
 def _diverged(step: int, place: str) -> DivergedError:
     return DivergedError(
         f"The checkpoint of step {step} was not written: {place} holds a number that is not "
-        "finite; lower the learning rate and resume from the previous checkpoint."
+        "finite; start a new run with a lower --lr, --clip-grad 1 or --precision fp32."
     )
 
 

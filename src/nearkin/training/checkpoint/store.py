@@ -56,7 +56,7 @@ class Store:
         final = self.path(kind, snapshot.step)
         with reporting(f"Checkpoint {printable(str(final))} could not be saved"):
             if not self.folder.is_dir():
-                self.folder.mkdir(parents=True)
+                self.folder.mkdir()  # in the run folder; where that was removed, nothing is made anew
                 sync_folder(self.folder.parent)
             self._clear()
             if not _is_whole(final):
