@@ -337,7 +337,7 @@ def comparing(photos, out, *words):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_comparison_that_is_killed_goes_on_where_it_stopped(photos, tmp_path, number):
     out = tmp_path / "out"
-    command = comparing(photos, out, "--epochs", "40", "--save-minutes", "0.01")
+    command = comparing(photos, out, "--epochs", "20", "--save-minutes", "0.01")
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     first = out / "runs" / "ce-seed0"
     deadline = time.monotonic() + 150
