@@ -64,7 +64,9 @@ def test_yaml_round_trip(tmp_path):
 
 def test_options_of_an_objective_without_its_name_choose_none(tmp_path):
     (tmp_path / "c.yaml").write_text("objective: {attach: projection}")
-    assert read_yaml(tmp_path / "c.yaml")["objective"] == "auto"
+    found = read_yaml(tmp_path / "c.yaml")
+    assert found["objective"] == "auto"
+    assert merge(found, {"objective": "supcon"})["objective.attach"] == "projection"
 
 
 def test_later_layers_win_and_another_objective_drops_its_rivals_options():

@@ -61,13 +61,13 @@ def csv_line(fields: Iterable[object]) -> str:
 def write_atomic(path: Path, data: bytes) -> None:
     """Replace the content of `path` by `data` in one step: readers see the old or the new bytes.
 
-    The temporary file is in the same folder, since a rename is atomic inside one file system only. One writer per
-    file. Raises `SaveFailed`.
+    The temporary file is in the same folder, since a rename is atomic inside one file system only. Of several writers
+    one wins. Raises `SaveFailed`.
     """
-    temporary = path.with_name(f".tmp-{path.name}")
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     with reporting(f"{printable(str(path))} could not be written"):
         try:
-            temporary.unlink(missing_ok=True)  # of a process that was killed
+            temporary.unlink(missing_ok=True)  # of a killed process with the same number
             write_synced(temporary, data)
             temporary.replace(path)
             sync_folder(path.parent)

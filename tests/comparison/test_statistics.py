@@ -196,6 +196,34 @@ def test_more_seeds_cannot_decide_what_images_make_uncertain():
     assert text == "undecided: more seeds cannot decide, only more test images can"
 
 
+def test_seeds_that_would_show_that_two_are_the_same_are_counted():
+    """By the variances of seeds (2e-5), images (0.002) and the rest (0.1), and a difference of a tenth of a point."""
+    m, difference, same = 2000, 0.001, 0.005
+
+    def found(seeds):
+        return effect(FIRST, SECOND)._replace(
+            difference=difference,
+            seeds=seeds,
+            images=m,
+            between_seeds=0.1 + m * 2e-5,
+            between_images=0.1 + seeds * 0.002,
+            rest=0.1,
+        )
+
+    def inside(seeds):
+        ms_s, ms_i, ms_e = 0.1 + m * 2e-5, 0.1 + seeds * 0.002, 0.1
+        q = ms_s + ms_i - ms_e
+        below = ms_s**2 / (seeds - 1) + ms_i**2 / (m - 1) + ms_e**2 / ((seeds - 1) * (m - 1))
+        half = stats.t.ppf(0.95, max(seeds - 1, q**2 / below)) * math.sqrt(q / (seeds * m))
+        return difference + half <= same
+
+    needed = next(seeds for seeds in range(4, 1000) if inside(seeds))
+    text = verdict(found(3), found(3).p_value, same=same, within="0.5 points")
+    assert text == f"undecided: about {needed - 3} more seeds would decide"
+    enough = found(needed)
+    assert verdict(enough, enough.p_value, same=same, within="x") == "the same within x"
+
+
 def test_equal_predictions_are_the_same():
     scores = np.tile(FIRST, (2, 100))
     found = effect(scores, scores)

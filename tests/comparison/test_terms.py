@@ -8,6 +8,7 @@ from tests.pictures import write_classes
 
 from nearkin.comparison.entries import parse
 from nearkin.comparison.plan import jobs, terms, unequal
+from nearkin.config import RunConfig
 from nearkin.distributed import Runtime
 from nearkin.errors import ConfigError
 from nearkin.training.batches import train_batches
@@ -120,6 +121,34 @@ def test_a_rival_with_another_augmentation_is_no_cross_entropy(planned):
     names = [each.entry.name for each in found]
     assert names == ["ce", "ce:augment=none", "ce:mixup=0.2", "ce:repeats=2", "supcon"]
     assert [job.config.mixup for job in jobs(found, given, [0])][2] == 0.2
+
+
+@pytest.mark.parametrize(
+    ("option", "follows"),
+    [
+        ("augment=strong", ("randaugment", "jitter", "erasing", "mixup", "cutmix")),
+        ("augment=none", ("crop_scale", "flip")),
+        ("image_size=24", ("eval_size",)),
+        ("model=resnet18", ("model_options",)),
+    ],
+)
+def test_what_follows_from_an_option_of_an_entry_is_its_own_as_well(planned, option, follows):
+    """As in a training of its own, with the terms of all for the rest."""
+    name, value = option.split("=")
+    found, given = planned(f"ce,ce:{option},supcon:{option}")
+    options = {name: int(value) if value.isdigit() else value}
+    alone = prepared(RunConfig(**given, **options, objective="ce", minutes=0.0)).settings
+    base, *others = (prepared(job.config).settings for job in jobs(found, given, [0]))
+    for settings in others:
+        assert getattr(settings, name) == getattr(alone, name) != getattr(base, name)
+        for each in follows:
+            assert getattr(settings, each) == getattr(alone, each), each
+    assert any(getattr(alone, each) != getattr(base, each) for each in follows)
+
+
+def test_an_averaged_copy_of_a_long_run_is_possible(planned):
+    (_, averaged), _ = planned("ce,ce+ema", epochs=60_000)
+    assert 0.9999 < averaged.options["ema"] < 1
 
 
 def test_an_option_that_an_entry_names_is_its_alone(planned):

@@ -11,7 +11,7 @@ import nearkin
 from nearkin.data.dataset import origin_of
 from nearkin.data.sources.resolve import resolve
 from nearkin.errors import DataError
-from nearkin.evaluation.own_data import is_own, stored_origin
+from nearkin.evaluation.own_data import Origin, is_own, stored_origin
 
 OPTIONS = {"objective": "ce", "epochs": 1, "model": "test_resnet", "image_size": 16}
 
@@ -31,12 +31,13 @@ def test_its_own_images_are_evaluated_as_they_were_split(run, tmp_path):
     for place in ("photos", tmp_path / "photos", "moved"):
         found = nearkin.evaluate(run, place)
         assert (found.split, found.n, found.top1) == ("val", expected.n, expected.top1)
-        assert any("was trained on these images: their split val" in note for note in found.notes)
+        assert any("was trained on these data: their split val" in note for note in found.notes)
 
 
 def test_other_images_are_a_test(run, tmp_path):
-    write_classes(tmp_path / "others")
-    write_image(tmp_path / "others" / "cat" / "another.png")
+    """Though they have the same names."""
+    write_classes(tmp_path / "others", suffix=".png")
+    write_image(tmp_path / "others" / "cat" / "3.png", number=99)
     found = nearkin.evaluate(run, "others")
     assert found.split == "test"
     assert not any("was trained on" in note for note in found.notes)
@@ -57,6 +58,29 @@ def test_validation_images_that_cannot_be_told_are_refused(run, tmp_path, change
         report(run)
 
 
+def test_a_folder_of_that_name_elsewhere_is_another(run, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    write_classes(tmp_path / "elsewhere" / "photos", each=3)
+    assert nearkin.evaluate(run, "photos").split == "test"
+
+
+def test_an_ensemble_of_which_one_was_trained_on_the_images(run, tmp_path):
+    write_classes(tmp_path / "others", each=20)
+    nearkin.train("others", out="second", batch_size=8, workers=0, report=False, **OPTIONS)
+    found = nearkin.evaluate([run, tmp_path / "second"], "photos")
+    assert found.split == "test"
+    (note,) = [note for note in found.notes if "trained on" in note]
+    assert note == f"{run} was trained on these data, so the numbers are too good"
+
+
+def test_an_export_compares_on_any_images(run, tmp_path):
+    from nearkin.export.api import export
+
+    write_image(tmp_path / "photos" / "cat" / "another.png")
+    assert export(run, "torch", out=tmp_path / "exported") is not None
+
+
 def test_a_run_that_knows_only_the_place(run, tmp_path):
     (run / "identity.json").write_text("{}")
     assert stored_origin(run) is None
@@ -70,4 +94,4 @@ def test_a_built_in_name_is_no_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     digits = resolve("digits")
     assert is_own(digits, "digits", None)
-    assert not is_own(digits, "photos", origin_of(digits))
+    assert not is_own(digits, "photos", Origin(*origin_of(digits), str(tmp_path / "photos")))

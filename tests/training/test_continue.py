@@ -19,6 +19,7 @@ from nearkin.config import RunConfig, read_yaml, validate
 from nearkin.errors import ConfigError, DataError, ModelError, Stopped
 from nearkin.files import SaveFailed
 from nearkin.training.checkpoint.saver import Saver
+from nearkin.training.metrics_log import read_metrics
 from nearkin.training.run_folder import stored_settings
 from nearkin.training.step import Stepper
 from nearkin.training.trainer import Trainer
@@ -258,3 +259,76 @@ def test_a_run_folder_that_is_removed_ends_the_run(tmp_path, monkeypatch):
     with pytest.raises(SaveFailed, match="No such file"):
         nearkin.train("digits", out=tmp_path / "run", **OPTIONS)
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_stop_in_a_validation_is_continued_with_that_validation(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_classes(tmp_path / "photos")
+    options = OPTIONS | {"threads": 1, "epochs": 3}
+    whole = nearkin.train("photos", out="whole", **options)
+    validate, calls = Trainer._validate, []
+
+    def stopping(self):
+        calls.append(1)
+        if len(calls) == 2:
+            raise Stopped("Stopped on request while evaluating; continue with --resume.")
+        return validate(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_validate", stopping)
+        with pytest.raises(Stopped):
+            nearkin.train("photos", out="stopped", **options)
+    resumed = nearkin.train(resume="stopped")
+    files = [(run / "model.safetensors").read_bytes() for run in (whole.run, resumed.run)]
+    assert files[0] == files[1]
+    steps = [
+        [
+            line["step"]
+            for line in read_metrics(run / "metrics.jsonl")
+            if line["kind"] == "validation"
+        ]
+        for run in (whole.run, resumed.run)
+    ]
+    assert steps[0] == steps[1]
+
+
+def test_a_run_with_a_bad_image_that_was_deleted_goes_on(tmp_path, monkeypatch):
+    """The list of names has changed, the images that are used have not."""
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "val"):
+        write_classes(tmp_path / "photos" / split)
+    bad = tmp_path / "photos" / "train" / "cat" / "bad.png"
+    bad.write_bytes(b"no image")
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_finish", failing)
+        with pytest.raises(ConfigError, match="planted"):
+            nearkin.train("photos", out="run", bad_images="skip", **OPTIONS)
+    bad.unlink()
+    assert nearkin.train(resume="run").run.name == "run"
+
+
+def test_the_size_of_groups_that_does_not_fit_the_batch_is_refused(tmp_path, stopped):
+    nearkin.train(resume=stopped)
+    with pytest.raises(ConfigError, match="no multiple of --per-class 5"):
+        nearkin.train(
+            "photos",
+            "supcon",
+            weights=stopped,
+            per_class=5,
+            out="other",
+            objective_options={"views": 1},
+            **{
+                name: OPTIONS[name]
+                for name in ("epochs", "model", "image_size", "batch_size", "workers")
+            },
+        )
+
+
+def test_a_comparison_elsewhere_does_not_need_a_folder_of_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").write_text("a file")
+    from nearkin.training.api import checked_options
+
+    assert checked_options({"data": "digits"})[0].data == "digits"
+    with pytest.raises(ConfigError, match="nothing can be made in"):
+        nearkin.train("digits")

@@ -49,6 +49,8 @@ def test_positives_are_counted_in_the_blocks_of_an_anchor():
     labels = np.array([0, 0, 1, 2, 1, 2, 3, 3])
     assert share_without_positive(draws, labels, 8) == 0.0
     assert share_without_positive(draws, labels, 8, within=4) == 0.5
+    assert share_without_positive(draws, labels, 8, within=3) == 2 / 8  # 0 0 1 | 2 1 2 | 3 3
+    assert share_without_positive(draws, labels, 8, within=20) == 0.0
 
 
 def test_balanced_batches_have_next_to_none():

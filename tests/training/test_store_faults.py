@@ -294,7 +294,7 @@ def test_an_atomic_write_refused_or_not_leaves_no_temporary(tmp_path: Path) -> N
 
 def test_an_atomic_write_does_not_follow_a_link_that_someone_left(tmp_path: Path) -> None:
     (tmp_path / "theirs").write_bytes(b"theirs")
-    (tmp_path / ".tmp-status.json").symlink_to(tmp_path / "theirs")
+    (tmp_path / f".tmp-status.json-{os.getpid()}").symlink_to(tmp_path / "theirs")
     write_atomic(tmp_path / "status.json", b"ours")
     assert (tmp_path / "theirs").read_bytes() == b"theirs"
     assert (tmp_path / "status.json").read_bytes() == b"ours"

@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
@@ -83,9 +84,10 @@ def run(argv: Sequence[str]) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        if isinstance(error, OSError) and error.errno in REFUSED and error.filename is not None:
-            path, reason = (printable(os.fsdecode(error.filename)), error.strerror)
-            _report("error", f"{path} cannot be used: {reason}.", error)
+        name = error.filename if isinstance(error, OSError) and error.errno in REFUSED else None
+        if isinstance(error, OSError) and isinstance(name, str | bytes):
+            path = printable(os.fsdecode(name))
+            _report("error", f"{path} cannot be used: {error.strerror}.", error)
             return 2
         text = printable(f"{type(error).__name__}: {error}")
         _report(
@@ -149,5 +151,6 @@ def _report(kind: str, text: str, error: BaseException) -> None:
 
         report_failure(error)
     if not getattr(error, "reported_elsewhere", False):
-        sys.stderr.write(f"nearkin: {kind}: {text}\n")
-        sys.stderr.flush()
+        with suppress(OSError, ValueError):  # a terminal that was closed
+            sys.stderr.write(f"nearkin: {kind}: {text}\n")
+            sys.stderr.flush()

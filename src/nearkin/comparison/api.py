@@ -165,6 +165,7 @@ def _plan(
     from nearkin.comparison.launch import visible_gpus
     from nearkin.comparison.plan import terms, unequal
     from nearkin.comparison.splits import with_test
+    from nearkin.training.defaults import is_pretrained
 
     (folder / RUNS).mkdir(exist_ok=True)
     table, values, notes = folder / SPLIT, request.values, tuple[str, ...]()
@@ -184,6 +185,11 @@ def _plan(
             runtime=runtime,
             quiet=quiet,
         )
+        if request.options.match_head and is_pretrained(found[0].settings):
+            raise ConfigError(
+                "--match-head is for training from scratch: from trained weights the classifier of cone reads the "
+                "features, as that of ce does; leave it out."
+            )
         if request.options.budget == "crops":
             for note in unequal(found):
                 notes = (*notes, note)
@@ -207,7 +213,7 @@ def _request(asked: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[Reque
         raise ConfigError("--budget minutes needs --minutes, the time of each run.")
     if options.budget == "minutes" and config.epochs != "auto":
         raise ConfigError("--budget minutes trains as many epochs as fit; leave --epochs out.")
-    if options.pick and config.val_split == 0:
+    if (options.pick or options.tune) and config.val_split == 0:
         _check_validation(config.data)
     if options.budget == "crops" and config.minutes not in ("auto", 0):
         raise ConfigError("--minutes needs --budget minutes; with equal crops use --epochs.")
@@ -228,7 +234,7 @@ def _check_validation(data: str) -> None:
     from nearkin.data.sources.resolve import resolve
 
     if data in BUILTIN or "val" not in resolve(data).parts:
-        raise ConfigError("--pick chooses on validation images; leave out --val-split 0.")
+        raise ConfigError("--pick and --tune choose on validation images; leave out --val-split 0.")
 
 
 def _folder(out: Path | None, data: str, request: Request) -> tuple[Path, bool]:
@@ -243,7 +249,9 @@ def _folder(out: Path | None, data: str, request: Request) -> tuple[Path, bool]:
     usual = CompareOptions().model_dump()  # of options that came later
     stored, now = usual | read_yaml(out / REQUEST), _described(request)
     changed = [name for name in stored | now if stored.get(name) != now.get(name)]
-    changed = [name for name in changed if name not in FREE]
+    # How many runs share the machine is part of what they get in equal minutes.
+    free = set(FREE) - ({"jobs"} if request.options.budget == "minutes" else set())
+    changed = [name for name in changed if name not in free]
     if changed:
         words = ", ".join(f"{n} ({stored.get(n)} -> {now.get(n)})" for n in sorted(changed))
         raise ConfigError(
@@ -349,6 +357,11 @@ def _equal(request: Request, terms: Sequence[Terms]) -> dict[str, str]:
 
     sampler = terms[0].options.get("sampler", first.sampler)
     given = {"head": "ce has the projection of cone"} if options.match_head else {}
+    for each in terms:
+        named = {k: v for k, v in each.entry.options.items() if not k.startswith("objective.")}
+        if named:
+            words = ", ".join(f"{name} {value}" for name, value in named.items())
+            given[f"except {each.entry.name}"] = words
     if first.images_per_class is not None:
         given["training images"] = f"{first.images_per_class} of each class, others at another seed"
     return given | {
@@ -358,5 +371,7 @@ def _equal(request: Request, terms: Sequence[Terms]) -> dict[str, str]:
         "augmentation": f"{first.augment}, the same draws at the same seed",
         "order": f"{sampler}, the same at the same seed",
         "test": "never looked at before the end of a run",
-        "validation": "chose the best epoch of each run",
+        "validation": "chose the best epoch of each run"
+        if first.val_split > 0
+        else "as in the data, if there is any",
     }

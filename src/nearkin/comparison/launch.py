@@ -245,11 +245,17 @@ def ray(folder: Path, names: Sequence[str], ended: Callable[[str, int], None]) -
             stop([process])
             return name, Stopped.code
 
-    waiting = [task.remote(name) for name in names]
+    tasks = {task.remote(name): name for name in names}
+    waiting = list(tasks)
     try:
         while waiting:
-            done, waiting = cluster.wait(waiting)
-            ended(*cluster.get(done[0]))
+            (done, *_), waiting = cluster.wait(waiting)
+            try:
+                ended(*cluster.get(done))
+            except (
+                cluster.exceptions.RayError
+            ):  # its node is gone, or its worker died again and again
+                ended(tasks[done], 1)
     except KeyboardInterrupt:
         for each in waiting:
             cluster.cancel(each)

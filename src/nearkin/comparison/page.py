@@ -199,8 +199,8 @@ def _forest(comparison: Comparison, measure: Measure) -> Picture:
     drawn = svg.forest(
         rows,
         title=f"{NAMES[measure]}: differences from {comparison.baseline}",
-        description=f"A mark and a 95 % interval for each of {counted(len(rows), 'entry', 'entries')}: "
-        + "; ".join(f"{row.name} {row.text}" for row in rows),
+        description=f"A mark and a 95 % interval for each of {counted(len(rows), 'entry', 'entries')}; above 0 is "
+        f"{label.removesuffix(' →')}: " + "; ".join(f"{row.name} {row.text}" for row in rows),
         label=label,
         band=factor * band,
     )

@@ -46,7 +46,10 @@ def pick(comparison: Comparison, planned: Planned, request: Request, *, quiet: b
         ended: list[int] = []
         launch.local(folder, [name], planned.machine(1, 1), lambda _, code: ended.append(code))
         if ended[0]:
-            raise NearkinError(printable(f"The run {launch.outcome(folder, name, ended[0])}"))
+            outcome = launch.outcome(folder, name, ended[0])
+            raise NearkinError(
+                printable(f"The run {outcome}. The comparison itself is in {folder}.")
+            )
     return replace(comparison, picked=(winner, str(folder / name)))
 
 

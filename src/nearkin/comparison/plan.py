@@ -23,7 +23,8 @@ Budget = Literal["crops", "minutes"]
 UNLIMITED = 100_000  # epochs; the minutes decide
 UNEQUAL = 0.05  # share of crops from which a note says that they are not equal
 MEMORY = 20  # an averaged copy remembers a twentieth of the steps
-# Where `auto` depends on the objective, the value of the baseline holds for all that do not name their own.
+# Where `auto` depends on the objective, on the machine or on a stopwatch, the value of the baseline holds for all: with
+# the options of the run that an entry names.
 ALIKE = (
     *("model", "model_options", "pretrained", "stem", "image_size", "channels", "blocks"),
     *("freeze_batchnorm", "batch_size", "augment", "crop_scale", "randaugment", "jitter"),
@@ -95,15 +96,23 @@ def terms(
         raise DataError(
             f"There are {counted(tested, 'test image')}, and {LEAST_IMAGES} are the least to compare with; give more."
         )
-    resolved = [(entries[0], first)]
+    resolved = [_Resolved(entries[0], first, first.settings)]
     for entry in entries[1:]:
         with _named(entry):
-            config = _config(entry, options, free, seed)
-            resolved.append((entry, prepare(config, runtime, look=False, quiet=True)))
-    equal = _equal(resolved)
+            found = prepare(_config(entry, options, free, seed), runtime, look=False, quiet=True)
+            own = {k: v for k, v in entry.options.items() if not k.startswith("objective.")}
+            alike = first
+            if own:
+                config = _config(Entry(BASELINE, BASELINE, "", own), options, free, seed)
+                alike = prepare(config, runtime, look=False, quiet=True)
+            resolved.append(_Resolved(entry, found, alike.settings))
+    grouped = any(
+        found.settings.sampler == "balanced" and "sampler" not in entry.options
+        for entry, found, _ in resolved
+    )
     made: list[Terms] = []
-    for entry, found in resolved:
-        own = _own(entry, found, first, equal)
+    for entry, found, alike_settings in resolved:
+        own = _own(entry, first, alike_settings, grouped)
         if entry != entries[0] and _same(entry, found, first, own):
             say(f"note: {entry.name} is {BASELINE} here, and is left out", quiet)
             continue
@@ -144,34 +153,23 @@ def _named(entry: Entry) -> Iterator[None]:
         raise ConfigError(f"{printable(entry.name)}: {error}") from None
 
 
-Resolved = tuple[Entry, Prepared]
+class _Resolved(NamedTuple):
+    """alike: the settings of the baseline with the options of the run that the entry names."""
+
+    entry: Entry
+    found: Prepared
+    alike: Settings
 
 
-def _equal(resolved: Sequence[Resolved]) -> dict[str, Any]:
-    """The values that hold for all that do not name their own: those of the baseline, but the balanced sampler where
-    one entry needs it."""
-    base = resolved[0][1].settings
-    grouped = any(
-        found.settings.sampler == "balanced" and "sampler" not in entry.options
-        for entry, found in resolved
-    )
-    sampler = "balanced" if grouped else base.sampler
-    return {name: getattr(base, name) for name in ALIKE} | {"sampler": sampler}
-
-
-def _own(
-    entry: Entry, found: Prepared, first: Prepared, equal: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The options of an entry, and those that make it equal to the others."""
-    changed = {
-        name: value
-        for name, value in equal.items()
-        if name not in entry.options and getattr(found.settings, name) != value
-    }
-    if entry.rival == "ema" and "ema" not in entry.options:
+def _own(entry: Entry, first: Prepared, alike: Settings, grouped: bool) -> dict[str, Any]:
+    """The options of an entry, and all values that make it equal to the others, so that another machine gives the same.
+    grouped: whether one entry needs the balanced sampler, which all get then."""
+    equal = {name: getattr(alike, name) for name in ALIKE}
+    equal["sampler"] = "balanced" if grouped else alike.sampler
+    if entry.rival == "ema":
         steps = first.settings.epochs * _steps_per_epoch(first)
-        changed["ema"] = round(1 - 1 / max(2, steps / MEMORY), 4)
-    return entry.options | changed
+        equal["ema"] = round(1 - 1 / max(2, steps / MEMORY), 8)
+    return equal | entry.options
 
 
 def _steps_per_epoch(found: Prepared) -> int:

@@ -67,18 +67,19 @@ class Effect(NamedTuple):
             return 1.0 if self.difference == 0 else 0.0
         return float(2 * stats.t.sf(abs(self.difference) / self.error, self.freedom))
 
-    def seeds_to_decide(self, error: float = ERROR) -> int | None:
+    def seeds_to_decide(self, error: float = ERROR, same: float = 0.0) -> int | None:
         """The least number of seeds, above `seeds`, with which a difference as large as D would be significant at
-        `error`. None where no number of seeds is enough, since the test images are too few.
+        `error`, or its 90 % interval within `same` on both sides of 0. None where no number of seeds is enough, since
+        the test images are too few.
 
         The variances of seeds, images and the rest are those found now: a rough estimate.
         """
-        if self.difference == 0:
-            return None
         seed = max(self.between_seeds - self.rest, 0) / self.images
         image = max(self.between_images - self.rest, 0) / self.seeds
-        limit = float(stats.norm.ppf(1 - error / 2)) * math.sqrt(image / self.images)
-        if limit >= abs(self.difference):
+        least, size = math.sqrt(image / self.images), abs(self.difference)
+        differs = float(stats.norm.ppf(1 - error / 2)) * least < size
+        alike = self.images * same >= 1 and size + float(stats.norm.ppf(0.95)) * least < same
+        if not (differs or alike):
             return None
         for seeds in range(self.seeds + 1, 100_000):
             planned = self._replace(
@@ -86,7 +87,9 @@ class Effect(NamedTuple):
                 between_seeds=self.rest + self.images * seed,
                 between_images=self.rest + seeds * image,
             )
-            if planned._quantile(error) * planned.error < abs(self.difference):
+            if differs and planned._quantile(error) * planned.error < size:
+                return seeds
+            if alike and size + planned._quantile(0.1) * planned.error <= same:
                 return seeds
         return None
 
@@ -140,7 +143,7 @@ def verdict(found: Effect, adjusted: float, *, same: float, within: str, tests: 
     fine = found.images * same >= 1  # one image is no more than what does not matter
     if fine and -same <= low and high <= same:
         return f"the same within {within}"
-    needed = found.seeds_to_decide(ERROR / tests)
+    needed = found.seeds_to_decide(ERROR / tests, same)
     if needed is None:
         return "undecided: more seeds cannot decide, only more test images can"
     more = needed - found.seeds

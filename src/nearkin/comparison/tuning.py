@@ -16,6 +16,7 @@ from nearkin.config import to_yaml
 from nearkin.errors import ConfigError, ModelError, Stopped, printable
 from nearkin.files import write_atomic
 from nearkin.process import stop_handler
+from nearkin.report.words import candidates
 from nearkin.training.console import say
 from nearkin.training.metrics_log import METRICS, read_metrics
 
@@ -82,10 +83,16 @@ def tuned(
                 storage=storage,
                 direction="maximize",
                 load_if_exists=True,
-                sampler=optuna.samplers.TPESampler(seed=request.seed),
                 pruner=optuna.pruners.MedianPruner(n_startup_trials=3),
             )
+            # Of a search that goes on: with the same numbers it would repeat its trials.
+            study.sampler = optuna.samplers.TPESampler(seed=request.seed + len(study.trials))
             search = _Search(place, term, planned.values, request, machine, stop)
+            if not search.ranges:
+                told.append(f"{term.entry.name}: its options leave nothing to search")
+                say(told[-1], quiet)
+                found.append(term)
+                continue
             search.run(study)
             best = search.options(study.best_params)
             shown = ", ".join(f"{name} {value:.3g}" for name, value in study.best_params.items())
@@ -137,12 +144,16 @@ class _Search:
         for trial in study.get_trials(deepcopy=False):
             if trial.state == TrialState.RUNNING:  # its process was killed
                 study.tell(trial.number, state=TrialState.FAIL)
-                study.enqueue_trial(trial.params)
-        tried = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.WAITING)
-        if not study.get_trials(
-            deepcopy=False, states=tried
-        ):  # a first trial that was stopped has failed
-            study.enqueue_trial(self._defaults())
+        taken = [
+            trial.system_attrs.get("fixed_params", trial.params)
+            for trial in study.get_trials(deepcopy=False)
+            if trial.state != TrialState.FAIL
+        ]
+        failed = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))  # stopped or killed
+        for params in (self._defaults(), *(trial.params for trial in failed)):
+            if params and params not in taken:
+                study.enqueue_trial(params)
+                taken.append(params)
         ended = (TrialState.COMPLETE, TrialState.PRUNED)
         done = len(study.get_trials(deepcopy=False, states=ended))
         missing = self.request.options.tune - done
@@ -186,7 +197,9 @@ class _Search:
         self.places.put(place)
         if self.stop.is_set():
             raise Stopped("Stopped on request; give the same command with its --out to go on.")
-        values = [value for _, value in _validations(run)]
+        values = candidates(
+            _lines(run)
+        )  # of the last stage, which gives the model, and of the probe
         shutil.rmtree(run, ignore_errors=True)  # a model of each trial would fill the disk
         if pruned:
             from optuna import TrialPruned
@@ -208,9 +221,15 @@ def _hopeless(trial: Trial, run: Path, seen: set[int]) -> bool:
 
 
 def _validations(run: Path) -> list[tuple[int, float]]:
-    """Step and value of each; none where the run has not begun."""
+    """Step and value of each."""
+    return [
+        (line["step"], float(line["value"])) for line in _lines(run) if line["kind"] == "validation"
+    ]
+
+
+def _lines(run: Path) -> list[dict[str, Any]]:
+    """Of the journal; none where the run has not begun."""
     try:
-        lines = read_metrics(run / METRICS)
+        return read_metrics(run / METRICS)
     except ModelError:
         return []
-    return [(line["step"], float(line["value"])) for line in lines if line["kind"] == "validation"]

@@ -92,7 +92,7 @@ class Dataset(NamedTuple):
     splits: dict[str, Split]
     notes: tuple[str, ...] = ()
     bad: tuple[BadImage, ...] = ()
-    origin: str = ""
+    origin: tuple[str, str] = ("", "")
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -193,18 +193,21 @@ def choose(
     return Dataset(listing.name, parts, notes, origin=origin_of(listing))
 
 
-def origin_of(listing: Listing) -> str:
-    """SHA-256 of the names and classes of the training images as they are listed, in order. Which of them are held out
-    for validation, or kept by `images_per_class`, is the same as long as this is."""
-    digest = hashlib.sha256()
+def origin_of(listing: Listing) -> tuple[str, str]:
+    """SHA-256 of the names and classes of the training images as they are listed, in order, and the same with their
+    sizes (of arrays: pixels). Which of them are held out for validation, or kept by `images_per_class`, is the same as
+    long as the first is."""
+    names, sizes = hashlib.sha256(), hashlib.sha256()
     if "train" in listing.parts:
         part = listing.parts["train"]
         images = open_images(part.images, "auto")
         for row, label in enumerate(part.labels.tolist()):
-            for text in (images.name(row), part.classes[label]):
-                name = text.encode("utf-8", "surrogateescape")
-                digest.update(b"%d:" % len(name) + name)
-    return digest.hexdigest()
+            name = images.name(row).encode("utf-8", "surrogateescape")
+            kind = part.classes[label].encode("utf-8", "surrogateescape")
+            for digest, parts in ((names, (name, kind)), (sizes, (images.identity(row), kind))):
+                for field in parts:  # with their lengths, so that no two lists look alike
+                    digest.update(b"%d:" % len(field) + field)
+    return names.hexdigest(), sizes.hexdigest()
 
 
 def looked(
@@ -333,7 +336,7 @@ def load_for_evaluation(
     """One split of DATA. split: by default test, else val.
 
     own: DATA is what the model was trained on; then `val_split`, `split_seed`, `seed` and `images_per_class` of that
-    run give its very splits again, as long as `origin_of` the data is still the run's `origin` (None: not known).
+    run give its very splits again, as long as the names by `origin_of` are still the run's `origin` (None: not known).
     Other data without splits are one split, test, as a whole.
     classes: of the model; only those that the chosen split has need to be among them.
     check, ranks, quiet: as in `look`; only images of the split are looked at.
@@ -348,7 +351,7 @@ def load_for_evaluation(
     there = [name for name in SPLITS if name in listing.parts or (carved and name == "val")]
     name = _choose(split, there, listing.data)
     drawn = carved if name != "train" else carved or images_per_class is not None
-    if own and drawn and name != "test" and origin not in (None, origin_of(listing)):
+    if own and drawn and name != "test" and origin not in (None, origin_of(listing)[0]):
         raise DataError(
             f"Training images of {printable(listing.data)} were added, removed or renamed since the run was trained, "
             "so those that it was trained on cannot be told from those held out for validation; put the files back, "

@@ -29,7 +29,7 @@ from nearkin.process import cores
 SAMPLE = 32  # pixels a side of the sample that brightness and entropy are taken of
 SIDE = 64  # pixels of the longest side of the image whose edges are looked at
 CHUNK = 16  # images that are computed together; more do not fit in the cache of a core
-TASK = 64  # images that a process or thread examines at a time
+TASK = 64  # images that a process examines at a time
 AHEAD = 8  # tasks that each process does before they are wanted: the main process is busy as well
 MOST_PROCESSES = 8
 # When processes cannot be started, or one of them died.
@@ -198,10 +198,10 @@ class _Examiner(Dataset[list[Examined]]):
     def __init__(self, images: Files) -> None:
         self.images = images
 
-    def tasks(self) -> list[range]:
-        """All rows, in order."""
+    def tasks(self, size: int, first: int = 0) -> list[range]:
+        """The rows from `first` on, in order, `size` at a time."""
         count = len(self.images)
-        return [range(start, min(start + TASK, count)) for start in range(0, count, TASK)]
+        return [range(start, min(start + size, count)) for start in range(first, count, size)]
 
     def __getitems__(self, rows: Sequence[int]) -> list[Examined]:
         return [self._chunk(rows[start : start + CHUNK]) for start in range(0, len(rows), CHUNK)]
@@ -223,16 +223,16 @@ class _Examiner(Dataset[list[Examined]]):
 def _on_all_cores(examiner: _Examiner) -> Iterator[Examined]:
     """All chunks, in order. Python's lock is held for half of the time of a small image, so threads hardly help where
     there are many; they do what processes have no room or memory for, or may not do."""
-    tasks, done = examiner.tasks(), 0
+    done = 0
     if len(examiner.images) >= MANY:
-        workers = min(cores(), MOST_PROCESSES)
+        workers, tasks = min(cores(), MOST_PROCESSES), examiner.tasks(TASK)
         try:
             for found in in_processes(examiner, tasks, workers, ahead=AHEAD):
-                done += 1
+                done += TASK
                 yield from found
         except REFUSED:
             pass
-    threads = in_threads(examiner.__getitems__, tasks[done:], cores(), 1)
+    threads = in_threads(examiner.__getitems__, examiner.tasks(CHUNK, done), cores(), 1)
     yield from chain.from_iterable(chain.from_iterable(threads))
 
 

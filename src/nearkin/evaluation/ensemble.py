@@ -201,6 +201,20 @@ def load_members(runs: Sequence[Path], device: torch.device) -> list[Member]:
     return members
 
 
+def _remarks(
+    trained: Sequence[str], own: bool, data: Listing | None, split: str
+) -> tuple[str, ...]:
+    """What a person should know of runs that were trained on DATA."""
+    if not trained or data is None:
+        return ()
+    verb = "was" if len(trained) == 1 else "were"
+    text = f"{listed(trained)} {verb} trained on these data"
+    if own:
+        return (f"{text}: their split {split} is evaluated",)
+    held = split in data.parts and split != "train"  # apart from what was trained on
+    return () if held else (f"{text}, so the numbers are too good",)
+
+
 class Ensemble:
     """The mean of the probabilities of several models; each model runs on a split once."""
 
@@ -226,11 +240,10 @@ class Ensemble:
         Raises DataError for data or a split that do not exist, ConfigError with `advice` when the members' own images
         differ.
         """
-        own, remarks = self._own(data)
+        own, trained = self._own(data)
         loaded = [self._load(member, data, split, own=own) for member in self.members]
         (first, notes, _), images = loaded[0]
-        if own and data is not None:
-            remarks = (f"{remarks[0]}: their split {first.name} is evaluated",)
+        remarks = _remarks(trained, own, data, first.name)
         for member, (other, other_images) in zip(self.members, loaded, strict=True):
             if other_images != images or not np.array_equal(other.split.labels, first.labels):
                 raise ConfigError(
@@ -250,20 +263,16 @@ class Ensemble:
             (*notes, *remarks, *chain.from_iterable(more_notes)),
         )
 
-    def _own(self, data: Listing | None) -> tuple[bool, tuple[str, ...]]:
-        """Whether all members were trained on `data`, and a note where any was."""
+    def _own(self, data: Listing | None) -> tuple[bool, list[str]]:
+        """Whether all members were trained on `data`, and which of them were."""
         if data is None:
-            return True, ()
+            return True, []
         trained = [
-            member.run
+            str(member.run)
             for member in self.members
             if is_own(data, member.config.data, stored_origin(member.run))
         ]
-        names = listed([str(run) for run in trained])
-        if len(trained) == len(self.members):
-            return True, (f"{names} was trained on these images",)
-        note = f"{names} was trained on some of these images, so the numbers are too good"
-        return False, (note,) if trained else ()
+        return len(trained) == len(self.members), trained
 
     def probabilities(self, split: str) -> tuple[Split, Iterator[Probabilities]]:
         """The first member's own images of `split` and their probabilities, batch by batch. Raises DataError."""
@@ -303,11 +312,12 @@ class Ensemble:
     ) -> tuple[EvaluationSplit, str]:
         """The split for a member and its `images_digest`, read once for all members that need the same."""
         kept = ("val_split", "split_seed", "seed", "images_per_class") if own else ()
+        origin = stored_origin(member.run)
         options = member.config.model_dump(include={"bad_images", *kept}) | {
             "channels": member.bundle.description.spec.channels,
             "split": split,
             "own": own,
-            "origin": stored_origin(member.run) if own else None,
+            "origin": origin.names if own and origin is not None else None,
         }
         source = data or member.config.data
         key = (data.data if data else source, *options.items())

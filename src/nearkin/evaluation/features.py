@@ -165,7 +165,7 @@ def _unseen(
         split=protocol.split,
         own=own,
         bad_images=config.bad_images if own else protocol.bad_images,
-        origin=origin,
+        origin=None if origin is None else origin.names,
         **config.model_dump(include={"val_split", "split_seed", "seed", "images_per_class"}),
         channels=bundle.description.spec.channels,
     )

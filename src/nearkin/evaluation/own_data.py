@@ -1,35 +1,51 @@
-"""Whether DATA are the images that a run was trained on, wherever they are now."""
+"""Whether DATA are the images that a run was trained on, wherever they are now. Imports no torch."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from typing import NamedTuple
 
-from nearkin.data.dataset import origin_of
 from nearkin.data.sources.builtin import BUILTIN
 from nearkin.data.sources.listing import Listing
 from nearkin.evaluation.options import IDENTITY
 
 
-def stored_origin(run: Path) -> str | None:
-    """`origin_of` the data that the run was trained on; None where it is not known."""
+class Origin(NamedTuple):
+    """names: digest of the names and classes of the training images as they were listed, in order. sizes: that with
+    the sizes of the files. place: where DATA was, or its built-in name."""
+
+    names: str
+    sizes: str
+    place: str
+
+
+def described(data: str, found: tuple[str, str]) -> dict[str, str]:
+    """What identity.json says of DATA. found: names and sizes by `origin_of`."""
+    place = data if data in BUILTIN else os.path.realpath(data)
+    return dict(zip(("origin", "origin_sizes", "place"), (*found, place), strict=True))
+
+
+def stored_origin(run: Path) -> Origin | None:
+    """Of the data that the run was trained on; None where that is not known."""
     try:
-        found = json.loads((run / IDENTITY).read_text(encoding="utf-8"))["origin"]
+        found = json.loads((run / IDENTITY).read_text(encoding="utf-8"))
+        return Origin(str(found["origin"]), str(found["origin_sizes"]), str(found["place"]))
     except (OSError, ValueError, LookupError, TypeError):
         return None
-    return str(found)
 
 
-def is_own(data: Listing, trained: str, origin: str | None) -> bool:
-    """trained: the DATA of the run. Either it is the same place, or the training images have the same names and
+def is_own(data: Listing, trained: str, origin: Origin | None) -> bool:
+    """trained: the DATA of the run. Either it is the same place, or the training images have the same names, sizes and
     classes. A built-in name is not a folder of that name."""
-    if data.data == trained:
-        return True
     if data.data in BUILTIN or trained in BUILTIN:
+        return data.data == trained
+    place = trained if origin is None else origin.place
+    if os.path.realpath(data.data) == os.path.realpath(place):
+        return True
+    if origin is None or "train" not in data.parts:
         return False
-    try:
-        if Path(data.data).samefile(trained):
-            return True
-    except (OSError, ValueError):
-        pass
-    return "train" in data.parts and origin == origin_of(data)
+    from nearkin.data.dataset import origin_of
+
+    return origin_of(data) == origin[:2]

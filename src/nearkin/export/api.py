@@ -93,7 +93,7 @@ def export(
         raise ModelError(
             f"The model of {printable(str(run))} has no classifier, so it cannot be exported."
         )
-    split, notes = _split(bundle, listing, config, run if data is None else None)
+    split, notes = _split(bundle, listing, config, own=data is None)
     raw = raw or format == "timm"
     with _whole(target) as folder:
         log(f"writing the {format} model")
@@ -159,18 +159,15 @@ def _own_data(config: RunConfig | None) -> Listing:
 
 
 def _split(
-    bundle: Bundle, listing: Listing, config: RunConfig | None, run: Path | None
+    bundle: Bundle, listing: Listing, config: RunConfig | None, *, own: bool
 ) -> tuple[Split, tuple[str, ...]]:
-    """The images to compare on: validation, else test, else training images; and notes. run: that was trained on the
-    listing, if one was."""
+    """The images to compare on: validation, else test, else training images; and notes."""
     from nearkin.data.dataset import load_for_evaluation
-    from nearkin.evaluation.own_data import stored_origin
 
-    own = run is not None
-    options: dict[str, Any] = {"origin": None if run is None else stored_origin(run)}
+    options: dict[str, Any] = {}
     if config is not None:
         kept = ("val_split", "split_seed", "seed", "images_per_class") if own else ()
-        options |= config.model_dump(include={"bad_images", *kept})
+        options = config.model_dump(include={"bad_images", *kept})
     carved = own and "train" in listing.parts and options.get("val_split", 0) > 0
     there = ["val"] if carved else []
     there += [name for name in ("val", "test", "train") if name in listing.parts]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Unpack, cast
 from nearkin.catalogue import check_objective
 from nearkin.config import FREE_ON_RESUME, RunConfig, merge, validate
 from nearkin.errors import ConfigError, DataError, DivergedError, ModelError, printable
+from nearkin.evaluation.own_data import described
 from nearkin.process import exit_if_importing_main
 from nearkin.settings import Settings
 from nearkin.training import run_folder
@@ -63,6 +64,7 @@ def start_run(values: Mapping[str, Any], *, quiet: bool, report: bool = True) ->
     started = time.monotonic()
     exit_if_importing_main()
     config, listing = checked_options(values)
+    run_folder.check_free(config.out)
     with running(config) as runtime:
         from nearkin.data.look import BadImages
         from nearkin.training.prepare import prepare
@@ -137,7 +139,8 @@ def checked_options(values: Mapping[str, Any]) -> tuple[RunConfig, Listing | Non
     """The options and what DATA holds, after every check that needs no torch: values, run folder, objective, DATA."""
     config: RunConfig = validate(RunConfig, values)
     check_installed(config.log)
-    run_folder.check_free(config.out)
+    if config.out is not None:
+        run_folder.check_free(config.out)
     if config.objective == "auto" and config.options:
         given = next(iter(config.options)).replace("_", "-")
         raise ConfigError(
@@ -226,7 +229,8 @@ def _create_folder(prepared: Prepared, config: RunConfig, runtime: Runtime) -> P
         made = _folder_with_list(config, dataset.bad)
         try:
             run_folder.describe(made, prepared.settings, dataset.classes)
-            run_folder.write_origin(made, config, prepared.identity)
+            identity = prepared.identity | described(config.data, dataset.origin)
+            run_folder.write_origin(made, config, identity)
         except BaseException:  # without these files nothing can go on there
             shutil.rmtree(made, ignore_errors=True)
             raise

@@ -99,8 +99,10 @@ def share_without_positive(
 ) -> float:
     """The share of anchors without a positive in the whole batches of one epoch, in [0, 1]. within: see `Stage`."""
     steps = len(labels) // batch_size
-    drawn = labels[draws.rows[: steps * batch_size]].reshape(-1, within or batch_size)
-    return sum(int((np.bincount(block) == 1).sum()) for block in drawn) / drawn.size
+    drawn = labels[draws.rows[: steps * batch_size]].reshape(steps, batch_size)
+    size = within or batch_size
+    blocks = (batch[at : at + size] for batch in drawn for at in range(0, batch_size, size))
+    return sum(int((np.bincount(block) == 1).sum()) for block in blocks) / drawn.size
 
 
 def missing_positives_warning(share: float, size: int, sampler: Sampler) -> str | None:

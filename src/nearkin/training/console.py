@@ -32,7 +32,8 @@ def duration(seconds: float) -> str:
 def say(text: str, quiet: bool) -> None:
     """One line on stderr."""
     if not quiet:
-        print(printable(text), file=sys.stderr, flush=True)  # noqa: T201
+        with contextlib.suppress(OSError, ValueError):  # a terminal that was closed
+            print(printable(text), file=sys.stderr, flush=True)  # noqa: T201
 
 
 def loss_words(record: Mapping[str, Any]) -> str:
@@ -100,7 +101,8 @@ class Bar:
 
     def __exit__(self, *_: object) -> None:
         if self._progress is not None:
-            self._progress.stop()
+            with contextlib.suppress(OSError, ValueError):  # a terminal that was closed
+                self._progress.stop()
 
     def update(self, step: int, record: dict[str, Any]) -> None:
         """Show a record of the journal."""

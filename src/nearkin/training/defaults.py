@@ -133,9 +133,8 @@ def resolve(config: DataSettings, facts: NetworkFacts) -> Settings:
     photo_model = config.model == PHOTO_MODEL
     decays = pretrained and facts.layered and optimizer == "adamw" and not photo_model
     # Where contrast needs other images of the class, they must meet in a batch.
-    asked = (
-        config.per_class != RunConfig.model_fields["per_class"].default
-    )  # then `check` says what does not fit
+    # A number that was given and does not fit is an error below.
+    asked = config.per_class != RunConfig.model_fields["per_class"].default
     fits = config.batch_size % config.per_class == 0 or asked
     grouped = pretrained and facts.positives and fits and config.repeats == 1
     small = facts.parameters * config.image_size**2 < SMALL_WORK
@@ -158,7 +157,9 @@ def resolve(config: DataSettings, facts: NetworkFacts) -> Settings:
         "workers": min(8, facts.cores) if facts.files else 0,
     }
     given = config.model_dump() | {"options": facts.options, "stem": facts.stem, "out": None}
-    return Settings.model_validate(_fill(given, values))
+    settings = Settings.model_validate(_fill(given, values))
+    _check_sampler(settings, settings.batch_size)
+    return settings
 
 
 def is_pretrained(config: RunConfig) -> bool:

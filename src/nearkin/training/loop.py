@@ -101,6 +101,8 @@ class Loop:
                 step = self._train(leg, leg.first)
             else:
                 self.saver.restore(snapshot, self.meters, self.collapse)
+                if not snapshot.state.get("validated", True):
+                    self._record_validation(self._progress(leg, snapshot.step - 1), snapshot.step)
                 step = self._train(leg, snapshot.step, saved=True)
                 snapshot = None
         return step
@@ -146,7 +148,11 @@ class Loop:
             if ended:
                 self._check_last_step(last_batch, step)
                 self._record_epoch(progress, step)
-                self._record_validation(progress, step)
+                try:
+                    self._record_validation(progress, step)
+                except (Stopped, DataError):
+                    self._save(leg, step, validated=False)
+                    raise
             if stop:
                 self._check_last_step(last_batch, step)
                 # The other processes must not end before the checkpoint is whole.
@@ -251,9 +257,9 @@ class Loop:
         self.status("running", step, progress.epoch)
         self.bar.update(step, {"kind": kind, **place, **values})
 
-    def _save(self, leg: Leg, step: int) -> bool:
-        """Whether the disk took it; if not, that is said."""
-        warning = self.saver.save(step, leg.number, self.meters, self.collapse)
+    def _save(self, leg: Leg, step: int, *, validated: bool = True) -> bool:
+        """Whether the disk took it; if not, that is said. validated: if not, a resumed run begins with that."""
+        warning = self.saver.save(step, leg.number, self.meters, self.collapse, validated)
         if warning:
             self.bar.warn(warning)
         return warning is None

@@ -323,8 +323,7 @@ def _identity(settings: Settings, dataset: Dataset) -> dict[str, str]:
     free = FREE_ON_RESUME | {"data", "out"}
     fixed = {name: v for name, v in settings.flat().items() if name not in free}
     classes = _digest(dataset.classes)
-    settings_and_classes = {"settings": _digest(fixed), "classes": classes}
-    return settings_and_classes | {"data": dataset.fingerprint, "origin": dataset.origin}
+    return {"settings": _digest(fixed), "classes": classes, "data": dataset.fingerprint}
 
 
 def _digest(value: Any) -> str:

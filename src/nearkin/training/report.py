@@ -59,7 +59,7 @@ def report(
             include={"val_split", "split_seed", "seed", "images_per_class", "bad_images"}
         )
         options: dict[str, Any] = own | {
-            "origin": stored_origin(run),
+            "origin": None if (origin := stored_origin(run)) is None else origin.names,
             "classes": bundle.classes,
             "channels": bundle.description.spec.channels,
         }

@@ -94,12 +94,12 @@ def _only_bad_files(folder: Path) -> bool:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, *, quiet: bool = True) -> Iterator[None]:
     """Lets one process at a time train in a run folder. Raises ConfigError when another one does, or nothing can be
     written there.
 
     The kernel releases the lock when its process ends in any way; loader workers do not inherit it. A file system
-    without locks keeps nothing out of the folder.
+    without locks keeps nothing out of the folder, which is said unless `quiet`.
     """
     try:
         import fcntl
@@ -119,7 +119,7 @@ def locked(folder: Path) -> Iterator[None]:
                 raise ConfigError(
                     f"Another process is training in {shown}; wait for it or stop it first."
                 ) from None
-            say(f"warning: {shown} has no locks ({error.strerror}); train there once only", False)
+            say(f"warning: {shown} has no locks ({error.strerror}); train there once only", quiet)
         yield
 
 
@@ -226,9 +226,9 @@ def stored_images(run: Path) -> str | None:
 def check_identity(run: Path, identity: dict[str, str], data: str) -> None:
     """Raises ModelError unless a run was started with these settings, classes and images."""
     stored = _read_json(run / IDENTITY)
-    if stored == identity:
-        return
     same = {name: stored.get(name) == identity[name] for name in identity}
+    if all(same.values()):
+        return
     if same["settings"] and not (same["data"] and same["classes"]):
         raise ModelError(
             f"The images in {printable(data)} are not those of the run {printable(str(run))} (names, sizes or classes "

@@ -67,7 +67,7 @@ class Trainer:
 
     def run(self) -> Result:
         """Train to the end, then evaluate the test split once. Raises Stopped or DivergedError."""
-        with locked(self.folder) if self.runtime.is_main else nullcontext():
+        with locked(self.folder, quiet=self.quiet) if self.runtime.is_main else nullcontext():
             return self._run()
 
     def _run(self) -> Result:

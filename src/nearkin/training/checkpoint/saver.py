@@ -85,8 +85,16 @@ class Saver:
             return True
         return epoch_ended and self._spent + self._cost <= SHARE * (now - self._began)
 
-    def save(self, step: int, stage: int, meters: Meters, collapse: CollapseWatch) -> str | None:
-        """Write a checkpoint. Returns a warning when the disk refused it.
+    def save(
+        self,
+        step: int,
+        stage: int,
+        meters: Meters,
+        collapse: CollapseWatch,
+        validated: bool = True,
+    ) -> str | None:
+        """Write a checkpoint. Returns a warning when the disk refused it. validated: whether the validation of this
+        step, if it has one, is done.
 
         Raises SaveFailed after three refusals in a row, DivergedError when a weight is not finite.
         """
@@ -94,7 +102,7 @@ class Saver:
             return None
         started = time.monotonic()
         try:
-            self._save(self._store, step, stage, meters, collapse)
+            self._save(self._store, step, stage, meters, collapse, validated)
         except SaveFailed as error:
             self._failures += 1
             if self._failures >= FAILURES:
@@ -143,7 +151,13 @@ class Saver:
         return _stored(self._store.path("best", self.best.step), warn)
 
     def _save(
-        self, store: Store, step: int, stage: int, meters: Meters, collapse: CollapseWatch
+        self,
+        store: Store,
+        step: int,
+        stage: int,
+        meters: Meters,
+        collapse: CollapseWatch,
+        validated: bool,
     ) -> None:
         best = self.best
         if self._waiting is not None and best is not None:
@@ -153,6 +167,7 @@ class Saver:
         state: dict[str, Any] = {
             "identity": self._identity,
             "stage": stage,
+            "validated": validated,
             "best": best and best._asdict(),
             "probe": self.probe and self.probe._asdict(),
             "meters": counted,
