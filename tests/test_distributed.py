@@ -9,10 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from nearkin import distributed
 from nearkin.distributed import Runtime
 from nearkin.errors import ConfigError
-from nearkin.process import Launch
 from nearkin.types import Outputs
 
 
@@ -81,24 +79,6 @@ def test_a_second_run_can_start_in_the_same_process():
         assert runtime.collect(1) == [1]
     with Runtime(device="cpu", precision="fp32") as runtime:
         assert runtime.once_per_node(lambda: "made") == runtime.share("made") == "made"
-
-
-@pytest.mark.parametrize(
-    ("visible", "torchrun", "expected"),
-    [(4, True, 2), (4, False, 2), (1, False, 0), (1, True, None), (2, False, None)],
-)
-def test_the_gpu_of_a_process(monkeypatch, visible, torchrun, expected):
-    """Local rank 2 of 4: Slurm may show each task one GPU only, its own."""
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    if torchrun:
-        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    launch = Launch(1, 4, 2, 2)
-    if expected is None:
-        with pytest.raises(ConfigError, match="4 processes on this node, which sees"):
-            distributed._gpu(launch)
-    else:
-        assert distributed._gpu(launch) == expected
 
 
 def test_a_failure_on_one_process_of_a_node_is_raised_on_all(monkeypatch):

@@ -9,7 +9,15 @@ import sys
 
 import pytest
 
-from nearkin.process import Launch, cores, launched, stop_requested, stop_signals_recorded
+from nearkin.errors import ConfigError
+from nearkin.process import (
+    Launch,
+    cores,
+    gpu_of,
+    launched,
+    stop_requested,
+    stop_signals_recorded,
+)
 
 TORCHRUN = {
     **{"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "RANK": "6"},
@@ -120,3 +128,20 @@ print(inside.count("SIG"), outside.count("SIG"))
 def test_children_inherit_the_mask_only_within_the_block():
     done = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True, check=True)
     assert done.stdout == "4 0\n"
+
+
+@pytest.mark.parametrize(
+    ("visible", "torchrun", "expected"),
+    [(4, True, 2), (4, False, 2), (1, False, 0), (1, True, None), (2, False, None)],
+)
+def test_the_gpu_of_a_process(monkeypatch, visible, torchrun, expected):
+    """Local rank 2 of 4: Slurm may show each task one GPU only, its own."""
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    if torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    launch = Launch(1, 4, 2, 2)
+    if expected is None:
+        with pytest.raises(ConfigError, match="4 processes on this node, which sees"):
+            gpu_of(launch, visible)
+    else:
+        assert gpu_of(launch, visible) == expected

@@ -413,9 +413,7 @@ def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for layer in layers:
         for room in FREE:
-            earlier = merged.get(
-                room, "auto"
-            )  # options without a name belong to the one that is named later
+            earlier = merged.get(room, "auto")  # options without a name belong to a later one
             if earlier != "auto" and layer.get(room, earlier) != earlier:
                 merged = {k: v for k, v in merged.items() if not k.startswith(f"{room}.")}
         merged |= layer

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
-from nearkin.errors import ConfigError, NearkinError, Stopped, counted
-from nearkin.process import Launch, exit_if_importing_main, launched
+from nearkin.errors import ConfigError, NearkinError, Stopped
+from nearkin.process import Launch, exit_if_importing_main, gpu_of, launched
 from nearkin.types import Outputs
 
 if TYPE_CHECKING:
@@ -101,19 +101,6 @@ def choose_precision(precision: str, device: str) -> Precision:
     return precision  # type: ignore[return-value]  # pydantic's Literal allows nothing else
 
 
-def _gpu(launch: Launch) -> int:
-    """The GPU of this process. Slurm may show each task a single one, its own. Raises ConfigError."""
-    visible = torch.cuda.device_count()
-    if launch.local_rank < visible:
-        return launch.local_rank
-    if visible == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
-        return 0
-    raise ConfigError(
-        f"There are {launch.per_node} processes on this node, which sees {counted(visible, 'GPU')}; start one process "
-        "for each GPU."
-    )
-
-
 class Runtime:
     """The processes, the device and the precision of one run.
 
@@ -128,7 +115,7 @@ class Runtime:
         self.is_main = launch.rank == 0
         self.device = torch.device(device)
         if device == "cuda":
-            self.device = torch.device("cuda", _gpu(launch))
+            self.device = torch.device("cuda", gpu_of(launch, torch.cuda.device_count()))
             torch.cuda.set_device(self.device)
         self._set_precision(precision)
         self.failures = Failures(launch)

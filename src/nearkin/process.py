@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NamedTuple
 
-from nearkin.errors import Stopped
+from nearkin.errors import ConfigError, Stopped, counted
 
 # Signals that ask a run to stop; a terminal that is closed sends SIGHUP. Windows has neither that nor SIGUSR1.
 STOP_SIGNALS = frozenset(
@@ -160,6 +160,19 @@ def cores() -> int:
         return max(1, int(given) // sharing)
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, (usable or 1) // launched().per_node)
+
+
+def gpu_of(launch: Launch, visible: int) -> int:
+    """The number of this process's GPU, of those that it sees. Slurm may show each task a single one, its own. Raises
+    ConfigError."""
+    if launch.local_rank < visible:
+        return launch.local_rank
+    if visible == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return 0
+    raise ConfigError(
+        f"There are {launch.per_node} processes on this node, which sees {counted(visible, 'GPU')}; start one process "
+        "for each GPU."
+    )
 
 
 # Of glibc's malloc.h; torch asks malloc for every tensor on a CPU.

@@ -43,7 +43,7 @@ def lock():
     from nearkin.errors import ConfigError
     from nearkin.training import trainer
 
-    def locked(_):
+    def locked(*_, **__):
         fail(ConfigError("planted error"))
 
     trainer.locked = locked

@@ -32,7 +32,7 @@ def backbone():
 def planned(monkeypatch, backbone):
     """A plan where an epoch of training takes `seconds[blocks]`; 500 training, 100 validation and 200 test images."""
 
-    def make(seconds, *, minutes=10.0, spent=60.0, stages=1, probe=True, **given):
+    def make(seconds, *, minutes=10.0, spent=60.0, stages=1, probe=True, writes="logits", **given):
         tried = []
 
         def epoch(settings, *_):
@@ -46,7 +46,10 @@ def planned(monkeypatch, backbone):
             name: SimpleNamespace(labels=np.zeros(count))
             for name, count in (("train", 500), ("val", 100), ("test", 200))
         }
-        objective = SimpleNamespace(stages=lambda: [None] * stages)
+        stage = SimpleNamespace(share=1 / stages, heads=("classifier",))
+        objective = SimpleNamespace(
+            stages=lambda: [stage] * stages, heads={"classifier": SimpleNamespace(writes=writes)}
+        )
         built = SimpleNamespace(objective=objective, network=SimpleNamespace(backbone=backbone))
         photos = {"data": "photos", "side": 500, "files": True}
         photos |= {"minutes": minutes, "probe": probe}
@@ -79,6 +82,13 @@ def test_the_epochs_fit_into_what_is_left(planned):
         str(made)
         == f"plan: {epochs} epochs in about {epochs * 15 / 60:.1f} of {left / 60:.1f} min that are left"
     )
+
+
+def test_validation_without_a_classifier_embeds_training_images_too(planned):
+    made, _ = planned(14.0, writes="projection")
+    after = (100 + 200 + 500 + 100) * EVALUATED
+    left = 600 * (1 - RESERVE) - 60 - after
+    assert made.settings.epochs == int(left / (14.0 + (100 + 500) * EVALUATED))
 
 
 def test_there_are_never_more_epochs_than_usual(planned):

@@ -292,7 +292,9 @@ def test_batches_are_balanced_where_pretrained_contrast_needs_other_images_of_th
     assert settings(**photos).sampler == "balanced"
     assert settings(**photos | {"positives": False}).sampler == "shuffle"
     assert settings(**photos, from_scratch=True).sampler == "shuffle"
-    assert settings(**photos, per_class=5).sampler == "shuffle"  # 5 does not divide the batch
+    assert settings(**photos, per_class=8).sampler == "balanced"
+    with pytest.raises(ConfigError, match="no multiple of --per-class 5"):
+        settings(**photos, per_class=5)
     assert settings(**photos, repeats=2).sampler == "shuffle"
     assert settings(**photos, sampler="weighted").sampler == "weighted"
 

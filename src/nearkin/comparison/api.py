@@ -358,8 +358,7 @@ def _equal(request: Request, terms: Sequence[Terms]) -> dict[str, str]:
     sampler = terms[0].options.get("sampler", first.sampler)
     given = {"head": "ce has the projection of cone"} if options.match_head else {}
     for each in terms:
-        named = {k: v for k, v in each.entry.options.items() if not k.startswith("objective.")}
-        if named:
+        if named := each.entry.of_the_run:
             words = ", ".join(f"{name} {value}" for name, value in named.items())
             given[f"except {each.entry.name}"] = words
     if first.images_per_class is not None:

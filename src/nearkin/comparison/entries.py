@@ -38,6 +38,11 @@ class Entry(NamedTuple):
         """The name as a part of a path."""
         return re.sub(r"[^A-Za-z0-9.+]+", "-", self.name)
 
+    @property
+    def of_the_run(self) -> dict[str, Any]:
+        """The options that are not the objective's."""
+        return {k: v for k, v in self.options.items() if not k.startswith("objective.")}
+
 
 def parse(names: Sequence[str], *, match_head: bool = False) -> tuple[Entry, ...]:
     """The entries of `NAME[+ls|+ema][:OPTION=VALUE]...`, cross-entropy first: it is added where it is missing.

@@ -89,20 +89,13 @@ def terms(
     with _named(entries[0]):
         config = _config(entries[0], options, free, seed)
         first = prepare(config, runtime, look=True, quiet=quiet)
-    splits = first.dataset.splits
-    judged = splits.get("test", splits.get("val"))
-    tested = 0 if judged is None else len(judged.labels)
-    if tested < LEAST_IMAGES:
-        raise DataError(
-            f"There are {counted(tested, 'test image')}, and {LEAST_IMAGES} are the least to compare with; give more."
-        )
+    _check_enough(first)
     resolved = [_Resolved(entries[0], first, first.settings)]
     for entry in entries[1:]:
         with _named(entry):
             found = prepare(_config(entry, options, free, seed), runtime, look=False, quiet=True)
-            own = {k: v for k, v in entry.options.items() if not k.startswith("objective.")}
             alike = first
-            if own:
+            if own := entry.of_the_run:
                 config = _config(Entry(BASELINE, BASELINE, "", own), options, free, seed)
                 alike = prepare(config, runtime, look=False, quiet=True)
             resolved.append(_Resolved(entry, found, alike.settings))
@@ -126,6 +119,16 @@ def terms(
     if len(made) < 2:
         raise ConfigError(f"There is nothing to compare {printable(entries[0].name)} with.")
     return tuple(made)
+
+
+def _check_enough(found: Prepared) -> None:
+    splits = found.dataset.splits
+    judged = splits.get("test", splits.get("val"))
+    tested = 0 if judged is None else len(judged.labels)
+    if tested < LEAST_IMAGES:
+        raise DataError(
+            f"There are {counted(tested, 'test image')}, and {LEAST_IMAGES} are the least to compare with; give more."
+        )
 
 
 def unequal(found: Sequence[Terms]) -> list[str]:

@@ -350,13 +350,8 @@ def load_for_evaluation(
     carved = own and "val" not in listing.parts and "train" in listing.parts and val_split > 0
     there = [name for name in SPLITS if name in listing.parts or (carved and name == "val")]
     name = _choose(split, there, listing.data)
-    drawn = carved if name != "train" else carved or images_per_class is not None
-    if own and drawn and name != "test" and origin not in (None, origin_of(listing)[0]):
-        raise DataError(
-            f"Training images of {printable(listing.data)} were added, removed or renamed since the run was trained, "
-            "so those that it was trained on cannot be told from those held out for validation; put the files back, "
-            "or evaluate other images."
-        )
+    if name != "test" and (carved or (own and name == "train" and images_per_class is not None)):
+        _check_origin(listing, origin)
     parts = _opened(listing, channels)
     if carved and name in ("train", "val"):
         parts = hold_out(parts, val_split, _split_seed(seed, split_seed))
@@ -368,6 +363,15 @@ def load_for_evaluation(
     found = to_split(chosen.splits[name], classes)
     absent = (remark.text for remark in missing_classes(found, classes))
     return EvaluationSplit(found, (*chosen.notes, *absent), chosen.bad)
+
+
+def _check_origin(listing: Listing, origin: str | None) -> None:
+    if origin not in (None, origin_of(listing)[0]):
+        raise DataError(
+            f"Training images of {printable(listing.data)} were added, removed or renamed since the run was trained, "
+            "so those that it was trained on cannot be told from those held out for validation; put the files back, "
+            "or evaluate other images."
+        )
 
 
 def _choose(split: str | None, there: list[str], data: str) -> str:

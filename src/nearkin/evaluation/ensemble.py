@@ -240,7 +240,7 @@ class Ensemble:
         Raises DataError for data or a split that do not exist, ConfigError with `advice` when the members' own images
         differ.
         """
-        own, trained = self._own(data)
+        own, trained = self._own(data, split)
         loaded = [self._load(member, data, split, own=own) for member in self.members]
         (first, notes, _), images = loaded[0]
         remarks = _remarks(trained, own, data, first.name)
@@ -263,10 +263,13 @@ class Ensemble:
             (*notes, *remarks, *chain.from_iterable(more_notes)),
         )
 
-    def _own(self, data: Listing | None) -> tuple[bool, list[str]]:
-        """Whether all members were trained on `data`, and which of them were."""
+    def _own(self, data: Listing | None, split: str | None) -> tuple[bool, list[str]]:
+        """Whether the members' own splits of `data` are meant, since all were trained on them; and which of them were.
+        An explicit test split is the same for all."""
         if data is None:
             return True, []
+        if "test" in data.parts and split in (None, "test"):
+            return False, []
         trained = [
             str(member.run)
             for member in self.members

@@ -1,15 +1,16 @@
-"""Whether DATA are the images that a run was trained on, wherever they are now. Imports no torch."""
+"""Whether DATA are the images that a run was trained on, wherever they are now. Imports neither torch nor NumPy."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from nearkin.data.sources.builtin import BUILTIN
-from nearkin.data.sources.listing import Listing
 from nearkin.evaluation.options import IDENTITY
+
+if TYPE_CHECKING:
+    from nearkin.data.sources.listing import Listing
 
 
 class Origin(NamedTuple):
@@ -23,6 +24,8 @@ class Origin(NamedTuple):
 
 def described(data: str, found: tuple[str, str]) -> dict[str, str]:
     """What identity.json says of DATA. found: names and sizes by `origin_of`."""
+    from nearkin.data.sources.builtin import BUILTIN
+
     place = data if data in BUILTIN else os.path.realpath(data)
     return dict(zip(("origin", "origin_sizes", "place"), (*found, place), strict=True))
 
@@ -39,6 +42,8 @@ def stored_origin(run: Path) -> Origin | None:
 def is_own(data: Listing, trained: str, origin: Origin | None) -> bool:
     """trained: the DATA of the run. Either it is the same place, or the training images have the same names, sizes and
     classes. A built-in name is not a folder of that name."""
+    from nearkin.data.sources.builtin import BUILTIN
+
     if data.data in BUILTIN or trained in BUILTIN:
         return data.data == trained
     place = trained if origin is None else origin.place

@@ -26,7 +26,7 @@ from nearkin.training.step import Stepper
 from nearkin.types import Progress
 
 RESERVE = 0.06  # share of the time for what is not measured: saving, and a machine that slows down
-ENOUGH = 10  # epochs; where fewer fit, fewer blocks learn
+ENOUGH = 5  # epochs; where fewer fit, fewer blocks learn (docs/decisions/018-photos.md)
 STEPS = 12  # at most, in a measurement
 SECONDS = 5.0  # after which it ends
 WARM = 2  # steps that do not count

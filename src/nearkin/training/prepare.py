@@ -96,10 +96,7 @@ def prepare(
         say(str(planned), quiet)
         settings = planned.settings
     fix_parts(built.network, settings)
-    scattered = any(stage.within is not None for stage in built.objective.stages())
-    if config.sampler != "auto" or settings.sampler != "balanced" or scattered:
-        # else there is nothing better
-        _warn_of_missing_positives(settings, built, train, silent)
+    _warn_of_missing_positives(settings, built, train, silent, automatic=config.sampler == "auto")
     return Prepared(settings, dataset, built, evaluator, _identity(settings, dataset))
 
 
@@ -143,9 +140,13 @@ def _placed(settings: Settings, built: Built, runtime: Runtime) -> Evaluator:
     return Evaluator(runtime, spec, batch_size=size, workers=settings.workers)
 
 
-def _warn_of_missing_positives(settings: Settings, built: Built, train: Split, quiet: bool) -> None:
+def _warn_of_missing_positives(
+    settings: Settings, built: Built, train: Split, quiet: bool, *, automatic: bool
+) -> None:
     needing = [stage for stage in built.objective.stages() if stage.positives]
-    if needing:
+    whole = all(stage.within is None for stage in needing)
+    best = automatic and settings.sampler == "balanced" and whole  # there is nothing better
+    if needing and not best:
         batch, draws = settings.batch_size, draw_of(settings, train.labels)(0)
         within = needing[0].within
         share = checks.share_without_positive(draws, train.labels, batch, within)
