@@ -1,9 +1,14 @@
 """Shapes in the signatures of the mathematics are enforced, and nothing is remembered outside the tests."""
 
+import os
 import shutil
 
-import pytest
-from jaxtyping import install_import_hook
+# Two test processes share two cores: with threads of their own they would wait for each other. Before NumPy and torch.
+for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(name, "1")
+
+import pytest  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
 
 install_import_hook("nearkin.functional", "beartype.beartype")
 

@@ -70,11 +70,10 @@ def test_extra_memory_is_what_the_peak_rose_by(monkeypatch, after, extra):
 
 def test_a_point_is_measured_in_a_fresh_process():
     """The child process measures its own peak."""
-    kept = bytearray(1 << 20)
+    kept = torch.ones(64 << 20)  # 256 MiB of this process
     point = growth.fresh("listing", 100, 1)
     assert point.size == 100
-    assert len(kept) > 0
-    assert len(point.seconds) == growth.MOST
+    assert point.extra < kept.nbytes / 2**20 / 4
 
 
 STUDIES = [
@@ -97,7 +96,6 @@ STUDIES = [
 
 
 def test_the_numbers_are_drawn(monkeypatch, tmp_path):
-    pytest.importorskip("matplotlib")
     numbers, picture = tmp_path / "g.json", tmp_path / "g.svg"
     numbers.write_text(json.dumps({"studies": STUDIES}))
     assert run(monkeypatch, "--json", numbers, "--plot", picture, "--drawn-again") == 0

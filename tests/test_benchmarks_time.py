@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 
 import pytest
 from benchmarks import time_to_accuracy
@@ -35,7 +34,6 @@ def test_a_table_and_the_curves(runs, monkeypatch, capsys, tmp_path):
         assert 0 < curve["seconds"][0] < curve["seconds"][1] < curve["seconds"][2]
 
 
-@pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is in --group bench")
 def test_the_picture(runs, tmp_path):
     time_to_accuracy.draw([time_to_accuracy.curve(run) for run in runs], tmp_path / "t.svg")
     assert "validation top-1" in (tmp_path / "t.svg").read_text()

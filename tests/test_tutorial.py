@@ -61,7 +61,7 @@ def test_the_tutorial(tmp_path):
     for words in COMMANDS:
         log = tmp_path / "log"
         # A quarter of an hour is too long for a test.
-        less = ["--epochs", "2"] if words[1] == "train" and "--epochs" not in words else []
+        less = ["--epochs", "1"] if words[1] == "train" and "--epochs" not in words else []
         code = finish(start(run_in, tmp_path, words[1:] + less, env=cache, log=log))
         assert code == [0], f"{words}: {log.read_text()}"
         if words[1] == "train":

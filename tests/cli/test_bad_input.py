@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -157,6 +156,7 @@ def test_weights_that_cannot_be_fetched(here, capsys, monkeypatch):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(here / "no-cache"))
     write_classes(here / "photos")
     argv = ["train", "photos", "--pretrained", *FAST]
     refused(capsys, 4, "test_resnet", "--weights FILE", argv=argv)
@@ -207,20 +207,11 @@ def trained(tmp_path_factory):
     """A finished run on a folder of photos."""
     home = tmp_path_factory.mktemp("trained")
     write_classes(home / "photos", each=20)
-    os.chdir(home)
-    words = [
-        "train",
-        "photos",
-        "--out",
-        "run",
-        "--batch-size",
-        "8",
-        *FAST,
-        "--epochs",
-        "3",
-        "--quiet",
-    ]
-    assert run([*words, "--objective", "cone", "--objective.bank", "16"]) == 0
+    words = ["train", "photos", "--out", "run", "--batch-size", "8", *FAST, "--epochs", "3"]
+    words += ["--quiet", "--objective", "cone", "--objective.bank", "16"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        assert run(words) == 0
     return home
 
 

@@ -256,7 +256,7 @@ def test_memory_grows_with_the_samples_and_not_with_their_pairs():
                     self.size = max(self.size, each.numel())
             return out
 
-    z = rows_of(8 * pairs.LARGE, torch.float32).requires_grad_()
+    z = rows_of(4 * pairs.LARGE, torch.float32).requires_grad_()
     labels = labels_of("some", len(z))
     for name in IN_PAIRS:
         with Largest() as largest:

@@ -1,6 +1,7 @@
 """Weights from files: what fits is loaded, the rest is reported, and files that are no checkpoint are refused."""
 
 import os
+import random
 from collections import OrderedDict
 from pathlib import Path
 
@@ -106,7 +107,13 @@ def test_numbers_that_are_none_are_refused(tmp_path, timm_weights):
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 @pytest.mark.parametrize(
     "content",
-    [b"", b"PK\x03\x04 no zip", b"\x80\x02 no pickle", b"<html>404</html>", os.urandom(4096)],
+    [
+        b"",
+        b"PK\x03\x04 no zip",
+        b"\x80\x02 no pickle",
+        b"<html>404</html>",
+        random.Random(0).randbytes(4096),
+    ],
 )
 def test_no_checkpoint_at_all(tmp_path, suffix, content):
     path = tmp_path / f"w{suffix}"

@@ -62,9 +62,6 @@ def test_of_a_large_split_some_images_are_seen_in_a_second_pass(runs, tmp_path, 
 
 def test_the_last_run_on_the_same_images_is_compared(runs):
     assert last_run(runs / "first") is None
-    before = last_run(runs / "second")
-    if before is not None:  # the images of a class may differ with the seed
-        assert before.run == str(runs / "first")
     shutil.copytree(runs / "first", runs / "third")
     status = json.loads((runs / "third" / "status.json").read_text())
     (runs / "third" / "status.json").write_text(json.dumps(status | {"updated": "2999"}))

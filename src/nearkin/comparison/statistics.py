@@ -69,8 +69,8 @@ class Effect(NamedTuple):
 
     def seeds_to_decide(self, error: float = ERROR, same: float = 0.0) -> int | None:
         """The least number of seeds, above `seeds`, with which a difference as large as D would be significant at
-        `error`, or its 90 % interval within `same` on both sides of 0. None where no number of seeds is enough, since
-        the test images are too few.
+        `error`, or its 90 % interval within `same` on both sides of 0; MOST_SEEDS + 1 more where more than MOST_SEEDS
+        are needed. None where no number of seeds is enough, since the test images are too few.
 
         The variances of seeds, images and the rest are those found now: a rough estimate.
         """
@@ -81,7 +81,8 @@ class Effect(NamedTuple):
         alike = self.images * same >= 1 and size + float(stats.norm.ppf(0.95)) * least < same
         if not (differs or alike):
             return None
-        for seeds in range(self.seeds + 1, 100_000):
+        most = self.seeds + MOST_SEEDS
+        for seeds in range(self.seeds + 1, most + 1):
             planned = self._replace(
                 seeds=seeds,
                 between_seeds=self.rest + self.images * seed,
@@ -91,7 +92,7 @@ class Effect(NamedTuple):
                 return seeds
             if alike and size + planned._quantile(0.1) * planned.error <= same:
                 return seeds
-        return None
+        return most + 1
 
     def _quantile(self, error: float) -> float:
         return float(stats.t.ppf(1 - error / 2, self.freedom))

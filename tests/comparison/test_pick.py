@@ -1,0 +1,62 @@
+"""Who is picked: the best of those that are better than cross-entropy on validation, else cross-entropy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from tests.pictures import write_classes
+
+from nearkin.comparison import pick
+from nearkin.comparison.results import Scores
+from nearkin.comparison.splits import with_validation_in_training
+from nearkin.data.sources.resolve import resolve
+
+IMAGES, SEEDS = 400, 5
+
+
+def scores(hits, seed):
+    """So many right answers, other ones at another seed."""
+    draw = np.random.default_rng(seed)
+    right = np.zeros(IMAGES, bool)
+    right[draw.permutation(IMAGES)[:hits]] = True
+    names = tuple(map(str, range(IMAGES)))
+    predicted = tuple("a" if each else "b" for each in right)
+    return Scores(names, ("a",) * IMAGES, predicted, np.where(right, 0.9, 0.1))
+
+
+@pytest.mark.parametrize(
+    ("hits", "winner"),
+    [
+        ({"ce": 200, "supcon": 320, "cone": 360}, "cone"),
+        ({"ce": 200, "supcon": 320, "cone": 100}, "supcon"),
+        ({"ce": 320, "supcon": 200, "cone": 100}, "ce"),
+        ({"ce": 300, "supcon": 301, "cone": 300}, "ce"),
+    ],
+)
+def test_the_winner(monkeypatch, hits, winner):
+    runs = [
+        SimpleNamespace(entry=name, seed=seed, state="finished", folder=f"{name}-{seed}")
+        for name in hits
+        for seed in range(SEEDS)
+    ]
+
+    def validated(path):
+        name, seed = path.name.split("-")
+        return scores(hits[name], int(seed))
+
+    monkeypatch.setattr(pick, "_validation", validated)
+    found = pick._winner(SimpleNamespace(folder=Path("x"), runs=runs, baseline="ce"))
+    assert found == winner
+
+
+def test_validation_images_join_the_training(tmp_path):
+    for split in ("train", "val", "test"):
+        write_classes(tmp_path / "photos" / split, each=3)
+    table = tmp_path / "picked.csv"
+    assert with_validation_in_training(resolve(str(tmp_path / "photos")), table)
+    parts = resolve(str(table)).parts
+    assert set(parts) == {"train", "test"}
+    assert (len(parts["train"].labels), len(parts["test"].labels)) == (12, 6)
