@@ -23,7 +23,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 from torch.nn.parallel import DistributedDataParallel
 
 from nearkin.errors import ConfigError, NearkinError, Stopped
-from nearkin.process import Launch, exit_if_importing_main, gpu_of, launched
+from nearkin.process import Launch, agreed, exit_if_importing_main, gpu_of, launched
 from nearkin.types import Outputs
 
 if TYPE_CHECKING:
@@ -237,17 +237,15 @@ class Runtime:
         """The result of `work` on the first process of each node, on all processes of that node. Raises the first
         NearkinError of any on all of them."""
         mine: T | None = None
-        problem: NearkinError | None = None
-        try:
+
+        def on_first() -> T | None:
+            nonlocal mine
             mine = work() if self.local_rank == 0 else None
-        except NearkinError as error:
-            problem = error
-        results = self.collect((mine, problem))
-        for _, problem in results:
-            if problem is not None:
-                raise problem
+            return mine
+
+        results = agreed(self.collect, on_first)
         # Not its copy: a cache folder is deleted with the object that made it.
-        found = mine if self.local_rank == 0 else results[self.rank - self.local_rank][0]
+        found = mine if self.local_rank == 0 else results[self.rank - self.local_rank]
         return cast("T", found)
 
     def barrier(self) -> None:

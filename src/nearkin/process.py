@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from nearkin.errors import ConfigError, Stopped, counted
+from nearkin.errors import ConfigError, NearkinError, Stopped, counted
 
 # Signals that ask a run to stop; a terminal that is closed sends SIGHUP. Windows has neither that nor SIGUSR1.
 STOP_SIGNALS = frozenset(
@@ -160,6 +160,25 @@ def cores() -> int:
         return max(1, int(given) // sharing)
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, (usable or 1) // launched().per_node)
+
+
+T = TypeVar("T")
+
+
+def agreed(exchange: Callable[[Any], list[Any]], work: Callable[[], T]) -> list[T]:
+    """The result of `work` of each process, on all of them. exchange: collects what each of them holds. Raises the
+    first NearkinError on all of them."""
+    result: T | None = None
+    problem: NearkinError | None = None
+    try:
+        result = work()
+    except NearkinError as error:
+        problem = error
+    outcomes = exchange((result, problem))
+    for _, problem in outcomes:
+        if problem is not None:
+            raise problem
+    return [result for result, _ in outcomes]
 
 
 def gpu_of(launch: Launch, visible: int) -> int:

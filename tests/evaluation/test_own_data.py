@@ -8,7 +8,7 @@ import pytest
 from tests.pictures import write_classes, write_image
 
 import nearkin
-from nearkin.data.dataset import origin_of
+from nearkin.data.dataset import names_of, sizes_of
 from nearkin.data.sources.resolve import resolve
 from nearkin.errors import DataError
 from nearkin.evaluation.own_data import Origin, is_own, stored_origin
@@ -94,4 +94,6 @@ def test_a_built_in_name_is_no_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     digits = resolve("digits")
     assert is_own(digits, "digits", None)
-    assert not is_own(digits, "photos", Origin(*origin_of(digits), str(tmp_path / "photos")))
+    assert not is_own(
+        digits, "photos", Origin(names_of(digits), sizes_of(digits), str(tmp_path / "photos"))
+    )

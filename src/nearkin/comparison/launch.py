@@ -252,9 +252,8 @@ def ray(folder: Path, names: Sequence[str], ended: Callable[[str, int], None]) -
             (done, *_), waiting = cluster.wait(waiting)
             try:
                 ended(*cluster.get(done))
-            except (
-                cluster.exceptions.RayError
-            ):  # its node is gone, or its worker died again and again
+            # Its node is gone, or its worker died again and again.
+            except cluster.exceptions.RayError:
                 ended(tasks[done], 1)
     except KeyboardInterrupt:
         for each in waiting:

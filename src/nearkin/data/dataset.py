@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -85,14 +85,13 @@ class Dataset(NamedTuple):
     """What a run trains on and is evaluated on.
 
     splits: `train`, and `val` and `test` if there. `choose` leaves each with classes of its own, `numbered` gives them
-    those of the run. notes: for the user. bad: the images left out. origin: `origin_of` the listing.
+    those of the run. notes: for the user. bad: the images left out.
     """
 
     name: str
     splits: dict[str, Split]
     notes: tuple[str, ...] = ()
     bad: tuple[BadImage, ...] = ()
-    origin: tuple[str, str] = ("", "")
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -190,24 +189,30 @@ def choose(
             number = counted(len(few), "class has", "classes have")
             notes += (f"{number} fewer than {images_per_class} training images: {listed(few)}",)
         parts["train"] = train.take(limited(train.labels, images_per_class, seed))
-    return Dataset(listing.name, parts, notes, origin=origin_of(listing))
+    return Dataset(listing.name, parts, notes)
 
 
-def origin_of(listing: Listing) -> tuple[str, str]:
-    """SHA-256 of the names and classes of the training images as they are listed, in order, and the same with their
-    sizes (of arrays: pixels). Which of them are held out for validation, or kept by `images_per_class`, is the same as
-    long as the first is."""
-    names, sizes = hashlib.sha256(), hashlib.sha256()
+def names_of(listing: Listing) -> str:
+    """SHA-256 of the names and classes of the training images as they are listed, in order. Which of them are held out
+    for validation, or kept by `images_per_class`, is the same as long as this is."""
+    return _digest(listing, lambda images, row: images.name(row).encode("utf-8", "surrogateescape"))
+
+
+def sizes_of(listing: Listing) -> str:
+    """As `names_of`, with the sizes of the files, for which it asks the file system; of arrays with their pixels."""
+    return _digest(listing, lambda images, row: images.identity(row))
+
+
+def _digest(listing: Listing, field: Callable[[ImageSource, int], bytes]) -> str:
+    digest = hashlib.sha256()
     if "train" in listing.parts:
         part = listing.parts["train"]
         images = open_images(part.images, "auto")
         for row, label in enumerate(part.labels.tolist()):
-            name = images.name(row).encode("utf-8", "surrogateescape")
             kind = part.classes[label].encode("utf-8", "surrogateescape")
-            for digest, parts in ((names, (name, kind)), (sizes, (images.identity(row), kind))):
-                for field in parts:  # with their lengths, so that no two lists look alike
-                    digest.update(b"%d:" % len(field) + field)
-    return names.hexdigest(), sizes.hexdigest()
+            for each in (field(images, row), kind):  # with lengths, so that no two lists look alike
+                digest.update(b"%d:" % len(each) + each)
+    return digest.hexdigest()
 
 
 def looked(
@@ -336,7 +341,7 @@ def load_for_evaluation(
     """One split of DATA. split: by default test, else val.
 
     own: DATA is what the model was trained on; then `val_split`, `split_seed`, `seed` and `images_per_class` of that
-    run give its very splits again, as long as the names by `origin_of` are still the run's `origin` (None: not known).
+    run give its very splits again, as long as `names_of` the data is still the run's `origin` (None: not known).
     Other data without splits are one split, test, as a whole.
     classes: of the model; only those that the chosen split has need to be among them.
     check, ranks, quiet: as in `look`; only images of the split are looked at.
@@ -366,7 +371,7 @@ def load_for_evaluation(
 
 
 def _check_origin(listing: Listing, origin: str | None) -> None:
-    if origin not in (None, origin_of(listing)[0]):
+    if origin not in (None, names_of(listing)):
         raise DataError(
             f"Training images of {printable(listing.data)} were added, removed or renamed since the run was trained, "
             "so those that it was trained on cannot be told from those held out for validation; put the files back, "

@@ -22,9 +22,9 @@ from torch import Tensor
 from nearkin.data.decode import BadImage, Header, inspect, quiet_pillow
 from nearkin.data.images import Files, ImageSource
 from nearkin.data.remembered import Fact, Remembered
-from nearkin.errors import DataError, NearkinError, printable
+from nearkin.errors import DataError, printable
 from nearkin.files import write_atomic
-from nearkin.process import cores
+from nearkin.process import agreed, cores
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -118,14 +118,17 @@ def look(
     new: list[bytes] = []
     quiet = quiet or ranks.rank > 0
     with Remembered() as remembered:
-        known = _on_all(
-            ranks, lambda: (total, _compare(share, check, remembered, new, quiet), len(new))
+        known = agreed(
+            ranks.exchange,
+            lambda: (total, _compare(share, check, remembered, new, quiet), len(new)),
         )
         if len({files for files, _, _ in known}) > 1:
             raise DataError("The processes see different files; give all of them the same data.")
         count = sum(found for _, _, found in known)
         full = check == "full" or (check == "auto" and count <= MOST_DECODED)
-        learned = _on_all(ranks, lambda: _learn(new, channels, full, cores(), remembered, quiet))
+        learned = agreed(
+            ranks.exchange, lambda: _learn(new, channels, full, cores(), remembered, quiet)
+        )
     bad: dict[bytes, str] = {}
     for part in (*(found for _, found, _ in known), *learned):
         bad |= part
@@ -263,21 +266,6 @@ def in_threads(
     finally:
         stopped.set()
         pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _on_all(ranks: Ranks, work: Callable[[], T]) -> list[T]:
-    """The result of `work` on each rank, on all ranks. Raises the first NearkinError on all of them."""
-    result: T | None = None
-    problem: NearkinError | None = None
-    try:
-        result = work()
-    except NearkinError as error:
-        problem = error
-    outcomes = ranks.exchange((result, problem))
-    for _, problem in outcomes:
-        if problem is not None:
-            raise problem
-    return [result for result, _ in outcomes]
 
 
 def shown(chunks: Iterable[C], total: int, what: str, quiet: bool) -> Iterator[C]:

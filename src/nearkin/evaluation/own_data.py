@@ -22,12 +22,13 @@ class Origin(NamedTuple):
     place: str
 
 
-def described(data: str, found: tuple[str, str]) -> dict[str, str]:
-    """What identity.json says of DATA. found: names and sizes by `origin_of`."""
+def described(listing: Listing) -> dict[str, str]:
+    """What identity.json says of DATA."""
+    from nearkin.data.dataset import names_of, sizes_of
     from nearkin.data.sources.builtin import BUILTIN
 
-    place = data if data in BUILTIN else os.path.realpath(data)
-    return dict(zip(("origin", "origin_sizes", "place"), (*found, place), strict=True))
+    place = listing.data if listing.data in BUILTIN else os.path.realpath(listing.data)
+    return {"origin": names_of(listing), "origin_sizes": sizes_of(listing), "place": place}
 
 
 def stored_origin(run: Path) -> Origin | None:
@@ -51,6 +52,6 @@ def is_own(data: Listing, trained: str, origin: Origin | None) -> bool:
         return True
     if origin is None or "train" not in data.parts:
         return False
-    from nearkin.data.dataset import origin_of
+    from nearkin.data.dataset import names_of, sizes_of
 
-    return origin_of(data) == origin[:2]
+    return names_of(data) == origin.names and sizes_of(data) == origin.sizes

@@ -77,7 +77,7 @@ def start_run(values: Mapping[str, Any], *, quiet: bool, report: bool = True) ->
             # Every rank learns the path, since any of them may report the error first.
             path = Path(str(runtime.share(folder))) / run_folder.BAD_FILES
             raise type(error)(f"{error} All are listed in {path}.", error.bad) from None
-        folder = _create_folder(prepared, config, runtime)
+        folder = _create_folder(prepared, config, listing, runtime)
         runtime = runtime.at(prepared.settings.precision)
         return Trainer(prepared, runtime, folder, quiet=quiet, report=report).run()
 
@@ -221,15 +221,19 @@ def running(config: RunConfig) -> Iterator[Runtime]:
             raise
 
 
-def _create_folder(prepared: Prepared, config: RunConfig, runtime: Runtime) -> Path:
+def _create_folder(
+    prepared: Prepared, config: RunConfig, listing: Listing | None, runtime: Runtime
+) -> Path:
     """Created by the first process; all others learn its name."""
+    from nearkin.data.sources.resolve import resolve
+
     made: Path | None = None
     if runtime.is_main:
         dataset = prepared.dataset
         made = _folder_with_list(config, dataset.bad)
         try:
             run_folder.describe(made, prepared.settings, dataset.classes)
-            identity = prepared.identity | described(config.data, dataset.origin)
+            identity = prepared.identity | described(listing or resolve(config.data))
             run_folder.write_origin(made, config, identity)
         except BaseException:  # without these files nothing can go on there
             shutil.rmtree(made, ignore_errors=True)
