@@ -368,12 +368,15 @@ def test_no_copies_are_the_plain_features(untrained):
     assert np.array_equal(found.copies, found.plain[:, None])
 
 
-def test_a_feature_that_is_not_finite_is_an_error(untrained, monkeypatch):
+def test_a_feature_that_is_not_finite_is_an_error(untrained):
     bundle, _ = untrained
-    broken = torch.full_like(bundle.network.std, torch.nan)
-    monkeypatch.setattr(bundle.network, "std", broken)
-    with pytest.raises(ModelError, match="not finite"):
-        taken(untrained)
+    std = bundle.network.std.clone()
+    bundle.network.std.fill_(torch.nan)
+    try:
+        with pytest.raises(ModelError, match="not finite"):
+            taken(untrained)
+    finally:  # other tests use this network; monkeypatch does not restore a buffer
+        bundle.network.std.copy_(std)
 
 
 def test_the_stated_tolerance_is_the_solvers(monkeypatch):

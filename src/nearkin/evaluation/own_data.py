@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 class Origin(NamedTuple):
     """names: digest of the names and classes of the training images as they were listed, in order. sizes: that with
-    the sizes of the files. place: where DATA was, or its built-in name."""
+    the sizes of the files. place: `place_of` DATA."""
 
     names: str
     sizes: str
@@ -25,10 +26,18 @@ class Origin(NamedTuple):
 def described(listing: Listing) -> dict[str, str]:
     """What identity.json says of DATA."""
     from nearkin.data.dataset import names_of, sizes_of
+
+    names, sizes = names_of(listing), sizes_of(listing)
+    return {"origin": names, "origin_sizes": sizes, "place": place_of(listing.data)}
+
+
+def place_of(data: str) -> str:
+    """A digest of the absolute path, which may name a person; of a built-in data set its name."""
     from nearkin.data.sources.builtin import BUILTIN
 
-    place = listing.data if listing.data in BUILTIN else os.path.realpath(listing.data)
-    return {"origin": names_of(listing), "origin_sizes": sizes_of(listing), "place": place}
+    if data in BUILTIN:
+        return data
+    return hashlib.sha256(os.fsencode(os.path.realpath(data))).hexdigest()
 
 
 def stored_origin(run: Path) -> Origin | None:
@@ -47,8 +56,7 @@ def is_own(data: Listing, trained: str, origin: Origin | None) -> bool:
 
     if data.data in BUILTIN or trained in BUILTIN:
         return data.data == trained
-    place = trained if origin is None else origin.place
-    if os.path.realpath(data.data) == os.path.realpath(place):
+    if place_of(data.data) == (place_of(trained) if origin is None else origin.place):
         return True
     if origin is None or "train" not in data.parts:
         return False
