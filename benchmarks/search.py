@@ -16,15 +16,33 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from benchmarks.bench import append_row, read_rows
 
+Job = TypeVar("Job")
 FIELDS = (*("source", "cell", "seed", "name", "options", "top1", "log_loss", "images", "seconds"),)
+
+
+def one_per_core(run: Callable[[Job, int], None], jobs: Sequence[Job]) -> None:
+    """Call `run(job, core)` for each job, one at a time on each core."""
+    cores: SimpleQueue[int] = SimpleQueue()
+    for core in range(os.cpu_count() or 1):
+        cores.put(core)
+
+    def taken(job: Job) -> None:
+        core = cores.get()
+        try:
+            run(job, core)
+        finally:
+            cores.put(core)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(taken, jobs))
 
 
 class Cell(NamedTuple):
@@ -47,21 +65,13 @@ class Search(NamedTuple):
 
     def make(self, wanted: Sequence[tuple[str, str]]) -> None:
         """Run the pairs of cell and setting that are not there yet."""
-        cores: SimpleQueue[int] = SimpleQueue()
-        for core in range(os.cpu_count() or 1):
-            cores.put(core)
 
-        def run(job: tuple[str, str]) -> None:
+        def run(job: tuple[str, str], core: int) -> None:
             done = {(row["source"], row["cell"], row["name"]) for row in read_rows(self.results)}
             if ("nearkin", *job) not in done:
-                core = cores.get()
-                try:
-                    append_row(self.results, self.run(*job, core))
-                finally:
-                    cores.put(core)
+                append_row(self.results, self.run(*job, core))
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(run, wanted))
+        one_per_core(run, wanted)
 
     def run(self, cell: str, name: str, core: int, seed: int = 0) -> dict[str, Any]:
         """One row."""

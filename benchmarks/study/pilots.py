@@ -34,6 +34,12 @@ CELLS = {
     ),
     "cifar10, 400 per class": Cell("cifar10", 400, f"{SMALL} --batch-size 64 --epochs 60"),
 }
+FEW = "cifar10, 50 per class"  # 400 crops of each image through the student in every run
+FEW_CELL = Cell(
+    "cifar10",
+    50,
+    "--from-scratch --model test_resnet --image-size 32 --batch-size 64 --threads 1 --workers 0",
+)
 CONE, OWN = "--objective cone", "--objective cone --objective.teacher-crop own"
 SETTINGS = {
     "ce": "--objective ce",
@@ -52,6 +58,29 @@ SETTINGS = {
     "cone, lr by the sum of weights": f"{CONE} --lr 0.024",
     "cone, the whole set in the bank": f"{CONE} --objective.bank 5000",
     "cone, classifier on the features": f"{CONE} --objective.classifier features",
+}
+# Stage one of `attract-repulse` reads two crops of an image, stage two one: 235 epochs are 400 crops.
+STRONG = "--augment strong --epochs 400"
+TWO_STAGES = "--objective attract-repulse --epochs 235"
+FEW_SETTINGS = {
+    "ce, light": "--objective ce --epochs 400",
+    "ce, strong": f"--objective ce {STRONG}",
+    "ce, strong, averaged weights": f"--objective ce {STRONG} --ema 0.998",
+    "sce, strong": f"--objective sce {STRONG}",
+    "attract-repulse": TWO_STAGES,
+    "its stage one alone": "--objective attract-repulse --epochs 165 --objective.contrast-share 0.995",
+    "stage one with all crops": (
+        "--objective attract-repulse --epochs 200 --objective.contrast-share 0.995"
+    ),
+    "no repulse": f"{TWO_STAGES} --objective.repulse 0 --objective.repulse-end 0",
+    "no consistency": f"{TWO_STAGES} --objective.consistency 0",
+    "teacher of 20 epochs": f"{TWO_STAGES} --objective.teacher-horizon 20",
+    "second stage at lr 0.5": f"{TWO_STAGES} --objective.teacher-lr 0.5",
+    "second stage at lr 0.5, teacher of 20 epochs": (
+        f"{TWO_STAGES} --objective.teacher-lr 0.5 --objective.teacher-horizon 20"
+    ),
+    "consistency 5": f"{TWO_STAGES} --objective.consistency 5",
+    "light": f"{TWO_STAGES} --augment light",
 }
 THRESHOLD, MOMENTUM = 0.3, 0.99
 
@@ -84,11 +113,13 @@ class Trust:
 
 
 def main() -> None:
-    names = sys.argv[1:] or list(SETTINGS)
-    search = Search(
-        RESULTS, Path(os.environ["NEARKIN_BENCH_STUDY"]), CELLS, SETTINGS, "benchmarks.study.pilots"
-    )
-    search.make([(cell, name) for cell in CELLS for name in names])
+    wanted = [(cell, name) for cell in CELLS for name in SETTINGS]
+    wanted += [(FEW, name) for name in FEW_SETTINGS]
+    names = sys.argv[1:] or [*SETTINGS, *FEW_SETTINGS]
+    root = Path(os.environ["NEARKIN_BENCH_STUDY"])
+    cells, settings = CELLS | {FEW: FEW_CELL}, SETTINGS | FEW_SETTINGS
+    search = Search(RESULTS, root, cells, settings, "benchmarks.study.pilots")
+    search.make([job for job in wanted if job[1] in names])
 
 
 def _train(words: list[str]) -> int:
