@@ -2,9 +2,10 @@
 
     NEARKIN_BENCH_PHOTOS=FOLDER python -m benchmarks.photo_search [NAME ...]
 
-All settings run on the first cell, those of ELSEWHERE on every cell; each is a row of benchmarks/photo_search.csv (see
-`benchmarks.search`). Rows with the source `prototype` come from a loop that was written before `--blocks` and
-`--objective.attach` existed, with the official validation images and the best epoch.
+All settings run on the first cell, those of ELSEWHERE on every cell, those of LARGER_SETTINGS on that one; nothing is
+chosen by the cell UNSEEN. Each is a row of benchmarks/photo_search.csv (see `benchmarks.search`). Rows with the source
+`prototype` come from a loop that was written before `--blocks` and `--objective.attach` existed, with the official
+validation images and the best epoch.
 """
 
 from __future__ import annotations
@@ -22,16 +23,27 @@ CELLS = {
     "grocery81, all": Cell("grocery81", None, "--epochs 7"),
     "clothing10, all": Cell("clothing10", None, "--epochs 6"),
 }
-# Beside the default of a run from pretrained weights: SupCon with weight 0.5 on the features.
+# 32 px, so the options that photos get by themselves are given.
+PHOTO = (
+    "--model tf_efficientnet_lite0 --pretrained --image-size 128 --eval-size 160 --eval-crop 0.875"
+)
+UNSEEN = "cifar10, 20 per class"
+UNSEEN_CELL = Cell("cifar10", 20, f"{PHOTO} --crop-scale 0.35 --epochs 20")
+# Beside the default of a run from pretrained weights: SupCon with weight 0.5 on the features. `ce` and `cone` shuffle
+# by default; all are balanced here, unless it is said.
+CE, CONE = "--objective ce --sampler balanced", "--objective cone --sampler balanced"
+SCHANE = "--objective schane --objective.mix 0.5 --objective.views 1"
 SETTINGS: dict[str, str] = {
     "default": "",
-    "ce": "--objective ce",
-    "ce, shuffled": "--objective ce --sampler shuffle",
-    "ce, shuffled, smoothing 0": "--objective ce --sampler shuffle --objective.smoothing 0",
-    "ce, averaged weights": "--objective ce --ema 0.98",
-    "ce, averaged weights, lr 1e-3": "--objective ce --ema 0.98 --lr 1e-3",
-    "ce, lr 1e-4": "--objective ce --lr 1e-4",
-    "ce, lr 1e-3": "--objective ce --lr 1e-3",
+    "ce": CE,
+    "ce, shuffled": "--objective ce",
+    "ce, shuffled, averaged weights": "--objective ce --ema 0.98",
+    "ce, shuffled, smoothing 0": "--objective ce --objective.smoothing 0",
+    "ce, averaged weights": f"{CE} --ema 0.98",
+    "ce, lr 1e-4": f"{CE} --lr 1e-4",
+    "ce, lr 1e-3": f"{CE} --lr 1e-3",
+    "ce, batch 16": f"{CE} --batch-size 16",
+    "ce, batch 128": f"{CE} --batch-size 128",
     "projection": "--objective supcon --objective.attach projection",
     "weight 0.2": "--objective supcon --objective.weight 0.2",
     "weight 1": "--objective supcon --objective.weight 1",
@@ -42,13 +54,26 @@ SETTINGS: dict[str, str] = {
     "sincere": "--objective sincere",
     "sincere, weight 1": "--objective sincere --objective.weight 1",
     "schane, published": "--objective schane",
-    "schane, mix 0.5": "--objective schane --objective.mix 0.5 --objective.views 1",
-    "schane, mix 0.5, temperature 0.1": "--objective schane --objective.mix 0.5 --objective.views 1 "
-    "--objective.temperature 0.1",
-    "schane, mix 0.5, temperature 0.1, hardness 0": "--objective schane --objective.mix 0.5 --objective.views 1 "
-    "--objective.temperature 0.1 --objective.hardness 0",
+    "schane, mix 0.5": SCHANE,
+    "schane, mix 0.5, temperature 0.1": f"{SCHANE} --objective.temperature 0.1",
+    "schane, mix 0.5, temperature 0.1, hardness 0": (
+        f"{SCHANE} --objective.temperature 0.1 --objective.hardness 0"
+    ),
+    "schane, mix 0.5, temperature 0.1, lr 1e-3": (
+        f"{SCHANE} --objective.temperature 0.1 --lr 1e-3"
+    ),
+    "sincere, lr 1e-3": "--objective sincere --lr 1e-3",
     "opl": "--objective opl",
-    "cone": "--objective cone",
+    "opl, weight 0.5": "--objective opl --objective.weight 0.5",
+    "opl, lr 1e-3": "--objective opl --lr 1e-3",
+    "cone": CONE,
+    "cone, shuffled": "--objective cone",
+    "cone, neighbour weight 0.5": f"{CONE} --objective.neighbour-weight 0.5",
+    "cone, lr 1e-3": f"{CONE} --lr 1e-3",
+    "cone, projection, classifier on the features": f"{CONE} --objective.attach projection",
+    "cone, projection, classifier on the embedding": (
+        f"{CONE} --objective.attach projection --objective.classifier embedding"
+    ),
     "shuffled": "--sampler shuffle",
     "2 blocks": "--blocks 2",
     "all blocks": "--blocks all",
@@ -67,24 +92,35 @@ SETTINGS: dict[str, str] = {
     "crops from 0.2": "--crop-scale 0.2",
     "smoothing 0": "--objective supcon --objective.smoothing 0",
     "averaged weights": "--ema 0.98",
+    "128 px, evaluation at 160 px": "--image-size 128 --eval-size 160",
+    "192 px, evaluation at 224 px": "--image-size 192 --eval-size 224",
     "evaluation at 160 px": "--eval-size 160",
     "evaluation at 224 px": "--eval-size 224",
     "40 epochs": "--epochs 40",
 }
-ELSEWHERE = ("default", "ce", "ce, averaged weights")
+ELSEWHERE = ("default", "ce", "weight 1", "lr 1e-3")
+LARGER = "grocery81, 20 per class"
+LARGER_SETTINGS = {
+    "batch 16": "--batch-size 16",
+    "batch 128": "--batch-size 128",
+    "batch 256": "--batch-size 256",
+    "sincere": "--objective sincere",
+    "cone": CONE,
+    "schane, mix 0.5, temperature 0.1": SETTINGS["schane, mix 0.5, temperature 0.1"],
+}
 
 
 def main() -> None:
     names = sys.argv[1:]
     first = next(iter(CELLS))
     wanted = [
-        (cell, name)
-        for cell in CELLS
-        for name in SETTINGS
-        if (name in names if names else cell == first or name in ELSEWHERE)
+        (cell, name) for cell in CELLS for name in SETTINGS if cell == first or name in ELSEWHERE
     ]
+    wanted += [(LARGER, name) for name in LARGER_SETTINGS]
+    wanted += [(UNSEEN, name) for name in ("default", "ce")]
     root = Path(os.environ["NEARKIN_BENCH_PHOTOS"])
-    Search(RESULTS, root, CELLS, SETTINGS).make(wanted)
+    search = Search(RESULTS, root, CELLS | {UNSEEN: UNSEEN_CELL}, SETTINGS | LARGER_SETTINGS)
+    search.make([job for job in wanted if not names or job[1] in names])
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, TypeVar
 from benchmarks.bench import append_row, read_rows
 
 Job = TypeVar("Job")
+MOST = 10_000  # training images that judge
 FIELDS = (*("source", "cell", "seed", "name", "options", "top1", "log_loss", "images", "seconds"),)
 
 
@@ -97,11 +98,12 @@ class Search(NamedTuple):
 
 def held_out(root: Path, images: int | None) -> Iterator[tuple[str, str, str]]:
     """Rows of a table: `images` of each class to train, the others to judge."""
-    for folder in sorted((root / "train").iterdir()):
+    folders = sorted((root / "train").iterdir())
+    for folder in folders:
         files = sorted(folder.iterdir())
         random.Random(f"{folder.name} 0").shuffle(files)
         kept = round(0.8 * len(files)) if images is None else images
-        for place, file in enumerate(files):
+        for place, file in enumerate(files[: kept + MOST // len(folders)]):
             yield str(file), folder.name, "train" if place < kept else "test"
     for file in sorted((root / "val").glob("*/*")):
         yield str(file), file.parent.name, "test"

@@ -11,6 +11,11 @@ from tests.training.test_photos import write_photo
 from nearkin.data.dataset import load_dataset
 
 
+def few(root):
+    for label in range(3):
+        write_photo(root / photos.GENERATED / str(label) / "0.jpg", label, 0)
+
+
 @pytest.fixture
 def made(tmp_path, monkeypatch):
     """The runs that were made, instead of running them."""
@@ -19,12 +24,15 @@ def made(tmp_path, monkeypatch):
     def run(root, cell, method, seed, core=None):
         assert (core is not None) == (method == "plain")
         runs.append((cell, method, seed))
+        if cell == photos.GENERATED:
+            assert len(list(root.rglob("*.jpg"))) == 3
         top1 = {"probe": 0.6, "default": 0.7 + 0.02 * seed, "plain": 0.5}[method]
         values = (cell, method, seed, top1, top1, 10.0 + seed, "")
         return dict(zip(photos.FIELDS, values, strict=True))
 
     monkeypatch.setattr(photos, "RESULTS", tmp_path / "photos.csv")
     monkeypatch.setattr(photos, "_run", run)
+    monkeypatch.setattr(photos, "generate", few)
     monkeypatch.setenv("NEARKIN_BENCH_PHOTOS", str(tmp_path))
     return runs
 
@@ -33,13 +41,13 @@ def test_what_is_there_is_not_run_again(made, monkeypatch):
     monkeypatch.setenv("NEARKIN_BENCH_SEEDS", "1")
     monkeypatch.setenv("NEARKIN_BENCH_METHODS", "probe")
     photos.table()
-    assert made == [(cell, "probe", 0) for cell in photos.CELLS]
+    assert made == [(cell, "probe", 0) for cell in (photos.GENERATED, *photos.CELLS)]
     monkeypatch.setenv("NEARKIN_BENCH_METHODS", "probe,default")
     photos.table()
-    assert made[4:] == [(cell, "default", 0) for cell in photos.CELLS]
+    assert made[5:] == [(cell, "default", 0) for cell in photos.CELLS]
     monkeypatch.delenv("NEARKIN_BENCH_PHOTOS")
-    assert len(photos.table().rows) == 8
-    assert len(made) == 8
+    assert len(photos.table().rows) == 10
+    assert len(made) == 9
 
 
 def test_means_and_targets(made):
@@ -50,6 +58,12 @@ def test_means_and_targets(made):
     assert rows["grocery81, all: default"].missed
     assert rows["clothing10, all: default"].target == pytest.approx(65)
     assert rows["clothing10, all: plain"].target is None
+    above = rows["clothing10, all: default above plain"]
+    assert (above.ratio, above.missed) == (pytest.approx(22), False)
+    first = rows["2 500 generated photos: first model"]
+    assert (first.ratio, first.target, first.missed) == (10.0, 180.0, False)
+    longest = rows["longest default run"]
+    assert (longest.ratio, longest.target, longest.missed) == (12.0, 1080.0, False)
 
 
 def test_a_search_appends_what_is_missing(tmp_path, monkeypatch):
@@ -67,8 +81,8 @@ def test_a_search_appends_what_is_missing(tmp_path, monkeypatch):
     photo_search.main()
     monkeypatch.setattr(sys, "argv", ["photo_search", "default", "ce"])
     photo_search.main()
-    assert done == ["default"] * 4 + ["ce"] * 4
-    assert len((tmp_path / "search.csv").read_text().splitlines()) == 9
+    assert done == ["default"] * 5 + ["ce"] * 5
+    assert len((tmp_path / "search.csv").read_text().splitlines()) == 11
 
 
 def test_the_search_judges_by_images_that_do_not_train(tmp_path):

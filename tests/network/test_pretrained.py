@@ -79,6 +79,7 @@ def test_an_empty_cache_is_one_sentence(cache):
     assert caught.value.code == 4
     assert NAME in text
     assert "--weights FILE" in text
+    assert "--from-scratch" in text
     assert "\n" not in text
 
 

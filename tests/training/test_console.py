@@ -102,6 +102,13 @@ def test_the_rate_of_a_continued_run_counts_its_own_steps(clock, capsys):
     assert "  32 images/s  5 s left\n" in capsys.readouterr().err
 
 
+def test_a_continued_run_knows_the_best_value_before(clock, capsys):
+    with Bar(40, 32, Log(), quiet=False, silent=False) as bar:
+        bar.best = 0.75
+        bar.update(20, validation(0.5, best=False))
+    assert "val top-1 50.00 % (best 75.00 %)" in capsys.readouterr().err
+
+
 def test_a_first_record_has_no_rate(clock, capsys):
     with Bar(40, 32, Log(), quiet=False, silent=False) as bar:
         bar.update(10, validation(0.5))

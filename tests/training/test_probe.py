@@ -24,7 +24,7 @@ def clouds(classes, each, dim=6, spread=1.0, seed=0, centres=7):
 def test_it_is_the_result_of_scikit_learn(classes):
     features, labels = clouds(classes, 20)
     held_out, own = clouds(classes, 30, seed=1)
-    probe = fit(features, labels, (held_out, own))
+    probe = fit(features, labels, (held_out, own), classes)
     rows, twice = features.reshape(-1, 6), np.repeat(labels, 2)
     model = LogisticRegression(C=probe.strength, max_iter=ITERATIONS, tol=1e-3).fit(rows, twice)
     logits = torch.from_numpy(held_out[:, 0]) @ probe.weight.T + probe.bias
@@ -41,7 +41,7 @@ def test_the_strength_is_the_one_with_the_most_hits():
         model = LogisticRegression(C=strength, max_iter=ITERATIONS, tol=1e-3).fit(rows, twice)
         hits[strength] = int((model.predict(held_out[:, 0]) == own).sum())
     assert len(set(hits.values())) > 1  # or any choice would do
-    chosen = fit(features, labels, (held_out, own)).strength
+    chosen = fit(features, labels, (held_out, own), 4).strength
     assert hits[chosen] == max(hits.values())
 
 
@@ -55,13 +55,13 @@ def test_few_validation_images_are_joined_by_cross_validation(each, joined, monk
 
     monkeypatch.setattr(probe_module, "_score", scored)
     features, labels = clouds(3, 12)
-    fit(features, labels, clouds(3, each, seed=2))
+    fit(features, labels, clouds(3, each, seed=2), 3)
     assert set(given) == {1 + FOLDS if joined else 1}
 
 
 def test_one_image_a_class_and_no_validation_takes_the_usual_strength():
     features, labels = clouds(3, 1)
-    assert fit(features, labels, None).strength == USUAL
+    assert fit(features, labels, None, 3).strength == USUAL
 
 
 @pytest.mark.parametrize("labels", [[0, 1, 1, 1, 1, 1], [0, 1, 1], [0, 1]])
@@ -72,15 +72,40 @@ def test_the_only_image_of_one_of_two_classes(labels, validated):
     features = np.random.default_rng(0).normal(size=(len(labels), 2, 4)).astype(np.float32)
     features += labels[:, None, None]
     held_out = (features, labels) if validated else None
-    assert fit(features, labels, held_out).weight.shape == (2, 4)
+    assert fit(features, labels, held_out, 2).weight.shape == (2, 4)
 
 
 def test_a_class_that_a_fold_lacks_is_improbable_there_but_learned_in_the_end():
     features, labels = clouds(3, 6)
     kept = np.flatnonzero((labels != 2) | (np.arange(len(labels)) == len(labels) - 1))
-    probe = fit(features[kept], labels[kept], None)
+    probe = fit(features[kept], labels[kept], None, 3)
     logits = torch.from_numpy(features[-1, 0]) @ probe.weight.T + probe.bias
     assert logits.argmax() == 2
+
+
+def test_a_last_class_without_images_is_improbable():
+    """Its folder may be gone when a run goes on; that is said later, in one sentence."""
+    features, labels = clouds(3, 6)
+    probe = fit(features, labels, None, 4)
+    assert probe.weight.shape == (4, 6)
+    logits = torch.from_numpy(features[:, 0]) @ probe.weight.T + probe.bias
+    assert 3 not in logits.argmax(1)
+
+
+def test_a_large_problem_gets_fewer_iterations(monkeypatch):
+    given = []
+
+    class Planted(LogisticRegression):
+        def __init__(self, **options):
+            given.append(options.pop("max_iter"))
+            super().__init__(max_iter=5, **options)
+
+    monkeypatch.setattr("sklearn.linear_model.LogisticRegression", Planted)
+    features, labels = clouds(3, 6)
+    for large, most in ((probe_module.LARGE, 300), (2 * 18 * 3 // 2, 150), (1, 30)):
+        monkeypatch.setattr(probe_module, "LARGE", large)
+        fit(features, labels, None, 3)
+        assert given[-1] == most
 
 
 OWN = {"cone"}  # its classifier reads the embedding, as published

@@ -353,7 +353,7 @@ def _equal(request: Request, terms: Sequence[Terms]) -> dict[str, str]:
         budget = f"{terms[0].crops(epochs):,} crops through the network ({counted(epochs, 'epoch')} of ce)"
     else:
         budget = f"{request.values['minutes']} minutes"
-    from nearkin.training.trainer import origin
+    from nearkin.training.prepare import origin
 
     sampler = terms[0].options.get("sampler", first.sampler)
     given = {"head": "ce has the projection of cone"} if options.match_head else {}

@@ -38,7 +38,8 @@ class OrthogonalProjection(Objective, name="opl"):
 
     def stages(self) -> tuple[Stage, ...]:
         views = self.config.views
-        return (Stage("joint", 1.0, ("classifier",), views=views, coupled=True, pairs="class"),)
+        stage = Stage("joint", 1.0, ("classifier",), views=views, coupled=True, pairs="class")
+        return (stage._replace(positives=views == 1),)
 
     def forward(
         self, batch: Batch, student: Outputs, teacher: Outputs | None, progress: Progress

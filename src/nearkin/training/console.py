@@ -83,7 +83,7 @@ class Bar:
         self._quiet, self._silent = quiet or silent, silent
         self._journal = journal
         self._loss = self._value = self._rate = ""
-        self._best: float | None = None  # of the stage
+        self.best: float | None = None  # of the stage; a run that goes on sets it
         self._began: tuple[int, float] | None = None  # the step that was seen first, and when
         self._next = 0.0  # when the next line is due, or the next move of the bar
         self._progress: Any = None
@@ -109,8 +109,8 @@ class Bar:
         if record["kind"] == "train":
             self._loss = loss_words(record)
         elif record["kind"] == "validation":
-            self._best = record["value"] if record["best"] else self._best
-            best = "" if self._best is None else f" (best {100 * self._best:.2f} %)"
+            self.best = record["value"] if record["best"] else self.best
+            best = "" if self.best is None else f" (best {100 * self.best:.2f} %)"
             self._value = f"{record['metric']} {100 * record['value']:.2f} %{best}"
         left = self._measure(step)
         if self._progress is not None:

@@ -80,13 +80,13 @@ def resolve_data(config: RunConfig, facts: DataFacts) -> DataSettings:
         photos and not own and config.weights is None and not config.from_scratch
     )
     tuned = pretrained or config.weights is not None
+    packaged = photos and _tunes_photo_model(config)
     objective = config.objective
     if objective == "auto":
         objective = TUNED_OBJECTIVE if tuned else SCRATCH_OBJECTIVE
     usual: Literal["light", "strong"] = "strong" if objective == "attract-repulse" else "light"
     augment = usual if config.augment == "auto" else config.augment
     strong = augment == "strong"
-    packaged = photos and pretrained and not own
     usual_size = TUNED_EVAL_SIDE if size == TUNED_SIDE and packaged else size
     eval_size = usual_size if config.eval_size == "auto" else config.eval_size
     tiny = size <= TINY_IMAGE
@@ -95,7 +95,7 @@ def resolve_data(config: RunConfig, facts: DataFacts) -> DataSettings:
     limited = photos and tuned and facts.device == "cpu" and config.epochs == "auto"
     values: dict[str, Any] = {
         "objective": objective,
-        "model": PHOTO_MODEL if packaged else scratch,
+        "model": PHOTO_MODEL if photos and pretrained else scratch,
         "image_size": size,
         "batch_size": _batch_size(images, TUNED_BATCH if tuned else None),
         "minutes": MINUTES if limited else 0.0,
@@ -277,11 +277,17 @@ def _epochs(data: str, images: int, tuned: bool) -> int:
 
 
 def _image_size(config: RunConfig, facts: DataFacts) -> int:
-    """That of the images, up to 224. The default network for photos reads them larger than small originals are, as it
+    """That of the images, up to 224. The trained network for photos reads them larger than small originals are, as it
     was trained with 224 pixels; without a GPU at TUNED_SIDE."""
     if config.image_size != "auto":
         return config.image_size
-    default = facts.files and facts.side > SMALL_IMAGE and config.model == "auto"
-    if default and not config.from_scratch and config.weights is None:
+    if facts.files and facts.side > SMALL_IMAGE and _tunes_photo_model(config):
         return TUNED_SIDE if facts.device == "cpu" else 224
     return min(facts.side, 224)
+
+
+def _tunes_photo_model(config: RunConfig) -> bool:
+    """Whether photos are read by PHOTO_MODEL with trained weights, by its name or as the default."""
+    if config.model == "auto":
+        return config.weights is None and not config.from_scratch
+    return config.model == PHOTO_MODEL and (config.pretrained or config.weights is not None)

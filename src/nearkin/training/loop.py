@@ -101,6 +101,7 @@ class Loop:
                 step = self._train(leg, leg.first)
             else:
                 self.saver.restore(snapshot, self.meters, self.collapse)
+                self.bar.best = self.saver.best.value if self.saver.best else None
                 if not snapshot.state.get("validated", True):
                     self._record_validation(self._progress(leg, snapshot.step - 1), snapshot.step)
                 step = self._train(leg, snapshot.step, saved=True)
@@ -120,7 +121,7 @@ class Loop:
         self._record_validation(Progress(PROBE, 0, 0, 0, 0), 0)
         if self.saver.best is not None:
             top1 = 100 * self.saver.best.value
-            self.bar.say(f"probe of the frozen features: val top-1 {top1:.2f} %")
+            self.journal.log(f"probe of the frozen features: val top-1 {top1:.2f} %")
         if len(self.route) > 1:
             self.saver.keep_probe()
 

@@ -31,6 +31,7 @@ STEPS = 12  # at most, in a measurement
 SECONDS = 5.0  # after which it ends
 WARM = 2  # steps that do not count
 LONG = 30.0  # seconds after which one of them does not, either
+PROBE_SHARE, LEAST_FITTED = 1 / 3, 1_000
 IMAGES = 128  # that are evaluated to measure validation
 
 
@@ -97,6 +98,20 @@ def plan(
     return max(found, key=lambda each: each.settings.epochs)
 
 
+def probe_images(
+    settings: Settings, built: Built, dataset: Dataset, evaluator: Evaluator, runtime: Runtime
+) -> int:
+    """How many training images the probe reads, so that their features take at most PROBE_SHARE of `settings.minutes`.
+    Halved until they do, so that the next run finds the same features in the cache. All processes choose the same."""
+    most = min(MOST_FITTED, _count(dataset, "train"))
+    if settings.minutes == 0 or most <= LEAST_FITTED:
+        return MOST_FITTED
+    cost = _evaluation(built, dataset, evaluator)
+    while most > LEAST_FITTED and cost(2 * most) > PROBE_SHARE * 60 * settings.minutes:
+        most //= 2
+    return runtime.share(most)
+
+
 def fix_parts(network: Network, settings: Settings) -> None:
     """Freeze the blocks and the BatchNorm statistics that the settings exclude from training."""
     if settings.blocks != "all":
@@ -126,6 +141,7 @@ def _epoch(settings: Settings, built: Built, dataset: Dataset, runtime: Runtime)
     network, objective = deepcopy(built.network), deepcopy(built.objective)
     fix_parts(network, settings)
     seconds = 0.0
+    scale = runtime.scaler.state_dict()
     with torch.random.fork_rng(devices=[runtime.device] if runtime.device.type == "cuda" else []):
         stepper = Stepper(settings, runtime, network, objective, steps, len(dataset.classes))
         for stage in objective.stages():
@@ -148,6 +164,7 @@ def _epoch(settings: Settings, built: Built, dataset: Dataset, runtime: Runtime)
                     break
             warm = times[WARM:] or times[1:] or times
             seconds += stage.share * sum(warm) / len(warm)
+    runtime.scaler.load_state_dict(scale)  # a run that goes on has not measured
     return seconds * steps
 
 

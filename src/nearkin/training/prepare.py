@@ -18,10 +18,16 @@ from nearkin.data.look import Ranks, usual_side
 from nearkin.data.sources.listing import Listing
 from nearkin.data.sources.resolve import resolve as list_data
 from nearkin.distributed import Runtime
-from nearkin.errors import ConfigError
+from nearkin.errors import ConfigError, printable
 from nearkin.evaluation.evaluator import Evaluator
 from nearkin.evaluation.model import DESCRIPTION, WEIGHTS, Built, ModelSpec, build, read_description
-from nearkin.network import default_memory_format, load_weights, names_layers, prefers_adamw
+from nearkin.network import (
+    PACKAGED,
+    default_memory_format,
+    load_weights,
+    names_layers,
+    prefers_adamw,
+)
 from nearkin.objectives import Objective, get
 from nearkin.process import cores, launched
 from nearkin.settings import DataSettings, Settings
@@ -29,7 +35,7 @@ from nearkin.training import checks, defaults
 from nearkin.training.autotune import NAMES, tune
 from nearkin.training.batches import draw_of
 from nearkin.training.console import say
-from nearkin.training.plan import fix_parts, plan
+from nearkin.training.plan import fix_parts, plan, probe_images
 from nearkin.training.probe import readable, start_from_probe
 
 
@@ -89,7 +95,7 @@ def prepare(
         settings = trial.settings
     evaluator = _placed(settings, built, runtime)
     if look and settings.probe and not begun:
-        start_from_probe(built, dataset, evaluator, runtime)
+        _probe(settings, built, dataset, evaluator, runtime, quiet=quiet)
     if look and settings.minutes > 0 and settings.epochs > 0:
         at, spent = runtime.at(settings.precision), time.monotonic() - started
         planned = plan(settings, built, dataset, evaluator, at, config=config, spent=spent)
@@ -98,6 +104,36 @@ def prepare(
     fix_parts(built.network, settings)
     _warn_of_missing_positives(settings, built, train, silent, automatic=config.sampler == "auto")
     return Prepared(settings, dataset, built, evaluator, _identity(settings, dataset))
+
+
+def _probe(
+    settings: Settings,
+    built: Built,
+    dataset: Dataset,
+    evaluator: Evaluator,
+    runtime: Runtime,
+    *,
+    quiet: bool,
+) -> None:
+    """Fit the probe; say what it starts from, and what it reaches."""
+    say(f"{settings.model}, {origin(settings)}; a probe of its features comes first", quiet)
+    most = probe_images(settings, built, dataset, evaluator, runtime)
+    found = start_from_probe(built, dataset, evaluator, runtime, most=most)
+    reached = "fitted" if found.top1 is None else f"val top-1 {100 * found.top1:.2f} %"
+    then = f"; fine-tuning within {settings.minutes:g} min" if settings.minutes > 0 else ""
+    say(f"probe of the frozen features: {reached}{then if settings.epochs > 0 else ''}", quiet)
+
+
+def origin(settings: Settings) -> str:
+    """Where the first weights of the backbone come from."""
+    if settings.weights is not None:
+        return f"from {printable(str(settings.weights))}"
+    if not settings.pretrained:
+        return "from scratch"
+    package = PACKAGED.get(settings.model)
+    if package is not None:
+        return f"pretrained on ImageNet (package {package.distribution})"
+    return "pretrained (timm's weights)"
 
 
 def _resolve(

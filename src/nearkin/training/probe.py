@@ -33,14 +33,17 @@ FOLDS = 3
 MOST_IMAGES = 20_000  # to fit; more take minutes and change the weights little
 MOST_TO_CHOOSE = 2_000  # for the strength by cross-validation
 ITERATIONS = 300
+LARGE = 4_000_000  # rows x classes; above it fewer iterations, so that a fit does not take hours
 
 
 class Probe(NamedTuple):
-    """logits = features @ weight.T + bias. weight: `[C, d]`. bias: `[C]`. strength: scikit-learn's C."""
+    """logits = features @ weight.T + bias. weight: `[C, d]`. bias: `[C]`. strength: scikit-learn's C. top1: of the
+    classifier that was given these weights, on the validation images; None without any."""
 
     weight: Tensor
     bias: Tensor
     strength: float
+    top1: float | None = None
 
 
 def readable(heads: dict[str, Head]) -> str | None:
@@ -53,9 +56,14 @@ def readable(heads: dict[str, Head]) -> str | None:
 
 
 def start_from_probe(
-    built: Built, dataset: Dataset, evaluator: Evaluator, runtime: Runtime
+    built: Built,
+    dataset: Dataset,
+    evaluator: Evaluator,
+    runtime: Runtime,
+    *,
+    most: int = MOST_IMAGES,
 ) -> Probe:
-    """Fit a probe on the training images, and give its weights to the classifier.
+    """Fit a probe on at most `most` training images, as many of each class, and give its weights to the classifier.
 
     The features are of the evaluation transform and its mirror image; they are kept for the next run. Raises ValueError
     for an objective without a classifier that reads the features.
@@ -67,7 +75,7 @@ def start_from_probe(
     def features(split: Split) -> Tensor:
         return frozen_features(evaluator, runtime, built.network, split, architecture)
 
-    return _give(built.network, built.objective.heads, dataset, features, runtime)
+    return _give(built.network, built.objective.heads, dataset, features, runtime, most)
 
 
 def refit(
@@ -78,7 +86,11 @@ def refit(
     runtime: Runtime,
 ) -> Probe:
     """The same with the features that the trained network gives now. heads: of the objective. Raises as above."""
-    return _give(network, heads, dataset, lambda split: evaluator.features(network, split), runtime)
+
+    def features(split: Split) -> Tensor:
+        return evaluator.features(network, split)
+
+    return _give(network, heads, dataset, features, runtime, MOST_IMAGES)
 
 
 def _give(
@@ -87,18 +99,19 @@ def _give(
     dataset: Dataset,
     features: Callable[[Split], Tensor],
     runtime: Runtime,
+    most: int,
 ) -> Probe:
     """Fit a probe, and give the classifier its weights; one of cosines takes their directions only."""
     name = readable(heads)
     if name is None:
         raise ValueError("The objective has no classifier that reads the features.")
     train, validation = dataset.splits["train"], dataset.splits.get("val")
-    if len(train.labels) > MOST_IMAGES:
-        each = max(1, MOST_IMAGES // len(dataset.classes))
-        train = train.take(limited(train.labels, each, seed=0))
+    if len(train.labels) > most:
+        train = train.take(limited(train.labels, max(1, most // len(dataset.classes)), seed=0))
     given = features(train).numpy(), train.labels
     held_out = None if validation is None else (features(validation).numpy(), validation.labels)
-    probe = runtime.share(fit(*given, held_out) if runtime.is_main else None)
+    classes = len(dataset.classes)
+    probe = runtime.share(fit(*given, held_out, classes) if runtime.is_main else None)
     assert probe is not None
     classifier = network.heads[name]
     assert isinstance(classifier, nn.Linear | CosineClassifier)
@@ -106,18 +119,23 @@ def _give(
         classifier.weight.copy_(probe.weight)
         if isinstance(classifier, nn.Linear):
             classifier.bias.copy_(probe.bias)
-    return probe
+        if held_out is None:
+            return probe
+        rows, right = map(torch.from_numpy, (held_out[0][:, 0], held_out[1]))
+        logits = classifier(rows.to(classifier.weight))
+    return probe._replace(top1=float((logits.argmax(1).cpu() == right).float().mean()))
 
 
-def fit(features: Rows, labels: Labels, validation: tuple[Rows, Labels] | None) -> Probe:
+def fit(
+    features: Rows, labels: Labels, validation: tuple[Rows, Labels] | None, classes: int
+) -> Probe:
     """Multinomial logistic regression by scikit-learn, of the strength with the most hits on held-out images; of equals
     that with the lowest log loss.
 
-    features: `[N, V, d]`, V views of each image. labels: `[N]`; every class below the largest occurs.
+    features: `[N, V, d]`, V views of each image. labels: `[N]`, from 0 to `classes` - 1; two occur.
     validation: the same of held-out images, whose first view counts. Where it is missing or has fewer than FEW images a
     class, training images are held out in turn as well.
     """
-    classes = int(labels.max()) + 1
     folds: list[Fold] = []
     if validation is not None:
         folds.append((features, labels, validation[0][:, 0], validation[1]))
@@ -155,7 +173,8 @@ def _fitted(features: Rows, labels: Labels, classes: int, strength: float) -> Pr
 
     views = features.shape[1]
     rows, own = features.reshape(-1, features.shape[-1]), np.repeat(labels, views)
-    model = LogisticRegression(C=strength, max_iter=ITERATIONS, tol=1e-3)
+    most = max(ITERATIONS // 10, int(ITERATIONS * min(1.0, LARGE / (len(rows) * classes))))
+    model = LogisticRegression(C=strength, max_iter=most, tol=1e-3)
     with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):
         model.fit(rows, own)
     weight, bias = model.coef_, model.intercept_

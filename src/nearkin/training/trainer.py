@@ -20,10 +20,9 @@ from nearkin.evaluation.kin import Kin, collect, write_kin
 from nearkin.evaluation.metrics import summarise, top1_and_log_loss, write_predictions, write_tables
 from nearkin.evaluation.model import FORMAT, Description, save_bundle
 from nearkin.evaluation.report_data import Seen, gather, see
-from nearkin.network import PACKAGED, Network
+from nearkin.network import Network
 from nearkin.objectives import Stage
 from nearkin.process import stop_signals_recorded
-from nearkin.settings import Settings
 from nearkin.training import first_batch
 from nearkin.training.batches import train_batches
 from nearkin.training.checkpoint.saver import Saver, same_run
@@ -33,7 +32,7 @@ from nearkin.training.console import Bar
 from nearkin.training.loggers import Loggers
 from nearkin.training.loop import Loop, legs
 from nearkin.training.metrics_log import Journal
-from nearkin.training.prepare import Prepared
+from nearkin.training.prepare import Prepared, origin
 from nearkin.training.probe import refit
 from nearkin.training.report import write_report
 from nearkin.training.run_folder import CHECKPOINTS, locked
@@ -279,18 +278,6 @@ class Trainer:
 def _rank(found: dict[str, Any]) -> tuple[float, float]:
     """Higher is better, as for the best epoch."""
     return found["top1"], -found["log_loss"]
-
-
-def origin(settings: Settings) -> str:
-    """Where the first weights of the backbone come from."""
-    if settings.weights is not None:
-        return f"from {printable(str(settings.weights))}"
-    if not settings.pretrained:
-        return "from scratch"
-    package = PACKAGED.get(settings.model)
-    if package is not None:
-        return f"pretrained on ImageNet (package {package.distribution})"
-    return "pretrained (timm's weights)"
 
 
 def balanced_weights(split: Split, classes: int) -> torch.Tensor:
