@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from benchmarks.study.pieces import PIECES
@@ -31,13 +31,12 @@ def draw(runs: Path, contrasts: Path) -> None:
         mine = [row for row in every if row["piece"] == name and row["state"] == "finished"]
         if not mine:
             continue
-        differences = {
-            row["entry"]: row for row in against if (row["piece"], row["measure"]) == (name, "top1")
-        }
+        differences = _against(against, name, "top1")
         options = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in piece.options.items())
         parts.append(f"## {name}\n\n{piece.question} `{piece.data} {options}`\n")
         parts.append("\n".join(_table(mine, differences)) + "\n")
         if differences:
+            parts.append("\n".join(_others(against, name, differences)) + "\n")
             picture = PAGE.with_name(f"study-{name}.svg")
             picture.write_text(standalone(_figure(differences)))
             parts.append(f"![differences from ce]({picture.name})\n")
@@ -59,22 +58,39 @@ def _table(rows: list[dict[str, str]], differences: dict[str, dict[str, str]]) -
         loss = statistics.mean(float(row["log_loss"]) for row in mine)
         rate = statistics.mean(float(row["crops_per_second"]) for row in mine)
         found = differences.get(entry)
-        shown = ""
-        if found is not None:
-            values = (100 * float(found[name]) for name in ("difference", "low", "high"))
-            shown = "{:+.2f} ({:+.2f} to {:+.2f})".format(*values)
+        shown = "" if found is None else _interval(found, 100, 2)
         yield (
             f"| `{entry}` | {len(mine)} | {statistics.mean(top1):.2f}{spread} | {shown} | "
             f"{found['verdict'] if found else ''} | {loss:.3f} | {rate:.0f} |"
         )
 
 
+def _against(rows: list[dict[str, str]], piece: str, measure: str) -> dict[str, dict[str, str]]:
+    """The differences of a piece in one measure, by entry."""
+    return {row["entry"]: row for row in rows if (row["piece"], row["measure"]) == (piece, measure)}
+
+
+def _others(rows: list[dict[str, str]], piece: str, entries: Iterable[str]) -> Iterator[str]:
+    """The other two measures; more is better for both, so a lower log loss is above 0."""
+    yield "| entry | balanced accuracy against ce | verdict | log loss against ce, lower is + | verdict |"
+    yield "|---|---|---|---|---|"
+    balanced, loss = (_against(rows, piece, name) for name in ("balanced", "log_loss"))
+    for entry in entries:
+        shares, nats = _interval(balanced[entry], 100, 2), _interval(loss[entry], 1, 3)
+        words = balanced[entry]["verdict"], loss[entry]["verdict"]
+        yield f"| `{entry}` | {shares} | {words[0]} | {nats} | {words[1]} |"
+
+
+def _interval(row: dict[str, str], scale: float, digits: int) -> str:
+    value, low, high = (scale * float(row[name]) for name in ("difference", "low", "high"))
+    return f"{value:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
+
+
 def _figure(differences: dict[str, dict[str, str]]) -> Svg:
     rows = []
     for style, (entry, row) in enumerate(differences.items(), start=1):
         value, low, high = (100 * float(row[name]) for name in ("difference", "low", "high"))
-        text = f"{value:+.2f} ({low:+.2f} to {high:+.2f})"
-        rows.append(Interval(entry, value, low, high, text, style))
+        rows.append(Interval(entry, value, low, high, _interval(row, 100, 2), style))
     return forest(
         rows,
         title="Differences from ce in points",

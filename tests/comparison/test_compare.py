@@ -16,6 +16,7 @@ import pytest
 from tests.pictures import write_classes, write_image
 
 import nearkin
+from nearkin.cli import run as command
 from nearkin.comparison import api, launch
 from nearkin.comparison.api import compare
 from nearkin.comparison.launch import Machine
@@ -156,6 +157,25 @@ def again(done, photos, out, **changed):
 def test_a_folder_that_was_moved_goes_on(done, photos, tmp_path):
     found = again(done, f"{photos}/", tmp_path / "moved")
     assert [run.state for run in found.runs] == ["finished"] * 4
+
+
+def test_json_is_the_record_and_text_is_the_table(done, photos, tmp_path, capfd):
+    out = tmp_path / "out"
+    shutil.copytree(done.folder, out)
+    words = ["compare", str(photos), "--objectives", "ce,supcon", "--seeds", "2", "--jobs", "2"]
+    words += ["--out", str(out), *WORDS]
+    assert command([*words, "--json"]) == 0
+    record = json.loads(capfd.readouterr().out)
+    assert record.items() >= json.loads((out / "compare.json").read_text()).items()
+    assert [row["entry"] for row in record["table"]] == ["ce", "supcon"]
+    assert command([*words, "--quiet"]) == 0
+    said = capfd.readouterr()
+    head, *rows = said.out.splitlines()
+    assert head.split()[:4] == ["objective", "top-1", "%", "against"]
+    assert [row.split()[0] for row in rows[:2]] == ["ce", "supcon"]
+    assert "no verdict: 3 seeds are the least" in rows[1]
+    assert said.out.rstrip().endswith(f"page {out / 'compare.html'}")
+    assert said.err == ""
 
 
 def test_a_comparison_that_was_killed_before_its_first_run_goes_on(done, photos, tmp_path):
@@ -320,6 +340,19 @@ def test_slurm_gets_an_array_with_a_task_for_each_run(photos, cluster):
     assert len((cluster / "log").read_text().splitlines()) == 1
 
 
+def test_tasks_that_slurm_killed_are_told_and_submitted_again(cluster, monkeypatch):
+    """One ended with an error, one without a word, one is new; afterwards none has an error any more."""
+    runs = cluster / "runs"
+    runs.mkdir()
+    monkeypatch.setattr(launch, "command", lambda *_: ["true", "NAME"])
+    said = launch.slurm(runs, ["ce-seed0", "supcon-seed0"], None)
+    assert said == "submitted as the array 7"
+    (runs / "ce-seed0.error").write_text("DataError: gone\n")
+    said = launch.slurm(runs, ["ce-seed0", "supcon-seed0", "ce-seed1"], None)
+    assert said.startswith("submitted as the array 7; 1 had ended without a result or an error")
+    assert not list(runs.glob("*.error"))
+
+
 def test_slurm_without_sbatch_says_what_to_do(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(launch.shutil, "which", lambda _: None)
     with pytest.raises(ConfigError, match="no sbatch on this machine; run `sbatch --array=0-1"):
@@ -386,6 +419,20 @@ def test_pick_trains_the_winner_on_train_and_validation(done, photos, tmp_path):
 
 
 @pytest.mark.slow
+def test_equal_minutes(photos, tmp_path):
+    options = {name: value for name, value in SMALL.items() if name != "epochs"}
+    found = compare(
+        photos, ["ce", "supcon"], seeds=1, jobs=2, budget="minutes", minutes=0.3,
+        out=tmp_path / "out", **options,
+    )  # fmt: skip
+    assert found.equal["budget"] == "0.3 minutes"
+    assert set(found.crops.values()) == {None}
+    assert all(run.epochs >= 1 and run.crops_per_second > 0 for run in found.runs)
+    rows = table(tmp_path / "out" / "compare.csv")
+    assert [int(row["epochs"]) for row in rows] == [run.epochs for run in found.runs]
+
+
+@pytest.mark.slow
 def test_tune_gives_each_entry_as_many_trials_on_validation(photos, tmp_path):
     import optuna
     from optuna.storages import JournalStorage
@@ -425,3 +472,5 @@ def test_ray_runs_the_tasks_on_a_cluster_of_two_nodes(photos, tmp_path, monkeypa
         ray.shutdown()
         cluster.shutdown()
     assert [run.state for run in found.runs] == ["finished", "finished"]
+    logs = [path.read_text() for path in (tmp_path / "out" / "runs").glob("*.log")]
+    assert len({log.partition("\n")[0] for log in logs}) == len(logs) == 2  # one on each node

@@ -12,6 +12,7 @@ from tests.pictures import write_classes
 from nearkin.comparison import pick
 from nearkin.comparison.results import Scores
 from nearkin.comparison.splits import with_validation_in_training
+from nearkin.data.dataset import load_dataset
 from nearkin.data.sources.resolve import resolve
 
 IMAGES, SEEDS = 400, 5
@@ -50,6 +51,22 @@ def test_the_winner(monkeypatch, hits, winner):
     monkeypatch.setattr(pick, "_validation", validated)
     found = pick._winner(SimpleNamespace(folder=Path("x"), runs=runs, baseline="ce"))
     assert found == winner
+
+
+def test_validation_images_join_a_limited_training(tmp_path):
+    """Two images of each class to train on, and a fifth of the ten that were there first to validate with."""
+    root = write_classes(tmp_path / "photos" / "train", each=10).parent
+    write_classes(root / "test", each=3)
+    settings = SimpleNamespace(images_per_class=2, val_split=0.2, split_seed=None)
+    table = tmp_path / "picked.csv"
+    assert pick._written(settings, {"data": str(root)}, 5, table)
+    parts = resolve(str(table)).parts
+    assert {name: len(part.labels) for name, part in parts.items()} == {"train": 8, "test": 6}
+    options = {"val_split": 0.2, "seed": 5, "images_per_class": 2}
+    own = load_dataset(str(root), **options).splits
+    wanted = {own[name].images.path(row) for name in ("train", "val") for row in range(4)}
+    files = parts["train"].images
+    assert {files.path(row) for row in range(8)} == wanted
 
 
 def test_validation_images_join_the_training(tmp_path):

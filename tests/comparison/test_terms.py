@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.pictures import write_classes
+from tests.pictures import write_classes, write_image
 
 from nearkin.comparison.entries import parse
 from nearkin.comparison.plan import jobs, terms, unequal
@@ -21,12 +21,19 @@ def photos(tmp_path_factory):
 
 
 @pytest.fixture
-def planned(photos):
+def told():
+    """Notes of the plans of a test."""
+    return []
+
+
+@pytest.fixture
+def planned(photos, told):
     def make(words, *, budget="crops", **options):
         given = {"data": str(photos), "epochs": 8, "batch_size": 8, "split_seed": 0} | options
         entries = parse(words.split(","))
         with Runtime(device="cpu", precision="fp32") as runtime:
-            found = terms(entries, given, budget=budget, seed=0, runtime=runtime, quiet=True)
+            found, notes = terms(entries, given, budget=budget, seed=0, runtime=runtime, quiet=True)
+        told.extend(notes)
         return found, given
 
     return make
@@ -83,6 +90,31 @@ def test_crops_through_the_student_are_equal(planned):
     assert epochs["supcon"] == 8  # two views of each image
     one_epoch = found[0].crops(1)
     assert all(abs(crops - counted["ce"]) <= one_epoch for crops in counted.values())
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """Images that are read by the packaged network."""
+    root = tmp_path_factory.mktemp("large")
+    for label, name in enumerate(("cat", "dog")):
+        for number in range(40):
+            write_image(root / name / f"{number}.png", label, number, size=(70, 66))
+    return {"data": str(root), "batch_size": "auto"}
+
+
+def test_an_entry_with_a_batch_of_its_own_gets_as_many_crops(planned, large):
+    """That of a training from scratch, beside trained weights."""
+    (base, other), _ = planned("ce,ce:from_scratch=true", epochs=16, **large)
+    assert [each.options["batch_size"] for each in (base, other)] == [32, 16]
+    assert [each.steps_per_epoch for each in (base, other)] == [2, 4]  # 72 training images
+    assert base.crops(base.epochs) == other.crops(other.epochs) == 16 * 2 * 32
+
+
+def test_repeated_images_do_not_meet_balanced_batches(planned, large):
+    words = "ce,ce:repeats=2,supcon:sampler=balanced"
+    assert len(planned(words)[0]) == 3  # what an entry names itself is its own
+    with pytest.raises(ConfigError, match=r"^ce:repeats=2: --repeats needs --sampler shuffle"):
+        planned("ce,ce:repeats=2,supcon", **large)
 
 
 def test_minutes_are_given_to_all_as_they_are(planned):
@@ -173,9 +205,13 @@ def changed(one, other):
     return {name: (one[name], other[name]) for name in one if one[name] != other.get(name)}
 
 
-def test_a_rival_that_is_cross_entropy_is_left_out(planned):
+def test_a_rival_that_is_cross_entropy_is_left_out(planned, told):
     found, _ = planned("ce:smoothing=0.1,ce,ce+ls,ce+ema")
     assert [each.entry.name for each in found][:2] == ["ce", "ce:smoothing=0.1"]
+    assert told == []
+    found, _ = planned("ce,ce:smoothing=0,supcon")
+    assert [each.entry.name for each in found] == ["ce", "supcon"]
+    assert told == ["ce:smoothing=0 is ce here, and is left out"]
     with pytest.raises(ConfigError, match="nothing to compare"):
         planned("ce,ce:smoothing=0")
 

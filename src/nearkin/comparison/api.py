@@ -32,6 +32,7 @@ REQUEST = "compare.yaml"
 RUNS = "runs"
 SPLIT = "split.csv"
 # What a later call may change; whether the images at another path are the same is checked with the runs.
+MANY = 1_000_000  # runs, to share a machine as if it were full
 FREE = ("jobs", "submit", "seeds", "objectives", "pick", "data")
 
 
@@ -166,6 +167,7 @@ def _plan(
     from nearkin.comparison.plan import terms, unequal
     from nearkin.comparison.splits import with_test
     from nearkin.training.defaults import is_pretrained
+    from nearkin.training.prepare import prepare
 
     (folder / RUNS).mkdir(exist_ok=True)
     table, values, notes = folder / SPLIT, request.values, tuple[str, ...]()
@@ -177,7 +179,14 @@ def _plan(
         notes = (note,)
         say(f"note: {note}", quiet)
     with running(config) as runtime:
-        found = terms(
+        if request.options.match_head:
+            settings = prepare(config, runtime, listing=listing, look=False).settings
+            if is_pretrained(settings):
+                raise ConfigError(
+                    "--match-head is for training from scratch: from trained weights the classifier of cone reads the "
+                    "features, as that of ce does; leave it out."
+                )
+        found, told = terms(
             request.entries,
             values,
             budget=request.options.budget,
@@ -185,11 +194,7 @@ def _plan(
             runtime=runtime,
             quiet=quiet,
         )
-        if request.options.match_head and is_pretrained(found[0].settings):
-            raise ConfigError(
-                "--match-head is for training from scratch: from trained weights the classifier of cone reads the "
-                "features, as that of ce does; leave it out."
-            )
+        notes += told
         if request.options.budget == "crops":
             for note in unequal(found):
                 notes = (*notes, note)
@@ -247,7 +252,7 @@ def _folder(out: Path | None, data: str, request: Request) -> tuple[Path, bool]:
     if not (out / REQUEST).is_file():
         raise ConfigError(f"{shown} exists and holds no comparison; give another --out.")
     usual = CompareOptions().model_dump()  # of options that came later
-    stored, now = usual | read_yaml(out / REQUEST), _described(request)
+    stored, now = usual | _plain(read_yaml(out / REQUEST)), _plain(_described(request))
     changed = [name for name in stored | now if stored.get(name) != now.get(name)]
     # How many runs share the machine is part of what they get in equal minutes.
     free = set(FREE) - ({"jobs"} if request.options.budget == "minutes" else set())
@@ -267,6 +272,14 @@ def _described(request: Request) -> dict[str, Any]:
     values = values | request.options.model_dump() | {"seed": request.seed}
     read: dict[str, Any] = yaml.safe_load(yaml.safe_dump(values))
     return read
+
+
+def _plain(described: dict[str, Any]) -> dict[str, Any]:
+    """The same with the values that options have once they are read: `8` of the command line is 8 of Python."""
+    own = {k: v for k, v in described.items() if k in CompareOptions.model_fields}
+    rest = {k: v for k, v in described.items() if k not in own}
+    read: dict[str, Any] = yaml.safe_load(to_yaml(validate(RunConfig, rest), given=True))
+    return read | own
 
 
 def _write_request(folder: Path, request: Request) -> None:
@@ -315,7 +328,9 @@ def _run_all(
     if not names:
         return
     # For all runs, though some are finished: what is left has the threads that they had.
-    machine = planned.machine(options.jobs, len(jobs))
+    # In equal minutes they are part of the terms, whatever is added later.
+    equal = options.budget == "minutes"
+    machine = planned.machine(options.jobs, MANY if equal else len(jobs))
     said = f"{counted(len(names), 'run')} of {len(jobs)}"
     if options.submit == "slurm":
         limit = None if options.jobs == "auto" else options.jobs

@@ -172,6 +172,7 @@ def slurm(folder: Path, names: Sequence[str], number: int | None) -> str:
     Raises ConfigError where there is no sbatch, where it refuses, and while tasks of an earlier call wait or run.
     """
     script, listed = folder / SCRIPT, _new_list(folder)
+    before = {name for each in folder.glob("array-*.txt") for name in each.read_text().split("\n")}
     submitted = folder / SUBMITTED
     if submitted.exists() and _in_queue(submitted.read_text(encoding="utf-8").strip()):
         raise ConfigError(
@@ -199,12 +200,18 @@ def slurm(folder: Path, names: Sequence[str], number: int | None) -> str:
             f"There is no sbatch on this machine; run `{printable(shlex.join(['sbatch', *words[1:]]))}` where there "
             "is one, then give the same command again."
         )
+    lost = [name for name in names if name in before and not (folder / f"{name}.error").exists()]
+    for name in names:  # they wait from now on
+        (folder / f"{name}.error").unlink(missing_ok=True)
     done = subprocess.run([sbatch, *words], capture_output=True, text=True, check=False)
     if done.returncode:
         raise ConfigError(f"sbatch refused: {printable(done.stderr.strip()[:300])}")
     job = done.stdout.strip().partition(";")[0]
     write_atomic(submitted, f"{job}\n".encode())
-    return f"submitted as the array {printable(job)}"
+    told = f"submitted as the array {printable(job)}"
+    if lost:
+        told += f"; {len(lost)} had ended without a result or an error, for want of time or memory: see slurm-*.log"
+    return told
 
 
 def _new_list(folder: Path) -> Path:
@@ -238,7 +245,12 @@ def ray(folder: Path, names: Sequence[str], ended: Callable[[str, int], None]) -
 
     @cluster.remote(num_cpus=1, num_gpus=int(gpus), max_retries=3)
     def task(name: str) -> tuple[str, int]:
-        process = subprocess.Popen(command(folder, name, [] if gpus else ["1", "0"]), cwd=here)
+        words = command(folder, name, [] if gpus else ["1", "0"])
+        node = cluster.get_runtime_context().get_node_id()
+        with (folder / f"{name}.log").open("ab") as log:
+            log.write(f"on the node {node}\n".encode())
+            log.flush()
+            process = subprocess.Popen(words, cwd=here, stdout=log, stderr=log)
         try:
             return name, process.wait()
         except KeyboardInterrupt:  # it was cancelled

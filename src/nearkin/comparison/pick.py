@@ -11,8 +11,9 @@ import numpy as np
 from nearkin.comparison import launch
 from nearkin.comparison.plan import Job, jobs
 from nearkin.comparison.results import Comparison, Scores, contrasts
-from nearkin.comparison.splits import with_validation_in_training
+from nearkin.comparison.splits import with_limited_training, with_validation_in_training
 from nearkin.config import to_yaml
+from nearkin.data.dataset import choose
 from nearkin.data.sources.resolve import resolve
 from nearkin.errors import NearkinError, printable
 from nearkin.files import write_atomic
@@ -20,7 +21,10 @@ from nearkin.training import run_folder
 from nearkin.training.console import say
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from nearkin.comparison.api import Planned, Request
+    from nearkin.settings import Settings
 
 NAME = "picked"
 TABLE = "picked.csv"
@@ -36,8 +40,8 @@ def pick(comparison: Comparison, planned: Planned, request: Request, *, quiet: b
     term = next(each for each in planned.terms if each.entry.name == winner)
     folder = comparison.folder
     options: dict[str, Any] = planned.values | {"val_split": 0.0}
-    if with_validation_in_training(resolve(str(options.get("data", "digits"))), folder / TABLE):
-        options["data"] = str(folder / TABLE)
+    if _written(term.settings, planned.values, request.seed, folder / TABLE):
+        options |= {"data": str(folder / TABLE), "images_per_class": None}
     job: Job = jobs([term], options, [request.seed])[0]
     name = f"{NAME}-{term.entry.folder}"
     write_atomic(folder / f"{name}.yaml", to_yaml(job.config, given=True).encode())
@@ -51,6 +55,22 @@ def pick(comparison: Comparison, planned: Planned, request: Request, *, quiet: b
                 printable(f"The run {outcome}. The comparison itself is in {folder}.")
             )
     return replace(comparison, picked=(winner, str(folder / name)))
+
+
+def _written(settings: Settings, values: Mapping[str, Any], seed: int, table: Path) -> bool:
+    """Whether a table of the images to train on was needed, and written."""
+    listing = resolve(str(values.get("data", "digits")))
+    if settings.images_per_class is None:
+        return with_validation_in_training(listing, table)
+    chosen = choose(
+        listing,
+        channels="auto",
+        val_split=settings.val_split,
+        seed=seed,
+        images_per_class=settings.images_per_class,
+        split_seed=settings.split_seed,
+    )
+    return with_limited_training(chosen, table)
 
 
 def _winner(comparison: Comparison) -> str:

@@ -79,9 +79,9 @@ def terms(
     seed: int,
     runtime: Runtime,
     quiet: bool,
-) -> tuple[Terms, ...]:
-    """Resolve every entry, cross-entropy first, and make equal what is not the entry's own. An entry that is the same
-    as cross-entropy here is left out with a note.
+) -> tuple[tuple[Terms, ...], tuple[str, ...]]:
+    """Resolve every entry, cross-entropy first, and make equal what is not the entry's own; and notes for a person. An
+    entry that is the same as cross-entropy here is left out with a note.
 
     The images are looked at and the probe's features computed once, for all runs. Raises what `prepare` raises.
     """
@@ -104,21 +104,34 @@ def terms(
         for entry, found, _ in resolved
     )
     made: list[Terms] = []
+    notes: list[str] = []
     for entry, found, alike_settings in resolved:
         own = _own(entry, first, alike_settings, grouped)
         if entry != entries[0] and _same(entry, found, first, own):
-            say(f"note: {entry.name} is {BASELINE} here, and is left out", quiet)
+            notes.append(f"{entry.name} is {BASELINE} here, and is left out")
+            say(f"note: {notes[-1]}", quiet)
             continue
-        stages, steps = found.built.objective.stages(), _steps_per_epoch(first)
+        _check_order(entry, own)
+        stages, batch = found.built.objective.stages(), own["batch_size"]
+        steps = len(first.dataset.splits["train"].labels) // batch
         weights, images = _needed(found.built), first.dataset.fingerprint
-        one = Terms(entry, own, None, stages, steps, weights, found.settings, images)
+        settings = found.settings.model_copy(update={"batch_size": batch})
+        one = Terms(entry, own, None, stages, steps, weights, settings, images)
         if budget == "minutes":
             made.append(one._replace(options=own | {"epochs": UNLIMITED}))
         else:
             made.append(_with_epochs(one, (made or [one])[0], first))
     if len(made) < 2:
         raise ConfigError(f"There is nothing to compare {printable(entries[0].name)} with.")
-    return tuple(made)
+    return tuple(made), tuple(notes)
+
+
+def _check_order(entry: Entry, own: Mapping[str, Any]) -> None:
+    if own["sampler"] == "balanced" and int(own["repeats"]) > 1 and "sampler" not in entry.options:
+        raise ConfigError(
+            f"{printable(entry.name)}: --repeats needs --sampler shuffle, and another objective needs balanced "
+            "batches, which all get; leave one of them out."
+        )
 
 
 def _check_enough(found: Prepared) -> None:

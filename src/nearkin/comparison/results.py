@@ -7,7 +7,7 @@ import json
 import statistics
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -30,6 +30,9 @@ SAME: dict[Measure, tuple[float, str]] = {
     "balanced": (0.005, "0.5 points"),
     "log_loss": (0.01, "0.01"),
 }
+
+
+UNTRAINED = "no verdict: a run trained no epoch"
 
 
 class Scores(NamedTuple):
@@ -69,7 +72,7 @@ class Run:
     """One run. error: why it failed. The other values are None until it is finished.
 
     top1, balanced, log_loss: on the test split. seconds: of training, validation included. crops_per_second: through
-    the student, without validation. memory: bytes at most. curve: crops so far and the
+    the student, without validation. memory: bytes at most. epochs: that it trained. curve: crops so far and the
     validation value.
     """
 
@@ -84,6 +87,7 @@ class Run:
     seconds: float | None = None
     crops_per_second: float | None = None
     memory: int | None = None
+    epochs: int | None = None
     curve: tuple[tuple[float, float], ...] = ()
 
 
@@ -223,6 +227,9 @@ def collect(
             runs.append(Run(entry=name, seed=seed, folder=path, state=state, error=error))
     _check_same_images(scores)
     baseline = terms[0].entry.name
+    idle = sorted({run.entry for run in runs if run.epochs == 0})
+    if idle:
+        notes = (*notes, f"{', '.join(idle)}: a run without an epoch is its probe; give more time")
     return Comparison(
         folder=folder,
         data=data,
@@ -233,7 +240,10 @@ def collect(
         weights={each.entry.name: each.weights for each in terms},
         crops={n: each.epochs and each.crops(each.epochs) for n, each in by_name.items()},
         runs=tuple(runs),
-        contrasts=tuple(contrasts(scores, baseline)),
+        contrasts=tuple(
+            replace(each, verdict=UNTRAINED) if {each.entry, baseline} & set(idle) else each
+            for each in contrasts(scores, baseline)
+        ),
         classes=_classes(scores),
         notes=tuple(notes),
     )
@@ -256,8 +266,10 @@ def contrasts(scores: dict[tuple[str, int], Scores], baseline: str) -> list[Cont
             effects[name] = effect(first, second), (second - first).mean(1)
         adjusted = holm([each.p_value for each, _ in effects.values()])
         same, within = SAME[measure]
+        order = sorted(effects, key=lambda name: effects[name][0].p_value)
         for (name, (each, by_seed)), p_value in zip(effects.items(), adjusted, strict=True):
-            words = verdict(each, p_value, same=same, within=within, tests=len(effects))
+            tests = len(order) - order.index(name)
+            words = verdict(each, p_value, same=same, within=within, tests=tests)
             found.append(
                 Contrast(
                     entry=name,
@@ -318,6 +330,7 @@ def _finished(place: Path, term: Terms, seed: int, scores: Scores) -> Run:
         seconds=seconds,
         crops_per_second=crops / training if training > 0 else None,
         memory=_memory(place.with_name(f"{place.name}.json")),
+        epochs=epochs,
         curve=tuple(
             (float(term.crops(epochs, line["step"])), float(line["value"])) for line in validations
         ),

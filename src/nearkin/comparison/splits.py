@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from nearkin.data.dataset import stratified
+from nearkin.data.dataset import Dataset, stratified
 from nearkin.data.sources.listing import FileList, ListedSplit, Listing
 from nearkin.errors import DataError, printable
 from nearkin.evaluation.metrics import write_csv
@@ -50,6 +50,24 @@ def with_validation_in_training(listing: Listing, table: Path) -> bool:
         (path, label, "train" if split == "val" else split)
         for split, part in listing.parts.items()
         for path, label in _images(part)
+    ]
+    write_csv(table, ("path", "label", "split"), rows)
+    return True
+
+
+def with_limited_training(chosen: Dataset, table: Path) -> bool:
+    """As above, for the images that a run with `images_per_class` chose: those it trained on, and those it validated
+    with. Returns whether it was written: not for images that are no files."""
+    if set(chosen.files) != set(chosen.splits):
+        return False
+    rows = [
+        (
+            os.path.abspath(files.path(row)),  # noqa: PTH100 - links stay as they are
+            chosen.splits[split].classes[label],
+            "train" if split == "val" else split,
+        )
+        for split, files in chosen.files.items()
+        for row, label in enumerate(chosen.splits[split].labels)
     ]
     write_csv(table, ("path", "label", "split"), rows)
     return True

@@ -77,8 +77,10 @@ class Effect(NamedTuple):
         seed = max(self.between_seeds - self.rest, 0) / self.images
         image = max(self.between_images - self.rest, 0) / self.seeds
         least, size = math.sqrt(image / self.images), abs(self.difference)
-        differs = float(stats.norm.ppf(1 - error / 2)) * least < size
-        alike = self.images * same >= 1 and size + float(stats.norm.ppf(0.95)) * least < same
+        # With seeds without end the images alone are uncertain, and their degrees of freedom remain.
+        only_images = stats.t(self.images - 1)
+        differs = float(only_images.ppf(1 - error / 2)) * least < size
+        alike = self.images * same >= 1 and size + float(only_images.ppf(0.95)) * least < same
         if not (differs or alike):
             return None
         most = self.seeds + MOST_SEEDS
@@ -134,7 +136,7 @@ def verdict(found: Effect, adjusted: float, *, same: float, within: str, tests: 
     """What the numbers allow to say, in words.
 
     adjusted: the p value by `holm`. same: differences up to this do not matter; within: that in words, such as "0.5
-    points". tests: how many comparisons were made.
+    points". tests: by how many `holm` multiplied its p value: those not below it, itself included.
     """
     if found.seeds < LEAST_SEEDS:
         return f"no verdict: {LEAST_SEEDS} seeds are the least"

@@ -19,7 +19,7 @@ HEADER = (
 )
 COLUMNS = (
     *("entry", "seed", "state", "top1", "balanced", "log_loss", "seconds"),
-    *("crops_per_second", "memory", "folder", "error"),
+    *("crops_per_second", "memory", "epochs", "folder", "error"),
 )
 
 

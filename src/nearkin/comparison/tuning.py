@@ -51,6 +51,13 @@ RANGES: dict[str, Range] = {
     "smoothing": Range(0.0, 0.2, log=False),
     "margin": Range(0.05, 0.5),
     "scale": Range(8.0, 64.0),
+    "neighbour_temperature": Range(0.05, 0.5),
+    "consistency_temperature": Range(0.03, 0.3),
+    "alpha": Range(0.05, 2.0),
+    "beta": Range(0.01, 2.0),
+    "gamma": Range(0.1, 2.0),
+    "repulse": Range(0.1, 2.0),
+    "consistency": Range(0.1, 5.0),
 }
 
 
