@@ -112,11 +112,7 @@ def terms(
             say(f"note: {notes[-1]}", quiet)
             continue
         _check_order(entry, own)
-        stages, batch = found.built.objective.stages(), own["batch_size"]
-        steps = len(first.dataset.splits["train"].labels) // batch
-        weights, images = _needed(found.built), first.dataset.fingerprint
-        settings = found.settings.model_copy(update={"batch_size": batch})
-        one = Terms(entry, own, None, stages, steps, weights, settings, images)
+        one = _terms(entry, own, found, first)
         if budget == "minutes":
             made.append(one._replace(options=own | {"epochs": UNLIMITED}))
         else:
@@ -124,6 +120,15 @@ def terms(
     if len(made) < 2:
         raise ConfigError(f"There is nothing to compare {printable(entries[0].name)} with.")
     return tuple(made), tuple(notes)
+
+
+def _terms(entry: Entry, own: dict[str, Any], found: Prepared, first: Prepared) -> Terms:
+    """Without epochs. The batch is that which its runs have."""
+    stages, batch = found.built.objective.stages(), own["batch_size"]
+    settings = found.settings.model_copy(update={"batch_size": batch})
+    steps = len(first.dataset.splits["train"].labels) // batch
+    weights, images = _needed(found.built), first.dataset.fingerprint
+    return Terms(entry, own, None, stages, steps, weights, settings, images)
 
 
 def _check_order(entry: Entry, own: Mapping[str, Any]) -> None:
