@@ -282,7 +282,7 @@ def test_minutes_choose_the_epochs_once(photos, tmp_path, capsys):
     lines = capsys.readouterr().err.splitlines()
     starts = ("tf_efficientnet_lite0, pretrained", "probe of the frozen features", "plan: ")
     said = [line for line in lines if line.startswith(starts)]
-    assert [line[:9] for line in said] == [text[:9] for text in starts]
+    assert all(line.startswith(text) for line, text in zip(said, starts, strict=True)), said
     assert said[1].endswith(" %; fine-tuning within 0.5 min")
     stored = yaml.safe_load((out / "config.yaml").read_text())
     assert stored["minutes"] == 0.0
