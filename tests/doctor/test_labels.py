@@ -22,7 +22,8 @@ def test_nothing_is_wrong_with_digits(tmp_path, monkeypatch, capsys):
     assert doctor("digits", "--strict", "--json") == 0
     record = json.loads(capsys.readouterr().out)
     assert (record["errors"], record["warnings"]) == (0, 0)
-    assert {finding["code"] for finding in record["findings"]} == {"classes", "suspicious-labels"}
+    codes = {"classes", "suspicious-labels", "near-copies"}  # these are too small to be compared
+    assert {finding["code"] for finding in record["findings"]} == codes
 
 
 @pytest.fixture(scope="module")

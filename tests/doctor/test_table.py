@@ -176,6 +176,72 @@ def test_marked_images_are_in_no_finding(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
 
 
+def lines(text):
+    """finding -> its text."""
+    return {line.split()[1]: line for line in text.splitlines()}
+
+
+def test_classes_are_those_after_the_marks(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    data = write_photos(tmp_path / "data")
+    (data / "test/wasp").mkdir()
+    photo(77).save(data / "test/wasp/0.png")
+    assert doctor(data) == 3
+    before = lines(capsys.readouterr().out)
+    assert "wasp" in before["unknown-class"]
+    assert "36 train, 13 test images" in before["classes"]
+    given = marks(
+        tmp_path / "marks.csv",
+        ("test/wasp/0.png", "wasp", "test", "wrong label", "ant"),
+        ("train/ant/0.png", "ant", "train", "leave out", ""),
+    )
+    assert doctor(data, "--marks", given) == 0
+    after = lines(capsys.readouterr().out)
+    assert "unknown-class" not in after
+    assert "3 classes; 35 train, 13 test images; 11 to 12" in after["classes"]
+    marks(given, ("train/ant/0.png", "ant", "train", "wrong label", "aant"))
+    assert doctor(data, "--marks", given) == 3
+    assert (
+        "1 class has a single training image: aant"
+        in lines(capsys.readouterr().out)["single-image"]
+    )
+
+
+def test_a_table_that_cannot_be_trained_on_is_no_next_step(tmp_path, monkeypatch, capsys):
+    """The copies of contradicting labels go, and with them all training images of two classes."""
+    monkeypatch.chdir(tmp_path)
+    for number in range(3):
+        for kind in ("ant", "bee"):
+            (tmp_path / "data" / kind).mkdir(parents=True, exist_ok=True)
+            photo(number).save(tmp_path / "data" / kind / f"{number}.png")
+    photo(8).save(tmp_path / "data/bee/8.png")
+    assert doctor("data", "--write-table", "clean.csv") == 0
+    said = capsys.readouterr().err
+    assert "it cannot be trained on: the data have one class only, bee" in said
+    assert "next:" not in said
+
+
+def test_marks_are_no_table_to_train_on(data, tmp_path, capsys):
+    given = marks(tmp_path / "marks.csv", ("train/ant/1.png", "ant", "train", "wrong label", ""))
+    assert run(["train", str(given)]) == 3
+    said = capsys.readouterr().err
+    assert f"nearkin doctor DATA --marks {given} --write-table clean.csv" in said
+
+
+def test_leaks_are_counted_for_each_split(tmp_path, monkeypatch, capsys):
+    """Two images of val show a test image, and one of test is also in train."""
+    monkeypatch.chdir(tmp_path)
+    data = write_photos(tmp_path / "data")
+    (data / "val/ant").mkdir(parents=True)
+    for name in ("0", "1"):
+        Image.open(data / "test/ant/0.png").save(data / f"val/ant/{name}.png")
+    Image.open(data / "test/bee/0.png").save(data / "train/bee/leak.png")
+    assert doctor(data) == 3
+    said = lines(capsys.readouterr().out)["exact-leakage"]
+    assert "1 of 12 test images has an exact copy in train" in said
+    assert "2 images of val have an exact copy in test" in said
+
+
 @pytest.mark.parametrize("linked", [False, True])
 def test_a_table_in_another_folder_names_the_files(tmp_path, monkeypatch, capsys, linked):
     """A link to the table's folder, too, and the marks of such a table's images."""
@@ -206,7 +272,7 @@ def test_findings_are_shown_though_the_table_cannot_be_written(tmp_path, monkeyp
     )
     assert doctor(data, "--write-table", "clean.csv", "--marks", given) == 3
     shown = capsys.readouterr()
-    assert "3 classes" in shown.out
+    assert "no training image is left" in shown.out
     assert "No training image is left" in shown.err
 
 

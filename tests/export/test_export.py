@@ -21,6 +21,7 @@ from tests.pictures import write_image
 import nearkin
 from nearkin.cli import run as command
 from nearkin.errors import ConfigError, DataError, ExportError, ModelError
+from nearkin.evaluation import own_data
 from nearkin.evaluation.model import load_bundle
 from nearkin.export import agreement, api, formats
 from nearkin.export.api import export, verify
@@ -332,6 +333,18 @@ def test_a_grey_model_without_validation_images(tmp_path):
     assert "No temperature was fitted" in (found.folder / "README.md").read_text()
     verify(found.folder)
     assert run_card(found.folder, path).shape == (1, 3)
+
+
+def test_validation_images_that_cannot_be_told_any_more_are_not_compared_on(
+    photos, tmp_path, monkeypatch
+):
+    """The folder gained a photo: another part would be held out, and trained images called validation images."""
+    run = write_run(tmp_path / "run", photos, size=24, config={"val_split": 0.2})
+    found = export(run, "timm", out=tmp_path / "before")
+    assert found.manifest.checked.split == "val"
+    monkeypatch.setattr(own_data, "stored_origin", lambda _: own_data.Origin("other", "", ""))
+    found = export(run, "timm", out=tmp_path / "after")
+    assert (found.manifest.checked.split, found.manifest.checked.images) == ("train", 60)
 
 
 def test_a_run_whose_images_are_gone(photos, tmp_path):

@@ -35,8 +35,8 @@ def addresses(tmp_path_factory):
 
 
 @contextmanager
-def opened(browser, address, width=1440, scheme="light", **options):
-    """The page; nothing may be said on the console, and nothing fetched but the page."""
+def opened(browser, address, width=1440, scheme="light", *, others=(), **options):
+    """The page; nothing may be said on the console, and nothing fetched but the page and `others`."""
     said: list[str] = []
     context = browser.new_context(
         viewport={"width": width, "height": 900}, color_scheme=scheme, **options
@@ -48,7 +48,7 @@ def opened(browser, address, width=1440, scheme="light", **options):
     page.goto(address)
     page.wait_for_selector("#map-list .option")
     yield page
-    assert {each for each in said if not each.startswith("data:image/webp")} == {address}
+    assert {each for each in said if not each.startswith("data:image/webp")} == {address, *others}
     context.close()
 
 
@@ -264,6 +264,31 @@ def test_marks_stay_with_their_images(browser, tmp_path):
         path.write_text(run_page(more, facts(more)), "utf-8")
         page.reload()
         assert few.images.names[leave].encode() in marked(page)
+
+
+def test_marks_of_another_page_stay(browser, tmp_path):
+    """Of a run with the same name elsewhere, which the browser may keep in the same place; and those of images that
+    are not in the page."""
+    data, other = report_data(), report_data(names="other/{}/{}.jpg")
+    worst = int(data.worst[0])
+    one, two = (tmp_path / name / "page.html" for name in ("one", "two"))
+    for path in (one, two):
+        path.parent.mkdir()
+        path.write_text(run_page(data, facts(data)), "utf-8")
+    with opened(browser, one.as_uri(), others=[two.as_uri()]) as page:
+        page.locator(f".cards [data-of='{worst}'][data-mark='leave out']").first.click()
+        page.goto(two.as_uri())
+        assert page.locator("#marks").is_hidden()
+        page.locator(f".cards [data-of='{worst}'][data-mark='wrong label']").first.click()
+        one.write_text(run_page(other, facts(other)), "utf-8")
+        page.goto(one.as_uri())
+        assert page.locator("#marks").is_hidden()
+        page.locator(f".cards [data-of='{worst}'][data-mark='wrong label']").first.click()
+        one.write_text(run_page(data, facts(data)), "utf-8")
+        page.goto(one.as_uri())
+        (row,) = marked(page).decode().splitlines()[1:]
+        assert data.images.names[worst] in row
+        assert '"leave out"' in row
 
 
 def test_what_is_copied(browser, tmp_path):

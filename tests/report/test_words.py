@@ -65,6 +65,23 @@ def test_a_headline_does_not_round_errors_away():
     assert headline(almost) == "> 99.9 % of the test images are recognised"
 
 
+def test_what_is_counted_and_not_shown_is_said():
+    """More suspicious labels than are listed, more training images than kin, errors of a part of the images."""
+    data = replace(small(), mislabelled=300, trained=20_000, training=50_000)
+    found = next(each for each in look_first(data) if each.where == "suspicious")
+    assert found.text.startswith("300 training images of 20000 looked at may have a wrong label")
+    assert found.link == f"See the {len(data.suspicious)} most suspicious"
+    certain = replace(data.images, probability=np.ones_like(data.images.probability))
+    whole = replace(data, images=certain)
+    part = replace(whole, metrics=replace(data.metrics, n=10 * data.metrics.n))
+    for each, words in (
+        (whole, " errors were made"),
+        (part, " of the 40 images in this page were"),
+    ):
+        (text,) = (e.text for e in look_first(each) if e.where == "worst")
+        assert words in text
+
+
 def test_what_to_look_at_first():
     data = small()
     texts = [each.text for each in look_first(data)]

@@ -131,6 +131,7 @@ def _table(name: str, findings: Path) -> Path:
 
 def _write(table: Path, report: Report) -> str:
     """Write the table, and say what it leaves out."""
+    from nearkin.doctor.classes import class_findings
     from nearkin.doctor.table import write_table
 
     inventory = report.inventory
@@ -138,6 +139,16 @@ def _write(table: Path, report: Report) -> str:
         raise ConfigError(f"{printable(report.data)} are no files, so there is no table of them.")
     marked = report.marks.out
     kept = write_table(table, inventory, report.superfluous | marked)
+    errors = [
+        finding.text
+        for finding in class_findings(inventory.without(report.superfluous | marked))
+        if finding.level == "error"
+    ]
+    then = (
+        f"; it cannot be trained on: {'; '.join(errors)}"
+        if errors
+        else f"; next: nearkin train {table}"
+    )
     out = len(inventory.labels) - kept
     why = f" ({len(marked)} marked, {out - len(marked)} copied or unreadable)" if out else ""
-    return f"{kept} images in {table}, {out} left out{why}; next: nearkin train {table}"
+    return f"{kept} images in {table}, {out} left out{why}{then}"

@@ -22,8 +22,11 @@ LOOK_ALIKE = str.maketrans(
 )
 
 
-def class_findings(inventory: Inventory, listing: Listing) -> Iterator[Finding]:
-    """Counts, then what is wrong with classes and splits, then what the listing left out."""
+def class_findings(inventory: Inventory) -> Iterator[Finding]:
+    """Counts, then what is wrong with classes and splits."""
+    if len(inventory.splits["train"].labels) == 0:
+        yield Finding("error", "one-class", "no training image is left; training needs two classes")
+        return
     yield _counts(inventory)
     trained = set(inventory.splits["train"].present())
     if len(trained) < 2:
@@ -46,7 +49,6 @@ def class_findings(inventory: Inventory, listing: Listing) -> Iterator[Finding]:
     for names in look_alikes(inventory.classes):
         text = f"class names that look alike: {listed(names)}; if they mean the same, put their images into one"
         yield Finding("warning", "look-alike-names", text)
-    yield from folder_findings(listing)
 
 
 def _counts(inventory: Inventory) -> Finding:

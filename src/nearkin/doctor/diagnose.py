@@ -12,7 +12,7 @@ import torch
 
 from nearkin.data.dataset import choose
 from nearkin.data.sources.resolve import resolve
-from nearkin.doctor.classes import class_findings
+from nearkin.doctor.classes import class_findings, folder_findings
 from nearkin.doctor.duplicates import contradicting, copy_findings, find_copies, superfluous
 from nearkin.doctor.features import Described, describe, pixel_features
 from nearkin.doctor.findings import Finding, count
@@ -63,8 +63,8 @@ def diagnose(
     data: as for `nearkin.train`. forecast: options of a training to forecast, `{}` for those of `nearkin train DATA`,
     None for no forecast. run: a run folder, whose network compares images; by default the pretrained one. labels:
     whether images are compared at all; if not, labels are not checked and near copies are judged by hashes and pixels.
-    marks: a file as for `nearkin.doctor.table.read_marks`; images that it leaves out are in no finding about images,
-    and others have the labels that it gives. quiet: nothing on stderr.
+    marks: a file as for `nearkin.doctor.table.read_marks`; images that it leaves out are in no finding, and others have
+    the labels that it gives; the forecast is of the data as they are. quiet: nothing on stderr.
 
     Every image is decoded once. Raises DataError when the data or the marks cannot be read, ModelError for a run
     without a model, ConfigError for options that do not fit.
@@ -76,9 +76,9 @@ def diagnose(
     chosen = choose(listing, channels="auto", val_split=0.0, seed=0, images_per_class=None)
     inventory = Inventory.of(chosen)
     marked = Marks() if marks is None else _marks(Path(marks), str(data), inventory)
-    findings = list(class_findings(inventory, listing))
     outlook = [] if config is None else list(objective_findings(listing, config))
     inventory = inventory.relabelled(marked.labels)
+    findings = [*class_findings(inventory.without(marked.out)), *folder_findings(listing)]
     seen = scan(inventory, quiet=quiet)
     described = None
     if labels and seen.readable.any():

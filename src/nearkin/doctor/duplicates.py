@@ -28,11 +28,13 @@ MOST_PAIRS = 2_000_000  # near pairs that are kept
 
 class Copies(NamedTuple):
     """Groups of images that show the same. group: `[N]`, equal for images of one group and -1 for all others. exact:
-    `[N]`, whether another image has the very same pixels. cut: whether there were more near pairs than are kept."""
+    `[N]`, whether another image has the very same pixels. cut: whether there were more near pairs than are kept. apart:
+    how many images are too small or too plain to be compared by hashes."""
 
     group: Rows
     exact: NDArray[np.bool_]
     cut: bool = False
+    apart: int = 0
 
     def groups(self) -> list[Rows]:
         """The images of each group, in order."""
@@ -71,7 +73,9 @@ def find_copies(
 
     side = np.minimum(scan.height, scan.width)
     distinct = readable[np.sort(first)]
-    distinct = distinct[(side[distinct] >= LEAST_SIDE) & (scan.range[distinct] >= LEAST_RANGE)]
+    told = (side[distinct] >= LEAST_SIDE) & (scan.range[distinct] >= LEAST_RANGE)
+    apart = int((~told).sum())
+    distinct = distinct[told]
     pairs, cut = near_pairs(scan.phash[distinct], SURE if features is None else HAMMING)
     pairs = distinct[pairs]
     if features is not None and len(pairs):
@@ -79,7 +83,7 @@ def find_copies(
     elif pixels is not None and len(pairs):
         rows, ends = np.unique(pairs, return_inverse=True)
         pairs = pairs[_cosines(pixels(rows), ends.reshape(-1, 2)) >= ALIKE]
-    return same, Copies(_joined(pairs, group, total), exact, cut)
+    return same, Copies(_joined(pairs, group, total), exact, cut, apart)
 
 
 def near_pairs(hashes: NDArray[np.uint64], distance: int) -> tuple[Pairs, bool]:
@@ -132,6 +136,12 @@ def copy_findings(inventory: Inventory, exact: Copies, near: Copies) -> Iterator
         yield from _across_splits(inventory, copies, kind)
         yield from _across_classes(inventory, copies, kind)
         yield from _within(inventory, copies, kind)
+    if near.apart:
+        text = (
+            f"{counted(near.apart, 'image is', 'images are')} not searched for near copies: below {LEAST_SIDE} px, or "
+            "of almost one colour"
+        )
+        yield Finding("ok", "near-copies", text)
     if near.cut:
         text = (
             f"there are more than {MOST_PAIRS} pairs of near copies, of which the first are grouped"
@@ -154,14 +164,21 @@ def _across_splits(inventory: Inventory, copies: Copies, kind: str) -> Iterator[
         for number, count in enumerate(leaked, start=1)
         if count
     ]
+    said = []
     if parts:
         verb = "has" if sum(leaked) == 1 else "have"
-        what = f"{' and '.join(parts)} {verb} {WORDS[kind][0]} in train, so that the accuracy on them is too good"
-    else:
-        what = (
-            f"{counted(len(groups), 'image of val has', 'images of val have')} {WORDS[kind][0]} in test, so that "
-            "choosing the best epoch has seen the test"
+        said.append(
+            f"{' and '.join(parts)} {verb} {WORDS[kind][0]} in train, so that the accuracy on them is too good"
         )
+    if {"val", "test"} <= set(names):
+        val, test = names.index("val"), names.index("test")
+        met = _leaked(inventory, groups, val, test)
+        if met:
+            said.append(
+                f"{counted(met, 'image of val has', 'images of val have')} {WORDS[kind][0]} in test, so that "
+                "choosing the best epoch has seen the test"
+            )
+    what = "; ".join(said)
     level: Level = "error" if kind == "exact" else "warning"
     text = f"{what}; train on the table that --write-table FILE writes without them"
     rows = np.concatenate(groups)
@@ -170,12 +187,12 @@ def _across_splits(inventory: Inventory, copies: Copies, kind: str) -> Iterator[
     )
 
 
-def _leaked(inventory: Inventory, groups: list[Rows], number: int) -> int:
-    """How many images of a split occur in train, whose number is 0."""
+def _leaked(inventory: Inventory, groups: list[Rows], number: int, other: int = 0) -> int:
+    """How many images of a split occur in another one, by default in train, whose number is 0."""
     return sum(
         int((inventory.split[rows] == number).sum())
         for rows in groups
-        if (inventory.split[rows] == 0).any()
+        if (inventory.split[rows] == other).any()
     )
 
 

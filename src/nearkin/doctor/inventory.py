@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -48,6 +48,24 @@ class Inventory(NamedTuple):
         for row, label in labels.items():
             given[row] = classes.index(label)
         return self._replace(classes=classes, labels=given)
+
+    def without(self, out: Collection[int]) -> Inventory:
+        """Only the images that are not in `out`, numbered anew, and the classes that they have. Train stays a split,
+        even where none of its images is left; another one goes."""
+        kept = np.setdiff1d(np.arange(len(self.labels)), np.fromiter(out, np.int64, len(out)))
+        classes = tuple(by_bytes(self.classes[place] for place in np.unique(self.labels[kept])))
+        splits = {}
+        for number, (name, part) in enumerate(self.splits.items()):
+            rows = kept[self.split[kept] == number]
+            if len(rows) or name == "train":
+                own = part.take(rows - self.starts[number])
+                given = own._replace(labels=self.labels[rows], classes=self.classes)
+                splits[name] = to_split(given, classes)
+        labels = np.concatenate([part.labels for part in splits.values()])
+        counts = [len(part.labels) for part in splits.values()]
+        return Inventory(
+            self.name, splits, classes, labels, np.repeat(np.arange(len(splits)), counts)
+        )
 
     @property
     def names(self) -> tuple[str, ...]:

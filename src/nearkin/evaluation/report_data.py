@@ -97,7 +97,8 @@ class ReportData:
     as trained; calibrated: the confidence with the temperature, None where that is not known. kin: of the images
     `with_kin`, its index being places in `images`; `attended`: how many kin have a weight. variance: share that the
     map shows. worst, uncertain, suspicious: places in `images`. mislabelled: number of the `trained` images
-    whose label may be wrong. root: folder of the names, empty for built-in data.
+    of the kin whose label may be wrong. training: number of all training images. root: folder of the names, empty for
+    built-in data.
     """
 
     classes: tuple[str, ...]
@@ -118,6 +119,7 @@ class ReportData:
     pairs: tuple[Pair, ...]
     mislabelled: int
     trained: int
+    training: int
     sprite: Sprite
     root: str
 
@@ -183,6 +185,7 @@ def gather(
         pairs=pairs,
         mislabelled=int(doubt.suspicious.sum()),
         trained=len(kin.labels),
+        training=len(train.labels),
         sprite=_sprite(wanted, seen, kin, kept, train, images.names),
         root=_root(seen.split),
     )

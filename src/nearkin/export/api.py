@@ -93,7 +93,7 @@ def export(
         raise ModelError(
             f"The model of {printable(str(run))} has no classifier, so it cannot be exported."
         )
-    split, notes = _split(bundle, listing, config, own=data is None)
+    split, notes = _split(run, bundle, listing, config, own=data is None)
     raw = raw or format == "timm"
     with _whole(target) as folder:
         log(f"writing the {format} model")
@@ -159,16 +159,22 @@ def _own_data(config: RunConfig | None) -> Listing:
 
 
 def _split(
-    bundle: Bundle, listing: Listing, config: RunConfig | None, *, own: bool
+    run: Path, bundle: Bundle, listing: Listing, config: RunConfig | None, *, own: bool
 ) -> tuple[Split, tuple[str, ...]]:
-    """The images to compare on: validation, else test, else training images; and notes."""
-    from nearkin.data.dataset import load_for_evaluation
+    """The images to compare on: validation, else test, else training images; and notes. Where the validation images of
+    the run cannot be told from its training images any more, the others."""
+    from nearkin.data.dataset import load_for_evaluation, names_of
+    from nearkin.evaluation.own_data import stored_origin
 
     options: dict[str, Any] = {}
     if config is not None:
         kept = ("val_split", "split_seed", "seed", "images_per_class") if own else ()
         options = config.model_dump(include={"bad_images", *kept})
     carved = own and "train" in listing.parts and options.get("val_split", 0) > 0
+    origin = stored_origin(run) if carved else None
+    if origin is not None and origin.names != names_of(listing):
+        carved = False
+        options |= {"val_split": 0.0, "images_per_class": None}
     there = ["val"] if carved else []
     there += [name for name in ("val", "test", "train") if name in listing.parts]
     name = None if not own and there == ["train"] else there[0]

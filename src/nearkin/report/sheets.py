@@ -17,6 +17,7 @@ from nearkin.errors import DataError, printable
 from nearkin.evaluation.originals import Originals
 from nearkin.evaluation.results import Prediction
 from nearkin.files import write_atomic
+from nearkin.report.browser import percent
 from nearkin.report.sheet_folder import open_folder, sheet_names
 
 WIDTH, MARGIN, LINE = 960, 24, 26
@@ -110,7 +111,7 @@ def _lines(found: Prediction) -> list[tuple[int, str, str]]:
     if found.label != found.guess:
         lines.append((17, INK, f"would have been {found.guess}"))
     if found.unlike is not None:
-        share = f"{100 * found.unlike:.0f} % of validation images"
+        share = f"{percent(found.unlike)} of validation images"
         lines.append((17, INK, f"farther from its kin than {share}"))
     if found.set is not None:
         lines.append((17, INK, f"set: {', '.join(found.set)}"))

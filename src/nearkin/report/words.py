@@ -176,11 +176,14 @@ def _errors(data: ReportData) -> Iterator[First]:
 def _mislabelled(data: ReportData) -> Iterator[First]:
     number = data.mislabelled
     if number:
+        looked = f"{data.trained}" if data.trained == data.training else f"{data.trained} looked at"
         text = (
-            f"{counted(number, 'training image')} of {data.trained} may have a wrong label: "
+            f"{counted(number, 'training image')} of {looked} may have a wrong label: "
             "nearly all of the nearest have one other."
         )
-        yield First(text, "See them", "suspicious")
+        listed = len(data.suspicious)
+        several = f"See the {listed} most suspicious" if listed < number else "See them"
+        yield First(text, several, "suspicious")
 
 
 def _worst_class(data: ReportData) -> Iterator[First]:
@@ -200,8 +203,10 @@ def _sure(data: ReportData) -> Iterator[First]:
     number = int((wrong & (images.probability[rows] >= SURE)).sum())
     if number:
         verb = "was" if number == 1 else "were"
+        sampled = images.evaluated < data.metrics.n
+        where = f" of the {images.evaluated} images in this page" if sampled else ""
         text = (
-            f"{counted(number, 'error')} {verb} made with a probability of {percent(SURE)} or more: the label or the "
-            "model is badly wrong."
+            f"{counted(number, 'error')}{where} {verb} made with a probability of {percent(SURE)} or more: the label "
+            "or the model is badly wrong."
         )
         yield First(text, "See them", "worst")

@@ -21,6 +21,7 @@ from nearkin.errors import DataError, counted, listed, printable, to_install
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
 COLUMNS = ("path", "label", "split")
+MARKED = {*COLUMNS, "mark", "correct"}  # the columns of the marks that a report saves
 LONGEST_LINE = 2**20
 
 
@@ -46,6 +47,11 @@ def list_table(path: str) -> Listing:
     except OSError as error:
         reason = printable(" ".join((error.strerror or str(error)).lower().split()))[:100]
         raise DataError(f"The table {printable(path)} cannot be read: {reason}.") from None
+    if "mark" in header and set(header) <= MARKED:
+        raise DataError(
+            f"{printable(path)} lists marks, not images to train on; give `nearkin doctor DATA --marks "
+            f"{printable(path)} --write-table clean.csv`, then train clean.csv."
+        )
     root = os.path.dirname(path)  # noqa: PTH120 - a Path would normalise it
     _check_files(path, root, rows)
     by_split = {split: [row for row in rows if row.split == split] for split in SPLITS}

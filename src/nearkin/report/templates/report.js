@@ -51,7 +51,7 @@
     return `${((100 * parts) / of).toFixed(of > 1000 ? 1 : 0)} %`;
   }
 
-  /** A probability, whose rounding does not say never or always. @param {number} parts thousandths */
+  /** A probability or a share, whose rounding does not say never or always. @param {number} parts thousandths */
   function chance(parts) {
     if (parts <= 0) return "< 0.1 %";
     if (parts >= 1000) return "> 99.9 %";
@@ -145,7 +145,7 @@
       const right = !isWrong(place);
       say("predicted", `${data.classes[data.predicted[place]]} with ${chance(data.probability[place])}`, right ? "" : "bad");
       if (!right) say("its label got", chance(data.own[place]));
-      if (data.unlike[place] >= 0) say("further from its kin than", `${percent(data.unlike[place])} of validation`);
+      if (data.unlike[place] >= 0) say("further from its kin than", `${chance(data.unlike[place])} of validation`);
     } else if (data.other[place - data.evaluated] >= 0) {
       const other = data.classes[data.other[place - data.evaluated]];
       say("strongest other label of the nearest", `${other} with ${percent(data.suspicion[place - data.evaluated])}`);
@@ -260,7 +260,10 @@
   // ---- Marks ----
 
   const MARKS = ["wrong label", "leave out"];
-  const STORE = `nearkin marks ${data.run}`;
+  // The path of this page: browsers may share what they keep among all pages that are files.
+  const STORE = `nearkin marks ${location.pathname}`;
+  /** @type {unknown[]} remembered marks of images that are not in this page, such as those of another drawing */
+  let absent = [];
   /** @type {Map<number, [string, number]>} the mark of an image, and its right label, -1 where not known */
   const marks = new Map();
 
@@ -276,7 +279,8 @@
       const classes = new Map(data.classes.map((_, label) => [rawClass(label), label]));
       for (const [key, mark, right] of stored) {
         const place = places.get(key);
-        if (place !== undefined && MARKS.includes(mark)) marks.set(place, [mark, classes.get(right) ?? -1]);
+        if (place === undefined) absent.push([key, mark, right]);
+        else if (MARKS.includes(mark)) marks.set(place, [mark, classes.get(right) ?? -1]);
       }
     } catch { /* nothing is remembered */ }
   }
@@ -292,7 +296,7 @@
     element("marks-count").textContent = marks.size === 1 ? "1 image marked" : `${marks.size} images marked`;
     try {
       const kept = [...marks].map(([place, [mark, label]]) => [keyOf(place), mark, label < 0 ? null : rawClass(label)]);
-      localStorage.setItem(STORE, JSON.stringify(kept));
+      localStorage.setItem(STORE, JSON.stringify([...kept, ...absent]));
     } catch { /* nothing is remembered */ }
   }
 
@@ -705,7 +709,7 @@
     }
     if (target.id === "kin-close") back();
     if (target.id === "marks-save") save();
-    if (target.id === "marks-clear") { marks.clear(); showMarks(); }
+    if (target.id === "marks-clear") { marks.clear(); absent = []; showMarks(); }
   });
   document.addEventListener("change", (event) => {
     const select = event.target;
