@@ -6,9 +6,12 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from nearkin.data.sources.resolve import resolve
-from nearkin.doctor.outlook import checked_forecast, objective_findings
+from nearkin.distributed import Runtime
+from nearkin.doctor.outlook import checked_forecast, objective_findings, outlook
+from nearkin.training.prepare import prepare
 
 
 def forecast(**options):
@@ -63,3 +66,28 @@ def test_every_objective_has_a_forecast():
         numbers = [float(word) for word in values if word.replace(".", "").isdigit()]
         assert numbers
         assert np.isfinite(numbers).all()
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_the_memory_of_activations_is_that_of_a_whole_batch(views):
+    """What autograd keeps of all images of a step, beside the forecast from two of them."""
+    options = {"device": "cpu", "objective": "supcon", "batch_size": 64, "objective.views": views}
+    config = checked_forecast("digits", options)
+    with Runtime(device="cpu", precision="fp32") as runtime:
+        prepared = prepare(config, runtime, begun=True, look=False)
+        forecast = outlook(prepared).memory["activations"]
+        network = prepared.built.network.train()
+        own = {p.untyped_storage().data_ptr() for p in network.parameters()}
+        kept = {}
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        images = torch.zeros(64 * views, 1, 8, 8, dtype=torch.uint8)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            outputs = network(images)
+    assert outputs.logits is not None
+    assert forecast == pytest.approx(sum(kept.values()), rel=0.1)

@@ -131,8 +131,10 @@ def test_classes_that_a_split_lacks_or_has_alone(data):
 def test_few_images(data):
     for path in sorted((data / "train/ant").iterdir())[1:]:
         path.unlink()
-    texts = {f.code: f.text for f in look(data).findings if f.level == "warning"}
+    report = look(data)
+    texts = {f.code: f.text for f in report.findings if f.level == "warning"}
     assert texts["single-image"].startswith("1 class has a single training image: ant;")
+    assert worrying(report)["single-image"] == {"train/ant/0.png"}
     assert texts["imbalance"].startswith("bee has 12 training images and ant has 1;")
 
 

@@ -18,11 +18,13 @@ IMBALANCE = 10  # times as many training images in the largest class as in the s
 
 
 class Remark(NamedTuple):
-    """code: the kind. text: what there is. advice: what to do, to be put behind it."""
+    """code: the kind. text: what there is. advice: what to do, to be put behind it. classes: whose training images it
+    concerns."""
 
     code: str
     text: str
     advice: str
+    classes: tuple[str, ...] = ()
 
 
 def class_remarks(splits: Mapping[str, Split], classes: tuple[str, ...]) -> Iterator[Remark]:
@@ -33,9 +35,9 @@ def class_remarks(splits: Mapping[str, Split], classes: tuple[str, ...]) -> Iter
             yield from missing_classes(split, classes)
     counts = np.bincount(splits["train"].labels, minlength=len(classes))
     single = [classes[place] for place in np.flatnonzero(counts == 1)]
-    yield from _remark(
-        single, "single-image", "a single training image", "; add images, or leave such classes out"
-    )
+    advice = "; add images, or leave such classes out"
+    for remark in _remark(single, "single-image", "a single training image", advice):
+        yield remark._replace(classes=tuple(single))
     alike: dict[str, list[str]] = {}
     for name in classes:
         alike.setdefault(unicodedata.normalize("NFC", name.strip()).casefold(), []).append(name)

@@ -45,7 +45,10 @@ def class_findings(inventory: Inventory) -> Iterator[Finding]:
             files = inventory.concerned(rows + inventory.starts[inventory.names.index(name)])
             yield Finding("error", "unknown-class", text, files)
     for remark in class_remarks(inventory.splits, inventory.classes):
-        yield Finding("warning", remark.code, f"{remark.text}{remark.advice}")
+        places = [inventory.classes.index(name) for name in remark.classes]
+        rows = np.flatnonzero(np.isin(inventory.splits["train"].labels, places))
+        text = f"{remark.text}{remark.advice}"
+        yield Finding("warning", remark.code, text, inventory.concerned(rows))
     for names in look_alikes(inventory.classes):
         text = f"class names that look alike: {listed(names)}; if they mean the same, put their images into one"
         yield Finding("warning", "look-alike-names", text)

@@ -18,6 +18,7 @@ from nearkin.data.sources.listing import Listing
 from nearkin.distributed import Runtime, choose_device, choose_precision
 from nearkin.doctor.findings import Finding
 from nearkin.errors import DataError
+from nearkin.network import Network
 from nearkin.objectives import Stage
 from nearkin.training import checks
 from nearkin.training.batches import draw_of
@@ -116,7 +117,8 @@ def outlook(prepared: Prepared) -> Outlook:
 
 def _memory(prepared: Prepared) -> dict[str, int]:
     """Bytes of weights with their gradients and the optimiser's moments, of activations, and of the bank. Activations
-    are those that autograd keeps of two images, times the images of a step."""
+    are those that autograd keeps of two and of four images, continued in a line to the images of a step: parts such as
+    copies of weights in another memory format are there once."""
     settings, network, objective = (
         prepared.settings,
         prepared.built.network,
@@ -125,6 +127,26 @@ def _memory(prepared: Prepared) -> dict[str, int]:
     stages = objective.stages()
     stage = max(stages, key=lambda stage: stage.student_views)
     network.activate(stage.heads, stage.freeze_backbone or settings.freeze_backbone)
+    network.train()
+    few, more = (_kept(network, _images(prepared).repeat(times, 1, 1, 1)) for times in (1, 2))
+    each = (more - few) / MEASURED
+    images = stage.student_views * settings.batch_size / settings.accumulate
+    activations = few + each * (images - MEASURED)
+    trained = sum(p.numel() * p.element_size() for p in network.parameters() if p.requires_grad)
+    every = sum(p.numel() * p.element_size() for p in network.parameters())
+    copies = 1 + any(stage.teacher is not None for stage in stages) + (settings.ema > 0)
+    moments = 1 if settings.optimizer == "sgd" else 2
+    bank = sum(buffer.numel() * buffer.element_size() for buffer in objective.buffers())
+    narrow = 2 if settings.precision in ("bf16", "fp16") else 1
+    memory = {
+        "weights and optimiser": copies * every + (1 + moments) * trained,
+        "activations": int(activations / narrow),
+    }
+    return memory | ({"bank": bank} if bank else {})
+
+
+def _kept(network: Network, images: Tensor) -> int:
+    """Bytes that autograd keeps for the backward pass, without the parameters."""
     own = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
     kept: dict[int, int] = {}
 
@@ -134,23 +156,10 @@ def _memory(prepared: Prepared) -> dict[str, int]:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    network.train()
-    images = _images(prepared)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         outputs = network(images)
-    parts = stage.student_views * settings.batch_size / MEASURED / settings.accumulate
     del outputs
-    trained = sum(p.numel() * p.element_size() for p in network.parameters() if p.requires_grad)
-    every = sum(p.numel() * p.element_size() for p in network.parameters())
-    copies = 1 + any(stage.teacher is not None for stage in stages) + (settings.ema > 0)
-    moments = 1 if settings.optimizer == "sgd" else 2
-    bank = sum(buffer.numel() * buffer.element_size() for buffer in objective.buffers())
-    narrow = 2 if settings.precision in ("bf16", "fp16") else 1
-    memory = {
-        "weights and optimiser": copies * every + (1 + moments) * trained,
-        "activations": int(sum(kept.values()) * parts / narrow),
-    }
-    return memory | ({"bank": bank} if bank else {})
+    return sum(kept.values())
 
 
 def _images(prepared: Prepared) -> Tensor:
