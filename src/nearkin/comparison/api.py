@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 REQUEST = "compare.yaml"
 RUNS = "runs"
 SPLIT = "split.csv"
-# What a later call may change; whether the images at another path are the same is checked with the runs.
 MANY = 1_000_000  # runs, to share a machine as if it were full
+# What a later call may change; whether the images at another path are the same is checked with the runs.
 FREE = ("jobs", "submit", "seeds", "objectives", "pick", "data")
 
 
