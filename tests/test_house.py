@@ -28,6 +28,7 @@ FLOORS = [
         "config",
         "settings",
         "distributed",
+        "yaml_files",
     },
     {"bank", "teacher", "network"},
     {"objectives"},

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from nearkin.cli import run as command
 from nearkin.errors import ConfigError
 from nearkin.process import (
     Launch,
@@ -25,7 +26,7 @@ TORCHRUN = {
 }
 SLURM = {
     **{"SLURM_NTASKS": "6", "SLURM_NNODES": "3", "SLURM_PROCID": "5", "SLURM_LOCALID": "1"},
-    **{"SLURM_JOB_ID": "4071234", "SLURM_JOB_NAME": "train"},
+    **{"SLURM_JOB_ID": "4071234", "SLURM_JOB_NAME": "train", "SLURM_STEP_ID": "0"},
 }
 
 
@@ -46,6 +47,36 @@ def test_without_a_launcher_there_is_one_process(env):
     assert launched() == Launch(nodes=1, per_node=1, rank=0, local_rank=0)
     env(SLURM | {"SLURM_JOB_NAME": "bash"})
     assert launched().world_size == 1
+
+
+@pytest.mark.parametrize("step", ["", "4294967291", "4294967290"])
+def test_a_batch_script_is_one_process(env, step):
+    """It has the number of tasks that srun would start."""
+    env(SLURM | {"SLURM_STEP_ID": step, "SLURM_PROCID": "0"})
+    assert launched() == Launch()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("SLURM_NTASKS", ""),
+        ("SLURM_JOB_ID", "1; touch x"),
+        ("SLURM_PROCID", "-1"),
+        ("MASTER_PORT", "x"),
+    ],
+)
+def test_what_is_no_number_is_said(env, capsys, name, value):
+    env(SLURM | {name: value})
+    assert command(["train", "digits"]) == 2
+    said = capsys.readouterr().err
+    assert f"{name} is {value!r}, but must be a whole number" in said
+    assert said.count("\n") == 1
+
+
+def test_unequal_tasks_are_refused(env):
+    env(SLURM | {"SLURM_NNODES": "4"})
+    with pytest.raises(ConfigError, match="6 tasks on 4 nodes; start equally many"):
+        launched()
 
 
 def test_torchrun(env):

@@ -21,7 +21,7 @@ TEXTS = [
     if isinstance(node, ast.Constant) and isinstance(node.value, str)
 ]
 # Options of other verbs, and of other programs.
-OTHER = {"--debug", "--resume", "--quiet", "--split", "--tta", "--shm-size"}
+OTHER = {"--debug", "--resume", "--quiet", "--split", "--tta", "--shm-size", "--tune"}
 
 
 @pytest.mark.parametrize("message", QUOTED)

@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from nearkin.catalogue import known_loggers
 from nearkin.errors import ConfigError, printable
 from nearkin.hints import unknown_option, value_hint
+from nearkin.yaml_files import load_yaml
 
 NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 LARGEST = 1 << 14  # of a model option; above every width and depth in use
@@ -113,7 +114,6 @@ else:
     AutoShare = Share | Auto
     AutoViews = Annotated[int, Field(ge=1, le=8)] | Auto
 FREE = {"objective": "options", "model": "model_options"}  # `objective.NAME` -> the field it is in
-LARGEST_YAML = 1 << 20
 SCRATCH_OBJECTIVE = "cone"  # what `--objective auto` is from scratch; photos: training/defaults.py
 CONFIG_FILE = "config.yaml"  # in every run folder
 # What a resumed run may change: nothing that touches the weights.
@@ -160,6 +160,9 @@ class RunConfig(BaseModel):
     weights: Path | None = option(None, "start from the weights in this file")
     probe: bool | Auto = option(
         "auto", "start the classifier from a logistic regression on the frozen features"
+    )
+    probe_images: Count | Auto = option(
+        "auto", "training images that it reads, at most; as many of each class"
     )
     refit: bool = option(
         False, "fit the classifier anew to the final features; keep it if validation is better"
@@ -360,36 +363,7 @@ def _wanted(problem: Any) -> str:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The flat options of a YAML file. Raises ConfigError when it is missing, too large or no mapping."""
-    try:
-        if path.stat().st_size > LARGEST_YAML:
-            raise ConfigError(
-                f"{printable(str(path))} is larger than 1 MiB; give a nearkin config."
-            )
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise ConfigError(f"Cannot read the config {printable(str(path))}: {reason}.") from None
-    try:
-        return _flatten(yaml.load(text, Loader=_StrictLoader), path)
-    except (yaml.YAMLError, RecursionError) as error:
-        reason = printable(" ".join(str(error).split()))[:200] or "it is nested too deeply"
-        raise ConfigError(f"{printable(str(path))} is not valid YAML: {reason}.") from None
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """safe_load that refuses aliases, which can expand without limit, and a key given twice."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("it uses aliases; write the values out")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [str(key.value) for key, _ in node.value]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice is not None:
-            raise yaml.YAMLError(f"the key {twice} is given twice")
-        return super().construct_mapping(node, deep)
+    return _flatten(load_yaml(path), path)
 
 
 def _flatten(loaded: Any, path: Path) -> dict[str, Any]:

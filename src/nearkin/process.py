@@ -10,12 +10,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NamedTuple, TypeVar
 
-from nearkin.errors import ConfigError, NearkinError, Stopped, counted
+from nearkin.errors import ConfigError, NearkinError, Stopped, counted, printable
 
 # Signals that ask a run to stop; a terminal that is closed sends SIGHUP. Windows has neither that nor SIGUSR1.
 STOP_SIGNALS = frozenset(
@@ -110,6 +110,9 @@ def exit_if_importing_main() -> None:
         os._exit(1)
 
 
+SPECIAL_STEPS = 1 << 31  # Slurm's numbers of batch scripts and of interactive shells are above
+
+
 class Launch(NamedTuple):
     """The processes that torchrun or srun started, and this one among them.
 
@@ -129,24 +132,47 @@ class Launch(NamedTuple):
 
 
 def launched() -> Launch:
-    """Read the environment that torchrun or srun set; one process without either."""
+    """Read the environment that torchrun or srun set; one process without either. Raises ConfigError for what is no
+    number there, and for unequal numbers of tasks on the nodes."""
     env = os.environ
     if "TORCHELASTIC_RUN_ID" in env and "WORLD_SIZE" in env:
-        world, local = int(env["WORLD_SIZE"]), int(env["LOCAL_WORLD_SIZE"])
-        address, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
-        rank, local_rank = int(env["RANK"]), int(env["LOCAL_RANK"])
+        world, local = _number("WORLD_SIZE"), _number("LOCAL_WORLD_SIZE")
+        address, port = env["MASTER_ADDR"], _number("MASTER_PORT")
+        rank, local_rank = _number("RANK"), _number("LOCAL_RANK")
         return Launch(max(1, world // local), local, rank, local_rank, address, port)
-    tasks = int(env.get("SLURM_NTASKS", "1"))
-    interactive = env.get("SLURM_JOB_NAME") in ("bash", "interactive")
-    if tasks == 1 or "SLURM_PROCID" not in env or interactive:
+    if not _started_by_srun(env) or (tasks := _number("SLURM_NTASKS", "1")) == 1:
         return Launch()
-    nodes = int(env.get("SLURM_NNODES", "1"))
+    nodes = _number("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES", "1"))
+    if tasks % nodes:
+        raise ConfigError(
+            f"There are {tasks} tasks on {nodes} nodes; start equally many on each node (--ntasks-per-node)."
+        )
     # "gpu[007-009,12],cpu1" -> "gpu007"
     first = re.sub(r"\[(\w+)[^]]*\]", r"\1", env.get("SLURM_NODELIST", "127.0.0.1")).split(",")[0]
     # The same on all nodes, another in each job.
-    port = int(env.get("MASTER_PORT", 15_000 + int(env.get("SLURM_JOB_ID", "0")[-4:])))
-    rank, local_rank = int(env["SLURM_PROCID"]), int(env["SLURM_LOCALID"])
+    job = _number("SLURM_JOB_ID", "0")
+    port = _number("MASTER_PORT", str(15_000 + job % 10_000))
+    rank, local_rank = _number("SLURM_PROCID"), _number("SLURM_LOCALID")
     return Launch(nodes, tasks // nodes, rank, local_rank, env.get("MASTER_ADDR", first), port)
+
+
+def _number(name: str, otherwise: str = "") -> int:
+    """A variable of the environment that a launcher sets, from 0. Raises ConfigError."""
+    value = os.environ.get(name, otherwise)
+    if not value.isdecimal():
+        raise ConfigError(
+            f"The environment variable {name} is {printable(value)!r}, but must be a whole number."
+        )
+    return int(value)
+
+
+def _started_by_srun(env: Mapping[str, str]) -> bool:
+    """Whether this process is a task of srun: a batch script and the shell of an allocation have the number of tasks as
+    well, but no step, or one of the last numbers."""
+    step = env.get("SLURM_STEP_ID", "")
+    interactive = env.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    task = "SLURM_PROCID" in env and step.isdecimal() and int(step) < SPECIAL_STEPS
+    return task and not interactive
 
 
 def cores() -> int:

@@ -56,6 +56,7 @@ class Settings(DataSettings):
 
     stem: Literal["default", "small"]
     probe: bool
+    probe_images: Count
     sampler: Literal["shuffle", "balanced", "weighted"]
     blocks: Natural | Literal["all"]
     freeze_batchnorm: bool

@@ -81,6 +81,14 @@ def test_unknown_verb(capsys):
     )
 
 
+@pytest.mark.parametrize(
+    ("verb", "ours"), [("eval", "evaluate"), ("Fit", "train"), ("infer", "predict")]
+)
+def test_verbs_of_other_tools(capsys, verb, ours):
+    assert run([verb]) == 2
+    assert f"Unknown verb {verb}. Did you mean {ours}?" in capsys.readouterr().err
+
+
 def test_control_characters_are_escaped(capsys):
     assert run(["\x1b[31mx"]) == 2
     assert "\x1b" not in capsys.readouterr().err

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from tests.pictures import write_classes, write_image
 
 from nearkin.cli import run
@@ -320,6 +322,53 @@ def test_a_model_that_is_no_model(finished, capsys, tmp_path):
     refused(capsys, 4, "format 99", argv=["evaluate", str(run_folder)])
     (run_folder / "model.json").write_text("[1]")
     refused(capsys, 4, "model.json", argv=["evaluate", str(run_folder)])
+
+
+def test_one_changed_bit_of_a_model_is_noticed(finished, capsys, tmp_path):
+    run_folder = copy_run(finished, tmp_path / "flipped")
+    weights = run_folder / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    refused(capsys, 4, "model.safetensors", "SHA-256", argv=["evaluate", str(run_folder)])
+
+
+def test_bad_images_of_other_data_can_be_left_out(finished, capsys):
+    write_classes(finished / "other", each=3)
+    (finished / "other" / "cat" / "1.png").write_bytes(b"no image")
+    refused(capsys, 3, "1.png", "--bad-images skip", argv=["evaluate", "run", "other"])
+    argv = ["evaluate", "run", "other", "--json", "--bad-images"]
+    assert run([*argv, "skip"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["n"] == 5
+    low, high = result["interval"]
+    assert 0 <= low < result["top1"] + 1e-9 <= high + 1e-9 <= 1 + 1e-9
+    refused(capsys, 2, "bad-images", argv=[*argv, "drop"])
+
+
+@pytest.mark.parametrize("place", ["train", "val"])
+def test_a_report_can_leave_out_images_that_broke_since(finished, capsys, tmp_path, place):
+    from nearkin.data.dataset import load_dataset
+
+    shutil.copytree(finished / "photos", tmp_path / "moved")
+    run_folder = copy_run(finished, tmp_path / "run")
+    config = yaml.safe_load((run_folder / "config.yaml").read_text())
+    options = {name: config[name] for name in ("val_split", "split_seed", "seed")}
+    split = load_dataset(str(tmp_path / "moved"), **options).splits[place]
+    Path(split.images.path(0)).write_bytes(b"no image")
+    argv = ["report", str(run_folder), "--data", str(tmp_path / "moved")]
+    refused(capsys, 3, "--bad-images skip", argv=argv)
+    assert run([*argv, "--bad-images", "skip"]) == 0
+
+
+@pytest.mark.parametrize("name", ["classes.json", "identity.json"])
+@pytest.mark.parametrize("content", ["5", "[" * 100_000])
+def test_a_run_whose_files_are_no_longer_what_they_were(finished, capsys, tmp_path, name, content):
+    run_folder = copy_run(finished, tmp_path / "odd")
+    status = json.loads((run_folder / "status.json").read_text())
+    (run_folder / "status.json").write_text(json.dumps(status | {"state": "stopped"}))
+    (run_folder / name).write_text(content)
+    refused(capsys, 4, name, argv=["train", "--resume", str(run_folder)])
 
 
 def test_a_class_count_that_does_not_fit(finished, capsys, tmp_path):

@@ -195,6 +195,17 @@ def test_parquet_rows_to_blame(root, columns, where, what):
     assert what in message
 
 
+def test_a_parquet_file_with_text_that_is_not_utf_8(root):
+    import pyarrow
+    from pyarrow import parquet as files
+
+    path = root / "odd.parquet"
+    broken = pyarrow.array([b"\xff.png", b"b.png"]).view(pyarrow.string())
+    labels = pyarrow.array(["a", "b"])
+    files.write_table(pyarrow.table({"path": broken, "label": labels}), path)
+    assert "cannot be read" in refused(str(path))
+
+
 def test_a_damaged_parquet_file(root):
     assert "cannot be read" in refused(table(root, b"PAR1 rubbish PAR1", "t.parquet"))
 

@@ -56,6 +56,14 @@ def test_too_few_positives_are_a_warning():
     assert "find no other image of their class" in found["no-positives"].text
 
 
+def test_positives_are_looked_for_where_the_objective_looks():
+    """Within blocks of 8, as training warns; batches that are balanced by themselves are the best there is."""
+    options = {"batch_size": 64, "objective.views": 1}
+    blocks = forecast(objective="schane", **options, **{"objective.within": 8})
+    assert "among the 8 that they are compared with" in blocks["no-positives"].text
+    assert "no-positives" not in forecast(objective="schane", **options)
+
+
 def test_every_objective_has_a_forecast():
     from nearkin.catalogue import objectives
 

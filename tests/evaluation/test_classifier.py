@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.numpy import load_file, save_file
+from tests.digests import as_saved
 from tests.evaluation.evidence_run import some_digits, trained, write_digits
 from tests.pictures import write_classes, write_image
 
@@ -222,6 +223,9 @@ def test_a_run_without_validation_images(run, tmp_path):
     kin = load_file(run / KIN)
     empty = np.empty(0, np.float32)
     save_file(kin | {"typical": empty, "scores": empty}, tmp_path / "r" / KIN)
+    with pytest.raises(ModelError, match="kin.safetensors is not the file that was saved"):
+        nearkin.load(tmp_path / "r")
+    as_saved(tmp_path / "r")
     one = nearkin.load(tmp_path / "r")(some_digits(1)[0][0])
     assert (one.unlike, len(one.kin)) == (None, 3)
     with pytest.raises(ModelError, match="--reject needs validation images"):
@@ -230,6 +234,7 @@ def test_a_run_without_validation_images(run, tmp_path):
         nearkin.load(tmp_path / "r", sets=0.9)
     few = {"typical": kin["typical"][:9], "scores": kin["scores"][:9]}
     save_file(kin | few, tmp_path / "r" / KIN)
+    as_saved(tmp_path / "r")
     notes = nearkin.load(tmp_path / "r", reject=0.01, sets=0.95).notes
     assert "farther than all of them" in notes[0]
     assert "hold every class" in notes[1]
@@ -240,6 +245,7 @@ def test_kin_of_another_model_are_refused(run, tmp_path):
     kin = load_file(run / KIN)
     narrow = np.ascontiguousarray(kin["embeddings"][:, :5])
     save_file(kin | {"embeddings": narrow}, tmp_path / "r" / KIN)
+    as_saved(tmp_path / "r")
     with pytest.raises(ModelError, match="does not fit"):
         nearkin.load(tmp_path / "r")(some_digits(1)[0][0])
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.digests import as_saved
 from tests.pictures import write_image
 from torchvision.transforms import v2
 
@@ -178,8 +179,12 @@ def test_a_damaged_or_foreign_file_in_the_cache_is_no_answer(runs):
     kept = weights.read_bytes()
     tensors = load_file(weights)
     save_file({n: t + 0.01 if t.is_floating_point() else t for n, t in tensors.items()}, weights)
+    with pytest.raises(ModelError, match="damaged, or of another run"):
+        nearkin.evaluate(runs["a"])
+    as_saved(runs["a"])
     assert not nearkin.evaluate(runs["a"]).members[0].cached
     weights.write_bytes(kept)
+    as_saved(runs["a"])
 
 
 def test_a_cache_that_cannot_be_written_is_a_note(runs):
@@ -288,6 +293,7 @@ def test_members_with_other_classes_are_refused_and_with_another_order_are_mappe
     for name in ("heads.classifier.weight", "heads.classifier.bias"):
         tensors[name] = tensors[name][order].contiguous()
     save_file(tensors, other / "model.safetensors")
+    as_saved(other)
     both = nearkin.evaluate([runs["a"], other])
     assert both.members[0].top1 == both.members[1].top1 == both.top1
 

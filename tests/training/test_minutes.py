@@ -154,6 +154,7 @@ def test_a_new_fit_takes_a_part_of_the_time(planned):
 def test_the_probe_takes_a_third_of_the_time(monkeypatch, each, minutes, images):
     monkeypatch.setattr(plans, "_evaluation", lambda *_: lambda count: each * count)
     given = settings(data="photos", side=500, files=True, minutes=minutes)
+    assert given.probe_images == 20_000
     dataset = SimpleNamespace(splits={"train": SimpleNamespace(labels=np.zeros(50_000))})
     assert plans.probe_images(given, None, dataset, None, Alone()) == images
 

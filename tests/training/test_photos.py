@@ -20,7 +20,7 @@ from nearkin.data.dataset import load_dataset
 from nearkin.data.transforms import EvalSpec, eval_transform
 from nearkin.errors import ConfigError
 from nearkin.network import build_backbone
-from nearkin.training import trainer
+from nearkin.training import prepare, trainer
 from nearkin.training.metrics_log import read_metrics
 from nearkin.training.probe import ITERATIONS, STRENGTHS
 
@@ -103,8 +103,8 @@ def test_a_refitted_classifier_is_kept_where_validation_is_better(photos, tmp_pa
 def test_a_refit_that_is_worse_on_validation_is_not_kept(photos, tmp_path, monkeypatch):
     fitted = trainer.refit
 
-    def planted(network, *rest):
-        probe = fitted(network, *rest)
+    def planted(network, *rest, **options):
+        probe = fitted(network, *rest, **options)
         with torch.no_grad():
             network.heads["classifier"].weight.neg_()
         return probe
@@ -221,6 +221,20 @@ def test_training_that_ruins_the_network_gives_the_probe(photos, tmp_path, objec
     first, *later = validations(result.run)
     assert min(r["value"] for r in later) < first["value"]  # it was ruined
     assert nearkin.evaluate(result.run, split="val").top1 >= first["value"]
+
+
+def test_a_smaller_probe_is_stored_and_the_same_again(photos, tmp_path, monkeypatch):
+    """As `--minutes` may choose it: a run that goes on from its very start must fit the same probe."""
+    monkeypatch.setattr(prepare, "probe_images", lambda *_: 12)
+    options = QUICK | {"epochs": 1, "minutes": 5.0}
+    one = nearkin.train(photos, "ce", out=tmp_path / "one", **options)
+    stored = yaml.safe_load((one.run / "config.yaml").read_text())
+    assert stored["probe_images"] == 12
+    monkeypatch.undo()
+    two = nearkin.train(photos, "ce", out=tmp_path / "two", probe_images=12, epochs=1, **QUICK)
+    whole = nearkin.train(photos, "ce", out=tmp_path / "three", epochs=1, **QUICK)
+    first, same, other = (validations(run.run)[0]["log_loss"] for run in (one, two, whole))
+    assert first == same != other
 
 
 def test_from_scratch_and_small_images_have_no_probe(photos, tmp_path):

@@ -56,6 +56,16 @@ VERBS = {
     "import-cone": "import_cone",
     "list": "list_",
 }
+# What other tools call them.
+OTHERS = {
+    **dict.fromkeys(("fit", "finetune", "fine-tune"), "train"),
+    **dict.fromkeys(("val", "validate", "test", "eval", "ensemble"), "evaluate"),
+    **dict.fromkeys(("infer", "inference", "classify"), "predict"),
+    **dict.fromkeys(("features", "extract"), "embed"),
+    **dict.fromkeys(("check", "lint"), "doctor"),
+    "tune": "compare --tune",
+    "benchmark": "compare",
+}
 
 
 # What the system says of a path that nobody may use, or cannot exist.
@@ -109,9 +119,9 @@ def _run(argv: list[str]) -> int:
     if verb not in VERBS:
         from nearkin.errors import ConfigError, nearest, printable
 
-        raise ConfigError(
-            f"Unknown verb {printable(verb)}.{nearest(verb, VERBS)} See nearkin --help."
-        )
+        meant = OTHERS.get(verb.casefold())
+        hint = f" Did you mean {meant}?" if meant else nearest(verb, VERBS)
+        raise ConfigError(f"Unknown verb {printable(verb)}.{hint} See nearkin --help.")
     module = import_module(f"nearkin.cli.{VERBS[verb]}")
     parser = module.parser()
     given = parser.read(rest)
@@ -144,9 +154,14 @@ def show(
 
 def _report(kind: str, text: str, error: BaseException) -> None:
     """Print an error, once where several processes were launched together."""
+    from nearkin.errors import ConfigError
     from nearkin.process import launched
 
-    if launched().world_size > 1:
+    try:
+        several = launched().world_size > 1
+    except ConfigError:  # the error that is reported
+        several = False
+    if several:
         from nearkin.distributed import report_failure
 
         report_failure(error)

@@ -34,6 +34,12 @@ def parser() -> Parser:
         "--weights", metavar="NAME", help="of an ensemble: equal, or by validation [equal]"
     )
     parser.flag("cache", "store the probabilities in the run folder [true]")
+    parser.add_argument(
+        "--bad-images",
+        dest="bad_images",
+        metavar="NAME",
+        help="unreadable images: error stops, skip leaves them out [as in the training]",
+    )
     parser.add_argument("--device", metavar="NAME", help="auto, cpu, cuda or mps [auto]")
     parser.add_argument("--workers", metavar="N", help="processes that load images [0]")
     parser.flag("json", "one JSON object on stdout")
@@ -53,6 +59,7 @@ def main(given: dict[str, Any]) -> int:
         cache=given.get("cache", True),
         device=given.get("device", "auto"),
         workers=whole_number("workers", given.get("workers", "0")),
+        bad_images=given.get("bad_images"),
     )
     record = result.to_dict() | {"test_top1": result.top1 if result.split == "test" else None}
     show(record, table(result), as_json=given.get("json", False), notes=result.notes)
@@ -77,10 +84,11 @@ def _runs_and_data(words: list[str]) -> tuple[list[str], str | None]:
 
 def table(result: Evaluation) -> str:
     """The metrics as text: totals, a line per class, the confusion matrix. Of many classes only the worst are shown."""
+    low, high = result.interval
     lines = [
         *_members(result),
         f"split      {result.split} ({result.n} images)",
-        f"top-1      {100 * result.top1:.2f} %",
+        f"top-1      {100 * result.top1:.2f} % (95 % interval {100 * low:.1f} to {100 * high:.1f} %)",
         f"top-5      {100 * result.top5:.2f} %",
         f"log loss   {result.log_loss:.4f}",
         f"ECE        {100 * result.ece:.2f} %",

@@ -38,6 +38,12 @@ def parser() -> Parser:
     parser.add_argument(
         "--data", metavar="DATA", help="images to check on [the run's validation images, else test]"
     )
+    parser.add_argument(
+        "--bad-images",
+        dest="bad_images",
+        metavar="NAME",
+        help="unreadable images: error stops, skip leaves them out [as in the training]",
+    )
     parser.add_argument("--verify", metavar="DIR", help="check an exported folder again")
     parser.flag("json", "one JSON object on stdout")
     return parser
@@ -61,6 +67,7 @@ def main(given: dict[str, Any]) -> int:
             raw=given.get("raw", False),
             out=given.get("out"),
             data=given.get("data"),
+            bad_images=given.get("bad_images"),
             log=lambda text: sys.stderr.write(f"{text} ...\n"),
         )
     checked = found.manifest.checked

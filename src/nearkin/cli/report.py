@@ -8,7 +8,7 @@ from typing import Any
 from nearkin.cli import show
 from nearkin.cli.arguments import Parser
 from nearkin.errors import ConfigError, printable
-from nearkin.evaluation.options import Device, check_choice, check_run
+from nearkin.evaluation.options import BadPolicy, Device, check_choice, check_run
 
 USAGE = "nearkin report RUN... [--out FILE] [--data PATH] [--json]"
 ABOUT = """\
@@ -25,6 +25,12 @@ def parser() -> Parser:
         help="the page [report.html in RUN; runs.html in the first of several]",
     )
     parser.add_argument("--data", metavar="PATH", help="where the images of RUN are now")
+    parser.add_argument(
+        "--bad-images",
+        dest="bad_images",
+        metavar="NAME",
+        help="unreadable images: error stops, skip leaves them out [as in the training]",
+    )
     parser.add_argument("--device", metavar="NAME", help="auto, cpu, cuda or mps [auto]")
     parser.flag("json", "one JSON object on stdout")
     return parser
@@ -35,10 +41,14 @@ def main(given: dict[str, Any]) -> int:
     if not runs:
         raise ConfigError("Report on which run? Give the folder that train printed.")
     check_choice("device", given.get("device", "auto"), Device)
+    if "bad_images" in given:
+        check_choice("bad-images", given["bad_images"], BadPolicy)
     out = _page(given["out"]) if "out" in given else None
-    for name in ("data", "device"):
+    for name in ("data", "device", "bad_images"):
         if len(runs) > 1 and name in given:
-            raise ConfigError(f"--{name} is for one RUN; several are compared by what they kept.")
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is for one RUN; several are compared by what they kept."
+            )
     for run in runs:
         check_run(run)  # before torch is imported
     from nearkin.training.report import report, report_several
@@ -46,7 +56,8 @@ def main(given: dict[str, Any]) -> int:
     if len(runs) > 1:
         page = report_several(runs, out)
     else:
-        page = report(runs[0], given.get("data"), out, given.get("device", "auto"))
+        device, bad = given.get("device", "auto"), given.get("bad_images")
+        page = report(runs[0], given.get("data"), out, device, bad)
     shown = printable(str(page))
     show(
         {"run": str(runs[0]), "page": str(page)},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
@@ -48,7 +49,7 @@ def choose_format(given: dict[str, Any]) -> tuple[str, Path | None]:
 
 
 def check_out(out: Path | None) -> None:
-    """Raises ConfigError when `out` is no regular file, or its folder does not exist."""
+    """Raises ConfigError when `out` is no regular file, or cannot be written in its folder."""
     if out is None:
         return
     if out.is_dir():
@@ -59,6 +60,10 @@ def check_out(out: Path | None) -> None:
         )
     if not out.parent.is_dir():
         raise ConfigError(f"The folder of --out {printable(str(out))} does not exist; make it.")
+    if not os.access(out.parent, os.W_OK):
+        raise ConfigError(
+            f"The folder of --out {printable(str(out))} cannot be written; choose another one."
+        )
 
 
 def check_pyarrow() -> None:

@@ -20,9 +20,8 @@ from nearkin.doctor.findings import Finding
 from nearkin.errors import DataError
 from nearkin.network import Network
 from nearkin.objectives import Stage
-from nearkin.training import checks
 from nearkin.training.batches import draw_of
-from nearkin.training.prepare import Prepared, prepare, validated_options
+from nearkin.training.prepare import Prepared, missing_positives, prepare, validated_options
 from nearkin.types import Batch, Outputs, Progress
 
 MEASURED = 2  # images whose activations are measured
@@ -35,7 +34,6 @@ class Outlook(NamedTuple):
     part. collapse: stage -> term -> its value for constant embeddings and a full bank."""
 
     positives: float
-    lonely: float
     bank: int
     kin: float
     memory: dict[str, int]
@@ -64,20 +62,16 @@ def objective_findings(listing: Listing, config: RunConfig) -> Iterator[Finding]
             )
             return
         found = outlook(prepared)
-    yield from _findings(prepared, found)
+    yield from _findings(prepared, found, automatic=config.sampler == "auto")
 
 
-def _findings(prepared: Prepared, found: Outlook) -> Iterator[Finding]:
+def _findings(prepared: Prepared, found: Outlook, *, automatic: bool) -> Iterator[Finding]:
     settings = prepared.settings
     start = f"{settings.objective} with a batch of {settings.batch_size} and the sampler {settings.sampler}"
     bank = f", and {found.kin:.1f} in a bank of {found.bank} entries" if found.bank else ""
     text = f"{start}: an image meets {found.positives:.1f} others of its class in its batch, on average{bank}"
-    stages = prepared.built.objective.stages()
-    warning = None
-    if any(stage.positives for stage in stages):
-        warning = checks.missing_positives_warning(
-            found.lonely, settings.batch_size, settings.sampler
-        )
+    train = prepared.dataset.splits["train"]
+    warning = missing_positives(settings, prepared.built, train, automatic=automatic)
     yield Finding("ok", "positives", text)
     if warning is not None:
         yield Finding("warning", "no-positives", warning.rstrip("."))
@@ -107,7 +101,6 @@ def outlook(prepared: Prepared) -> Outlook:
     entries = sum(map(len, banks))
     return Outlook(
         float(np.mean(same)),
-        float(np.mean([row == 0 for row in same])),
         entries,
         float(entries * (shares**2).sum()),
         _memory(prepared),

@@ -29,7 +29,7 @@ from nearkin.errors import ConfigError, DivergedError, ModelError, listed, print
 from nearkin.evaluation.evaluator import Evaluator, Probabilities, gathered
 from nearkin.evaluation.metrics import reduced
 from nearkin.evaluation.model import FORMAT, WEIGHTS, Bundle, load_bundle
-from nearkin.evaluation.options import DESCRIPTION, Tta
+from nearkin.evaluation.options import DESCRIPTION, BadPolicy, Tta
 from nearkin.evaluation.own_data import is_own, stored_origin
 from nearkin.files import SaveFailed, write_atomic
 from nearkin.network import read_safetensors
@@ -219,9 +219,17 @@ class Ensemble:
     """The mean of the probabilities of several models; each model runs on a split once."""
 
     def __init__(
-        self, members: Sequence[Member], runtime: Runtime, *, tta: Tta, workers: int, cache: bool
+        self,
+        members: Sequence[Member],
+        runtime: Runtime,
+        *,
+        tta: Tta,
+        workers: int,
+        cache: bool,
+        bad_images: BadPolicy | None = None,
     ) -> None:
-        self.members, self.runtime = members, runtime
+        """bad_images: whether those stop or are left out; None: as in each member's training."""
+        self.members, self.runtime, self._bad = members, runtime, bad_images
         self.tta, self._workers, self._cache = tta, workers, cache
         self.classes = members[0].bundle.classes
         self._loaded: dict[tuple[Any, ...], tuple[EvaluationSplit, str]] = {}
@@ -322,6 +330,8 @@ class Ensemble:
             "own": own,
             "origin": origin.names if own and origin is not None else None,
         }
+        if self._bad is not None:
+            options["bad_images"] = self._bad
         source = data or member.config.data
         key = (data.data if data else source, *options.items())
         if key not in self._loaded:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from nearkin.data.sources.resolve import resolve
 from nearkin.errors import ConfigError
-from nearkin.evaluation.options import Device, Tta, Weights, check_choice, check_run
+from nearkin.evaluation.options import BadPolicy, Device, Tta, Weights, check_choice, check_run
 from nearkin.evaluation.results import Evaluation, MemberMetrics
 from nearkin.files import SaveFailed
 
@@ -38,13 +38,15 @@ def evaluate(
     cache: bool = True,
     device: Device = "auto",
     workers: int = 0,
+    bad_images: BadPolicy | None = None,
 ) -> Evaluation:
     """Exact metrics of the model in a run folder, or of several as an ensemble: the mean of their probabilities.
 
     data: by default the runs' own, with the same splits. split: by default test, else val; the result names it.
     tta: none, flip or tencrop; the probabilities of the views are averaged. weights: of an ensemble, equal or those
     that minimise the log loss on the validation split, which no member was trained on. cache: store the probabilities
-    of each model in its run folder. Computes in float32 without autocast, whatever the precision of the training.
+    of each model in its run folder. bad_images: `error` or `skip`, which leaves unreadable images out; by default as in
+    the training. Computes in float32 without autocast, whatever the precision of the training.
 
     Writes `confusion-NAME.csv` and `classes-NAME.csv` into the first run folder. NAME is the split, followed by a hash
     unless one run is evaluated on its own data without test-time augmentation.
@@ -58,6 +60,8 @@ def evaluate(
     check_choice("tta", tta, Tta)
     check_choice("weights", weights, Weights)
     check_choice("device", device, Device)
+    if bad_images is not None:
+        check_choice("bad-images", bad_images, BadPolicy)
     for one in runs:
         check_run(one)
     listing = None if data is None else resolve(str(data))
@@ -66,7 +70,9 @@ def evaluate(
 
     with Runtime(device=choose_device(device), precision="fp32") as runtime:
         members = load_members(runs, runtime.device)
-        ensemble = Ensemble(members, runtime, tta=tta, workers=workers, cache=cache)
+        ensemble = Ensemble(
+            members, runtime, tta=tta, workers=workers, cache=cache, bad_images=bad_images
+        )
         return _measure(ensemble, listing, split, weights)
 
 

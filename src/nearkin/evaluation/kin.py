@@ -20,6 +20,8 @@ from nearkin.distributed import Runtime
 from nearkin.errors import ModelError, printable
 from nearkin.evaluation.calibration import fit_temperature, scaled
 from nearkin.evaluation.evaluator import Evaluator
+from nearkin.evaluation.model import check_digest, read_description
+from nearkin.evaluation.options import DESCRIPTION
 from nearkin.evaluation.options import EVIDENCE as FILE
 from nearkin.files import write_atomic
 from nearkin.network import Network, read_safetensors
@@ -160,6 +162,8 @@ def read_kin(folder: Path, classes: int) -> Kin:
         raise ModelError(
             f"{printable(str(path))} is missing, so nothing is known of the training images; train the run anew."
         )
+    if (folder / DESCRIPTION).is_file():
+        check_digest(folder, read_description(folder), FILE)
     tensors = read_safetensors(path)
     try:
         names = tuple(json.loads(tensors["names"].numpy().tobytes()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -14,7 +15,7 @@ from nearkin.config import ModelOptions, validate
 from nearkin.data.transforms import EvalSpec
 from nearkin.errors import ConfigError, ModelError, printable
 from nearkin.evaluation.options import DESCRIPTION as DESCRIPTION
-from nearkin.evaluation.options import check_run
+from nearkin.evaluation.options import EVIDENCE, check_run
 from nearkin.files import write_atomic
 from nearkin.network import Network, build_backbone, default_memory_format, read_safetensors
 from nearkin.objectives import Objective, get
@@ -42,7 +43,8 @@ class ModelSpec(BaseModel):
 
 class Description(BaseModel):
     """`model.json`. metrics: totals of the final evaluation; tables are in files beside it. temperature: divides the
-    logits of probabilities that are shown as such (see `evaluation.calibration`); None where it is not known."""
+    logits of probabilities that are shown as such (see `evaluation.calibration`); None where it is not known. digests:
+    name -> SHA-256 of the files that belong to the model; empty in runs from before these were kept."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -53,6 +55,7 @@ class Description(BaseModel):
     heads: tuple[str, ...]
     metrics: dict[str, Any] = {}
     temperature: float | None = Field(default=None, gt=0)
+    digests: dict[str, str] = {}
 
 
 class Built(NamedTuple):
@@ -126,13 +129,36 @@ def build(
 
 
 def save_bundle(folder: Path, description: Description, weights: dict[str, Tensor]) -> None:
-    """Write model.safetensors and model.json, each whole or not at all."""
+    """Write model.safetensors and model.json, each whole or not at all; the latter with the digests of the former and
+    of the kin, if they are there."""
     from safetensors.torch import save
 
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
     write_atomic(folder / WEIGHTS, save(plain))
+    there = (name for name in (WEIGHTS, EVIDENCE) if (folder / name).exists())
+    digests = {name: _digest(folder / name) for name in there}
+    description = description.model_copy(update={"digests": digests})
     text = json.dumps(description.model_dump(mode="json"), indent=1, allow_nan=False)
     write_atomic(folder / DESCRIPTION, text.encode("utf-8", "surrogateescape"))
+
+
+def check_digest(run: Path, description: Description, name: str) -> None:
+    """Raises ModelError for a file that is not the one that was saved with this model."""
+    wanted = description.digests.get(name)
+    try:
+        fits = wanted is None or _digest(run / name) == wanted
+    except OSError:
+        return  # who reads it says why it cannot be read
+    if not fits:
+        raise ModelError(
+            f"{printable(str(run / name))} is not the file that was saved with {DESCRIPTION} (its SHA-256 differs): it "
+            "is damaged, or of another run; put the right one back."
+        )
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_bundle(run: Path, device: torch.device) -> Bundle:
@@ -145,6 +171,7 @@ def load_bundle(run: Path, device: torch.device) -> Bundle:
         built = build(description.spec)
     except ConfigError as error:
         raise ModelError(f"The model of {printable(str(run))} cannot be built: {error}") from None
+    check_digest(run, description, WEIGHTS)
     tensors = read_safetensors(run / WEIGHTS)
     if any(tensor.dtype == torch.float64 for tensor in tensors.values()):
         built.network.double()

@@ -12,6 +12,7 @@ from nearkin.errors import ConfigError, ModelError, nearest, printable
 Tta = Literal["none", "flip", "tencrop"]
 Weights = Literal["equal", "validation"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
+BadPolicy = Literal["error", "skip"]
 
 DESCRIPTION = "model.json"
 EVIDENCE = "kin.safetensors"

@@ -118,6 +118,7 @@ class Evaluation(Metrics):
         """Plain values for JSON. The counts of the confusion matrix are in `confusion_file` only."""
         record = {name: value for name, value in vars(self).items() if name != "confusion"}
         return record | {
+            "interval": list(self.interval),
             "macro": self.macro._asdict(),
             "per_class": [
                 {"class": row.name} | dict(zip(row._fields[1:], row[1:], strict=True))

@@ -16,7 +16,7 @@ from uuid import uuid4
 from nearkin.config import CONFIG_FILE, RunConfig, read_yaml, validate
 from nearkin.data.sources.resolve import resolve
 from nearkin.errors import ConfigError, DataError, ModelError, counted, printable, to_install
-from nearkin.evaluation.options import check_choice, check_run
+from nearkin.evaluation.options import BadPolicy, check_choice, check_run
 from nearkin.export.manifest import (
     CHECK,
     VERSION,
@@ -63,6 +63,7 @@ def export(
     raw: bool = False,
     out: str | Path | None = None,
     data: str | Path | None = None,
+    bad_images: BadPolicy | None = None,
     log: Callable[[str], object] = lambda _: None,
 ) -> Bundled:
     """Write the model of a run as `onnx`, `timm` or `torch` to a new folder, whole or not at all.
@@ -70,13 +71,16 @@ def export(
     raw: the model takes normalised images and gives logits; otherwise it takes decoded images of any size (uint8
     `[N, H, W, C]`) and gives probabilities. timm models are raw always. out: the folder, by default RUN/export-FORMAT.
     data: images to compare with nearkin's own outputs; by default the validation images of the run, else its test
-    images, else those it was trained on. log: called with a sentence before each long step.
+    images, else those it was trained on. bad_images: `error` or `skip`; by default as in the training. log: called
+    with a sentence before each long step.
 
     Raises ExportError when the exported model gives other classes than nearkin, or the network cannot be exported;
     ModelError when `run` has no finished model with a classifier; DataError for images that are missing; ConfigError
     when `out` exists or a package is missing.
     """
     check_choice("format", format, Format)
+    if bad_images is not None:
+        check_choice("bad-images", bad_images, BadPolicy)
     run = Path(run)
     check_run(run)
     target = run / f"export-{format}" if out is None else Path(out)
@@ -93,7 +97,7 @@ def export(
         raise ModelError(
             f"The model of {printable(str(run))} has no classifier, so it cannot be exported."
         )
-    split, notes = _split(run, bundle, listing, config, own=data is None)
+    split, notes = _split(run, bundle, listing, config, own=data is None, bad_images=bad_images)
     raw = raw or format == "timm"
     with _whole(target) as folder:
         log(f"writing the {format} model")
@@ -159,7 +163,13 @@ def _own_data(config: RunConfig | None) -> Listing:
 
 
 def _split(
-    run: Path, bundle: Bundle, listing: Listing, config: RunConfig | None, *, own: bool
+    run: Path,
+    bundle: Bundle,
+    listing: Listing,
+    config: RunConfig | None,
+    *,
+    own: bool,
+    bad_images: BadPolicy | None,
 ) -> tuple[Split, tuple[str, ...]]:
     """The images to compare on: validation, else test, else training images; and notes. Where the validation images of
     the run cannot be told from its training images any more, the others."""
@@ -170,6 +180,8 @@ def _split(
     if config is not None:
         kept = ("val_split", "split_seed", "seed", "images_per_class") if own else ()
         options = config.model_dump(include={"bad_images", *kept})
+    if bad_images is not None:
+        options["bad_images"] = bad_images
     carved = own and "train" in listing.parts and options.get("val_split", 0) > 0
     origin = stored_origin(run) if carved else None
     if origin is not None and origin.names != names_of(listing):

@@ -23,6 +23,7 @@ TUNED_EPOCHS = 60
 TUNED_BATCH = 32
 TUNED_LR = 3e-4  # at a batch of 32; a third of it for networks that prefer adamw
 TUNED_HEAD_LR = 3.0
+PROBE_IMAGES = 20_000  # more take minutes and change the weights little
 TUNED_BLOCKS = (
     4  # of the photo model, all with one learning rate; other models learn whole, with TUNED_DECAY
 )
@@ -144,6 +145,7 @@ def resolve(config: DataSettings, facts: NetworkFacts) -> Settings:
         "head_lr": TUNED_HEAD_LR if pretrained and optimizer == "adamw" else 1.0,
         "blocks": TUNED_BLOCKS if pretrained and photo_model else "all",
         "probe": pretrained and facts.probed,
+        "probe_images": PROBE_IMAGES,
         # With another first layer the statistics after it are not those of the weights.
         "freeze_batchnorm": pretrained and not (config.pretrained and facts.stem == "small"),
         "sampler": "balanced" if grouped else "shuffle",

@@ -215,9 +215,12 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    """Replace a file in one step, without waiting for the disk."""
+    """Replace a file in one step, without waiting for the disk. Nothing is written to what stands under the temporary
+    name, such as a link."""
     temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_bytes(data)
+    temporary.unlink(missing_ok=True)
+    with temporary.open("xb") as file:
+        file.write(data)
     temporary.replace(path)
 
 

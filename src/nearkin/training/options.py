@@ -24,6 +24,7 @@ class TrainOptions(TypedDict, total=False):
     from_scratch: bool
     weights: str | Path | None
     probe: bool | Auto
+    probe_images: int | Auto
     refit: bool
     blocks: int | Literal["auto", "all"]
     image_size: int | Auto

@@ -21,7 +21,6 @@ from nearkin.objectives import Objective
 from nearkin.settings import Settings
 from nearkin.training.batches import train_batches
 from nearkin.training.defaults import is_pretrained, warmup_epochs
-from nearkin.training.probe import MOST_IMAGES as MOST_FITTED
 from nearkin.training.step import Stepper
 from nearkin.types import Progress
 
@@ -103,9 +102,9 @@ def probe_images(
 ) -> int:
     """How many training images the probe reads, so that their features take at most PROBE_SHARE of `settings.minutes`.
     Halved until they do, so that the next run finds the same features in the cache. All processes choose the same."""
-    most = min(MOST_FITTED, _count(dataset, "train"))
+    most = min(settings.probe_images, _count(dataset, "train"))
     if settings.minutes == 0 or most <= LEAST_FITTED:
-        return MOST_FITTED
+        return settings.probe_images
     cost = _evaluation(built, dataset, evaluator)
     while most > LEAST_FITTED and cost(2 * most) > PROBE_SHARE * 60 * settings.minutes:
         most //= 2
@@ -189,7 +188,7 @@ def _evaluated(settings: Settings, dataset: Dataset) -> list[int]:
     if settings.probe:
         passes.append(val)
     if settings.refit:  # of two views; the fit takes about as long
-        passes += [val, val, 4 * (min(MOST_FITTED, train) + val)]
+        passes += [val, val, 4 * (min(settings.probe_images, train) + val)]
     return passes
 
 

@@ -87,23 +87,34 @@ def prepare(
         say("note: --freeze-backbone keeps random weights; give --pretrained or --weights.", quiet)
     if settings.weights is not None and not begun:
         settings = _with_weights(settings, built, config, quiet)
-    views = built.objective.stages()[0].views
-    automatic = frozenset(name for name in NAMES if getattr(config, name) == "auto")
-    if settings.autotune and automatic:
-        trial = tune(settings, automatic, built.network, views, runtime)
-        say(str(trial), quiet)
-        settings = trial.settings
+    settings = _tuned(settings, config, built, runtime, quiet)
     evaluator = _placed(settings, built, runtime)
     if look and settings.probe and not begun:
-        _probe(settings, built, dataset, evaluator, runtime, quiet=quiet)
+        chosen = config.probe_images == "auto"
+        settings = _probe(settings, built, dataset, evaluator, runtime, chosen=chosen, quiet=quiet)
     if look and settings.minutes > 0 and settings.epochs > 0:
         at, spent = runtime.at(settings.precision), time.monotonic() - started
         planned = plan(settings, built, dataset, evaluator, at, config=config, spent=spent)
         say(str(planned), quiet)
         settings = planned.settings
     fix_parts(built.network, settings)
-    _warn_of_missing_positives(settings, built, train, silent, automatic=config.sampler == "auto")
+    automatic = config.sampler == "auto"
+    if warning := missing_positives(settings, built, train, automatic=automatic):
+        say(f"warning: {warning}", silent)
     return Prepared(settings, dataset, built, evaluator, _identity(settings, dataset))
+
+
+def _tuned(
+    settings: Settings, config: RunConfig, built: Built, runtime: Runtime, quiet: bool
+) -> Settings:
+    """With what `--autotune` measures, where that was left to it."""
+    automatic = frozenset(name for name in NAMES if getattr(config, name) == "auto")
+    if not (settings.autotune and automatic):
+        return settings
+    views = built.objective.stages()[0].views
+    trial = tune(settings, automatic, built.network, views, runtime)
+    say(str(trial), quiet)
+    return trial.settings
 
 
 def _probe(
@@ -113,15 +124,20 @@ def _probe(
     evaluator: Evaluator,
     runtime: Runtime,
     *,
+    chosen: bool,
     quiet: bool,
-) -> None:
-    """Fit the probe; say what it starts from, and what it reaches."""
+) -> Settings:
+    """Fit the probe; say what it starts from, and what it reaches. chosen: whether the number of its images is found
+    here. Returns the settings with it."""
     say(f"{settings.model}, {origin(settings)}; a probe of its features comes first", quiet)
-    most = probe_images(settings, built, dataset, evaluator, runtime)
-    found = start_from_probe(built, dataset, evaluator, runtime, most=most)
+    if chosen:
+        most = probe_images(settings, built, dataset, evaluator, runtime)
+        settings = settings.model_copy(update={"probe_images": most})
+    found = start_from_probe(built, dataset, evaluator, runtime, most=settings.probe_images)
     reached = "fitted" if found.top1 is None else f"val top-1 {100 * found.top1:.2f} %"
     then = f"; fine-tuning within {settings.minutes:g} min" if settings.minutes > 0 else ""
     say(f"probe of the frozen features: {reached}{then if settings.epochs > 0 else ''}", quiet)
+    return settings
 
 
 def origin(settings: Settings) -> str:
@@ -176,19 +192,19 @@ def _placed(settings: Settings, built: Built, runtime: Runtime) -> Evaluator:
     return Evaluator(runtime, spec, batch_size=size, workers=settings.workers)
 
 
-def _warn_of_missing_positives(
-    settings: Settings, built: Built, train: Split, quiet: bool, *, automatic: bool
-) -> None:
+def missing_positives(
+    settings: Settings, built: Built, train: Split, *, automatic: bool
+) -> str | None:
+    """The warning about anchors that will find no other image of their class. automatic: whether the sampler is."""
     needing = [stage for stage in built.objective.stages() if stage.positives]
     whole = all(stage.within is None for stage in needing)
     best = automatic and settings.sampler == "balanced" and whole  # there is nothing better
-    if needing and not best:
-        batch, draws = settings.batch_size, draw_of(settings, train.labels)(0)
-        within = needing[0].within
-        share = checks.share_without_positive(draws, train.labels, batch, within)
-        warning = checks.missing_positives_warning(share, within or batch, settings.sampler)
-        if warning is not None:
-            say(f"warning: {warning}", quiet)
+    if not needing or best:
+        return None
+    batch, draws = settings.batch_size, draw_of(settings, train.labels)(0)
+    within = needing[0].within
+    share = checks.share_without_positive(draws, train.labels, batch, within)
+    return checks.missing_positives_warning(share, within or batch, settings.sampler)
 
 
 def validated_options(config: RunConfig) -> Objective.Config:

@@ -30,7 +30,6 @@ STRENGTHS = (1e-3, 1e-2, 3e-2, 1e-1, 1.0)  # scikit-learn's C, the inverse of th
 USUAL = 3e-2  # where nothing can be held out
 FEW = 5  # validation images per class, below which the training images are cross-validated as well
 FOLDS = 3
-MOST_IMAGES = 20_000  # to fit; more take minutes and change the weights little
 MOST_TO_CHOOSE = 2_000  # for the strength by cross-validation
 ITERATIONS = 300
 LARGE = 4_000_000  # rows x classes; above it fewer iterations, so that a fit does not take hours
@@ -61,7 +60,7 @@ def start_from_probe(
     evaluator: Evaluator,
     runtime: Runtime,
     *,
-    most: int = MOST_IMAGES,
+    most: int,
 ) -> Probe:
     """Fit a probe on at most `most` training images, as many of each class, and give its weights to the classifier.
 
@@ -84,13 +83,15 @@ def refit(
     dataset: Dataset,
     evaluator: Evaluator,
     runtime: Runtime,
+    *,
+    most: int,
 ) -> Probe:
     """The same with the features that the trained network gives now. heads: of the objective. Raises as above."""
 
     def features(split: Split) -> Tensor:
         return evaluator.features(network, split)
 
-    return _give(network, heads, dataset, features, runtime, MOST_IMAGES)
+    return _give(network, heads, dataset, features, runtime, most)
 
 
 def _give(

@@ -34,11 +34,16 @@ def write_report(folder: Path, data: ReportData, out: Path | None = None) -> Pat
 
 
 def report(
-    run: Path, data: str | None = None, out: Path | None = None, device: str = "auto"
+    run: Path,
+    data: str | None = None,
+    out: Path | None = None,
+    device: str = "auto",
+    bad_images: str | None = None,
 ) -> Path:
     """Look at a finished run again, and write its page.
 
-    data: where its images are now; by default where they were. Raises ModelError when the run has no finished model or
+    data: where its images are now; by default where they were. bad_images: `error` or `skip`; by default as in the
+    training. Raises ModelError when the run has no finished model or
     no kin, DataError when its images cannot be read.
     """
     check_run(run)
@@ -63,6 +68,8 @@ def report(
             "classes": bundle.classes,
             "channels": bundle.description.spec.channels,
         }
+        if bad_images is not None:
+            options["bad_images"] = bad_images
         source = settings.data if data is None else data
         train = load_for_evaluation(source, split="train", **options).split
         split = load_for_evaluation(source, **options).split

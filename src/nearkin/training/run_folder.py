@@ -204,14 +204,18 @@ def has_checkpoint(run: Path) -> bool:
 
 
 def stored_classes(run: Path) -> tuple[str, ...]:
-    """The class map of a run."""
-    return tuple(str(name) for name in _read_json(run / "classes.json"))
+    """The class map of a run. Raises ModelError where it cannot be read."""
+    path = run / "classes.json"
+    found = _read_json(path)
+    if not isinstance(found, list):
+        raise ModelError(f"{printable(str(path))} is no list of classes.")
+    return tuple(str(name) for name in found)
 
 
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise ModelError(f"{printable(str(path))} cannot be read.") from None
 
 
@@ -226,6 +230,8 @@ def stored_images(run: Path) -> str | None:
 def check_identity(run: Path, identity: dict[str, str], data: str) -> None:
     """Raises ModelError unless a run was started with these settings, classes and images."""
     stored = _read_json(run / IDENTITY)
+    if not isinstance(stored, dict):
+        raise ModelError(f"{printable(str(run / IDENTITY))} is no JSON object.")
     same = {name: stored.get(name) == identity[name] for name in identity}
     if all(same.values()):
         return

@@ -238,7 +238,8 @@ class Trainer:
         """Give the classifier a logistic regression on the final features, unless validation says it is worse."""
         before, trained = self._validate(), copy.deepcopy(network.state_dict())
         heads = self.prepared.built.objective.heads
-        probe = refit(network, heads, self.dataset, self.evaluator, self.runtime)
+        most = self.settings.probe_images
+        probe = refit(network, heads, self.dataset, self.evaluator, self.runtime, most=most)
         after = self._validate()
         kept = before is None or after is None or _rank(after) > _rank(before)
         if not kept:

@@ -146,7 +146,7 @@ def _parquet(path: str) -> tuple[list[_Row], list[str]]:
         header = list(parquet.read_schema(path).names)
         places = _places(path, "schema", header)
         table = parquet.read_table(path, columns=list(places)).to_pydict()
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         text = printable(" ".join(str(error).split()))[:100]
         raise DataError(f"The table {printable(path)} cannot be read: {text}.") from None
     order = {name: place for place, name in enumerate(places)}
