@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -77,18 +78,21 @@ def _seconds(seconds: float | None) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"
 
 
+RESULTS_LOCK = Lock()  # runs on several cores append to one file
+
+
 def read_rows(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV file of results; none where it does not exist yet."""
     if not path.exists():
         return []
-    with path.open(newline="") as file:
+    with RESULTS_LOCK, path.open(newline="") as file:
         return list(csv.DictReader(file))
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
     """Append a result, below a header in a new file, so that a series of long runs can go on where it stopped."""
-    new = not path.exists()
-    with path.open("a", newline="") as file:
+    with RESULTS_LOCK, path.open("a", newline="") as file:
+        new = file.tell() == 0
         writer = csv.DictWriter(file, list(row), lineterminator="\n")
         if new:
             writer.writeheader()
