@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -486,6 +487,31 @@ def test_ctrl_c_ends_a_look_at_once(tmp_path):
     finally:
         process.kill()
         process.communicate()
+
+
+def test_an_interrupt_while_results_are_taken_in_ends_the_threads(tmp_path, monkeypatch):
+    """Though the traceback, which is kept here as it is until the end of a process, still holds their frames."""
+    seen = []
+
+    def slow(path, **options):
+        seen.append(path)
+        time.sleep(0.02)
+        raise look_module.BadImage(path, "slow")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    own = look_module.in_threads
+    monkeypatch.setattr(look_module, "inspect", slow)
+    monkeypatch.setattr(look_module, "in_threads", lambda *given: own(*given, 2))
+    monkeypatch.setattr(look_module.Remembered, "keep", interrupted)
+    files = folder(tmp_path / "data", a=400)
+    with pytest.raises(KeyboardInterrupt) as held:
+        look(sources(files), "full")
+    ended = len(seen)
+    time.sleep(0.5)
+    assert len(seen) <= ended + 4 < 100
+    assert held.value is not None
 
 
 @pytest.mark.parametrize("quiet", [True, False])

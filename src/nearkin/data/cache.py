@@ -254,8 +254,13 @@ def _write(contents: Contents, draft: Path, key: str, workers: int) -> dict[byte
     """Fill the folder. Returns why images could not be read."""
     sizes = np.zeros((len(contents.paths), 2), dtype=np.int64)
     bad: dict[bytes, str] = {}
-    with (draft / PIXELS).open("wb") as file, quiet_pillow, Remembered() as remembered:
-        images = in_threads(contents.image, contents.paths, workers, CHUNK)
+    threads = in_threads(contents.image, contents.paths, workers, CHUNK)
+    with (
+        (draft / PIXELS).open("wb") as file,
+        quiet_pillow,
+        Remembered() as remembered,
+        contextlib.closing(threads) as images,
+    ):
         for place, found in enumerate(chain.from_iterable(images)):
             path = contents.paths[place]
             if found.fact is not None:

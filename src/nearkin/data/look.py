@@ -9,9 +9,9 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from itertools import chain, islice
 from pathlib import Path
 from threading import Event
@@ -178,8 +178,8 @@ def _learn(
         _, fact, reason, _ = examine(path, channels, full)
         return path, fact, reason
 
-    with quiet_pillow:
-        chunks = in_threads(opened, new, workers)
+    # Closed at once when this is left, as by Ctrl-C: the traceback would hold it, and its threads with it.
+    with quiet_pillow, closing(in_threads(opened, new, workers)) as chunks:
         for path, fact, reason in chain.from_iterable(
             shown(chunks, len(new), "images looked at", quiet)
         ):
@@ -240,7 +240,7 @@ def usual_side(images: ImageSource) -> int:
 
 def in_threads(
     work: Callable[[S], T], items: Iterable[S], workers: int, chunk: int = CHUNK
-) -> Iterator[list[T]]:
+) -> Generator[list[T]]:
     """The results of `work` for all items, some at a time, in order, computed a little ahead in `workers` threads.
 
     Decoding releases Python's lock, so threads run side by side. When the caller leaves early, as by Ctrl-C, each

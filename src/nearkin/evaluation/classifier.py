@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, overload
@@ -162,15 +163,16 @@ class Classifier:
     def _passed(self, images: Iterable[Picture]) -> Iterator[tuple[list[Read], Outputs | None]]:
         """Batches of read images, and the network's outputs for those without an error, view after view."""
         size = max(1, BATCH // self._count)
-        ready = chain.from_iterable(in_threads(self._read, enumerate(images), cores(), TOGETHER))
-        while read := list(islice(ready, size)):
-            views = [one.views for one in read if one.error is None]
-            outputs = None
-            if views:
-                batch = stacked([view for same in zip(*views, strict=True) for view in same])
-                with torch.inference_mode():
-                    outputs = self._bundle.network(batch.to(self._device))
-            yield read, outputs
+        with closing(in_threads(self._read, enumerate(images), cores(), TOGETHER)) as chunks:
+            ready = chain.from_iterable(chunks)
+            while read := list(islice(ready, size)):
+                views = [one.views for one in read if one.error is None]
+                outputs = None
+                if views:
+                    batch = stacked([view for same in zip(*views, strict=True) for view in same])
+                    with torch.inference_mode():
+                        outputs = self._bundle.network(batch.to(self._device))
+                yield read, outputs
 
     def _read(self, numbered: tuple[int, Picture]) -> Read:
         number, image = numbered
