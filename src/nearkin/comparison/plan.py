@@ -112,7 +112,7 @@ def terms(
             say(f"note: {notes[-1]}", quiet)
             continue
         _check_order(entry, own)
-        one = _terms(entry, own, found, first)
+        one = _without_epochs(entry, own, found, first)
         if budget == "minutes":
             made.append(one._replace(options=own | {"epochs": UNLIMITED}))
         else:
@@ -122,8 +122,8 @@ def terms(
     return tuple(made), tuple(notes)
 
 
-def _terms(entry: Entry, own: dict[str, Any], found: Prepared, first: Prepared) -> Terms:
-    """Without epochs. The batch is that which its runs have."""
+def _without_epochs(entry: Entry, own: dict[str, Any], found: Prepared, first: Prepared) -> Terms:
+    """The terms but for the epochs. The batch is that which its runs have."""
     stages, batch = found.built.objective.stages(), own["batch_size"]
     settings = found.settings.model_copy(update={"batch_size": batch})
     steps = len(first.dataset.splits["train"].labels) // batch
