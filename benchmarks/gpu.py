@@ -34,7 +34,8 @@ LOSSES = ("SupCon (out)", "SCHaNe, hardness 1", "SINCERE")
 
 @dataclass(frozen=True)
 class Sizes:
-    """models: name and image side. steps: of one run, without synchronisation between. runs: measured runs."""
+    """models: name and image side. steps: of one run, without synchronisation between. runs: measured runs.
+    backend: of the compiled steps; None leaves them out."""
 
     models: tuple[tuple[str, int], ...] = (("resnet50", 224), ("vit_base_patch16_224", 224))
     batch: int = 128
@@ -44,7 +45,7 @@ class Sizes:
     steps: int = 3
     runs: int = 9
     precision: Precision = "bf16"
-    backend: str = "inductor"
+    backend: str | None = "inductor"
 
 
 # `eager` traces as inductor does but needs no compiler; bf16 is slow on most CPUs.
@@ -123,11 +124,12 @@ def steps(runtime: Runtime, sizes: Sizes, model: str, side: int) -> list[Record]
     for objective in OBJECTIVES:
         case = Case(model, side, sizes.batch, sizes.classes, objective, sizes.bank, None, LAYOUT)
         pair = []
-        for compiled in (False, True):
-            chosen = replace(case, backend=sizes.backend if compiled else None)
+        for backend in dict.fromkeys((None, sizes.backend)):
+            compiled, chosen = backend is not None, replace(case, backend=backend)
             about = {"model": model, "objective": objective, "compiled": compiled}
             pair.append(attempt(about, partial(step_times, chosen, runtime, sizes)))
-        pair[1]["pays_after_steps"] = pays_after(*pair)
+        if sizes.backend is not None:
+            pair[1]["pays_after_steps"] = pays_after(*pair)
         records += pair
     return records
 
@@ -242,11 +244,16 @@ def main() -> int:
     parser.add_argument("--json", type=output, required=True, help="write the numbers here")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="sizes that only show that it works")
+    parser.add_argument(
+        "--eager", action="store_true", help="leave out compiled steps, which take minutes"
+    )
     given = parser.parse_args()
     if given.device == "cuda" and not torch.cuda.is_available():
         print("There is no CUDA device here; give --device cpu --tiny to try it.", file=sys.stderr)
         return 2
     sizes = TINY if given.tiny else Sizes()
+    if given.eager:
+        sizes = replace(sizes, backend=None)
     runtime = Runtime(device=given.device, precision=sizes.precision)
     with closing(runtime), cold():
         measure(runtime, sizes, given.json)

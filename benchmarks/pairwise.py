@@ -44,12 +44,13 @@ def products(features: Tensor, buffer: Tensor) -> None:
 
 
 def plain(loss: Loss, features: Tensor, labels: Tensor) -> None:
-    """The same function from N x N matrices with autograd."""
-    large, pairs.LARGE = pairs.LARGE, len(features) + 1
+    """The same function from N x N matrices with autograd, on any device."""
+    before = pairs.LARGE, pairs.LARGE_ON_GPU
+    pairs.LARGE = pairs.LARGE_ON_GPU = len(features) + 1
     try:
         step(loss, features, labels)
     finally:
-        pairs.LARGE = large
+        pairs.LARGE, pairs.LARGE_ON_GPU = before
 
 
 def peer(features: Tensor, labels: Tensor) -> Call | None:

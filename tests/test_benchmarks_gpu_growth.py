@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
-from benchmarks import bank, gpu, growth, training_steps
+from benchmarks import bank, gpu, growth, pairwise, training_steps
 
+from nearkin import functional
 from nearkin.distributed import Runtime
+from nearkin.functional import _pairs as pairs
 
 
 def planted(power, sizes):
@@ -210,6 +213,30 @@ def test_a_case_that_fails_is_text_and_the_others_go_on(monkeypatch, capsys, tmp
 )
 def test_compiling_pays_once_its_seconds_are_saved(eager, compiled, steps):
     assert gpu.pays_after(eager, compiled) == (steps and pytest.approx(steps))
+
+
+def test_compiled_steps_can_be_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(
+        gpu, "step_times", lambda case, *_: {"minimum": 1.0, "median": 1.0, "peak_mib": 1.0}
+    )
+    found = gpu.steps(None, replace(gpu.TINY, backend=None), "m", 32)
+    assert [(each["objective"], each["compiled"]) for each in found] == [
+        (objective, False) for objective in gpu.OBJECTIVES
+    ]
+
+
+def test_the_matrices_are_whole_on_any_device():
+    """The peer of the losses must not be the tiles again, on a GPU either."""
+    features, labels = pairwise.batch(pairs.LARGE_ON_GPU)
+    before, seen = (pairs.LARGE, pairs.LARGE_ON_GPU), []
+
+    def loss(z, _):
+        seen.append(min(pairs.LARGE, pairs.LARGE_ON_GPU))
+        return functional.PerAnchor(z[:, 0], torch.ones(len(z), dtype=torch.bool))
+
+    pairwise.plain(loss, features, labels)
+    assert seen == [len(features) + 1]
+    assert before == (pairs.LARGE, pairs.LARGE_ON_GPU)
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys, tmp_path):

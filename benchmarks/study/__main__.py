@@ -9,15 +9,15 @@ stopped goes on. Each finished piece replaces its rows in docs/data/study-runs.c
 
 from __future__ import annotations
 
+import argparse
 import csv
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.study import figures
-from benchmarks.study.pieces import PIECES, Piece
+from benchmarks.study.pieces import PIECES
 from nearkin.comparison.api import compare_options
 from nearkin.comparison.results import Comparison
 
@@ -33,19 +33,26 @@ CONTRAST_FIELDS = (
 )
 
 
-def main(words: Sequence[str]) -> None:
+def main() -> None:
     """See above."""
-    if list(words) != ["--figures"]:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__)
+    parser.add_argument("pieces", nargs="*", metavar="PIECE", help=", ".join(PIECES))
+    parser.add_argument("--seeds", type=int, default=3, help="more go on where fewer ended [3]")
+    parser.add_argument("--jobs", default="auto", help="as of nearkin compare [auto]")
+    parser.add_argument("--figures", action="store_true", help="draw what is there")
+    given = parser.parse_args()
+    if not given.figures:
         root = Path(os.environ["NEARKIN_BENCH_STUDY"])
-        for name in words or PIECES:
-            found = _run(root, name, PIECES[name])
+        for name in given.pieces or PIECES:
+            found = _run(root, name, given.seeds, given.jobs)
             _replace(RUNS, RUN_FIELDS, name, _run_rows(name, found))
             _replace(CONTRASTS, CONTRAST_FIELDS, name, _contrast_rows(name, found))
     figures.draw(RUNS, CONTRASTS)
 
 
-def _run(root: Path, name: str, piece: Piece) -> Comparison:
-    asked = {"objectives": piece.objectives, "seeds": piece.seeds}
+def _run(root: Path, name: str, seeds: int, jobs: str) -> Comparison:
+    piece = PIECES[name]
+    asked = {"objectives": piece.objectives, "seeds": seeds, "jobs": jobs}
     values = piece.options | {"data": str(root / piece.data), "out": root / "runs" / name}
     (root / "runs").mkdir(exist_ok=True)
     return compare_options(asked, values, quiet=False)
@@ -79,4 +86,4 @@ def _replace(path: Path, fields: Sequence[str], name: str, rows: list[dict[str, 
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -47,11 +47,10 @@ def _networks(root: Path, name: str) -> list[tuple[str, int, Path]]:
     if not frozen.exists():  # ends with the probe, so its backbone is the packaged one
         nearkin.train(root / piece.data, images_per_class=5, epochs=0, out=frozen, report=False)
     found = [(FROZEN, 0, frozen)]
-    for seed in range(piece.seeds):
-        for entry in parse(piece.objectives.split(",")):
-            run = place / "runs" / f"{entry.folder}-seed{seed}"
+    for entry in parse(piece.objectives.split(",")):
+        for run in sorted((place / "runs").glob(f"{entry.folder}-seed*")):
             if (run / "model.safetensors").exists():
-                found.append((entry.name, seed, run))
+                found.append((entry.name, int(run.name.rpartition("-seed")[2]), run))
     return found
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
@@ -75,13 +77,12 @@ CASES = {name: {} for name in sorted(Objective.registry)} | {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_no_step_waits_for_the_device(case, tmp_path):
+def calls(case, runtime, folder):
+    """Stage, number and call of the first steps of each stage."""
     options = {"objective": case} | CASES[case]
     common = {"images_per_class": 12, "batch_size": 16, "model": "test_resnet", "threads": 1}
     config = validate(RunConfig, common | {"epochs": 4, "image_size": 8} | options)
-    runtime = Runtime(device="cpu", precision="fp32")
-    trainer = Trainer(prepare(config, runtime), runtime, tmp_path, quiet=True)
+    trainer = Trainer(prepare(config, runtime), runtime, folder, quiet=True)
     stepper = trainer.stepper
     for leg in legs(trainer.stages, 4, trainer.steps_per_epoch):
         stepper.begin(leg.stage)
@@ -89,9 +90,31 @@ def test_no_step_waits_for_the_device(case, tmp_path):
         total = leg.last - leg.first
         for step, batch in enumerate(batches):
             progress = Progress(leg.stage.name, step + 10, total, 1, 2)
-            found = waits(lambda b=batch, p=progress, s=step: stepper.step(b, p, s))
-            if step:  # the first step of a stage makes the optimiser's state
-                assert found == [], (leg.stage.name, step)
+            yield leg.stage.name, step, partial(stepper.step, batch, progress, step)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_step_waits_for_the_device(case, tmp_path):
+    runtime = Runtime(device="cpu", precision="fp32")
+    for stage, step, call in calls(case, runtime, tmp_path):
+        found = waits(call)
+        if step:  # the first step of a stage makes the optimiser's state
+            assert found == [], (stage, step)
+    runtime.close()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("case", CASES)
+def test_no_step_waits_for_a_gpu(case, precision, tmp_path):
+    """torch's own check, which raises where a call of CUDA would wait."""
+    runtime = Runtime(device="cuda", precision=precision)
+    for _, step, call in calls(case, runtime, tmp_path):
+        torch.cuda.set_sync_debug_mode("error" if step else "default")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     runtime.close()
 
 
