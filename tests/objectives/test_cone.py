@@ -143,6 +143,13 @@ def test_automatic_sizes(images, classes, size, bank, topk, warmup):
     assert (config.hidden, config.embedding) == (1024, 256)
 
 
+def test_the_warm_up_ends_with_the_first_epoch():
+    """A bank that is larger than an epoch's batches fills no sooner."""
+    facts = Facts(dim=8, classes=5, images=100, batch_size=32)
+    assert CoNe.Config(bank=4096).resolve(facts).warmup_steps == 3
+    assert CoNe.Config(bank=64).resolve(facts).warmup_steps == 2
+
+
 @pytest.mark.parametrize(
     ("options", "pretrained", "reads", "classifier", "bank"),
     [

@@ -314,6 +314,15 @@ def test_every_objective_knows_its_value_for_constant_embeddings(name):
         assert float(found.terms[term]) == pytest.approx(value, rel=1e-4), term
 
 
+def test_heads_are_made_by_build():
+    """A method of the name that the heads are kept under would never be called."""
+    with pytest.raises(TypeError, match="`build` makes the heads"):
+
+        class Mistaken(Objective):
+            def heads(self, dim, classes):
+                return {}
+
+
 ATTACHED = sorted(
     name for name, kind in Objective.registry.items() if "attach" in kind.Config.model_fields
 )

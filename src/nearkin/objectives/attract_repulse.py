@@ -69,7 +69,9 @@ class AttractRepulse(Objective, name="attract-repulse"):
             0.7, "share of the epochs before the Mean Teacher", gt=0, lt=1
         )
         consistency: float = option(1.0, "weight of the teacher's targets", ge=0)
-        ramp_epochs: float = option(5.0, "over which that weight rises", gt=0)
+        ramp_epochs: float = option(
+            5.0, "over which that weight rises, at most those of the stage", gt=0
+        )
         teacher_horizon: float = option(2.0, "memory of the teacher in epochs", gt=0)
         teacher_schedule: Literal["constant", "ramped"] = option(
             "constant", "its momentum constant, or ramped up from 0 as in Mean Teacher"

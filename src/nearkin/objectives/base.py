@@ -18,7 +18,7 @@ from nearkin.network import Head
 from nearkin.teacher import TeacherPolicy
 from nearkin.types import Batch, Facts, Loss, Outputs, Progress
 
-Start = Literal["fresh", "continue", "best"]
+Start = Literal["continue", "best"]
 Attach = Literal["auto", "features", "projection"]
 Pairs = Literal["none", "class", "crops", "bank"]
 USUAL_TEMPERATURE = 0.1  # of objectives without one
@@ -30,7 +30,7 @@ class Stage(NamedTuple):
 
     name: shown in the journal and in checkpoints. share: of the epochs; the shares of all stages sum to 1.
     heads: the active ones; the others are frozen and not run.
-    start: `fresh` weights as initialised, `continue` with the last ones, or the `best` so far.
+    start: `continue` with the last weights, or the `best` so far.
     views: crops loaded per image, the teacher's own crop included.
     teacher: how the teacher is updated, or None for no teacher.
     coupled: whether an anchor's value depends on the other samples of the batch. positives: whether an anchor needs
@@ -109,6 +109,8 @@ class Objective(nn.Module):
 
     def __init_subclass__(cls, name: str = "", **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
+        if "heads" in cls.__dict__:
+            raise TypeError(f"{cls.__name__}.heads would be overwritten: `build` makes the heads.")
         if name:
             cls.name = name
             Objective.registry[name] = cls
@@ -283,5 +285,5 @@ def probabilities(logits: Tensor) -> Tensor:
 
 
 def default_bank(facts: Facts) -> int:
-    """K = min(65 536, N / 2), at least one batch. Above N / 2 most entries of a class are an image's own copies."""
+    """K = min(65 536, N / 2), at least one batch: an image's own earlier copy must not be its only neighbour."""
     return max(facts.batch_size, min(65_536, facts.images // 2), 1)

@@ -94,7 +94,10 @@ class CoNe(Objective, name="cone"):
             fast = multiplies_bf16(torch.device(facts.device))
             return sized.fill(
                 topk=max(1, min(sized.bank // 4, wanted)),
-                warmup_steps=math.ceil(min(sized.bank, facts.images) / facts.batch_size),
+                warmup_steps=min(
+                    math.ceil(sized.bank / facts.batch_size),
+                    max(1, facts.images // facts.batch_size),
+                ),
                 bank_precision="bf16" if fast else "exact",
             )
 

@@ -49,7 +49,7 @@ class ArcFace(MarginSoftmax, name="arcface"):
     """Softmax over cosines whose own class must win by a margin of the angle (arXiv 1801.07698)."""
 
     class Config(MarginSoftmax.Config):
-        """0.2 suits few classes; the paper's 0.5 with scale 64 learns nothing there."""
+        """The paper has 0.5 with scale 64."""
 
         margin: float = option(0.2, "radians added to the own angle", ge=0, lt=3.14)
 
