@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from nearkin.distributed import Runtime
+from nearkin.distributed import Runtime, choose_precision
 from nearkin.errors import ConfigError
+from nearkin.process import GPU_THREADS
 from nearkin.types import Outputs
 
 
@@ -74,6 +75,31 @@ def test_outputs_have_the_dtype_of_the_run():
         outputs = runtime.forward(Heads(), torch.ones(5, 3, dtype=dtype))
         assert outputs.features.dtype == outputs.logits.dtype == dtype
         assert outputs.projection is None
+
+
+def test_torch_has_few_threads_beside_a_gpu_and_its_own_afterwards(monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    torch.set_num_threads(6)
+    try:
+        with Runtime(device="cuda", precision="fp32"):
+            assert torch.get_num_threads() == GPU_THREADS < 6
+        assert torch.get_num_threads() == 6
+        with Runtime(device="cpu", precision="fp32"):
+            torch.set_num_threads(1)  # as --threads does
+        assert torch.get_num_threads() == 6
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("native", "precision"), [(True, "bf16"), (False, "fp16")])
+def test_bf16_is_chosen_where_the_gpu_has_it(native, precision, monkeypatch):
+    def supported(including_emulation=True):
+        return including_emulation or native
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert choose_precision("auto", "cuda") == precision
 
 
 def test_a_second_run_can_start_in_the_same_process():

@@ -23,7 +23,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 from torch.nn.parallel import DistributedDataParallel
 
 from nearkin.errors import ConfigError, NearkinError, Stopped
-from nearkin.process import Launch, agreed, exit_if_importing_main, gpu_of, launched
+from nearkin.process import GPU_THREADS, Launch, agreed, exit_if_importing_main, gpu_of, launched
 from nearkin.types import Outputs
 
 if TYPE_CHECKING:
@@ -93,7 +93,8 @@ def choose_precision(precision: str, device: str) -> Precision:
     if precision == "auto":
         if device != "cuda":
             return "fp32"
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        # Emulated, as on GPUs before Ampere, bf16 is slower than float32.
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if precision == "fp16" and device == "cpu":
         raise ConfigError("--precision fp16 does not train on a CPU; use --precision bf16 or fp32.")
     if precision == "fp64" and device == "mps":
@@ -114,7 +115,9 @@ class Runtime:
         self.world_size = launch.world_size
         self.is_main = launch.rank == 0
         self.device = torch.device(device)
+        self._threads = torch.get_num_threads()
         if device == "cuda":
+            torch.set_num_threads(min(GPU_THREADS, self._threads))
             self.device = torch.device("cuda", gpu_of(launch, torch.cuda.device_count()))
             torch.cuda.set_device(self.device)
         self._set_precision(precision)
@@ -149,8 +152,10 @@ class Runtime:
             raise cause from error
 
     def close(self) -> None:
-        """Leave the process group, so that a second run in this process can start its own."""
+        """Leave the process group, so that a second run in this process can start its own; give torch the threads back
+        that it had."""
         self.failures.stop_watching()
+        torch.set_num_threads(self._threads)
         if self.world_size > 1:
             dist.destroy_process_group()
 

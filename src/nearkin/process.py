@@ -25,6 +25,12 @@ STOP_SIGNALS = frozenset(
 )
 
 
+MOST_WORKERS = 8  # processes that load images, by default
+# Threads of torch beside a GPU: little is left to the processor, images are loaded by other processes, and a team of
+# all cores waits for its slowest thread.
+GPU_THREADS = 4
+
+
 @contextmanager
 def stop_handler(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     """Send the stop signals to `handler` within the block, then restore the earlier handlers. A SIGHUP that is ignored

@@ -291,10 +291,13 @@ def test_how_many_run_at_a_time(monkeypatch):
     assert Machine.of("auto", 3, "cpu", ()).number == 3
     assert Machine.of("auto", 10, "cuda", ("2", "5")).number == 2
     assert Machine.of(6, 10, "cuda", ("2", "5")).number == 6
-    assert Machine.of(2, 10, "cpu", ()).words() == ["2", "auto"]
+    assert Machine.of(2, 10, "cpu", ()).words() == ["2", "2"]
+    assert Machine.of(4, 10, "cpu", ()).words() == ["1", "0"]
     assert Machine.of(1, 10, "cpu", ()).words() == []
     monkeypatch.setattr(launch, "_free_memory", lambda: 4 << 30)
     assert Machine.of("auto", 10, "cpu", ()).number == 2
+    monkeypatch.setattr(launch, "cores", lambda: 64)
+    assert Machine.of(2, 10, "cuda", ("0",)).words() == ["32", "8"]
 
 
 def test_runs_are_shared_out_over_the_gpus(monkeypatch):

@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -267,3 +268,19 @@ def test_the_overhead_per_image_is_small():
     started = time.process_time()
     assert len(loaded(small, views=1, last=128, transform=transform)) == 128
     assert (time.process_time() - started) / 1024 < 500e-6
+
+
+def test_the_end_of_the_thread_that_pins_memory_is_noticed():
+    """torch looks at that thread only where batches are awaited without a limit."""
+    ended = threading.Thread(target=lambda: None)
+    ended.start()
+    ended.join()
+
+    class Awaited:
+        _pin_memory_thread = ended
+
+        def __next__(self):
+            raise RuntimeError("DataLoader timed out after 1.0 seconds")
+
+    with pytest.raises(WorkersDied, match="thread that takes images for the GPU"):
+        loader._next(Awaited(), 0.0)

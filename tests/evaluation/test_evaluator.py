@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from nearkin.cli import run
 from nearkin.data.dataset import load_dataset
 from nearkin.distributed import Runtime
 from nearkin.errors import ModelError
+from nearkin.evaluation import evaluator as evaluator_module
 from nearkin.evaluation.evaluate import evaluate
 from nearkin.evaluation.evaluator import Evaluator
 from nearkin.evaluation.model import load_bundle
@@ -117,6 +119,40 @@ def counted(untrained):
     evaluator = Evaluator(runtime, bundle.description.transform, batch_size=20, workers=0)
     yield bundle.network, evaluator, split._replace(images=Watched()), passes, read
     runtime.close()
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "files", "batches", "number"),
+    [
+        ("auto", "cuda", True, 100, 6),
+        ("auto", "cuda", True, 2, 2),
+        ("auto", "cuda", False, 100, 0),
+        ("auto", "cpu", True, 100, 0),
+        (4, "cpu", True, 100, 4),
+        (4, "cuda", False, 1, 1),
+        (0, "cuda", True, 100, 0),
+    ],
+)
+def test_images_are_loaded_by_processes_beside_a_gpu(
+    asked, device, files, batches, number, monkeypatch
+):
+    monkeypatch.setattr(evaluator_module, "cores", lambda: 6)
+    runtime = SimpleNamespace(device=torch.device(device))
+    evaluator = Evaluator(runtime, None, batch_size=20, workers=asked)
+    split = SimpleNamespace(images=SimpleNamespace(from_files=files))
+    assert evaluator._loaders(split, batches) == number
+
+
+def test_convolutions_are_evaluated_without_tf32(counted):
+    """On a GPU torch's default is TF32, with ten bits of mantissa."""
+    network, evaluator, split, *_ = counted
+    seen, before = [], torch.backends.cudnn.conv.fp32_precision
+    network.register_forward_pre_hook(
+        lambda *_: seen.append(torch.backends.cudnn.conv.fp32_precision)
+    )
+    for _ in evaluator.probabilities(network, split):
+        assert torch.backends.cudnn.conv.fp32_precision == before
+    assert seen == ["ieee", "ieee"] != [before] * 2
 
 
 def test_one_pass_gives_predictions_and_embeddings(counted):

@@ -26,9 +26,10 @@ def settings(
     probed=True,
     positives=False,
     parameters=11_000_000,
+    cores=2,
     **options,
 ):
-    """What a run on `images` images of `side` pixels would use; `parameters`, `layered`, `probed` and
+    """What a run on `images` images of `side` pixels would use; `parameters`, `cores`, `layered`, `probed` and
     `positives` are said of its network and its objective."""
     config = data_settings(images, side, files=files, device=device, **options)
     with torch.device("meta"):
@@ -45,7 +46,7 @@ def settings(
         positives=positives,
         device=device,
         precision="fp32",
-        cores=2,
+        cores=cores,
         files=True,
     )
     return resolve(config, facts)

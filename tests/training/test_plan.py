@@ -12,6 +12,7 @@ from tests.training.settings_cases import data_settings, settings
 
 from nearkin.errors import ConfigError
 from nearkin.objectives import Stage, SupCon
+from nearkin.process import GPU_THREADS
 from nearkin.teacher import TeacherPolicy, momentum_at
 from nearkin.training import defaults
 from nearkin.training.api import resolved
@@ -189,6 +190,8 @@ def test_photos_start_from_pretrained_weights_unless_from_scratch(monkeypatch):
     }
     assert photo_defaults() == tuned
     assert photo_defaults("cuda") == tuned | {"image_size": 224, "minutes": 0}
+    beside = [settings(3068, 500, d, data="photos", files=True, cores=16) for d in ("cpu", "cuda")]
+    assert [each.threads for each in beside] == [16, GPU_THREADS]
     assert photo_defaults(epochs=3) == tuned | {"epochs": 3, "minutes": 0}
     assert photo_defaults(probed=False) == tuned | {"probe": False}
     of_sgd = {"optimizer": "sgd", "lr": 0.1 * 32 / 256, "head_lr": 1}

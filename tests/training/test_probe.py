@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_info
 
 from nearkin.objectives import Objective, get
 from nearkin.training import probe as probe_module
@@ -90,6 +91,26 @@ def test_a_last_class_without_images_is_improbable():
     assert probe.weight.shape == (4, 6)
     logits = torch.from_numpy(features[:, 0]) @ probe.weight.T + probe.bias
     assert 3 not in logits.argmax(1)
+
+
+def test_the_probe_keeps_to_the_threads_of_the_run(monkeypatch):
+    """NumPy and SciPy have pools of their own, of all cores."""
+    seen, fitted = [], probe_module._fitted
+
+    def watched(*given):
+        pools = [pool for pool in threadpool_info() if pool["user_api"] == "blas"]
+        seen.extend(pool["num_threads"] for pool in pools)
+        return fitted(*given)
+
+    monkeypatch.setattr(probe_module, "_fitted", watched)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        fit(*clouds(3, 6), None, 3)
+    finally:
+        torch.set_num_threads(before)
+    assert seen
+    assert set(seen) == {1}
 
 
 def test_a_large_problem_gets_fewer_iterations(monkeypatch):

@@ -58,3 +58,25 @@ def test_a_new_stage_averages_from_its_own_start(tmp_path):
             assert torch.allclose(mean[name], (start[name] + now) / 2, atol=1e-6), name
             moved += not torch.equal(now, start[name])
         assert moved > 0
+
+
+def test_modules_are_put_into_training_mode_only_where_they_left_it(tmp_path, monkeypatch):
+    """To visit every module takes milliseconds of each step."""
+    trainer = session_of(tmp_path, RunConfig(objective="ce", freeze_batchnorm=True))
+    (leg,) = legs(trainer.stages, 2, trainer.steps_per_epoch)
+    stepper, network = trainer.stepper, trainer.stepper.network
+    stepper.begin(leg.stage)
+    visited, train = [], type(network).train
+    monkeypatch.setattr(
+        type(network), "train", lambda self, mode=True: visited.append(mode) or train(self, mode)
+    )
+    first_step(trainer, leg)
+    assert visited == []
+    network.eval()
+    visited.clear()
+    first_step(trainer, leg)
+    assert visited == [True]
+    norms = [m for m in network.backbone.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert norms
+    assert not any(m.training for m in norms)
+    assert network.backbone.training

@@ -41,7 +41,7 @@ def parser() -> Parser:
         help="unreadable images: error stops, skip leaves them out [as in the training]",
     )
     parser.add_argument("--device", metavar="NAME", help="auto, cpu, cuda or mps [auto]")
-    parser.add_argument("--workers", metavar="N", help="processes that load images [0]")
+    parser.add_argument("--workers", metavar="N", help="processes that load images [auto]")
     parser.flag("json", "one JSON object on stdout")
     return parser
 
@@ -49,6 +49,8 @@ def parser() -> Parser:
 def main(given: dict[str, Any]) -> int:
     runs, data = _runs_and_data(given.get("runs") or [])
     from nearkin.evaluation.evaluate import evaluate
+
+    workers = given.get("workers", "auto")
 
     result = evaluate(
         runs,
@@ -58,7 +60,7 @@ def main(given: dict[str, Any]) -> int:
         weights=given.get("weights", "equal"),
         cache=given.get("cache", True),
         device=given.get("device", "auto"),
-        workers=whole_number("workers", given.get("workers", "0")),
+        workers="auto" if workers == "auto" else whole_number("workers", workers),
         bad_images=given.get("bad_images"),
     )
     record = result.to_dict() | {"test_top1": result.top1 if result.split == "test" else None}

@@ -163,6 +163,8 @@ def _plan(
     folder: Path, config: RunConfig, listing: Listing | None, request: Request, quiet: bool
 ) -> Planned:
     """The terms of all entries, on data with a test split."""
+    import torch
+
     from nearkin.comparison.launch import visible_gpus
     from nearkin.comparison.plan import terms, unequal
     from nearkin.comparison.splits import with_test
@@ -201,6 +203,8 @@ def _plan(
                 say(f"note: {note}", quiet)
         device = runtime.device.type
         gpus = visible_gpus() if device == "cuda" else ()
+        if gpus:
+            torch.cuda.empty_cache()  # of this process, which waits while the runs train
         return Planned(found, values, device, gpus, notes)
 
 

@@ -95,7 +95,7 @@ def _validation(run: Path) -> Scores:
 
     with Runtime(device="cpu", precision="fp32") as runtime:
         members = load_members([run], runtime.device)
-        ensemble = Ensemble(members, runtime, tta="none", workers=0, cache=True)
+        ensemble = Ensemble(members, runtime, tta="none", workers="auto", cache=True)
         found = ensemble.predict(None, "val")
     predictions, names = found.whole, ensemble.classes
     labels, top = predictions.labels.numpy(), predictions.top[:, 0].numpy()

@@ -82,6 +82,7 @@ def eval_loader(
     *,
     batch_size: int,
     workers: int,
+    pin_memory: bool = False,
 ) -> Iterator[Batch]:
     """Batches of the views of each of `rows`, in their order, none padded and none dropped: the last is smaller.
 
@@ -90,7 +91,7 @@ def eval_loader(
     keys = [SampleKey(row, 0, 0) for row in rows]
     order = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
     make = partial(_eval_views, views)
-    return in_processes(_Batches(split, make), order, workers, patience=PATIENCE)
+    return in_processes(_Batches(split, make), order, workers, pin_memory, PATIENCE)
 
 
 class _Batches(Dataset[Batch | DataError]):
@@ -217,6 +218,13 @@ def _next(batches: Iterator[T], patience: float) -> T | None:
         except RuntimeError as error:  # torch has no class for it
             if "DataLoader timed out" not in str(error):
                 raise
+            pinning = getattr(batches, "_pin_memory_thread", None)
+            if (
+                pinning is not None and not pinning.is_alive()
+            ):  # torch looks at it without a timeout only
+                raise WorkersDied(
+                    "The thread that takes images for the GPU ended early; its error is above. Continue with --resume."
+                ) from error
         if stop_requested(patience):
             raise Stopped("Stopped on request while waiting for images; continue with --resume.")
 

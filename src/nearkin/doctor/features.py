@@ -64,7 +64,7 @@ def describe(
             architecture, source = _architecture(bundle.description.spec), str(run)
         runtime.place(network)
         say(f"features of {len(rows)} images by {source} ...", quiet)
-        evaluator = Evaluator(runtime, spec, batch_size=BATCH, workers=0)
+        evaluator = Evaluator(runtime, spec, batch_size=BATCH, workers="auto")
         chosen = choose(
             listing, channels=spec.channels, val_split=0.0, seed=0, images_per_class=None
         )

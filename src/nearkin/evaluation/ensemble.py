@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nearkin.config import CONFIG_FILE, RunConfig, read_yaml, validate
+from nearkin.config import CONFIG_FILE, Auto, RunConfig, read_yaml, validate
 from nearkin.data.cache import Packed
 from nearkin.data.dataset import EvaluationSplit, Split, load_for_evaluation
 from nearkin.data.images import Files
@@ -224,7 +224,7 @@ class Ensemble:
         runtime: Runtime,
         *,
         tta: Tta,
-        workers: int,
+        workers: int | Auto,
         cache: bool,
         bad_images: BadPolicy | None = None,
     ) -> None:

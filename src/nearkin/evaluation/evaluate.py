@@ -16,6 +16,7 @@ from nearkin.evaluation.results import Evaluation, MemberMetrics
 from nearkin.files import SaveFailed
 
 if TYPE_CHECKING:
+    from nearkin.config import Auto
     from nearkin.data.sources.listing import Listing
     from nearkin.evaluation.ensemble import Ensemble
 
@@ -37,7 +38,7 @@ def evaluate(
     weights: Weights = "equal",
     cache: bool = True,
     device: Device = "auto",
-    workers: int = 0,
+    workers: int | Auto = "auto",
     bad_images: BadPolicy | None = None,
 ) -> Evaluation:
     """Exact metrics of the model in a run folder, or of several as an ensemble: the mean of their probabilities.
@@ -46,7 +47,8 @@ def evaluate(
     tta: none, flip or tencrop; the probabilities of the views are averaged. weights: of an ensemble, equal or those
     that minimise the log loss on the validation split, which no member was trained on. cache: store the probabilities
     of each model in its run folder. bad_images: `error` or `skip`, which leaves unreadable images out; by default as in
-    the training. Computes in float32 without autocast, whatever the precision of the training.
+    the training. workers: processes that load images; `auto` starts them for image files beside a GPU. Computes in
+    float32 without autocast, whatever the precision of the training.
 
     Writes `confusion-NAME.csv` and `classes-NAME.csv` into the first run folder. NAME is the split, followed by a hash
     unless one run is evaluated on its own data without test-time augmentation.

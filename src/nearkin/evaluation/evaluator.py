@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nearkin.config import Auto
 from nearkin.data.dataset import Split
 from nearkin.data.loader import PATIENCE, eval_loader
 from nearkin.data.transforms import EvalSpec
@@ -18,8 +20,8 @@ from nearkin.evaluation.metrics import reduced
 from nearkin.evaluation.options import Tta
 from nearkin.evaluation.tta import COUNTS, tta_views
 from nearkin.network import Network
-from nearkin.process import stop_requested
-from nearkin.types import Outputs, Predictions
+from nearkin.process import MOST_WORKERS, cores, stop_requested
+from nearkin.types import Batch, Outputs, Predictions
 
 CHUNK = 2**24  # similarities, or votes, held at once: 64 MiB in float32
 NEIGHBOURS = 5_000  # training images that a kNN accuracy compares with, evenly spread
@@ -37,10 +39,15 @@ class Evaluator:
     """Runs networks on splits with the evaluation transform; process r of W takes the images r, r + W, ...
 
     One rule for every evaluation: float32 without autocast, whatever the precision of the training (float64 where the
-    network's parameters are). So `train` and `evaluate` measure the same number.
+    network's parameters are), on a GPU without TF32. So `train` and `evaluate` measure the same number.
+
+    workers: processes that load images, at most one for each batch. `auto`: for image files beside a GPU, one for each
+    core, at most MOST_WORKERS; else none.
     """
 
-    def __init__(self, runtime: Runtime, spec: EvalSpec, *, batch_size: int, workers: int) -> None:
+    def __init__(
+        self, runtime: Runtime, spec: EvalSpec, *, batch_size: int, workers: int | Auto
+    ) -> None:
         self._runtime, self.spec = runtime, spec
         self._batch_size, self._workers = batch_size, workers
 
@@ -126,15 +133,40 @@ class Evaluator:
         """Outputs of the network in eval mode, labels and index of each batch, on the device."""
         views, size = tta_views(tta, self.spec), self.batch_size(tta)
         device, training = self._runtime.device, network.training
+        workers = self._loaders(split, -(-len(rows) // size))
+        pinned = device.type == "cuda"  # so that the copies do not wait for the network
         network.eval()
         try:
-            for batch in eval_loader(split, views, rows, batch_size=size, workers=self._workers):
+            for loaded in eval_loader(
+                split, views, rows, batch_size=size, workers=workers, pin_memory=pinned
+            ):
                 if self._runtime.world_size == 1 and stop_requested(PATIENCE):
                     raise Stopped("Stopped on request while evaluating; continue with --resume.")
-                outputs = network(batch.images.flatten(0, 1).to(device))
-                yield outputs, batch.labels.to(device), batch.index.to(device)
+                batch = Batch(*(each.to(device, non_blocking=pinned) for each in loaded))
+                with _without_tf32():
+                    outputs = network(batch.images.flatten(0, 1))
+                yield outputs, batch.labels, batch.index
         finally:
             network.train(training)
+
+    def _loaders(self, split: Split, batches: int) -> int:
+        """The processes that load these batches."""
+        if self._workers != "auto":
+            return min(self._workers, batches)
+        beside = self._runtime.device.type == "cuda" and split.images.from_files
+        return min(MOST_WORKERS, cores(), batches) if beside else 0
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Convolutions of float32 in float32, which torch does not do by default on a GPU."""
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # made by torch at import
+    before = convolutions.fp32_precision
+    convolutions.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        convolutions.fp32_precision = before
 
 
 def gathered(runtime: Runtime, batches: Iterable[tuple[Tensor, ...]]) -> list[Tensor]:

@@ -70,7 +70,7 @@ def coverage(
     order = torch.arange(len(bundle.classes), device=device)
     with Runtime(device=device.type, precision="fp32") as runtime:
         member = Member(run, bundle, config, order)
-        ensemble = Ensemble([member], runtime, tta="none", workers=0, cache=True)
+        ensemble = Ensemble([member], runtime, tta="none", workers="auto", cache=True)
         split, batches = ensemble.probabilities("test")
         held = size = 0
         for raw, labels, _ in batches:

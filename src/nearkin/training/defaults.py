@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 from nearkin.config import SCRATCH_OBJECTIVE, RunConfig
 from nearkin.data.transforms import EvalSpec, TrainSpec
 from nearkin.errors import ConfigError
+from nearkin.process import GPU_THREADS, MOST_WORKERS
 from nearkin.settings import DataSettings, Settings
 
 DIGIT_LIKE = ("digits", "mnist", "svhn")  # a mirrored digit is another digit, or none
@@ -155,8 +156,12 @@ def resolve(config: DataSettings, facts: NetworkFacts) -> Settings:
         "memory_format": facts.memory_format,
         "device": facts.device,
         "precision": facts.precision,
-        "threads": 1 if small else facts.cores,
-        "workers": min(8, facts.cores) if facts.files else 0,
+        "threads": 1
+        if small
+        else facts.cores
+        if facts.device == "cpu"
+        else min(GPU_THREADS, facts.cores),
+        "workers": min(MOST_WORKERS, facts.cores) if facts.files else 0,
     }
     given = config.model_dump() | {"options": facts.options, "stem": facts.stem, "out": None}
     settings = Settings.model_validate(_fill(given, values))

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # scikit-learn needs it
 from torch import Tensor, nn
 
 from nearkin.data.dataset import Dataset, Split, limited
@@ -142,10 +144,11 @@ def fit(
         folds.append((features, labels, validation[0][:, 0], validation[1]))
     if validation is None or len(validation[1]) < FEW * classes:
         folds += _folds(features, labels)
-    if not folds:
-        return _fitted(features, labels, classes, USUAL)
-    best = max(STRENGTHS, key=lambda strength: _score(classes, strength, folds))
-    return _fitted(features, labels, classes, best)
+    # NumPy's and SciPy's threads are not torch's. The limit applies to libraries that are loaded already.
+    import_module("sklearn.linear_model")
+    with threadpool_limits(torch.get_num_threads()):
+        best = max(STRENGTHS, key=lambda s: _score(classes, s, folds)) if folds else USUAL
+        return _fitted(features, labels, classes, best)
 
 
 def _folds(features: Rows, labels: Labels) -> Iterator[Fold]:

@@ -73,6 +73,7 @@ class Stepper:
         settings = self.settings
         self.stage = stage
         self.network.activate(stage.heads, stage.freeze_backbone or settings.freeze_backbone)
+        self.network.train()
         self.ema = Teacher(self.network) if settings.ema > 0 else None
         policy = stage.teacher
         self.teacher = Teacher(self.network, batchnorm=policy.batchnorm) if policy else None
@@ -84,7 +85,8 @@ class Stepper:
 
     def step(self, batch: Batch, progress: Progress, step: int) -> Loss:
         """One optimiser step on this rank's block of global batch number `step`."""
-        self.network.train()
+        if not self.network.training:  # it visits every module, which takes milliseconds
+            self.network.train()
         self._set_lr(progress)
         pieces = microbatch.split(self._prepare(batch, step), self.settings.accumulate)
         coupled = self.stage.coupled and len(pieces) > 1
