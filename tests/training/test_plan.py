@@ -171,6 +171,13 @@ def photo_defaults(device="cpu", **options):
     return {name: getattr(config, name) for name in PHOTO_DEFAULTS}
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_sides_of_photos_are_said_once(device):
+    """`doctor` reads photos as training does, so that each finds the other's features."""
+    config = settings(3068, 500, device, data="photos", files=True)
+    assert (config.image_size, config.eval_size) == defaults.photo_sides(device)
+
+
 def test_photos_start_from_pretrained_weights_unless_from_scratch(monkeypatch):
     monkeypatch.setattr(defaults, "TUNED_DECAY", 0.7)
     tuned = {

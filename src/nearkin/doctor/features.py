@@ -21,7 +21,7 @@ from nearkin.evaluation.frozen import frozen_features
 from nearkin.evaluation.model import ModelSpec, build, load_bundle
 from nearkin.network import Network
 from nearkin.training.console import say
-from nearkin.training.defaults import PHOTO_MODEL, TUNED_EVAL_SIDE, TUNED_SIDE
+from nearkin.training.defaults import PHOTO_MODEL, photo_sides
 
 PIXELS = 32  # of the usual short side, below which the pixels themselves are compared
 PIXEL_SIDE = 16
@@ -56,7 +56,7 @@ def describe(
         return Described(pixel_features(inventory, rows), "pixels")
     with Runtime(device=choose_device(device), precision="fp32") as runtime:
         if run is None:
-            network, spec, architecture = _pretrained()
+            network, spec, architecture = _pretrained(runtime.device.type)
             source = PHOTO_MODEL
         else:
             bundle = load_bundle(run, runtime.device)
@@ -86,18 +86,20 @@ def _architecture(spec: ModelSpec) -> str:
     )
 
 
-def _pretrained() -> tuple[Network, EvalSpec, str]:
+def _pretrained(device: str) -> tuple[Network, EvalSpec, str]:
+    """As training on such a device reads photos, so that it finds these features."""
+    side, eval_side = photo_sides(device)
     spec = ModelSpec(
         model=PHOTO_MODEL,
         channels=3,
-        image_size=TUNED_SIDE,
+        image_size=side,
         stem="auto",
         objective="ce",
         options={},
         classes=("0", "1"),
     )
     built = build(spec, load_pretrained=True, pretrained=True)
-    return built.network, EvalSpec.for_size(TUNED_EVAL_SIDE, 3, CROP), _architecture(built.spec)
+    return built.network, EvalSpec.for_size(eval_side, 3, CROP), _architecture(built.spec)
 
 
 def pixel_features(inventory: Inventory, rows: Rows) -> Tensor:

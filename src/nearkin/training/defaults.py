@@ -20,6 +20,7 @@ PHOTO_MODEL = "tf_efficientnet_lite0"
 MINUTES = 15.0  # without a GPU
 TUNED_OBJECTIVE = "supcon"
 TUNED_SIDE, TUNED_EVAL_SIDE = 160, 192  # without a GPU; random crops enlarge what they show
+GPU_SIDE = 224
 TUNED_EPOCHS = 60
 TUNED_BATCH = 32
 TUNED_LR = 3e-4  # at a batch of 32; a third of it for networks that prefer adamw
@@ -169,6 +170,11 @@ def resolve(config: DataSettings, facts: NetworkFacts) -> Settings:
     return settings
 
 
+def photo_sides(device: str) -> tuple[int, int]:
+    """Sides of the input of PHOTO_MODEL in training and in evaluation, on a device of this type."""
+    return (TUNED_SIDE, TUNED_EVAL_SIDE) if device == "cpu" else (GPU_SIDE, GPU_SIDE)
+
+
 def is_pretrained(config: RunConfig) -> bool:
     """Whether the run starts from trained weights."""
     return config.pretrained or config.weights is not None
@@ -285,11 +291,11 @@ def _epochs(data: str, images: int, tuned: bool) -> int:
 
 def _image_size(config: RunConfig, facts: DataFacts) -> int:
     """That of the images, up to 224. The trained network for photos reads them larger than small originals are, as it
-    was trained with 224 pixels; without a GPU at TUNED_SIDE."""
+    was trained with 224 pixels; without a GPU smaller."""
     if config.image_size != "auto":
         return config.image_size
     if facts.files and facts.side > SMALL_IMAGE and _tunes_photo_model(config):
-        return TUNED_SIDE if facts.device == "cpu" else 224
+        return photo_sides(facts.device)[0]
     return min(facts.side, 224)
 
 
