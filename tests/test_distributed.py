@@ -89,6 +89,9 @@ def test_torch_has_few_threads_beside_a_gpu_and_its_own_afterwards(monkeypatch):
         with Runtime(device="cpu", precision="fp32"):
             torch.set_num_threads(1)  # as --threads does
         assert torch.get_num_threads() == 6
+        with pytest.raises(ConfigError), Runtime(device="cuda", precision="fp32"):
+            raise ConfigError("no")
+        assert torch.get_num_threads() == 6
     finally:
         torch.set_num_threads(before)
 

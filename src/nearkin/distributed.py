@@ -8,8 +8,8 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from datetime import timedelta
 from functools import cache
@@ -66,6 +66,20 @@ class _GatherRows(torch.autograd.Function):
         return sum_over_ranks(grad)[first : first + ctx.rows]
 
 
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Products and convolutions of float32 in float32, also where torch would take TF32 on a GPU."""
+    kinds = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = [kind.fp32_precision for kind in kinds]
+    for kind in kinds:
+        kind.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for kind, precision in zip(kinds, before, strict=True):
+            kind.fp32_precision = precision
+
+
 T = TypeVar("T")
 Precision = Literal["fp32", "bf16", "fp16", "fp64"]
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -117,9 +131,9 @@ class Runtime:
         self.device = torch.device(device)
         self._threads = torch.get_num_threads()
         if device == "cuda":
-            torch.set_num_threads(min(GPU_THREADS, self._threads))
             self.device = torch.device("cuda", gpu_of(launch, torch.cuda.device_count()))
             torch.cuda.set_device(self.device)
+            torch.set_num_threads(min(GPU_THREADS, self._threads))
         self._set_precision(precision)
         self.failures = Failures(launch)
         if self.world_size > 1:
@@ -146,6 +160,7 @@ class Runtime:
         if error is None:
             self.close()
             return
+        torch.set_num_threads(self._threads)
         cause = named(error)
         self.failures.report(cause, own=cause is error)
         if cause is not error:

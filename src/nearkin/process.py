@@ -31,6 +31,9 @@ MOST_WORKERS = 8  # processes that load images, by default
 GPU_THREADS = 4
 
 
+SHARE = "NEARKIN_CORES"  # cores for a process that shares the machine with others of its comparison
+
+
 @contextmanager
 def stop_handler(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     """Send the stop signals to `handler` within the block, then restore the earlier handlers. A SIGHUP that is ignored
@@ -185,7 +188,11 @@ def cores() -> int:
     """CPU cores for this process: its share of those that the processes of its node may use, at least 1.
 
     With `srun --cpus-per-task` the scheduler has already divided them among its tasks, each of which may be a torchrun.
+    A run of a comparison gets its share in SHARE.
     """
+    share = os.environ.get(SHARE)
+    if share is not None and share.isdecimal():
+        return max(1, int(share))
     given = os.environ.get("SLURM_CPUS_PER_TASK")
     if given is not None and "SLURM_PROCID" in os.environ:
         sharing = launched().per_node if "TORCHELASTIC_RUN_ID" in os.environ else 1

@@ -21,6 +21,7 @@ from nearkin.comparison import api, launch
 from nearkin.comparison.api import compare
 from nearkin.comparison.launch import Machine
 from nearkin.errors import ConfigError, DataError, ModelError, Stopped
+from nearkin.process import GPU_THREADS, SHARE, cores
 from nearkin.training.run_folder import stored_settings, stored_state
 
 SMALL = {
@@ -291,13 +292,22 @@ def test_how_many_run_at_a_time(monkeypatch):
     assert Machine.of("auto", 3, "cpu", ()).number == 3
     assert Machine.of("auto", 10, "cuda", ("2", "5")).number == 2
     assert Machine.of(6, 10, "cuda", ("2", "5")).number == 6
-    assert Machine.of(2, 10, "cpu", ()).words() == ["2", "2"]
+    assert Machine.of(2, 10, "cpu", ()).words() == ["2", "auto"]
     assert Machine.of(4, 10, "cpu", ()).words() == ["1", "0"]
     assert Machine.of(1, 10, "cpu", ()).words() == []
     monkeypatch.setattr(launch, "_free_memory", lambda: 4 << 30)
     assert Machine.of("auto", 10, "cpu", ()).number == 2
     monkeypatch.setattr(launch, "cores", lambda: 64)
-    assert Machine.of(2, 10, "cuda", ("0",)).words() == ["32", "8"]
+    shared = Machine.of(2, 10, "cuda", ("0",))
+    assert shared.words() == [str(GPU_THREADS), "auto"]
+    assert shared.environment(0)[SHARE] == "32"
+    assert Machine.of(2, 10, "cpu", ()).words() == ["32", "auto"]
+
+
+def test_a_run_beside_others_has_its_share_of_the_cores(monkeypatch):
+    assert SHARE not in Machine(1).environment(0)
+    monkeypatch.setenv(SHARE, "3")
+    assert cores() == 3
 
 
 def test_runs_are_shared_out_over_the_gpus(monkeypatch):

@@ -12,7 +12,9 @@ from tests.pictures import write_image
 from tests.processes import finish, ranks, start
 
 from nearkin.cli import run
+from nearkin.data import loader
 from nearkin.data.dataset import load_dataset
+from nearkin.data.transforms import EvalSpec
 from nearkin.distributed import Runtime
 from nearkin.errors import ModelError
 from nearkin.evaluation import evaluator as evaluator_module
@@ -138,21 +140,39 @@ def test_images_are_loaded_by_processes_beside_a_gpu(
 ):
     monkeypatch.setattr(evaluator_module, "cores", lambda: 6)
     runtime = SimpleNamespace(device=torch.device(device))
-    evaluator = Evaluator(runtime, None, batch_size=20, workers=asked)
+    evaluator = Evaluator(runtime, EvalSpec.for_size(10, 3), batch_size=20, workers=asked)
     split = SimpleNamespace(images=SimpleNamespace(from_files=files))
-    assert evaluator._loaders(split, batches) == number
+    assert evaluator._loaders(split, batches, 20) == number
 
 
-def test_convolutions_are_evaluated_without_tf32(counted):
-    """On a GPU torch's default is TF32, with ten bits of mantissa."""
+def test_no_more_of_them_are_started_than_shared_memory_has_room_for(monkeypatch):
+    """In Docker it has 64 MiB."""
+    monkeypatch.setattr(evaluator_module, "cores", lambda: 6)
+    monkeypatch.setattr(loader.shutil, "disk_usage", lambda _: SimpleNamespace(free=64 << 20))
+    runtime = SimpleNamespace(device=torch.device("cuda"))
+    evaluator = Evaluator(runtime, EvalSpec.for_size(224, 3), batch_size=64, workers="auto")
+    split = SimpleNamespace(images=SimpleNamespace(from_files=True))
+    assert evaluator._loaders(split, 100, 64) == 2
+
+
+def precisions():
+    return torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+
+
+def test_networks_are_evaluated_without_tf32(counted):
+    """On a GPU torch's default for convolutions is TF32, with ten bits of mantissa; for products one can ask for it."""
     network, evaluator, split, *_ = counted
-    seen, before = [], torch.backends.cudnn.conv.fp32_precision
-    network.register_forward_pre_hook(
-        lambda *_: seen.append(torch.backends.cudnn.conv.fp32_precision)
-    )
-    for _ in evaluator.probabilities(network, split):
-        assert torch.backends.cudnn.conv.fp32_precision == before
-    assert seen == ["ieee", "ieee"] != [before] * 2
+    products = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        seen, before = [], precisions()
+        network.register_forward_pre_hook(lambda *_: seen.append(precisions()))
+        for _ in evaluator.probabilities(network, split):
+            assert precisions() == before
+        assert before == ("tf32", "tf32")
+        assert seen == [("ieee", "ieee")] * 2
+    finally:
+        torch.set_float32_matmul_precision(products)
 
 
 def test_one_pass_gives_predictions_and_embeddings(counted):

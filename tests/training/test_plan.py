@@ -10,6 +10,7 @@ import pytest
 import torch
 from tests.training.settings_cases import data_settings, settings
 
+from nearkin.doctor import features as doctor_features
 from nearkin.errors import ConfigError
 from nearkin.objectives import Stage, SupCon
 from nearkin.process import GPU_THREADS
@@ -172,10 +173,13 @@ def photo_defaults(device="cpu", **options):
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_the_sides_of_photos_are_said_once(device):
-    """`doctor` reads photos as training does, so that each finds the other's features."""
+def test_doctor_reads_photos_as_training_does(device):
+    """So that each finds the other's features."""
     config = settings(3068, 500, device, data="photos", files=True)
     assert (config.image_size, config.eval_size) == defaults.photo_sides(device)
+    _, spec, architecture = doctor_features._pretrained(device)
+    assert spec == defaults.eval_spec(config)
+    assert json.loads(architecture)["image_size"] == config.image_size
 
 
 def test_photos_start_from_pretrained_weights_unless_from_scratch(monkeypatch):

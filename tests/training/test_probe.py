@@ -1,10 +1,13 @@
 """The probe: scikit-learn's logistic regression, its strength by held-out images, and how it starts a classifier."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
-from threadpoolctl import threadpool_info
 
 from nearkin.objectives import Objective, get
 from nearkin.training import probe as probe_module
@@ -93,24 +96,35 @@ def test_a_last_class_without_images_is_improbable():
     assert 3 not in logits.argmax(1)
 
 
-def test_the_probe_keeps_to_the_threads_of_the_run(monkeypatch):
-    """NumPy and SciPy have pools of their own, of all cores."""
-    seen, fitted = [], probe_module._fitted
+THREADS = """
+import numpy as np, torch
+from threadpoolctl import threadpool_info
+from nearkin.training import probe
 
-    def watched(*given):
-        pools = [pool for pool in threadpool_info() if pool["user_api"] == "blas"]
-        seen.extend(pool["num_threads"] for pool in pools)
-        return fitted(*given)
+inside, fitted = set(), probe._fitted
 
-    monkeypatch.setattr(probe_module, "_fitted", watched)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        fit(*clouds(3, 6), None, 3)
-    finally:
-        torch.set_num_threads(before)
-    assert seen
-    assert set(seen) == {1}
+def pools():
+    return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+
+def watched(*given):
+    inside.update(pools())
+    return fitted(*given)
+
+probe._fitted = watched
+torch.set_num_threads(1)
+features = np.random.default_rng(0).normal(size=(12, 2, 4)).astype(np.float32)
+probe.fit(features, np.repeat(np.arange(3), 4), None, 3)
+print(inside, max(pools()))
+"""
+
+
+def test_the_probe_keeps_to_the_threads_of_the_run():
+    """NumPy and SciPy have pools of their own. In a fresh process, since the tests limit them to one thread."""
+    env = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "2")
+    done = subprocess.run(
+        [sys.executable, "-c", THREADS], capture_output=True, text=True, check=True, env=env
+    )
+    assert done.stdout.split() == ["{1}", "2"]
 
 
 def test_a_large_problem_gets_fewer_iterations(monkeypatch):

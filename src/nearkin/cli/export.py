@@ -36,7 +36,9 @@ def parser() -> Parser:
         "--out", metavar="DIR", help="folder to make (must not exist) [RUN/export-FORMAT]"
     )
     parser.add_argument(
-        "--data", metavar="DATA", help="images to check on [the run's validation images, else test]"
+        "--data",
+        metavar="DATA",
+        help="images to check on [the run's validation images, else test, else train]",
     )
     parser.add_argument(
         "--bad-images",

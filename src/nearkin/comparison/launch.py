@@ -18,7 +18,7 @@ from nearkin.comparison.run import PARENT
 from nearkin.config import Auto
 from nearkin.errors import ConfigError, Stopped, printable
 from nearkin.files import write_atomic
-from nearkin.process import MOST_WORKERS, cores, stop_handler
+from nearkin.process import GPU_THREADS, SHARE, cores, stop_handler
 
 POLL = 0.2  # seconds between two looks at the processes
 PATIENCE = 60.0  # seconds that they have to save after a stop
@@ -45,13 +45,19 @@ class Machine(NamedTuple):
 
     def words(self) -> list[str]:
         """Threads and loader processes of each run; empty for one alone, which takes what it wants."""
-        threads = max(1, cores() // self.number)
-        workers = 0 if threads == 1 else min(MOST_WORKERS, threads)
-        return [str(threads), str(workers)] if self.number > 1 else []
+        share = self.share()
+        threads = min(GPU_THREADS, share) if self.gpus else share
+        return [str(threads), "0" if share == 1 else "auto"] if self.number > 1 else []
+
+    def share(self) -> int:
+        """Cores of each run."""
+        return max(1, cores() // self.number)
 
     def environment(self, place: int) -> dict[str, str]:
         """That of the run at this place, 0 ... number - 1."""
         own = {PARENT: str(os.getpid())}
+        if self.number > 1:
+            own[SHARE] = str(self.share())
         if self.gpus:
             own[VISIBLE] = self.gpus[place % len(self.gpus)]
         return os.environ | own

@@ -219,11 +219,11 @@ def _next(batches: Iterator[T], patience: float) -> T | None:
             if "DataLoader timed out" not in str(error):
                 raise
             pinning = getattr(batches, "_pin_memory_thread", None)
-            if (
-                pinning is not None and not pinning.is_alive()
-            ):  # torch looks at it without a timeout only
+            # torch looks at that thread only where it waits without a limit.
+            if pinning is not None and not pinning.is_alive():
                 raise WorkersDied(
-                    "The thread that takes images for the GPU ended early; its error is above. Continue with --resume."
+                    "The thread that takes images for the GPU ended early; its error is above. Give the command "
+                    "again, or continue a run with --resume."
                 ) from error
         if stop_requested(patience):
             raise Stopped("Stopped on request while waiting for images; continue with --resume.")

@@ -18,7 +18,7 @@ from nearkin.data.decode import BadImage, decoded, from_pillow
 from nearkin.data.images import Arrays
 from nearkin.data.loader import stacked
 from nearkin.data.look import in_threads
-from nearkin.distributed import choose_device
+from nearkin.distributed import choose_device, without_tf32
 from nearkin.errors import DataError, ModelError, counted, printable
 from nearkin.evaluation.calibration import scaled
 from nearkin.evaluation.evaluator import mean_probabilities
@@ -170,7 +170,7 @@ class Classifier:
                 outputs = None
                 if views:
                     batch = stacked([view for same in zip(*views, strict=True) for view in same])
-                    with torch.inference_mode():
+                    with torch.inference_mode(), without_tf32():
                         outputs = self._bundle.network(batch.to(self._device))
                 yield read, outputs
 

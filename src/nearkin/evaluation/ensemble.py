@@ -348,10 +348,14 @@ class Ensemble:
         up to `LARGEST` values, the network runs at once and the probabilities are stored."""
         runtime = self.runtime
         spec, network = member.bundle.description.transform, member.bundle.network
-        evaluator = Evaluator(runtime, spec, batch_size=BATCH, workers=self._workers)
-        batches = evaluator.probabilities(network, split, self.tta)
         shape = (len(split.labels), len(self.classes))
-        if not self._cache or math.prod(shape) > LARGEST:
+        kept = self._cache and math.prod(shape) <= LARGEST
+        # Members whose probabilities are not kept run side by side; each would have loaders of its own.
+        alone = kept or len(self.members) == 1 or self._workers != "auto"
+        workers = self._workers if alone else 0
+        evaluator = Evaluator(runtime, spec, batch_size=BATCH, workers=workers)
+        batches = evaluator.probabilities(network, split, self.tta)
+        if not kept:
             counts = f"{shape[0]} images x {shape[1]} classes"
             too_many = f"the predictions were not kept: {counts} are too many"
             return batches, False, [too_many] if self._cache else []
@@ -371,5 +375,5 @@ class Ensemble:
         share, size = evaluator.share(split), evaluator.batch_size(self.tta)
         labels = torch.from_numpy(split.labels)
         rows = (torch.tensor(share[start : start + size]) for start in range(0, len(share), size))
-        kept = (Probabilities(stored[index], labels[index], index) for index in rows)
-        return kept, cached, [note for note in notes if note]
+        again = (Probabilities(stored[index], labels[index], index) for index in rows)
+        return again, cached, [note for note in notes if note]

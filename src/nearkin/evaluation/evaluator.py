@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -12,9 +11,9 @@ from torch.nn import functional as F
 
 from nearkin.config import Auto
 from nearkin.data.dataset import Split
-from nearkin.data.loader import PATIENCE, eval_loader
+from nearkin.data.loader import PATIENCE, eval_loader, fitting_workers
 from nearkin.data.transforms import EvalSpec
-from nearkin.distributed import Runtime
+from nearkin.distributed import Runtime, without_tf32
 from nearkin.errors import DataError, DivergedError, ModelError, Stopped
 from nearkin.evaluation.metrics import reduced
 from nearkin.evaluation.options import Tta
@@ -42,7 +41,7 @@ class Evaluator:
     network's parameters are), on a GPU without TF32. So `train` and `evaluate` measure the same number.
 
     workers: processes that load images, at most one for each batch. `auto`: for image files beside a GPU, one for each
-    core, at most MOST_WORKERS; else none.
+    core, at most MOST_WORKERS, as far as shared memory has room; else none.
     """
 
     def __init__(
@@ -133,7 +132,7 @@ class Evaluator:
         """Outputs of the network in eval mode, labels and index of each batch, on the device."""
         views, size = tta_views(tta, self.spec), self.batch_size(tta)
         device, training = self._runtime.device, network.training
-        workers = self._loaders(split, -(-len(rows) // size))
+        workers = self._loaders(split, -(-len(rows) // size), size * COUNTS[tta])
         pinned = device.type == "cuda"  # so that the copies do not wait for the network
         network.eval()
         try:
@@ -143,30 +142,20 @@ class Evaluator:
                 if self._runtime.world_size == 1 and stop_requested(PATIENCE):
                     raise Stopped("Stopped on request while evaluating; continue with --resume.")
                 batch = Batch(*(each.to(device, non_blocking=pinned) for each in loaded))
-                with _without_tf32():
+                with without_tf32():
                     outputs = network(batch.images.flatten(0, 1))
                 yield outputs, batch.labels, batch.index
         finally:
             network.train(training)
 
-    def _loaders(self, split: Split, batches: int) -> int:
-        """The processes that load these batches."""
+    def _loaders(self, split: Split, batches: int, images: int) -> int:
+        """The processes that load so many batches, of so many images each."""
         if self._workers != "auto":
             return min(self._workers, batches)
-        beside = self._runtime.device.type == "cuda" and split.images.from_files
-        return min(MOST_WORKERS, cores(), batches) if beside else 0
-
-
-@contextmanager
-def _without_tf32() -> Iterator[None]:
-    """Convolutions of float32 in float32, which torch does not do by default on a GPU."""
-    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # made by torch at import
-    before = convolutions.fp32_precision
-    convolutions.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        convolutions.fp32_precision = before
+        if self._runtime.device.type != "cuda" or not split.images.from_files:
+            return 0
+        pixels = images * self.spec.channels * self.spec.image_size**2
+        return fitting_workers(min(MOST_WORKERS, cores(), batches), pixels)
 
 
 def gathered(runtime: Runtime, batches: Iterable[tuple[Tensor, ...]]) -> list[Tensor]:

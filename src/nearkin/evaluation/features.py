@@ -23,7 +23,7 @@ from nearkin.data.sampling import SampleKey
 from nearkin.data.sources.builtin import BUILTIN
 from nearkin.data.sources.listing import Listing, by_bytes
 from nearkin.data.transforms import TrainSpec, train_transform
-from nearkin.distributed import choose_device
+from nearkin.distributed import choose_device, without_tf32
 from nearkin.errors import DataError, ModelError, counted, listed, printable
 from nearkin.evaluation.episodes import accuracy, draw, eligible, estimate
 from nearkin.evaluation.model import Bundle, load_bundle
@@ -82,7 +82,8 @@ def _features(bundle: Bundle, batches: Iterable[Batch]) -> NDArray[np.float32]:
     device = next(bundle.network.parameters()).device
     parts = []
     for batch in batches:
-        pooled = bundle.network(batch.images.flatten(0, 1).to(device)).features.float()
+        with without_tf32():
+            pooled = bundle.network(batch.images.flatten(0, 1).to(device)).features.float()
         if not pooled.isfinite().all():
             raise ModelError("The model gives features that are not finite; train it anew.")
         views, images = batch.images.shape[:2]

@@ -20,7 +20,7 @@ class MarginSoftmax(Objective):
     """
 
     class Config(Objective.Config):
-        """Scale 16 suits few classes, 30 to 64 many (docs/methods)."""
+        """Scales of 30 to 64 are usual for many classes."""
 
         scale: float = option(16.0, "of the cosines, before the softmax", gt=0)
 
@@ -65,7 +65,7 @@ class CosFace(MarginSoftmax, name="cosface"):
     """Softmax over cosines whose own class must win by a margin of the cosine (arXiv 1801.09414)."""
 
     class Config(MarginSoftmax.Config):
-        """0.2 suits few classes; the paper's 0.35 with scale 30 is in the recipes."""
+        """The paper has 0.35 with scale 64."""
 
         margin: float = option(0.2, "subtracted from the own cosine", ge=0, lt=2)
 
