@@ -24,7 +24,8 @@ import torch
 from benchmarks import bank, pairwise
 from benchmarks.bench import Call, Row, Table, alternate, machine, output
 from benchmarks.training_steps import Case, prepared
-from nearkin.distributed import Precision, Runtime
+from nearkin.device import Precision
+from nearkin.distributed import Runtime
 
 Record = dict[str, Any]
 LAYOUT = "channels_last"  # also of the plain loop

@@ -12,7 +12,8 @@ import torch
 
 from benchmarks.bench import Row, Table, ratio, settled
 from benchmarks.training_steps import Case, prepared, settings
-from nearkin.distributed import Precision, Runtime
+from nearkin.device import Precision
+from nearkin.distributed import Runtime
 from nearkin.process import keep_freed_memory
 from nearkin.training.autotune import NAMES, tune
 

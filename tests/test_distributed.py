@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from nearkin.distributed import Runtime, choose_precision
+from nearkin.device import choose_precision
+from nearkin.distributed import Runtime
 from nearkin.errors import ConfigError
 from nearkin.process import GPU_THREADS
 from nearkin.types import Outputs

@@ -27,6 +27,7 @@ FLOORS = [
         "catalogue",
         "config",
         "settings",
+        "device",
         "distributed",
         "yaml_files",
     },

@@ -1,4 +1,4 @@
-"""Processes, device and precision of a run: collectives, mixed precision, stop flags, failures."""
+"""Processes of a run: collectives, mixed precision, stop flags, failures."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from datetime import timedelta
 from functools import cache
 from threading import Event, Thread
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
-from nearkin.errors import ConfigError, NearkinError, Stopped
+from nearkin.device import Precision
+from nearkin.errors import NearkinError, Stopped
 from nearkin.process import GPU_THREADS, Launch, agreed, exit_if_importing_main, gpu_of, launched
 from nearkin.types import Outputs
 
@@ -66,54 +67,11 @@ class _GatherRows(torch.autograd.Function):
         return sum_over_ranks(grad)[first : first + ctx.rows]
 
 
-@contextmanager
-def without_tf32() -> Iterator[None]:
-    """Products and convolutions of float32 in float32, also where torch would take TF32 on a GPU."""
-    kinds = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    before = [kind.fp32_precision for kind in kinds]
-    for kind in kinds:
-        kind.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        for kind, precision in zip(kinds, before, strict=True):
-            kind.fp32_precision = precision
-
-
 T = TypeVar("T")
-Precision = Literal["fp32", "bf16", "fp16", "fp64"]
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 LONG_TIMEOUT = timedelta(days=2)  # for waiting while one process scans or saves
 # A process that hangs in a step is noticed in minutes; gloo's own default is half an hour.
 STEP_TIMEOUT = timedelta(minutes=5)
-
-
-def choose_device(device: str) -> str:
-    """`auto` becomes cuda, mps or cpu. Raises ConfigError for a device that is not there."""
-    gpu, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    there = {"cuda": gpu, "mps": mps, "cpu": True}
-    if device == "auto":
-        return next(name for name, present in there.items() if present)
-    if not there[device]:
-        raise ConfigError(
-            f"--device {device} is not available here; use --device cpu or auto. A run that began on it goes on where "
-            "there is one, or as a new run with --weights RUN."
-        )
-    return device
-
-
-def choose_precision(precision: str, device: str) -> Precision:
-    """`auto` becomes bf16 on a GPU that has it, fp16 on one that has not, fp32 elsewhere."""
-    if precision == "auto":
-        if device != "cuda":
-            return "fp32"
-        # Emulated, as on GPUs before Ampere, bf16 is slower than float32.
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if precision == "fp16" and device == "cpu":
-        raise ConfigError("--precision fp16 does not train on a CPU; use --precision bf16 or fp32.")
-    if precision == "fp64" and device == "mps":
-        raise ConfigError("--precision fp64 does not exist on mps; use --device cpu.")
-    return precision  # type: ignore[return-value]  # pydantic's Literal allows nothing else
 
 
 class Runtime:

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from nearkin.data.dataset import choose
 from nearkin.data.sources.listing import Listing
 from nearkin.data.transforms import EvalSpec
-from nearkin.distributed import Runtime, choose_device
+from nearkin.device import choose_device
+from nearkin.distributed import Runtime
 from nearkin.doctor.inventory import Inventory, Rows
 from nearkin.doctor.scan import Scan
 from nearkin.evaluation.evaluator import Evaluator

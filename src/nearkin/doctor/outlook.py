@@ -15,7 +15,8 @@ from nearkin.bank import NeighbourBank
 from nearkin.catalogue import check_objective
 from nearkin.config import RunConfig, validate
 from nearkin.data.sources.listing import Listing
-from nearkin.distributed import Runtime, choose_device, choose_precision
+from nearkin.device import choose_device, choose_precision
+from nearkin.distributed import Runtime
 from nearkin.doctor.findings import Finding
 from nearkin.errors import DataError
 from nearkin.network import Network

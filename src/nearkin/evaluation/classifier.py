@@ -18,7 +18,7 @@ from nearkin.data.decode import BadImage, decoded, from_pillow
 from nearkin.data.images import Arrays
 from nearkin.data.loader import stacked
 from nearkin.data.look import in_threads
-from nearkin.distributed import choose_device, without_tf32
+from nearkin.device import choose_device, without_tf32
 from nearkin.errors import DataError, ModelError, counted, printable
 from nearkin.evaluation.calibration import scaled
 from nearkin.evaluation.evaluator import mean_probabilities

@@ -67,7 +67,8 @@ def evaluate(
     for one in runs:
         check_run(one)
     listing = None if data is None else resolve(str(data))
-    from nearkin.distributed import Runtime, choose_device
+    from nearkin.device import choose_device
+    from nearkin.distributed import Runtime
     from nearkin.evaluation.ensemble import Ensemble, load_members
 
     with Runtime(device=choose_device(device), precision="fp32") as runtime:

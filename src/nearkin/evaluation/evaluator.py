@@ -13,7 +13,8 @@ from nearkin.config import Auto
 from nearkin.data.dataset import Split
 from nearkin.data.loader import PATIENCE, eval_loader, fitting_workers
 from nearkin.data.transforms import EvalSpec
-from nearkin.distributed import Runtime, without_tf32
+from nearkin.device import without_tf32
+from nearkin.distributed import Runtime
 from nearkin.errors import DataError, DivergedError, ModelError, Stopped
 from nearkin.evaluation.metrics import reduced
 from nearkin.evaluation.options import Tta

@@ -23,7 +23,7 @@ from nearkin.data.sampling import SampleKey
 from nearkin.data.sources.builtin import BUILTIN
 from nearkin.data.sources.listing import Listing, by_bytes
 from nearkin.data.transforms import TrainSpec, train_transform
-from nearkin.distributed import choose_device, without_tf32
+from nearkin.device import choose_device, without_tf32
 from nearkin.errors import DataError, ModelError, counted, listed, printable
 from nearkin.evaluation.episodes import accuracy, draw, eligible, estimate
 from nearkin.evaluation.model import Bundle, load_bundle

@@ -200,7 +200,8 @@ def _with_changes(stored: Settings, run: Path, values: Mapping[str, Any]) -> Set
 @contextmanager
 def running(config: RunConfig) -> Iterator[Runtime]:
     """The processes of the run. A RuntimeError of torch becomes one sentence that says what to do."""
-    from nearkin.distributed import Runtime, choose_device, choose_precision
+    from nearkin.device import choose_device, choose_precision
+    from nearkin.distributed import Runtime
 
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)

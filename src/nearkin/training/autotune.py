@@ -10,7 +10,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from nearkin.distributed import Runtime, choose_precision
+from nearkin.device import choose_precision
+from nearkin.distributed import Runtime
 from nearkin.network import Network
 from nearkin.process import cores
 from nearkin.settings import Settings

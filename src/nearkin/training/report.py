@@ -48,7 +48,8 @@ def report(
     """
     check_run(run)
     from nearkin.data.dataset import load_for_evaluation
-    from nearkin.distributed import Runtime, choose_device
+    from nearkin.device import choose_device
+    from nearkin.distributed import Runtime
     from nearkin.evaluation.ensemble import BATCH
     from nearkin.evaluation.evaluator import Evaluator
     from nearkin.evaluation.kin import read_kin
