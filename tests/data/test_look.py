@@ -465,8 +465,10 @@ def test_a_store_that_another_process_keeps_locked(data, store, monkeypatch):
     assert "locked" in found.notes[0]
 
 
+# A shell's background jobs ignore SIGINT, and so do their children, unless they ask for it.
 SLOW = """
-import os, time
+import os, signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 def slow(path, **options):
     os.write(1, b"looking\\n")  # in one call: two threads' prints may share a line
     time.sleep(0.5)
