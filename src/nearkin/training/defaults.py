@@ -141,6 +141,7 @@ def resolve(config: DataSettings, facts: NetworkFacts) -> Settings:
     fits = config.batch_size % config.per_class == 0 or asked
     grouped = pretrained and facts.positives and fits and config.repeats == 1
     small = facts.parameters * config.image_size**2 < SMALL_WORK
+    most = facts.cores if facts.device == "cpu" else GPU_THREADS
     values: dict[str, Any] = {
         "optimizer": optimizer,
         "lr": _lr(optimizer, config, pretrained, facts.prefers_adamw),
@@ -157,11 +158,7 @@ def resolve(config: DataSettings, facts: NetworkFacts) -> Settings:
         "memory_format": facts.memory_format,
         "device": facts.device,
         "precision": facts.precision,
-        "threads": 1
-        if small
-        else facts.cores
-        if facts.device == "cpu"
-        else min(GPU_THREADS, facts.cores),
+        "threads": 1 if small else min(most, facts.cores),
         "workers": min(MOST_WORKERS, facts.cores) if facts.files else 0,
     }
     given = config.model_dump() | {"options": facts.options, "stem": facts.stem, "out": None}
