@@ -23,7 +23,7 @@ MEANT = """
     --num-workers --workers     --nw --workers              --num_worker --workers
     --output --out              --output-dir --out          --project --out         --ouput-dir --out
     --opt --optimizer           --optim --optimizer         --optimzer --optimizer
-    --amp --precision           --fp16 --precision          --gpu --device          --gpus --device
+    --amp --precision           --fp16 --precision          --gpu --device          --gpus --nproc-per-node
     --dropout --drop-rate       --drop-path-rate --drop-path
     --pretrain --pretrained     --loss --objective          --criterion --objective
     --warmup --warmup-epochs    --seeed --seed              --random-state --seed

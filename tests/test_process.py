@@ -33,7 +33,8 @@ SLURM = {
 @pytest.fixture
 def env(monkeypatch):
     for name in os.environ:
-        if name.startswith(("SLURM_", "MASTER_", "TORCHELASTIC_")):
+        launchers = ("SLURM_", "MASTER_", "TORCHELASTIC_", "OMPI_", "PMI_")
+        if name.startswith(launchers) or name in ("RANK", "WORLD_SIZE"):
             monkeypatch.delenv(name)
 
     def change(values):
@@ -47,6 +48,29 @@ def test_without_a_launcher_there_is_one_process(env):
     assert launched() == Launch(nodes=1, per_node=1, rank=0, local_rank=0)
     env(SLURM | {"SLURM_JOB_NAME": "bash"})
     assert launched().world_size == 1
+
+
+@pytest.mark.parametrize(
+    ("rank", "size"),
+    [
+        ("RANK", "WORLD_SIZE"),
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+        ("PMI_RANK", "PMI_SIZE"),
+    ],
+)
+def test_processes_of_another_launcher_are_refused(env, capsys, rank, size):
+    """Each of them would train for itself, in the same folder."""
+    env({rank: "0", size: "1"})
+    assert launched() == Launch()
+    env({size: "4"})
+    assert command(["train", "digits", "--epochs", "1"]) == 2
+    said = capsys.readouterr().err
+    assert f"{size} says that this is one of 4 processes" in said
+    assert said.count("\n") == 1
+    env(SLURM)
+    assert launched().world_size == 6
+    env(TORCHRUN)
+    assert launched().world_size == 8
 
 
 @pytest.mark.parametrize("step", ["", "4294967291", "4294967290"])

@@ -86,7 +86,8 @@ def to_install(*extras: str) -> str:
     """The advice for packages that are missing."""
     options = " ".join(f"--extra {extra}" for extra in extras)
     return (
-        f"run: pip install 'nearkin[{','.join(extras)}]' (in a copy of nearkin: uv sync {options})"
+        f"in a copy of nearkin run: uv sync {options}; elsewhere: "
+        f"pip install '/path/to/nearkin[{','.join(extras)}]'"
     )
 
 

@@ -119,6 +119,12 @@ def exit_if_importing_main() -> None:
         os._exit(1)
 
 
+# Variables that launchers set besides torchrun and srun: of each process its rank, and how many there are.
+OTHER_LAUNCHERS = (
+    ("RANK", "WORLD_SIZE"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("PMI_RANK", "PMI_SIZE"),
+)
 SPECIAL_STEPS = 1 << 31  # Slurm's numbers of batch scripts and of interactive shells are above
 
 
@@ -142,14 +148,18 @@ class Launch(NamedTuple):
 
 def launched() -> Launch:
     """Read the environment that torchrun or srun set; one process without either. Raises ConfigError for what is no
-    number there, and for unequal numbers of tasks on the nodes."""
+    number there, for unequal numbers of tasks on the nodes, and for several processes of another launcher, each of
+    which would train for itself."""
     env = os.environ
     if "TORCHELASTIC_RUN_ID" in env and "WORLD_SIZE" in env:
         world, local = _number("WORLD_SIZE"), _number("LOCAL_WORLD_SIZE")
         address, port = env["MASTER_ADDR"], _number("MASTER_PORT")
         rank, local_rank = _number("RANK"), _number("LOCAL_RANK")
         return Launch(max(1, world // local), local, rank, local_rank, address, port)
-    if not _started_by_srun(env) or (tasks := _number("SLURM_NTASKS", "1")) == 1:
+    if not _started_by_srun(env):
+        _refuse_other_launchers(env)
+        return Launch()
+    if (tasks := _number("SLURM_NTASKS", "1")) == 1:
         return Launch()
     nodes = _number("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES", "1"))
     if tasks % nodes:
@@ -173,6 +183,16 @@ def _number(name: str, otherwise: str = "") -> int:
             f"The environment variable {name} is {printable(value)!r}, but must be a whole number."
         )
     return int(value)
+
+
+def _refuse_other_launchers(env: Mapping[str, str]) -> None:
+    for rank, size in OTHER_LAUNCHERS:
+        number = env.get(size, "")
+        if rank in env and number.isdecimal() and int(number) > 1:
+            raise ConfigError(
+                f"{size} says that this is one of {number} processes, but they were not started by torchrun or srun, "
+                f"and each would train for itself; start them with torchrun, or unset {rank} and {size}."
+            )
 
 
 def _started_by_srun(env: Mapping[str, str]) -> bool:

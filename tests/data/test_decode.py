@@ -11,7 +11,7 @@ import torch
 from image_files import encoded, noise, raw_png, write
 from PIL import Image
 
-from nearkin.data.decode import read_image
+from nearkin.data.decode import BadImage, read_image
 from nearkin.errors import ConfigError
 
 EDGE = 16  # of the uniform test images: a whole JPEG block
@@ -199,6 +199,26 @@ def test_all_orientations_give_the_same_pixels(tmp_path, orientation, kind):
     pixels = read_image(tmp_path / "x", channels=3)
     difference = pixels.int() - torch.from_numpy(upright).permute(2, 0, 1).int()
     assert difference.abs().max() <= (3 if kind == "JPEG" else 0)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_photos_of_phones_are_read_upright(tmp_path, orientation):
+    """HEIC, as iPhones store it."""
+    heif = pytest.importorskip("pillow_heif", reason="needs the extra heic")
+    heif.register_heif_opener()
+    upright = np.kron(np.array(noise(3, 2, 3)), np.ones((32, 32, 1), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = Image.fromarray(stored_as(upright, orientation))
+    write(tmp_path / "x.heic", encoded(stored, "HEIF", exif=exif.tobytes(), quality=-1, chroma=444))
+    pixels = read_image(tmp_path / "x.heic", channels=3)
+    difference = pixels.int() - torch.from_numpy(upright).permute(2, 0, 1).int()
+    assert difference.abs().max() <= 4
+    content = (tmp_path / "x.heic").read_bytes()
+    for broken in (content[: len(content) // 2], content[:40]):
+        write(tmp_path / "broken.heic", broken)
+        with pytest.raises(BadImage):
+            read_image(tmp_path / "broken.heic", channels=3)
 
 
 @pytest.mark.parametrize(

@@ -65,8 +65,8 @@ def test_digits_are_grey_and_their_test_split_does_not_depend_on_the_seed():
         ("", ["missing"]),
         ("a\0b", ["missing"]),
         ("cifr10", ["missing", "Did you mean cifar10?"]),
-        ("hf://someone/images", ["not available yet"]),
-        ("wds://shards-{000..099}.tar", ["not available yet"]),
+        ("hf://someone/images", ["not a folder or table on this machine"]),
+        ("wds://shards-{000..099}.tar", ["not a folder or table on this machine"]),
     ],
 )
 def test_what_is_not_there_is_said_in_one_sentence(data, words):

@@ -213,4 +213,4 @@ def test_a_damaged_parquet_file(root):
 def test_without_pyarrow_the_remedy_is_named(root, monkeypatch):
     path = parquet(root, path=["images/a.png"], label=["cat"])
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert "pip install 'nearkin[parquet]'" in refused(path)
+    assert "uv sync --extra parquet" in refused(path)

@@ -383,7 +383,7 @@ def test_bad_words(run, photos, tmp_path):
         ("run --format onxx", 2, "Did you mean onnx?"),
         ("nowhere --format onnx", 4, "The run nowhere does not exist"),
         ("run --format onnx --out run", 2, "exists; choose another --out"),
-        ("run --format onnx", 2, "pip install 'nearkin[export]'"),
+        ("run --format onnx", 2, "uv sync --extra export"),
         ("--verify nowhere", 5, "nowhere is no folder"),
         ("--verify run", 5, "no exported model"),
         ("run --verify run", 2, "--verify takes a folder and nothing else"),

@@ -444,7 +444,9 @@ def test_unknown_names_are_refused(given):
 
 def test_a_missing_package_is_said_with_what_to_install(monkeypatch):
     monkeypatch.setattr(loggers, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"run: pip install 'nearkin\[wandb,mlflow\]'"):
+    with pytest.raises(
+        ConfigError, match=r"run: uv sync --extra wandb --extra mlflow; .*/nearkin\[wandb,mlflow\]'"
+    ):
         check_installed("wandb,mlflow")
     check_installed(None)
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nearkin.data.sources.listing import FileList, ListedSplit, Listing, by_bytes, split_words
-from nearkin.errors import DataError, counted, listed, printable
+from nearkin.errors import DataError, counted, listed, printable, to_install
 
 IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .bmp .tif .tiff .gif .avif".split()  # noqa: SIM905 - shorter
@@ -216,7 +216,7 @@ class _Walk:
             for suffix, n in self._others.most_common()
         ]
         if kinds:
-            help_ = " (pip install pillow-heif to read .heic)" if heif else ""
+            help_ = f" (to read .heic, {to_install('heic')})" if heif else ""
             yield f"{listed(kinds)}{help_}" if heif else Harmless(listed(kinds))
         if self._broken:
             yield f"{counted(len(self._broken), 'broken link')} ({listed(self._broken)})"

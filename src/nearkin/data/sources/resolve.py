@@ -34,7 +34,7 @@ def _stored(data: str) -> Listing:
     shown = printable(data)
     if _SCHEME.match(data):
         raise DataError(
-            f"{shown} is not available yet: nearkin reads built-in names, folders and tables; "
+            f"{shown} is not a folder or table on this machine: nearkin reads built-in names, folders and tables; "
             "download it and give the folder."
         )
     if "\0" in data or not data or not os.path.exists(data):  # noqa: PTH110 - any bytes may come
