@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from benchmarks.study import figures
 from benchmarks.study.pieces import PIECES
 from nearkin.comparison.api import compare_options
 from nearkin.comparison.results import Comparison
+from nearkin.files import write_atomic
 
 RUNS = Path("docs/data/study-runs.csv")
 CONTRASTS = Path("docs/data/study-contrasts.csv")
@@ -79,10 +81,11 @@ def _replace(path: Path, fields: Sequence[str], name: str, rows: list[dict[str, 
     if path.exists():
         with path.open(newline="") as file:
             kept = [row for row in csv.DictReader(file) if row["piece"] != name]
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fields, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(kept + rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fields, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(kept + rows)
+    write_atomic(path, text.getvalue().encode())
 
 
 if __name__ == "__main__":

@@ -2,14 +2,16 @@
 
     NEARKIN_BENCH_STUDY=FOLDER python -m benchmarks.study.episodes [PIECE] [DATA]
 
-By default the networks that `tune-grocery-5` fine-tuned on groceries, on the training images of clothing10. The frozen
-network, which all of them began from, is one more row. 5 ways, 1 and 5 shots, the images themselves without augmented
-copies. Each result is a row of docs/data/study-episodes.csv; what is there is not computed again.
+PIECE is one that begins from packaged weights; by default the networks that `tune-grocery-5` fine-tuned on groceries,
+on the training images of clothing10. The frozen network, which all of them began from, is one more row. 5 ways, 1 and 5
+shots, the images themselves without augmented copies. Each result is a row of docs/data/study-episodes.csv; what is
+there is not computed again.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -44,8 +46,10 @@ def _networks(root: Path, name: str) -> list[tuple[str, int, Path]]:
     """Entry, seed and run folder of the finished runs of a piece, after the frozen network."""
     piece, place = PIECES[name], root / "runs" / name
     frozen = place / FROZEN
-    if not frozen.exists():  # ends with the probe, so its backbone is the packaged one
-        nearkin.train(root / piece.data, images_per_class=5, epochs=0, out=frozen, report=False)
+    if not (frozen / "model.safetensors").exists():  # ends with the probe: the packaged backbone
+        shutil.rmtree(frozen, ignore_errors=True)  # of a call that was killed
+        options = piece.options | {"images_per_class": 5, "epochs": 0}
+        nearkin.train(root / piece.data, out=frozen, report=False, **options)
     found = [(FROZEN, 0, frozen)]
     for entry in parse(piece.objectives.split(",")):
         for run in sorted((place / "runs").glob(f"{entry.folder}-seed*")):

@@ -19,7 +19,9 @@ HEAD = """\
 Made by `python -m benchmarks.study --figures` from [data/study-runs.csv](data/study-runs.csv) and
 [data/study-contrasts.csv](data/study-contrasts.csv); [which-objective.md](which-objective.md) says what follows.
 Test top-1 in %, mean ± standard deviation over seeds; differences from `ce` in points with 95 % intervals that count
-seeds and test images ([compare.md](compare.md)). Equal crops through the network in each table.
+seeds and test images ([compare.md](compare.md)). Equal crops through the network in each table, as far as whole
+epochs allow. 2 shared CPU cores, two runs at a time; crops/s is a mean over runs beside which other work ran, so it
+tells no costs.
 """
 
 

@@ -10,6 +10,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -18,6 +19,7 @@ from tests.pictures import write_classes, write_image
 import nearkin
 from nearkin.cli import run as command
 from nearkin.comparison import api, launch
+from nearkin.comparison import run as comparison_run
 from nearkin.comparison.api import compare
 from nearkin.comparison.launch import Machine
 from nearkin.errors import ConfigError, DataError, ModelError, Stopped
@@ -248,7 +250,7 @@ def test_bad_options_are_refused_before_anything_runs(photos, tmp_path, options,
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_that_another_process_has_begun_is_not_removed(tmp_path):
+def test_a_run_that_another_process_has_begun_is_not_removed(tmp_path, monkeypatch):
     """Before its first checkpoint, as when the result of a cluster is asked for too early."""
     from nearkin.comparison.run import _run
     from nearkin.training import run_folder
@@ -266,10 +268,17 @@ with run_folder.locked(pathlib.Path({str(tmp_path / "ce-seed0")!r})):
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
         assert other.stdout.readline() == "locked\n"
-        with pytest.raises(ConfigError, match="Another process is training"):
+        monkeypatch.setattr(comparison_run, "PATIENCE", 0)
+        with pytest.raises(Stopped, match="Another process is training"):
             _run(tmp_path, "ce-seed0", {})
         assert (tmp_path / "ce-seed0").is_dir()
-        other.communicate("\n")
+        monkeypatch.setattr(comparison_run, "PATIENCE", 60)
+        monkeypatch.setattr(comparison_run, "LOOK", 0.1)
+        timer = threading.Timer(0.5, other.communicate, ["\n"])
+        timer.start()
+        comparison_run._wait_for(tmp_path / "ce-seed0")
+        timer.join()
+        assert other.returncode == 0
     assert run_folder.stored_state(tmp_path / "ce-seed0") != "finished"
 
 
@@ -283,6 +292,42 @@ def test_a_run_that_was_killed_has_failed(photos, tmp_path, monkeypatch):
     assert {run.state for run in found.runs} == {"failed"}
     assert "code -9, perhaps for want of memory" in found.runs[0].error
     assert (tmp_path / "out" / "compare.json").is_file()
+
+
+def test_the_exit_code_when_every_run_failed(photos, tmp_path, monkeypatch, capsys):
+    def failing(code):
+        def local(folder, names, machine, ended):
+            for name in names:
+                ended(name, code)
+
+        return local
+
+    words = ["compare", str(photos), "--objectives", "ce,supcon", "--seeds", "1", *WORDS]
+    for code, expected in ((1, 1), (Stopped.code, 0)):
+        monkeypatch.setattr(launch, "local", failing(code))
+        assert command([*words, "--out", str(tmp_path / str(code)), "--quiet"]) == expected
+    assert "failed" in capsys.readouterr().out
+
+
+def test_a_run_that_is_killed_while_stopping_has_not_failed(tmp_path, monkeypatch):
+    """It ignores SIGTERM, and is killed when patience ends."""
+    code = (
+        "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        "os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
+    )
+    monkeypatch.setattr(launch, "command", lambda *_: [sys.executable, "-c", code])
+    monkeypatch.setattr(launch, "PATIENCE", 0.5)
+    ended = {}
+    with pytest.raises(Stopped):
+        launch.local(tmp_path, ["a"], Machine(1), ended.__setitem__)
+    assert ended == {"a": Stopped.code}
+
+
+def test_a_run_that_could_not_save_has_failed(tmp_path):
+    """Its exit code is that of a stopped one."""
+    (tmp_path / "a.error").write_text("No space left on device.\n")
+    assert launch.outcome(tmp_path, "a", Stopped.code) == "a  failed: No space left on device."
+    assert launch.outcome(tmp_path, "b", Stopped.code) == "b  stopped"
 
 
 def test_how_many_run_at_a_time(monkeypatch):
@@ -357,13 +402,42 @@ def test_tasks_that_slurm_killed_are_told_and_submitted_again(cluster, monkeypat
     """One ended with an error, one without a word, one is new; afterwards none has an error any more."""
     runs = cluster / "runs"
     runs.mkdir()
-    monkeypatch.setattr(launch, "command", lambda *_: ["true", "NAME"])
+    monkeypatch.setattr(launch, "command", lambda *_: ["true", "FOLDER", "NAME"])
     said = launch.slurm(runs, ["ce-seed0", "supcon-seed0"], None)
     assert said == "submitted as the array 7"
     (runs / "ce-seed0.error").write_text("DataError: gone\n")
     said = launch.slurm(runs, ["ce-seed0", "supcon-seed0", "ce-seed1"], None)
     assert said.startswith("submitted as the array 7; 1 had ended without a result or an error")
     assert not list(runs.glob("*.error"))
+
+
+def test_what_sbatch_refused_was_not_submitted(cluster, monkeypatch):
+    runs = cluster / "runs"
+    runs.mkdir()
+    monkeypatch.setattr(launch, "command", lambda *_: ["true", "FOLDER", "NAME"])
+    (runs / "ce-seed0.error").write_text("DataError: gone\n")
+    stub(cluster / "refusing", "sbatch", "echo invalid partition >&2; exit 1\n")
+    path = os.environ["PATH"]
+    monkeypatch.setenv("PATH", f"{cluster / 'refusing'}{os.pathsep}{path}")
+    with pytest.raises(ConfigError, match="sbatch refused: invalid partition"):
+        launch.slurm(runs, ["ce-seed0", "ce-seed1"], None)
+    assert (runs / "ce-seed0.error").read_text() == "DataError: gone\n"
+    monkeypatch.setenv("PATH", path)
+    assert launch.slurm(runs, ["ce-seed0", "ce-seed1"], None) == "submitted as the array 7"
+
+
+def test_tasks_of_slurm_find_a_folder_that_was_moved(cluster, monkeypatch):
+    first, second = cluster / "first", cluster / "second"
+    first.mkdir()
+
+    def touch(folder, name):
+        return ["bash", "-c", 'touch "$0/$1-was-here"', str(folder), name]
+
+    monkeypatch.setattr(launch, "command", touch)
+    launch.slurm(first, ["a"], None)
+    first.rename(second)
+    launch.slurm(second, ["b"], None)
+    assert {path.name for path in second.glob("*-was-here")} == {"a-was-here", "b-was-here"}
 
 
 def test_slurm_without_sbatch_says_what_to_do(photos, tmp_path, monkeypatch):
@@ -429,6 +503,17 @@ def test_pick_trains_the_winner_on_train_and_validation(done, photos, tmp_path):
     assert json.loads((run_path / "classes.json").read_text()) == ["cat", "dog"]
     assert nearkin.evaluate(run).n == 8
     assert again(done, photos, out, pick=True).picked == found.picked
+
+
+@pytest.mark.slow
+def test_pick_finds_images_that_were_moved(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    write_classes(first / "train", each=20)
+    write_classes(first / "test", each=10)
+    options = {"seeds": 1, "out": tmp_path / "out", **SMALL}
+    compare(first, ["ce", "supcon"], **options)
+    first.rename(second)
+    assert compare(second, ["ce", "supcon"], pick=True, **options).picked[0] == "ce"
 
 
 @pytest.mark.slow

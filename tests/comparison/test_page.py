@@ -12,7 +12,7 @@ import pytest
 from tests.comparison.comparisons import HOSTILE, SHOWN, comparison, contrasts, large, run, small
 
 from nearkin.comparison.page import comparison_page
-from nearkin.comparison.results import Comparison, Run
+from nearkin.comparison.results import UNTRAINED, Comparison, Run
 
 NAMESPACE = "{http://www.w3.org/2000/svg}"
 EMPTY = {"meta", "img", "br", "link", "input", "hr"}
@@ -110,6 +110,14 @@ def test_many_that_are_better_are_named_in_one_sentence():
     ]
     rest = next(text for text in sentences if text.endswith("are better than ce, too."))
     assert rest.count("objective-number") == 6
+
+
+def test_an_entry_that_trained_no_epoch_is_named():
+    found = [*contrasts("a", 0.02, "better"), *contrasts("b", 0.02, UNTRAINED)]
+    runs = [run(name, seed) for name in ("ce", "a", "b") for seed in range(3)]
+    assert "There is no verdict yet for b." in comparison_page(comparison(runs, found))
+    alone = comparison(runs, contrasts("b", 0.02, UNTRAINED))
+    assert headline(alone).startswith("There is no verdict yet")
 
 
 def test_an_entry_without_a_verdict_is_named():

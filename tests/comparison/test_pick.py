@@ -44,12 +44,13 @@ def test_the_winner(monkeypatch, hits, winner):
         for seed in range(SEEDS)
     ]
 
-    def validated(path):
+    def validated(path, data):
+        assert data is None
         name, seed = path.name.split("-")
         return scores(hits[name], int(seed))
 
     monkeypatch.setattr(pick, "_validation", validated)
-    found = pick._winner(SimpleNamespace(folder=Path("x"), runs=runs, baseline="ce"))
+    found = pick._winner(SimpleNamespace(folder=Path("x"), runs=runs, baseline="ce"), "digits")
     assert found == winner
 
 

@@ -68,6 +68,48 @@ def test_the_band_of_the_log_loss_is_a_hundredth(spread, same):
     assert (loss.verdict == "the same within 0.01") == same
 
 
+def test_entries_without_a_verdict_do_not_count_in_holm():
+    """One of two seeds, and one of which a run trained no epoch."""
+    by_run = {}
+    for seed in range(3):
+        by_run["ce", seed] = scores(240, 80, 0.6, seed)
+        by_run["cone", seed] = scores(244, 80, 0.6, seed + 50)
+        by_run["idle", seed] = scores(270, 80, 0.6, seed + 70)
+        if seed < 2:
+            by_run["few", seed] = scores(270, 80, 0.6, seed + 90)
+    found = {c.entry: c for c in contrasts(by_run, "ce", idle=["idle"]) if c.measure == "top1"}
+    pair = {key: one for key, one in by_run.items() if key[0] in ("ce", "cone")}
+    (alone,) = (c for c in contrasts(pair, "ce") if c.measure == "top1")
+    assert found["cone"] == alone
+    assert found["idle"].verdict == UNTRAINED
+    assert found["few"].verdict.startswith("no verdict: 3 seeds")
+
+
+def test_classes_are_compared_over_common_seeds(tmp_path, monkeypatch):
+    """The third seed of `cone` has failed; that of `ce` was the best."""
+    right = {("ce", 0): 200, ("ce", 1): 210, ("ce", 2): 300, ("cone", 0): 220, ("cone", 1): 230}
+
+    def read(place, term, seed):
+        name = term.entry.name
+        run = Run(entry=name, seed=seed, folder=str(place), state="finished", epochs=3)
+        return scores(right[name, seed], 80, 0.6, seed), run
+
+    done = {tmp_path / "runs" / f"{name}-seed{seed}" for name, seed in right}
+    monkeypatch.setattr(results, "stored_state", lambda p: "finished" if p in done else None)
+    monkeypatch.setattr(results, "_read", read)
+    entries = {name: SimpleNamespace(name=name) for name in ("ce", "cone")}
+    terms = [SimpleNamespace(entry=e, epochs=None, weights=1) for e in entries.values()]
+    jobs = [
+        SimpleNamespace(name=f"{name}-seed{seed}", entry=entry, seed=seed)
+        for name, entry in entries.items()
+        for seed in range(3)
+    ]
+    compared = collect(tmp_path, terms, jobs, data="x", equal={})
+    means = {name: values["a"] for name, values in compared.classes.items()}
+    assert means == pytest.approx({"ce": 205 / 300, "cone": 225 / 300})
+    assert any("differences over common ones" in note for note in compared.notes)
+
+
 @pytest.mark.parametrize(("epochs", "untrained"), [((3, 3), False), ((3, 0), True), ((0, 3), True)])
 def test_a_run_without_an_epoch_gives_no_verdict(tmp_path, monkeypatch, epochs, untrained):
     given = dict(zip(("ce", "cone"), epochs, strict=True))

@@ -249,7 +249,8 @@ def test_seeds_that_would_show_that_two_are_the_same_are_counted():
         ms_s, ms_i, ms_e = 0.1 + m * 2e-5, 0.1 + seeds * 0.002, 0.1
         q = ms_s + ms_i - ms_e
         below = ms_s**2 / (seeds - 1) + ms_i**2 / (m - 1) + ms_e**2 / ((seeds - 1) * (m - 1))
-        half = stats.t.ppf(0.95, max(seeds - 1, q**2 / below)) * math.sqrt(q / (seeds * m))
+        error = math.sqrt(q / (seeds * m) + 2 / m**2)
+        half = stats.t.ppf(0.95, max(seeds - 1, q**2 / below)) * error
         return difference + half <= same
 
     needed = next(seeds for seeds in range(4, 1000) if inside(seeds))
@@ -260,9 +261,28 @@ def test_seeds_that_would_show_that_two_are_the_same_are_counted():
 
 
 def test_equal_predictions_are_the_same():
-    scores = np.tile(FIRST, (2, 100))
+    scores = np.tile(FIRST, (2, 300))
     found = effect(scores, scores)
     assert found.p_value == 1.0
     assert verdict(found, 1.0, same=0.005, within="0.5 points") == "the same within 0.5 points"
-    few = found._replace(images=100)  # one image is a point
+    few = found._replace(images=200)  # one image is half a point
     assert verdict(few, 1.0, same=0.005, within="").startswith("undecided: more seeds cannot")
+    # One class of two images of ten: one of them is 5 points of the balanced accuracy.
+    rare = effect(scores, scores, largest=900 / (10 * 2))
+    assert verdict(rare, 1.0, same=0.005, within="").startswith("undecided")
+
+
+@pytest.mark.parametrize("images", [200, 372, 600, 1000, 2000])
+@pytest.mark.parametrize("noise", [0.0, 0.01])
+def test_the_same_is_rarely_said_of_half_a_point(images, noise, capsys):
+    """The models differ on few images, at each seed on the same ones, and the true difference is 0.5 points: a nominal
+    5 % say "the same"."""
+    rng, trials, wrong = np.random.default_rng(images), 400, 0
+    for _ in range(trials):
+        known = np.tile(rng.random(images) < 0.005, (5, 1)).astype(float)
+        draws = rng.random((2, 5, images)) < noise / 2
+        found = effect(draws[0].astype(float), known + draws[1])
+        wrong += found.is_within(0.005)
+    with capsys.disabled():
+        print(f"\n{images} images, noise {noise:.0%}: {wrong / trials:.1%} called the same")
+    assert wrong / trials <= 0.08

@@ -32,7 +32,9 @@ def planned(photos, told):
         given = {"data": str(photos), "epochs": 8, "batch_size": 8, "split_seed": 0} | options
         entries = parse(words.split(","))
         with Runtime(device="cpu", precision="fp32") as runtime:
-            found, notes = terms(entries, given, budget=budget, seed=0, runtime=runtime, quiet=True)
+            found, notes = terms(
+                entries, given, budget=budget, seeds=[0], runtime=runtime, quiet=True
+            )
         told.extend(notes)
         return found, given
 
@@ -127,8 +129,17 @@ def test_minutes_are_given_to_all_as_they_are(planned):
 
 def test_terms_of_equal_minutes_are_not_measured(planned):
     options = {"budget": "minutes", "epochs": "auto", "minutes": 3.0}
-    first, again = (planned("ce,ce+ema", **options)[0] for _ in range(2))
+    first, again = (planned("ce,supcon", **options)[0] for _ in range(2))
     assert [each.options for each in first] == [each.options for each in again]
+    assert {each.options["probe_images"] for each in first} == {20_000}
+
+
+def test_an_averaged_copy_needs_a_number_of_steps(planned):
+    options = {"budget": "minutes", "epochs": "auto", "minutes": 3.0}
+    with pytest.raises(ConfigError, match=r"^ce\+ema remembers a twentieth of the steps"):
+        planned("ce,ce+ema", **options)
+    found = planned("ce,ce:ema=0.9", **options)[0]
+    assert float(found[1].options["ema"]) == 0.9
 
 
 def test_few_epochs_that_cannot_be_equal_are_told(planned):

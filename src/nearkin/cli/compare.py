@@ -34,7 +34,8 @@ def main(given: dict[str, Any]) -> int:
 
     page = f"page {printable(str(found.folder / 'compare.html'))}\n"
     show(found.to_dict(), text(found) + page, as_json=as_json)
-    return 0
+    states = {run.state for run in found.runs}
+    return 1 if states == {"failed"} else 0
 
 
 def parser() -> Parser:

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 REQUEST = "compare.yaml"
 RUNS = "runs"
 SPLIT = "split.csv"
-MANY = 1_000_000  # runs, to share a machine as if it were full
 # What a later call may change; whether the images at another path are the same is checked with the runs.
 FREE = ("jobs", "submit", "seeds", "objectives", "pick", "data")
 
@@ -97,7 +96,10 @@ def compare_options(
             if not known:  # nothing has run in it
                 shutil.rmtree(folder, ignore_errors=True)
             raise
-        return _compare(folder, config, planned, request, quiet)
+        try:
+            return _compare(folder, config, planned, request, quiet)
+        except Stopped as error:
+            raise Stopped(f"{error} It is in {folder}: --out {folder}") from None
 
 
 def _compare(
@@ -192,7 +194,7 @@ def _plan(
             request.entries,
             values,
             budget=request.options.budget,
-            seed=request.seed,
+            seeds=request.seeds,
             runtime=runtime,
             quiet=quiet,
         )
@@ -334,11 +336,11 @@ def _run_all(
     # For all runs, though some are finished: what is left has the threads that they had.
     # In equal minutes they are part of the terms, whatever is added later.
     equal = options.budget == "minutes"
-    machine = planned.machine(options.jobs, MANY if equal else len(jobs))
+    machine = planned.machine(options.jobs, launch.MANY if equal else len(jobs))
     said = f"{counted(len(names), 'run')} of {len(jobs)}"
     if options.submit == "slurm":
         limit = None if options.jobs == "auto" else options.jobs
-        say(f"{said}: {launch.slurm(runs, names, limit)}", quiet)
+        say(f"{said}: {launch.slurm(runs.absolute(), names, limit)}", quiet)
         say("give the same command again when they have ended", quiet)
         return
     at_once = "" if options.submit == "ray" else f", {min(machine.number, len(names))} at a time"
@@ -355,13 +357,10 @@ def _run_all(
         left = duration(each * (len(names) - len(ended)))
         say(f"[{len(ended)}/{len(names)}] {launch.outcome(runs, name, code)}  {left} left", quiet)
 
-    try:
-        if options.submit == "ray":
-            launch.ray(runs, names, end)
-        else:
-            launch.local(runs, names, machine, end)
-    except Stopped as error:
-        raise Stopped(f"{error} It is in {folder}: --out {folder}") from None
+    if options.submit == "ray":
+        launch.ray(runs.absolute(), names, end)
+    else:
+        launch.local(runs, names, machine, end)
 
 
 def _equal(request: Request, terms: Sequence[Terms]) -> dict[str, str]:

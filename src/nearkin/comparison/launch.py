@@ -28,6 +28,7 @@ SUBMITTED = "array.id"
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 ROOM = 2 << 30  # bytes of memory for each run on a CPU
 MODULE = "nearkin.comparison.run"
+MANY = 1_000_000  # runs, to share a machine as if it were full
 
 
 class Machine(NamedTuple):
@@ -103,7 +104,8 @@ def local(
                 if process.poll() is not None:
                     del running[name]
                     places.append(place)
-                    ended(name, process.returncode)
+                    killed = stopping and process.returncode == -signal.SIGKILL  # by `stop`
+                    ended(name, Stopped.code if killed else process.returncode)
             if stopping and not running:
                 break
             if stopping:
@@ -146,13 +148,10 @@ def outcome(runs: Path, name: str, code: int) -> str:
     if code == 0:
         metrics = read_description(runs / name).metrics
         return f"{name}  {metrics['split']} top-1 {100 * metrics['top1']:.2f} %"
-    if code == Stopped.code:
-        return f"{name}  stopped"
     try:
-        reason = (runs / f"{name}.error").read_text(encoding="utf-8").strip()
+        return f"{name}  failed: {(runs / f'{name}.error').read_text(encoding='utf-8').strip()}"
     except OSError:
-        reason = f"it ended with {code}"
-    return f"{name}  failed: {reason}"
+        return f"{name}  {'stopped' if code == Stopped.code else f'failed: it ended with {code}'}"
 
 
 @contextmanager
@@ -187,17 +186,7 @@ def slurm(folder: Path, names: Sequence[str], number: int | None) -> str:
             "again when they have ended."
         )
     if not script.exists():
-        lines = [
-            "#!/bin/bash",
-            "#SBATCH --job-name=nearkin-compare",
-            f'#SBATCH --output="{folder}/slurm-%A-%a.log"',
-            "#SBATCH --signal=B:TERM@60",
-            "# Add options of your cluster above, such as #SBATCH --gpus=1. $1 lists the runs, a line each.",
-            'name=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "$1")',
-            "unset SLURM_NTASKS  # one process, whatever the allocation",
-            f'exec {shlex.join(command(folder, "NAME")[:-1])} "$name"',
-        ]
-        write_atomic(script, ("\n".join(lines) + "\n").encode())
+        _write_script(script)
     write_atomic(listed, ("\n".join(names) + "\n").encode())
     limit = f"%{number}" if number else ""
     words = ["--parsable", f"--array=0-{len(names) - 1}{limit}", str(script), str(listed)]
@@ -207,11 +196,16 @@ def slurm(folder: Path, names: Sequence[str], number: int | None) -> str:
             f"There is no sbatch on this machine; run `{printable(shlex.join(['sbatch', *words[1:]]))}` where there "
             "is one, then give the same command again."
         )
-    lost = [name for name in names if name in before and not (folder / f"{name}.error").exists()]
-    for name in names:  # they wait from now on
-        (folder / f"{name}.error").unlink(missing_ok=True)
+    failures = {folder / f"{name}.error" for name in names}
+    earlier = {path: path.read_bytes() for path in failures if path.exists()}
+    lost = [n for n in names if n in before and folder / f"{n}.error" not in earlier]
+    for path in earlier:  # they wait from now on
+        path.unlink()
     done = subprocess.run([sbatch, *words], capture_output=True, text=True, check=False)
     if done.returncode:
+        listed.unlink()
+        for path, content in earlier.items():
+            write_atomic(path, content)
         raise ConfigError(f"sbatch refused: {printable(done.stderr.strip()[:300])}")
     job = done.stdout.strip().partition(";")[0]
     write_atomic(submitted, f"{job}\n".encode())
@@ -219,6 +213,20 @@ def slurm(folder: Path, names: Sequence[str], number: int | None) -> str:
     if lost:
         told += f"; {len(lost)} had ended without a result or an error, for want of time or memory: see slurm-*.log"
     return told
+
+
+def _write_script(script: Path) -> None:
+    lines = [
+        "#!/bin/bash",
+        "#SBATCH --job-name=nearkin-compare",
+        f'#SBATCH --output="{script.parent}/slurm-%A-%a.log"',
+        "#SBATCH --signal=B:TERM@60",
+        "# Add options of your cluster above, such as #SBATCH --gpus=1. $1 lists the runs, a line each.",
+        'name=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "$1")',
+        "unset SLURM_NTASKS  # one process, whatever the allocation",
+        f'exec {shlex.join(command(script.parent, "NAME")[:-2])} "$(dirname "$1")" "$name"',
+    ]
+    write_atomic(script, ("\n".join(lines) + "\n").encode())
 
 
 def _new_list(folder: Path) -> Path:
@@ -257,7 +265,8 @@ def ray(folder: Path, names: Sequence[str], ended: Callable[[str, int], None]) -
         with (folder / f"{name}.log").open("ab") as log:
             log.write(f"on the node {node}\n".encode())
             log.flush()
-            process = subprocess.Popen(words, cwd=here, stdout=log, stderr=log)
+            env = os.environ | {PARENT: str(os.getpid())}
+            process = subprocess.Popen(words, cwd=here, env=env, stdout=log, stderr=log)
         try:
             return name, process.wait()
         except KeyboardInterrupt:  # it was cancelled

@@ -64,7 +64,8 @@ def _headline(comparison: Comparison) -> list[str]:
     baseline = comparison.baseline
     if not comparison.finished(baseline):
         return [f"Nothing can be said yet: no run of {baseline} is finished."]
-    found = [c for c in comparison.contrasts if c.measure == "top1" and c.seeds >= LEAST_SEEDS]
+    judged = (c for c in comparison.contrasts if c.measure == "top1")
+    found = [each for each in judged if not each.verdict.startswith("no verdict")]
     if not found:
         return [
             f"There is no verdict yet: {baseline} and another entry need {LEAST_SEEDS} finished seeds in common."

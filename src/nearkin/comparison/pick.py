@@ -12,8 +12,9 @@ from nearkin.comparison import launch
 from nearkin.comparison.plan import Job, jobs
 from nearkin.comparison.results import Comparison, Scores, contrasts
 from nearkin.comparison.splits import with_limited_training, with_validation_in_training
-from nearkin.config import to_yaml
+from nearkin.config import RunConfig, to_yaml
 from nearkin.data.dataset import choose
+from nearkin.data.sources.builtin import BUILTIN
 from nearkin.data.sources.resolve import resolve
 from nearkin.errors import NearkinError, printable
 from nearkin.files import write_atomic
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from nearkin.comparison.api import Planned, Request
+    from nearkin.data.sources.listing import Listing
     from nearkin.settings import Settings
 
 NAME = "picked"
@@ -36,7 +38,7 @@ def pick(comparison: Comparison, planned: Planned, request: Request, *, quiet: b
 
     Raises NearkinError when the run fails.
     """
-    winner = _winner(comparison)
+    winner = _winner(comparison, _data(planned.values))
     term = next(each for each in planned.terms if each.entry.name == winner)
     folder = comparison.folder
     options: dict[str, Any] = planned.values | {"val_split": 0.0}
@@ -57,9 +59,13 @@ def pick(comparison: Comparison, planned: Planned, request: Request, *, quiet: b
     return replace(comparison, picked=(winner, str(folder / name)))
 
 
+def _data(values: Mapping[str, Any]) -> str:
+    return str(values.get("data", RunConfig.model_fields["data"].default))
+
+
 def _written(settings: Settings, values: Mapping[str, Any], seed: int, table: Path) -> bool:
     """Whether a table of the images to train on was needed, and written."""
-    listing = resolve(str(values.get("data", "digits")))
+    listing = resolve(_data(values))
     if settings.images_per_class is None:
         return with_validation_in_training(listing, table)
     chosen = choose(
@@ -73,9 +79,11 @@ def _written(settings: Settings, values: Mapping[str, Any], seed: int, table: Pa
     return with_limited_training(chosen, table)
 
 
-def _winner(comparison: Comparison) -> str:
+def _winner(comparison: Comparison, data: str) -> str:
+    """data: where the images are now."""
+    own = None if data in BUILTIN else resolve(data)
     scores = {
-        (run.entry, run.seed): _validation(comparison.folder / run.folder)
+        (run.entry, run.seed): _validation(comparison.folder / run.folder, own)
         for run in comparison.runs
         if run.state == "finished"
     }
@@ -88,15 +96,15 @@ def _winner(comparison: Comparison) -> str:
     return comparison.baseline if best is None else best.entry
 
 
-def _validation(run: Path) -> Scores:
-    """The predictions of a run for its validation images, which the run folder keeps."""
+def _validation(run: Path, data: Listing | None) -> Scores:
+    """The predictions of a run for its validation images. data: None for built-in ones."""
     from nearkin.distributed import Runtime
     from nearkin.evaluation.ensemble import Ensemble, load_members
 
     with Runtime(device="cpu", precision="fp32") as runtime:
         members = load_members([run], runtime.device)
         ensemble = Ensemble(members, runtime, tta="none", workers="auto", cache=True)
-        found = ensemble.predict(None, "val")
+        found = ensemble.predict(data, "val")
     predictions, names = found.whole, ensemble.classes
     labels, top = predictions.labels.numpy(), predictions.top[:, 0].numpy()
     images = found.split.images

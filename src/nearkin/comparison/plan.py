@@ -29,7 +29,7 @@ ALIKE = (
     *("model", "model_options", "pretrained", "stem", "image_size", "channels", "blocks"),
     *("freeze_batchnorm", "batch_size", "augment", "crop_scale", "randaugment", "jitter"),
     *("jitter_prob", "grey_prob", "erasing", "flip", "mixup", "cutmix", "eval_size", "eval_crop"),
-    *("cache", "decode", "per_class", "repeats"),
+    *("cache", "decode", "per_class", "repeats", "probe_images"),
 )
 
 
@@ -76,29 +76,27 @@ def terms(
     options: Mapping[str, Any],
     *,
     budget: Budget,
-    seed: int,
+    seeds: Sequence[int],
     runtime: Runtime,
     quiet: bool,
 ) -> tuple[tuple[Terms, ...], tuple[str, ...]]:
     """Resolve every entry, cross-entropy first, and make equal what is not the entry's own; and notes for a person. An
     entry that is the same as cross-entropy here is left out with a note.
 
-    The images are looked at and the probe's features computed once, for all runs. Raises what `prepare` raises.
+    The images are looked at and the probe's features computed before the runs, so that none of equal minutes pays for
+    all. Raises what `prepare` raises.
     """
     free = {"minutes": 0.0}  # what a stopwatch says is no term: each run plans its own minutes
+    seed = seeds[0]
     with _named(entries[0]):
         config = _config(entries[0], options, free, seed)
         first = prepare(config, runtime, look=True, quiet=quiet)
     _check_enough(first)
-    resolved = [_Resolved(entries[0], first, first.settings)]
-    for entry in entries[1:]:
-        with _named(entry):
-            found = prepare(_config(entry, options, free, seed), runtime, look=False, quiet=True)
-            alike = first
-            if own := entry.of_the_run:
-                config = _config(Entry(BASELINE, BASELINE, "", own), options, free, seed)
-                alike = prepare(config, runtime, look=False, quiet=True)
-            resolved.append(_Resolved(entry, found, alike.settings))
+    limited = first.settings.images_per_class is not None
+    if budget == "minutes" and first.settings.probe and limited:
+        for other in seeds[1:]:  # each has training images of its own
+            prepare(_config(entries[0], options, free, other), runtime, look=True, quiet=quiet)
+    resolved = list(_resolved(entries, first, options, free, seed, runtime))
     grouped = any(
         found.settings.sampler == "balanced" and "sampler" not in entry.options
         for entry, found, _ in resolved
@@ -106,6 +104,7 @@ def terms(
     made: list[Terms] = []
     notes: list[str] = []
     for entry, found, alike_settings in resolved:
+        _check_average(entry, budget)
         own = _own(entry, first, alike_settings, grouped)
         if entry != entries[0] and _same(entry, found, first, own):
             notes.append(f"{entry.name} is {BASELINE} here, and is left out")
@@ -122,6 +121,26 @@ def terms(
     return tuple(made), tuple(notes)
 
 
+def _resolved(
+    entries: Sequence[Entry],
+    first: Prepared,
+    options: Mapping[str, Any],
+    free: Mapping[str, Any],
+    seed: int,
+    runtime: Runtime,
+) -> Iterator[_Resolved]:
+    """Every entry by itself, and the baseline with the options of the run that it names."""
+    yield _Resolved(entries[0], first, first.settings)
+    for entry in entries[1:]:
+        with _named(entry):
+            found = prepare(_config(entry, options, free, seed), runtime, look=False, quiet=True)
+            alike = first
+            if own := entry.of_the_run:
+                config = _config(Entry(BASELINE, BASELINE, "", own), options, free, seed)
+                alike = prepare(config, runtime, look=False, quiet=True)
+            yield _Resolved(entry, found, alike.settings)
+
+
 def _without_epochs(entry: Entry, own: dict[str, Any], found: Prepared, first: Prepared) -> Terms:
     """The terms but for the epochs. The batch is that which its runs have."""
     stages, batch = found.built.objective.stages(), own["batch_size"]
@@ -129,6 +148,14 @@ def _without_epochs(entry: Entry, own: dict[str, Any], found: Prepared, first: P
     steps = len(first.dataset.splits["train"].labels) // batch
     weights, images = _needed(found.built), first.dataset.fingerprint
     return Terms(entry, own, None, stages, steps, weights, settings, images)
+
+
+def _check_average(entry: Entry, budget: Budget) -> None:
+    if budget == "minutes" and entry.rival == "ema":
+        raise ConfigError(
+            f"{printable(entry.name)} remembers a twentieth of the steps, and equal minutes do not tell how many there "
+            "will be; leave it out, or give ce:ema=X."
+        )
 
 
 def _check_order(entry: Entry, own: Mapping[str, Any]) -> None:

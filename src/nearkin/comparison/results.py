@@ -7,7 +7,7 @@ import json
 import statistics
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -230,6 +230,12 @@ def collect(
     idle = sorted({run.entry for run in runs if run.epochs == 0})
     if idle:
         notes = (*notes, f"{', '.join(idle)}: a run without an epoch is its probe; give more time")
+    common = _common_seeds(scores)
+    if any(seed not in common for _, seed in scores):
+        notes = (
+            *notes,
+            "means are over the finished seeds of each entry, differences over common ones",
+        )
     return Comparison(
         folder=folder,
         data=data,
@@ -240,21 +246,25 @@ def collect(
         weights={each.entry.name: each.weights for each in terms},
         crops={n: each.epochs and each.crops(each.epochs) for n, each in by_name.items()},
         runs=tuple(runs),
-        contrasts=tuple(
-            replace(each, verdict=UNTRAINED) if {each.entry, baseline} & set(idle) else each
-            for each in contrasts(scores, baseline)
-        ),
-        classes=_classes(scores),
+        contrasts=tuple(contrasts(scores, baseline, idle=idle)),
+        classes=_classes({key: found for key, found in scores.items() if key[1] in common}),
         notes=tuple(notes),
     )
 
 
-def contrasts(scores: dict[tuple[str, int], Scores], baseline: str) -> list[Contrast]:
-    """Every other entry against `baseline`, in each measure, over the seeds that both have; at least two seeds."""
+def contrasts(
+    scores: dict[tuple[str, int], Scores], baseline: str, *, idle: Sequence[str] = ()
+) -> list[Contrast]:
+    """Every other entry against `baseline`, in each measure, over the seeds that both have; at least two seeds.
+
+    idle: entries of which a run trained no epoch. They get no verdict, as those of fewer than LEAST_SEEDS seeds, and
+    their p values do not count among those that Holm adjusts.
+    """
     found = []
     names = dict.fromkeys(name for name, _ in scores if name != baseline)
     for measure in MEASURES:
         effects: dict[str, tuple[Effect, NDArray[np.float64]]] = {}
+        balanced = measure == "balanced"
         for name in names:
             seeds = sorted(s for n, s in scores if n == name and (baseline, s) in scores)
             if len(seeds) < 2:
@@ -263,20 +273,29 @@ def contrasts(scores: dict[tuple[str, int], Scores], baseline: str) -> list[Cont
                 np.stack([scores[which, seed].of(measure) for seed in seeds])
                 for which in (baseline, name)
             )
-            effects[name] = effect(first, second), (second - first).mean(1)
-        adjusted = holm([each.p_value for each, _ in effects.values()])
+            largest = float(scores[name, seeds[0]].weights.max()) if balanced else 1.0
+            effects[name] = effect(first, second, largest), (second - first).mean(1)
+        p_values = {name: each.p_value for name, (each, _) in effects.items()}
+        judged = [
+            name
+            for name, (each, _) in effects.items()
+            if each.seeds >= LEAST_SEEDS and not {name, baseline} & set(idle)
+        ]
+        p_values |= dict(zip(judged, holm([p_values[name] for name in judged]), strict=True))
         same, within = SAME[measure]
-        order = sorted(effects, key=lambda name: effects[name][0].p_value)
-        for (name, (each, by_seed)), p_value in zip(effects.items(), adjusted, strict=True):
-            tests = len(order) - order.index(name)
-            words = verdict(each, p_value, same=same, within=within, tests=tests)
+        order = sorted(judged, key=lambda name: effects[name][0].p_value)
+        for name, (each, by_seed) in effects.items():
+            tests = len(order) - order.index(name) if name in order else 1
+            words = verdict(each, p_values[name], same=same, within=within, tests=tests)
+            if {name, baseline} & set(idle):
+                words = UNTRAINED
             found.append(
                 Contrast(
                     entry=name,
                     measure=measure,
                     difference=each.difference,
                     interval=each.interval(),
-                    p_value=p_value,
+                    p_value=p_values[name],
                     verdict=words,
                     wins=int((by_seed > 0).sum()),
                     seeds=each.seeds,
@@ -365,6 +384,14 @@ def _check_same_images(scores: dict[tuple[str, int], Scores]) -> None:
                 f"The run {printable(name)} of seed {seed} was tested on other images than most; remove its folder and "
                 "give the command again, or another --out."
             )
+
+
+def _common_seeds(scores: dict[tuple[str, int], Scores]) -> set[int]:
+    """Those that every entry with a finished run has finished."""
+    seeds: dict[str, set[int]] = {}
+    for name, seed in scores:
+        seeds.setdefault(name, set()).add(seed)
+    return set.intersection(*seeds.values()) if seeds else set()
 
 
 def _classes(scores: dict[tuple[str, int], Scores]) -> dict[str, dict[str, float]]:

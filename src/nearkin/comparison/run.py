@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,10 @@ from nearkin.process import interrupt, keep_freed_memory, stop_handler
 
 PARENT = "NEARKIN_COMPARE_PARENT"  # process that ends this one when it dies
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
+PATIENCE, LOOK = (
+    120.0,
+    1.0,
+)  # seconds for an earlier process of the same run to end, and between two looks
 
 
 def main(words: Sequence[str]) -> int:
@@ -56,6 +61,7 @@ def _run(folder: Path, name: str, machine: dict[str, Any]) -> None:
     from nearkin.training.api import continue_run, start_run
 
     run = folder / name
+    _wait_for(run)
     if run_folder.stored_state(run) == "finished":
         return
     options = read_yaml(folder / f"{name}.yaml")
@@ -70,6 +76,21 @@ def _run(folder: Path, name: str, machine: dict[str, Any]) -> None:
                 shutil.rmtree(run)
         start_run(machine | options | {"out": run}, quiet=True, report=False)
     write_atomic(folder / f"{name}.json", json.dumps({"memory": _peak()}).encode())
+
+
+def _wait_for(run: Path) -> None:
+    """Until an earlier process of the same run has ended: one whose parent was killed saves first. Raises Stopped."""
+    from nearkin.training import run_folder
+
+    limit = time.monotonic() + PATIENCE
+    while run.exists():
+        try:
+            with run_folder.locked(run):
+                return
+        except run_folder.Busy as error:
+            if time.monotonic() > limit:
+                raise Stopped(str(error)) from None
+            time.sleep(LOOK)
 
 
 def _peak() -> int:

@@ -29,7 +29,8 @@ MOST_SEEDS = 100  # that are worth naming
 class Effect(NamedTuple):
     """The mean difference of two models, and the three mean squares that say how certain it is.
 
-    difference: D. seeds, images: n and m. between_seeds, between_images, rest: MS_S, MS_I and MS_E.
+    difference: D. seeds, images: n and m. between_seeds, between_images, rest: MS_S, MS_I and MS_E. largest: weight of
+    an image at most, where their mean is 1.
     """
 
     difference: float
@@ -38,6 +39,7 @@ class Effect(NamedTuple):
     between_seeds: float
     between_images: float
     rest: float
+    largest: float = 1.0
 
     @property
     def _spread(self) -> float:
@@ -67,10 +69,22 @@ class Effect(NamedTuple):
             return 1.0 if self.difference == 0 else 0.0
         return float(2 * stats.t.sf(abs(self.difference) / self.error, self.freedom))
 
+    def is_within(self, same: float) -> bool:
+        """Whether D and its 90 % interval are within `same` on both sides of 0.
+
+        Where the models differ on few images, or on none, SE is too small: other images would differ. So one image for,
+        and one against, are added to it: 2 (w / m)^2 to its square, w the largest weight (Agresti and Min 2005 add as
+        much to the interval of one seed).
+        """
+        return abs(self.difference) + self._quantile(0.1) * self._wider(self.error) <= same
+
+    def _wider(self, error: float) -> float:
+        return math.hypot(error, math.sqrt(2) * self.largest / self.images)
+
     def seeds_to_decide(self, error: float = ERROR, same: float = 0.0) -> int | None:
         """The least number of seeds, above `seeds`, with which a difference as large as D would be significant at
-        `error`, or its 90 % interval within `same` on both sides of 0; MOST_SEEDS + 1 more where more than MOST_SEEDS
-        are needed. None where no number of seeds is enough, since the test images are too few.
+        `error`, or within `same` by `is_within`; MOST_SEEDS + 1 more where more than MOST_SEEDS are needed. None where
+        no number of seeds is enough, since the test images are too few.
 
         The variances of seeds, images and the rest are those found now: a rough estimate.
         """
@@ -80,7 +94,7 @@ class Effect(NamedTuple):
         # With seeds without end the images alone are uncertain, and their degrees of freedom remain.
         only_images = stats.t(self.images - 1)
         differs = float(only_images.ppf(1 - error / 2)) * least < size
-        alike = self.images * same >= 1 and size + float(only_images.ppf(0.95)) * least < same
+        alike = size + float(only_images.ppf(0.95)) * self._wider(least) < same
         if not (differs or alike):
             return None
         most = self.seeds + MOST_SEEDS
@@ -92,7 +106,7 @@ class Effect(NamedTuple):
             )
             if differs and planned._quantile(error) * planned.error < size:
                 return seeds
-            if alike and size + planned._quantile(0.1) * planned.error <= same:
+            if alike and planned.is_within(same):
                 return seeds
         return most + 1
 
@@ -100,8 +114,9 @@ class Effect(NamedTuple):
         return float(stats.t.ppf(1 - error / 2, self.freedom))
 
 
-def effect(first: NDArray[np.float64], second: NDArray[np.float64]) -> Effect:
-    """The effect of `second` over `first`: scores `[n, m]` of n seeds on m images, more is better.
+def effect(first: NDArray[np.float64], second: NDArray[np.float64], largest: float = 1.0) -> Effect:
+    """The effect of `second` over `first`: scores `[n, m]` of n seeds on m images, more is better. largest: see
+    `Effect`.
 
     Raises ValueError for other shapes, less than two seeds or less than two images.
     """
@@ -113,7 +128,9 @@ def effect(first: NDArray[np.float64], second: NDArray[np.float64]) -> Effect:
     rest = np.square(d - seeds - images + mean).sum() / ((n - 1) * (m - 1))
     between_seeds = m * np.square(seeds - mean).sum() / (n - 1)
     between_images = n * np.square(images - mean).sum() / (m - 1)
-    return Effect(float(mean), n, m, float(between_seeds), float(between_images), float(rest))
+    return Effect(
+        float(mean), n, m, float(between_seeds), float(between_images), float(rest), largest
+    )
 
 
 def balancing(labels: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -142,9 +159,7 @@ def verdict(found: Effect, adjusted: float, *, same: float, within: str, tests: 
         return f"no verdict: {LEAST_SEEDS} seeds are the least"
     if adjusted <= ERROR and found.difference != 0:
         return "better" if found.difference > 0 else "worse"
-    low, high = found.interval(0.90)
-    fine = found.images * same >= 1  # one image is no more than what does not matter
-    if fine and -same <= low and high <= same:
+    if found.is_within(same):
         return f"the same within {within}"
     needed = found.seeds_to_decide(ERROR / tests, same)
     if needed is None:

@@ -80,7 +80,8 @@ def tuned(
     place = folder / FOLDER
     place.mkdir(exist_ok=True)
     storage = JournalStorage(JournalFileBackend(str(place / JOURNAL)))
-    machine = planned.machine(request.options.jobs, request.options.tune)
+    equal = request.options.budget == "minutes"  # with the cores that a run will have
+    machine = planned.machine(request.options.jobs, launch.MANY if equal else request.options.tune)
     stop = threading.Event()
     found, told = [], list[str]()
     with stop_handler(lambda _, __: stop.set()):
@@ -203,7 +204,7 @@ class _Search:
                 launch.stop([process])
         self.places.put(place)
         if self.stop.is_set():
-            raise Stopped("Stopped on request; give the same command with its --out to go on.")
+            raise Stopped(launch.STOPPED)
         values = candidates(
             _lines(run)
         )  # of the last stage, which gives the model, and of the probe

@@ -51,8 +51,8 @@ class Difference(NamedTuple):
 
     @property
     def verdict(self) -> Literal["better", "worse", "undecided"]:
-        """By the interval."""
-        if self.low <= 0 <= self.high:
+        """By the interval and the p value, which differ for few images."""
+        if self.low <= 0 <= self.high or self.p > 0.05:
             return "undecided"
         return "better" if self.value > 0 else "worse"
 

@@ -93,10 +93,14 @@ def _only_bad_files(folder: Path) -> bool:
     return folder.is_dir() and [p.name for p in folder.iterdir()] == [BAD_FILES]
 
 
+class Busy(ConfigError):
+    """Another process trains in the run folder."""
+
+
 @contextmanager
 def locked(folder: Path, *, quiet: bool = True) -> Iterator[None]:
-    """Lets one process at a time train in a run folder. Raises ConfigError when another one does, or nothing can be
-    written there.
+    """Lets one process at a time train in a run folder. Raises Busy when another one does, ConfigError
+    when nothing can be written there.
 
     The kernel releases the lock when its process ends in any way; loader workers do not inherit it. A file system
     without locks keeps nothing out of the folder, which is said unless `quiet`.
@@ -116,7 +120,7 @@ def locked(folder: Path, *, quiet: bool = True) -> Iterator[None]:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise ConfigError(
+                raise Busy(
                     f"Another process is training in {shown}; wait for it or stop it first."
                 ) from None
             say(f"warning: {shown} has no locks ({error.strerror}); train there once only", quiet)
