@@ -28,7 +28,7 @@ MEANT = """
     --pretrain --pretrained     --loss --objective          --criterion --objective
     --warmup --warmup-epochs    --seeed --seed              --random-state --seed
     --gradient-clip-val --clip-grad --accumulate-grad-batches --accumulate
-    --resume-from-checkpoint --resume
+    --resume-from-checkpoint --resume --freeze-bn --freeze-batchnorm --max-time --minutes
 """.split()
 PAIRS = list(zip(MEANT[::2], MEANT[1::2], strict=True))
 
@@ -68,7 +68,12 @@ def test_what_has_no_option_of_its_own(given, words):
 
 
 @pytest.mark.parametrize(
-    "given", ["--foo", "--xyz", "--save", "--zoom", "--telemetry", "--verbatim"]
+    "given",
+    [
+        *("--foo", "--xyz", "--save", "--zoom", "--telemetry", "--verbatim", "--crop", "--betas"),
+        *("--interpolation", "--batch-norm", "--num-views", "--train-ratio"),
+        *("--test-size", "--fraction", "--val-interval", "--gp"),
+    ],
 )
 def test_no_guess_is_better_than_a_wrong_one(given):
     assert str(hints.unknown_option(given, TRAIN)) == f"Unknown option {given}."

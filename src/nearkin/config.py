@@ -9,13 +9,13 @@ import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from nearkin.catalogue import known_loggers
-from nearkin.errors import ConfigError, printable
+from nearkin.errors import ConfigError, ModelError, printable
 from nearkin.hints import unknown_option, value_hint
 from nearkin.yaml_files import load_yaml
 
@@ -99,7 +99,8 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 62)]
 Magnitude = Annotated[int, Field(ge=0, le=30)]
-Side = Annotated[int, Field(ge=4, le=4096)]
+LEAST_SIDE = 4
+Side = Annotated[int, Field(ge=LEAST_SIDE, le=4096)]
 # `auto` in an objective's options lasts until `Objective.Config.resolve`; type checkers see the type after that.
 if TYPE_CHECKING:
     AutoCount = int
@@ -285,6 +286,9 @@ class RunConfig(BaseModel):
         return values | free
 
 
+Options = TypeVar("Options", bound=RunConfig)
+
+
 class EpisodeOptions(BaseModel):
     """What an episode is, how many there are, and where they are computed. Source of the defaults: SCHaNe's code."""
 
@@ -364,6 +368,15 @@ def _wanted(problem: Any) -> str:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The flat options of a YAML file. Raises ConfigError when it is missing, too large or no mapping."""
     return _flatten(load_yaml(path), path)
+
+
+def stored(model: type[Options], path: Path) -> Options:
+    """The options in a file of a run folder. Raises ModelError when it is missing or damaged."""
+    try:
+        options: Options = validate(model, read_yaml(path))
+    except ConfigError as error:
+        raise ModelError(f"{printable(str(path))} is damaged: {error}") from None
+    return options
 
 
 def _flatten(loaded: Any, path: Path) -> dict[str, Any]:

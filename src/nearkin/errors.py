@@ -51,9 +51,9 @@ class Stopped(NearkinError):
 CUTOFF = 0.75  # least similarity by difflib; at 0.6 --learning-rate resembles --drop-rate
 
 
-def most_similar(name: str, known: Iterable[str]) -> str:
+def most_similar(name: str, known: Iterable[str], cutoff: float = CUTOFF) -> str:
     """The known name that is most similar to `name`, or an empty string when none is similar enough."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=CUTOFF)
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return close[0] if close else ""
 
 

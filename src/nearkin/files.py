@@ -64,7 +64,8 @@ def write_atomic(path: Path, data: bytes) -> None:
     The temporary file is in the same folder, since a rename is atomic inside one file system only. Of several writers
     one wins. Raises `SaveFailed`.
     """
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    # A part of the name: with more, the longest names that a file system allows would be too long.
+    temporary = path.with_name(f".tmp-{path.name[:50]}-{os.getpid()}")
     with reporting(f"{printable(str(path))} could not be written"):
         try:
             temporary.unlink(missing_ok=True)  # of a killed process with the same number

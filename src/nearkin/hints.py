@@ -11,6 +11,8 @@ import yaml
 
 from nearkin.errors import ConfigError, most_similar, nearest, printable
 
+MISTYPED = 0.9  # least similarity to another tool's word: below it --crop is --drop, and --max-time is --max-iter
+
 
 @cache
 def tables() -> dict[str, Any]:
@@ -40,7 +42,8 @@ def unknown_option(
             if option.split()[0] in names:
                 others[f"nearkin calls it --{option}."] = words
         hints = {word: hint for hint, words in others.items() for word in words.split()} | hints
-    hint = hints.get(most_similar(plain(shown.removeprefix(prefix)), hints), otherwise)
+    word = plain(shown.removeprefix(prefix))
+    hint = hints.get(most_similar(word, hints, MISTYPED) or most_similar(word, names), otherwise)
     return ConfigError(f"Unknown option {printable(shown)}.{hint and ' '}{hint}")
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 from collections.abc import Iterator
 from importlib import import_module
 from types import ModuleType
 from typing import Any
+
+_LOCK = threading.Lock()  # of the replacement, which is one for all threads
 
 
 def import_eager(name: str) -> Any:
@@ -15,10 +18,11 @@ def import_eager(name: str) -> Any:
 
     `import timm` takes 2.9 s beyond torch with it and 0.7 s without (docs/decisions/013-start-up.md).
     """
-    if name not in sys.modules and "torch._dynamo" not in sys.modules:
-        # A later version may need more of torch._dynamo than the replacement has: then it is imported with it.
-        with contextlib.suppress(ImportError, AttributeError), _without_dynamo():
-            import_module(name)
+    with _LOCK:
+        if name not in sys.modules and "torch._dynamo" not in sys.modules:
+            # A later version may need more of torch._dynamo than the replacement has: then it is imported with it.
+            with contextlib.suppress(ImportError, AttributeError), _without_dynamo():
+                import_module(name)
     return import_module(name)
 
 

@@ -148,8 +148,7 @@ class Launch(NamedTuple):
 
 def launched() -> Launch:
     """Read the environment that torchrun or srun set; one process without either. Raises ConfigError for what is no
-    number there, for unequal numbers of tasks on the nodes, and for several processes of another launcher, each of
-    which would train for itself."""
+    number there, and for unequal numbers of tasks on the nodes."""
     env = os.environ
     if "TORCHELASTIC_RUN_ID" in env and "WORLD_SIZE" in env:
         world, local = _number("WORLD_SIZE"), _number("LOCAL_WORLD_SIZE")
@@ -157,7 +156,6 @@ def launched() -> Launch:
         rank, local_rank = _number("RANK"), _number("LOCAL_RANK")
         return Launch(max(1, world // local), local, rank, local_rank, address, port)
     if not _started_by_srun(env):
-        _refuse_other_launchers(env)
         return Launch()
     if (tasks := _number("SLURM_NTASKS", "1")) == 1:
         return Launch()
@@ -185,7 +183,14 @@ def _number(name: str, otherwise: str = "") -> int:
     return int(value)
 
 
-def _refuse_other_launchers(env: Mapping[str, str]) -> None:
+def refuse_other_launchers() -> None:
+    """Raises ConfigError in one of several processes that neither torchrun nor srun started: each would train for
+    itself."""
+    env = os.environ
+    if (
+        "TORCHELASTIC_RUN_ID" in env or "SLURM_JOB_ID" in env
+    ):  # an interactive shell of Slurm may have PMI_SIZE
+        return
     for rank, size in OTHER_LAUNCHERS:
         number = env.get(size, "")
         if rank in env and number.isdecimal() and int(number) > 1:

@@ -156,6 +156,49 @@ def test_patterns(run, here, capsys):
     refused(capsys, 3, "matches no image", "predict", run, "new/*.tif")
 
 
+def test_patterns_find_what_a_folder_would(run, here, capsys):
+    """Not what systems leave behind, and no file once more by each turn of a loop of links."""
+    for name in ("@eaDir/00.png", "__MACOSX/00.png"):
+        (here / "new" / name).parent.mkdir()
+        shutil.copy("new/00.png", here / "new" / name)
+    (here / "new" / "deep").mkdir()
+    shutil.copy("new/00.png", "new/deep/x.png")
+    (here / "new" / "deep" / "loop").symlink_to("..")
+    (here / "elsewhere").mkdir()
+    shutil.copy("new/00.png", "elsewhere/y.png")
+    (here / "new" / "link").symlink_to(here / "elsewhere")
+    assert command(["predict", run, "new"]) == 3
+    wanted = {row["path"] for row in rows_of(capsys.readouterr().out)}
+    for pattern in ("new/**/*.png", "new/**", str(here / "new" / "**" / "*.png")):
+        assert command(["predict", run, pattern]) == 3
+        shown = capsys.readouterr()
+        found = [row["path"].removeprefix(f"{here}{os.sep}") for row in rows_of(shown.out)]
+        assert sorted(found) == sorted(wanted), pattern
+        assert "hidden matches are left out" in shown.err
+    assert command(["predict", run, "new/@eaDir/*"]) == 0, "a name that the pattern gives"
+
+
+def test_entries_of_a_folder_are_paths(run, here):
+    with os.scandir("new") as entries:
+        entry = next(each for each in entries if each.name == "00.png")
+    for given in (entry, [entry]):
+        assert [one.path for one in nearkin.predict(run, given)] == ["new/00.png"]
+
+
+def test_the_longest_name_that_a_file_system_allows(run, here, capsys):
+    out = here / f"{'x' * 251}.csv"
+    assert command(["predict", run, "new/00.png", "--out", str(out)]) == 0
+    assert len(rows_of(out.read_text())) == 1
+
+
+def test_embed_says_why_there_are_no_labels(run, here, capsys):
+    write_classes(here / "data", each=3)
+    shutil.copy("new/00.png", "data/beside.png")
+    assert command(["embed", run, "data", "--out", "e.npz"]) == 0
+    assert "data: 1 image outside the class folders: no labels" in capsys.readouterr().err
+    assert "labels" not in np.load("e.npz")
+
+
 def test_out_is_refused_before_anything_is_computed(run, here, capsys):
     before = Path("new/00.png").read_bytes()
     refused(capsys, 2, "says no format", "predict", run, "new", "--out", "new/00.png")

@@ -82,6 +82,23 @@ def test_one_class_is_too_few(tmp_path):
         load(tmp_path)
 
 
+def test_a_folder_around_the_classes_is_told(tmp_path):
+    """As archives are often packed."""
+    folder(tmp_path / "one", **{"flowers/daisy": 2, "flowers/rose": 3})
+    folder(tmp_path / "two", **{"set/train/a": 2, "set/train/b": 2, "set/test/a": 1})
+    folder(tmp_path / "deep", **{"a/x": 2})
+    for data, words in (
+        ("one", "flowers; training needs two; if daisy, rose are the classes or splits, give"),
+        (
+            "two",
+            "set; training needs two; if test, train are the classes or splits, give the folder set",
+        ),
+        ("deep", r"one class only, a; training needs two\."),
+    ):
+        with pytest.raises(DataError, match=words):
+            load(tmp_path / data)
+
+
 def test_without_train_the_splits_there_are_named(tmp_path):
     folder(tmp_path, **{"val/a": 1, "val/b": 1, "test/a": 1})
     with pytest.raises(DataError, match="no split train, only val, test"):

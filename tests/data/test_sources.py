@@ -58,6 +58,19 @@ def test_digits_are_grey_and_their_test_split_does_not_depend_on_the_seed():
     assert first.fingerprint != second.fingerprint
 
 
+@pytest.mark.parametrize("size", [0, 100])
+def test_a_damaged_download_is_told(monkeypatch, tmp_path, size):
+    """FashionMNIST that was killed while it unpacked; nothing is downloaded here."""
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"):
+            (raw / f"{part}-{kind}").write_bytes(b"\0" * size)
+    monkeypatch.setenv("NEARKIN_CACHE_DIR", str(tmp_path))
+    with pytest.raises(DataError, match="delete what a stopped download left there"):
+        resolve("fashion-mnist")
+
+
 @pytest.mark.parametrize(
     ("data", "words"),
     [

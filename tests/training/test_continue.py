@@ -20,6 +20,7 @@ from nearkin.errors import ConfigError, DataError, ModelError, Stopped
 from nearkin.files import SaveFailed
 from nearkin.training.checkpoint.saver import Saver
 from nearkin.training.metrics_log import read_metrics
+from nearkin.training.report import report
 from nearkin.training.run_folder import stored_settings
 from nearkin.training.step import Stepper
 from nearkin.training.trainer import Trainer
@@ -48,6 +49,26 @@ def stopped(tmp_path, monkeypatch):
 
 def failing(*_args, **_kwargs):
     raise ConfigError("planted")
+
+
+def test_evaluation_says_from_where_a_relative_path_counts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_classes(tmp_path / "photos")
+    run = nearkin.train("photos", out=tmp_path / "run", **OPTIONS).run
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for call in (nearkin.evaluate, report):
+        with pytest.raises(DataError, match="relative to the folder .* do it there, or give DATA"):
+            call(run)
+    assert nearkin.evaluate(run, tmp_path / "photos", split="val").n > 0
+
+
+def test_a_damaged_config_is_a_damaged_run(tmp_path, capsys):
+    write_classes(tmp_path / "photos")
+    run = nearkin.train(tmp_path / "photos", out=tmp_path / "run", **OPTIONS).run
+    (run / "config.yaml").write_text("epochs: [")
+    assert command(["evaluate", str(run)]) == 4
+    assert "config.yaml is damaged" in capsys.readouterr().err
 
 
 def test_images_may_move(stopped, tmp_path):

@@ -94,12 +94,13 @@ def test_convolutions_compute_in_channels_last(device, side, options, expected):
 
 
 @pytest.mark.parametrize(
-    ("crop", "side"), [("padded", 224), ("centre", 224), (1.0, 224), (0.35, 379), (0.08, 792)]
+    ("crop", "side"), [("padded", 256), ("centre", 256), (1.0, 256), (0.35, 379), (0.08, 792)]
 )
 def test_scaled_jpegs_leave_random_regions_enough_pixels(crop, side):
     config = settings(1000, 500, data="photos", crop_scale=crop, decode="scaled")
     assert side_of_scaled(config) == side
     assert side_of_scaled(config) * (1.0 if isinstance(crop, str) else crop) ** 0.5 >= 224
+    assert side_of_scaled(config) >= 224 / 0.875  # the short side in evaluation
 
 
 def test_scaled_jpegs_are_not_cached():
@@ -116,6 +117,12 @@ def test_scaled_jpegs_are_not_cached():
 )
 def test_batch_is_the_power_of_two_nearest_to_a_48th(images, batch):
     assert settings(images, 32).batch_size == batch
+
+
+def test_images_of_few_pixels_are_enlarged():
+    """Icons and strips: below 4 px a side nothing learns."""
+    found = data_settings(data="x", images=20, side=2)
+    assert (found.image_size, found.eval_size) == (4, 4)
 
 
 def test_defaults_follow_the_data():

@@ -142,8 +142,9 @@ def show(
 ) -> None:
     """Print a result as text or as one JSON object, and notes on stderr; of several ranks only the first does."""
     from nearkin.errors import printable
+    from nearkin.process import launched
 
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
+    if launched().rank != 0:
         return
     sys.stderr.writelines(f"{kind}: {printable(note)}\n" for note in notes)
     if as_json:

@@ -75,11 +75,11 @@ def _images(words: list[str]) -> tuple[Labelled, list[str]]:
     from nearkin.cli.images import image_files
     from nearkin.evaluation.embed import Labelled, as_data, labelled
 
-    listing = as_data(words[0]) if len(words) == 1 else None
+    listing, notes = as_data(words[0]) if len(words) == 1 else (None, [])
     if listing is not None:
-        return labelled(listing), list(listing.notes)
-    files, notes = image_files(words)
-    return Labelled(files, files), notes
+        return labelled(listing), notes
+    files, more = image_files(words)
+    return Labelled(files, files), [*notes, *more]
 
 
 def _npz(found: Embedded) -> bytes:

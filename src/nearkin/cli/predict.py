@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nearkin.cli.arguments import Parser, number, whole_number
-from nearkin.errors import ConfigError, DataError, printable
+from nearkin.errors import ConfigError, DataError, ModelError, printable
 
 if TYPE_CHECKING:
     from nearkin.evaluation.classifier import Classifier
@@ -126,7 +126,7 @@ def _say_coverage(model: Classifier, sets: float | None) -> None:
         return
     try:
         found = model.coverage()
-    except (DataError, ConfigError) as error:
+    except (ConfigError, DataError, ModelError) as error:
         _say(f"note: sets of {100 * sets:g} %: coverage not measured: {error}")
         return
     if found is not None:

@@ -12,6 +12,7 @@ import time
 import weakref
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nearkin.data.dataset import Dataset
-from nearkin.data.decode import quiet_pillow
+from nearkin.data.decode import decoder, quiet_pillow
 from nearkin.data.images import Files
 from nearkin.data.look import SAMPLE, Examined, examine, in_threads
 from nearkin.data.remembered import Remembered
@@ -153,8 +154,10 @@ class Contents:
         return found._replace(image=self._shrink(found.image))
 
     def key(self) -> str:
-        """SHA-256 of everything that the pixels depend on: paths, sizes and times of the files, side and channels."""
+        """SHA-256 of everything that the pixels depend on: paths, sizes and times of the files, side, channels, and
+        what decodes and shrinks them."""
         digest = hashlib.sha256(json.dumps([FORMAT, self.side, self.channels]).encode())
+        digest.update(decoder() + version("torchvision").encode())
         for path in self.paths:
             with contextlib.suppress(OSError):
                 status = os.stat(path)  # noqa: PTH116 - called once per image

@@ -252,6 +252,22 @@ def leave_out(chosen: Dataset, reasons: Mapping[bytes, str], policy: BadPolicy) 
     return chosen._replace(splits=parts, notes=(*chosen.notes, note), bad=tuple(problems))
 
 
+def one_class(train: Split) -> str:
+    """What is wrong with training images of one class only, in words. A folder around the classes looks like it."""
+    names = train.present()
+    text = f"have one class only, {listed(names)}; training needs two"
+    inside = set()
+    for row in range(len(train.labels)):
+        *folders, _ = train.images.name(row).split("/")
+        below = folders[folders.index(names[0]) + 1 :] if names[0] in folders else []
+        if not below:
+            return text
+        inside.add(below[0])
+    if len(inside) < 2:
+        return text
+    return f"{text}; if {listed(by_bytes(inside))} are the classes or splits, give the folder {listed(names)}"
+
+
 def numbered(chosen: Dataset, classes: tuple[str, ...] | None) -> Dataset:
     """The data set with one numbering of the classes. classes: of a run to go on with; else those of train.
 
@@ -259,9 +275,7 @@ def numbered(chosen: Dataset, classes: tuple[str, ...] | None) -> Dataset:
     """
     names = tuple(chosen.splits["train"].present()) if classes is None else classes
     if len(names) < 2:
-        raise DataError(
-            f"The data {printable(chosen.name)} have one class only, {listed(names)}; training needs two."
-        )
+        raise DataError(f"The data {printable(chosen.name)} {one_class(chosen.splits['train'])}.")
     ordered = [name for name in SPLITS if name in chosen.splits]
     splits = {name: to_split(chosen.splits[name], names) for name in ordered}
     remarks = (*missing_classes(splits["train"], names), *class_remarks(splits, names))
@@ -384,8 +398,8 @@ def _choose(split: str | None, there: list[str], data: str) -> str:
         split = next((name for name in ("test", "val") if name in there), None)
         if split is None:
             raise DataError(
-                f"The data {printable(data)} have neither a test nor a val split; "
-                "use --split train, or give other data."
+                f"The data {printable(data)} have neither a test nor a val split; give other data, or look at the "
+                "training images with nearkin evaluate RUN --split train."
             )
     if split not in there:
         raise DataError(

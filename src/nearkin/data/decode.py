@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nearkin.errors import ConfigError, DataError, printable
+from nearkin.errors import ConfigError, DataError, printable, to_install
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -374,7 +374,8 @@ def _reason(error: Exception) -> str:
     if isinstance(error, _Refused):
         return text
     if isinstance(error, UnidentifiedImageError):
-        return f"it is no readable {', '.join(_formats()[:-1])} or {_formats()[-1]} file"
+        advice = "" if "HEIF" in _formats() else f"; to read .heic, {to_install('heic')}"
+        return f"it is no readable {', '.join(_formats()[:-1])} or {_formats()[-1]} file{advice}"
     if isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
         return "it has too many pixels"
     if isinstance(error, OSError) and error.strerror:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from nearkin.data.classes import class_remarks
+from nearkin.data.dataset import one_class
 from nearkin.data.sources.folders import HIDDEN, Harmless, find_images
 from nearkin.data.sources.listing import Listing
 from nearkin.doctor.findings import Finding
@@ -30,7 +31,7 @@ def class_findings(inventory: Inventory) -> Iterator[Finding]:
     yield _counts(inventory)
     trained = set(inventory.splits["train"].present())
     if len(trained) < 2:
-        text = f"the data have one class only, {listed(sorted(trained))}; training needs two"
+        text = f"the data {one_class(inventory.splits['train'])}"
         yield Finding("error", "one-class", text)
     for name, part in inventory.splits.items():
         unknown = [known for known in part.present() if known not in trained]

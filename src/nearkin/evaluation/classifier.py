@@ -329,5 +329,6 @@ def _check(image: Any) -> None:
 
 def _from_array(array: NDArray[np.uint8], channels: int) -> Tensor:
     """uint8 `[channels, H, W]`, grey as `Arrays` makes it."""
+    array = np.require(array, requirements=["C", "W"])  # a view of a Pillow image is read-only
     pixels = array[None] if array.ndim == 3 else array[None, :, :, None]
     return Arrays(pixels, "", channels).read(0)

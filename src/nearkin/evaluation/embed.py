@@ -43,21 +43,26 @@ class Embedded(NamedTuple):
     bad: list[tuple[str, str]]
 
 
-def as_data(word: str) -> Listing | None:
-    """The listing of a word that is DATA: a built-in name, a table, or a folder whose images are all in class folders.
+def as_data(word: str) -> tuple[Listing | None, list[str]]:
+    """The listing of a word that is DATA: a built-in name, a table, or a folder whose images are all in class folders;
+    and notes.
 
     Raises DataError when a table cannot be read.
     """
     if word in BUILTIN or word.lower().endswith(TABLE_SUFFIXES):
-        return resolve(word)
+        listing = resolve(word)
+        return listing, list(listing.notes)
     if not os.path.isdir(word):  # noqa: PTH112 - a Path would normalise it
-        return None
+        return None, []
     try:
         listing = resolve(word)
     except DataError:  # images without classes
-        return None
-    images = sum(len(part.labels) for part in listing.parts.values())
-    return listing if images == len(find_images(word).files) else None
+        return None, []
+    beside = len(find_images(word).files) - sum(len(p.labels) for p in listing.parts.values())
+    if beside:
+        text = f"{counted(beside, 'image')} outside the class folders: no labels are written"
+        return None, [f"{printable(word)}: {text}"]
+    return listing, list(listing.notes)
 
 
 def labelled(listing: Listing) -> Labelled:

@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nearkin.config import CONFIG_FILE, Auto, RunConfig, read_yaml, validate
+from nearkin.config import CONFIG_FILE, Auto, RunConfig, stored
 from nearkin.data.cache import Packed
 from nearkin.data.dataset import EvaluationSplit, Split, load_for_evaluation
 from nearkin.data.images import Files
@@ -30,7 +30,7 @@ from nearkin.evaluation.evaluator import Evaluator, Probabilities, gathered
 from nearkin.evaluation.metrics import reduced
 from nearkin.evaluation.model import FORMAT, WEIGHTS, Bundle, load_bundle
 from nearkin.evaluation.options import DESCRIPTION, BadPolicy, Tta
-from nearkin.evaluation.own_data import is_own, stored_origin
+from nearkin.evaluation.own_data import PLACE, explaining_place, is_own, stored_origin
 from nearkin.files import SaveFailed, write_atomic
 from nearkin.network import read_safetensors
 from nearkin.process import launched
@@ -188,7 +188,7 @@ def load_members(runs: Sequence[Path], device: torch.device) -> list[Member]:
     members: list[Member] = []
     for run in runs:
         bundle = load_bundle(run, device)
-        config: RunConfig = validate(RunConfig, read_yaml(run / CONFIG_FILE))
+        config = stored(RunConfig, run / CONFIG_FILE)
         wanted = members[0].bundle.classes if members else bundle.classes
         odd = sorted(set(bundle.classes) ^ set(wanted))
         if odd:
@@ -337,7 +337,8 @@ class Ensemble:
         if key not in self._loaded:
             collect = self.runtime.collect
             ranks = Ranks.on_node(self.runtime.rank, launched().per_node, collect)
-            found = load_for_evaluation(source, classes=self.classes, ranks=ranks, **options)
+            with explaining_place(member.config.data, PLACE) if data is None else nullcontext():
+                found = load_for_evaluation(source, classes=self.classes, ranks=ranks, **options)
             self._loaded[key] = found, images_digest(found.split)
         return self._loaded[key]
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # scikit-learn needs it
 from torch.nn import functional as F
 
-from nearkin.config import CONFIG_FILE, EpisodeOptions, RunConfig, read_yaml, validate
+from nearkin.config import CONFIG_FILE, EpisodeOptions, RunConfig, stored
 from nearkin.data.dataset import Split, load_dataset, load_for_evaluation
 from nearkin.data.images import Files, ImageSource
 from nearkin.data.loader import eval_loader, train_loader
@@ -96,7 +96,7 @@ def _features(bundle: Bundle, batches: Iterable[Batch]) -> NDArray[np.float32]:
 def measure(run: Path, data: Listing, protocol: EpisodeOptions) -> FewShot:
     """The few-shot accuracy; see `nearkin.fewshot`."""
     bundle = load_bundle(run, torch.device(choose_device(protocol.device)))
-    config: RunConfig = validate(RunConfig, read_yaml(run / CONFIG_FILE))
+    config = stored(RunConfig, run / CONFIG_FILE)
     split, names, notes = _unseen(data, config, run, bundle, protocol)
     classes = eligible(split.labels, protocol)
     trained = set(bundle.classes)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from nearkin.config import CONFIG_FILE, RunConfig, read_yaml, validate
+from nearkin.config import CONFIG_FILE, RunConfig, stored
 from nearkin.data.decode import decoded
 from nearkin.data.images import Arrays
 from nearkin.data.sources.builtin import BUILTIN
@@ -21,8 +21,8 @@ class Originals:
     """Reads training images from the run's DATA, as its config.yaml names them."""
 
     def __init__(self, run: Path) -> None:
-        """Raises ConfigError when the run has no config.yaml."""
-        config: RunConfig = validate(RunConfig, read_yaml(run / CONFIG_FILE))
+        """Raises ModelError when the run has no config.yaml."""
+        config = stored(RunConfig, run / CONFIG_FILE)
         self._data = config.data
 
     def read(self, name: str) -> Tensor:

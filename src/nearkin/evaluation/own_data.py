@@ -5,13 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from nearkin.errors import DataError, printable
 from nearkin.evaluation.options import IDENTITY
 
 if TYPE_CHECKING:
     from nearkin.data.sources.listing import Listing
+
+
+PLACE = "do it there, or give DATA"  # advice of `explaining_place`
 
 
 class Origin(NamedTuple):
@@ -21,6 +27,21 @@ class Origin(NamedTuple):
     names: str
     sizes: str
     place: str
+
+
+@contextmanager
+def explaining_place(data: str, advice: str) -> Iterator[None]:
+    """In the block `data`, as a run stores them, are looked for; where they are missing, the error says from where a
+    relative path counts, and `advice`."""
+    try:
+        yield
+    except DataError as error:
+        if os.path.isabs(data) or os.path.exists(data):  # noqa: PTH117, PTH110 - any bytes may come
+            raise
+        raise DataError(
+            f"{error} The run stores this path relative to the folder that it was started in, and this is "
+            f"{printable(os.getcwd())}; {advice}."  # noqa: PTH109
+        ) from None
 
 
 def described(listing: Listing) -> dict[str, str]:

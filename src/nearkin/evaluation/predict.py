@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nearkin.data.sources.folders import find_images, image_suffixes
+from nearkin.data.sources.folders import HIDDEN, find_images, image_suffixes
 from nearkin.errors import ConfigError, DataError, ModelError, counted, printable
 from nearkin.evaluation.options import (
     EVIDENCE,
@@ -115,27 +115,32 @@ def find_files(paths: str | Path | Iterable[str | Path]) -> tuple[list[str], lis
     """
     files: list[str] = []
     notes: list[str] = []
-    for path in [paths] if isinstance(paths, str | Path) else paths:
+    for given in [paths] if isinstance(paths, str | os.PathLike) else paths:
+        path = os.fspath(given)
         if os.path.isdir(path):  # noqa: PTH112 - a Path would change how names are shown
-            found = find_images(str(path))
+            found = find_images(path)
             files += found.files
-            notes += [f"{printable(str(path))}: {note}" for note in found.notes]
+            notes += [f"{printable(path)}: {note}" for note in found.notes]
         elif os.path.lexists(path):
-            files.append(str(path))
-        elif glob.has_magic(str(path)):
-            files += _matching(str(path), notes)
+            files.append(path)
+        elif glob.has_magic(path):
+            files += _matching(path, notes)
         else:
-            raise DataError(f"{printable(str(path))} does not exist; give image files or folders.")
+            raise DataError(f"{printable(path)} does not exist; give image files or folders.")
     return files, notes
 
 
 def _matching(pattern: str, notes: list[str]) -> list[str]:
     files: dict[str, None] = {}
-    others = 0
+    others = hidden = 0
+    hides = _Hiding(pattern)
     for path in sorted(glob.glob(pattern, recursive=True), key=os.fsencode):  # noqa: PTH207
-        if os.path.isdir(path):  # noqa: PTH112
+        if hides(path):
+            hidden += 1
+        elif os.path.isdir(path):  # noqa: PTH112
             try:
-                files |= dict.fromkeys(find_images(path).files)
+                inside = find_images(path).files
+                files |= dict.fromkeys(file for file in inside if not hides(file))
             except DataError as error:
                 notes.append(str(error))
         elif os.path.splitext(path)[1].lower() in image_suffixes():  # noqa: PTH122
@@ -147,4 +152,32 @@ def _matching(pattern: str, notes: list[str]) -> list[str]:
     if others:
         words = "file that is no image is", "files that are no images are"
         notes.append(f"{printable(pattern)}: {counted(others, *words)} left out")
+    if hidden:
+        words = "hidden match is", "hidden matches are"
+        notes.append(f"{printable(pattern)}: {counted(hidden, *words)} left out")
     return list(files)
+
+
+class _Hiding:
+    """Whether `find_images` would not come to a path that matches a pattern: a folder on the way has a name that is
+    left out, which the pattern does not give itself, or is a link to a folder above it."""
+
+    def __init__(self, pattern: str) -> None:
+        self._left_out = HIDDEN - set(Path(pattern).parts)
+        self._known = {Path(), Path("/")}  # folders that are not hidden
+
+    def __call__(self, path: str) -> bool:
+        place = Path(path)
+        folder = place if place.is_dir() else place.parent
+        return place.name in self._left_out or self._folder(folder)
+
+    def _folder(self, place: Path) -> bool:
+        if place in self._known or place.parent == place:
+            return False
+        above = place.parent
+        if place.name in self._left_out or self._folder(above):
+            return True
+        if place.is_symlink() and above.resolve().is_relative_to(place.resolve()):
+            return True
+        self._known.add(place)
+        return False

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nearkin.config import CONFIG_FILE, RunConfig, read_yaml, validate
+from nearkin.config import CONFIG_FILE, RunConfig, stored
 from nearkin.distributed import Runtime
 from nearkin.evaluation.calibration import scaled
 from nearkin.evaluation.ensemble import Ensemble, Member
@@ -66,7 +66,7 @@ def coverage(
 
     Raises DataError where the split is missing.
     """
-    config: RunConfig = validate(RunConfig, read_yaml(run / CONFIG_FILE))
+    config = stored(RunConfig, run / CONFIG_FILE)
     order = torch.arange(len(bundle.classes), device=device)
     with Runtime(device=device.type, precision="fp32") as runtime:
         member = Member(run, bundle, config, order)

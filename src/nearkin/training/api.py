@@ -8,15 +8,15 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
 from nearkin.catalogue import check_objective
 from nearkin.config import FREE_ON_RESUME, RunConfig, merge, validate
-from nearkin.errors import ConfigError, DataError, DivergedError, ModelError, printable
-from nearkin.evaluation.own_data import described
-from nearkin.process import exit_if_importing_main
+from nearkin.errors import ConfigError, DivergedError, ModelError, printable
+from nearkin.evaluation.own_data import described, explaining_place
+from nearkin.process import exit_if_importing_main, refuse_other_launchers
 from nearkin.settings import Settings
 from nearkin.training import run_folder
 from nearkin.training.console import say
@@ -91,6 +91,7 @@ def continue_run(
     are now. Raises ModelError for other changes and other images.
     """
     exit_if_importing_main()
+    refuse_other_launchers()
     finished = run_folder.stored_state(run) == "finished"
     if finished and not values:  # settings may be missing: an imported model was not trained here
         return _finished(run, quiet)
@@ -115,7 +116,8 @@ def continue_run(
         )
         run_folder.check_identity(run, prepared.identity, settings.data)
         if runtime.is_main and settings.data != stored.data:
-            run_folder.write_settings(run, stored.model_copy(update={"data": settings.data}))
+            with run_folder.locked(run):
+                run_folder.write_settings(run, stored.model_copy(update={"data": settings.data}))
         return Trainer(prepared, runtime, run, quiet=quiet, report=report).run()
 
 
@@ -137,6 +139,7 @@ def resolved(values: Mapping[str, Any]) -> Settings:
 
 def checked_options(values: Mapping[str, Any]) -> tuple[RunConfig, Listing | None]:
     """The options and what DATA holds, after every check that needs no torch: values, run folder, objective, DATA."""
+    refuse_other_launchers()
     config: RunConfig = validate(RunConfig, values)
     check_installed(config.log)
     if config.out is not None:
@@ -165,15 +168,9 @@ def _list_data(data: str) -> Listing | None:
 
 def _list_moved(data: str, stored: str) -> Listing | None:
     """List the data of a run that is continued; `stored` is where they were when it started. Raises DataError."""
-    try:
+    advice = "continue it from there, or give the place of the images with --data"
+    with explaining_place(data, advice) if data == stored else nullcontext():
         return _list_data(data)
-    except DataError as error:
-        if data != stored or Path(stored).is_absolute():
-            raise
-        raise DataError(
-            f"{error} The run stores this path relative to the folder that it was started in, and this is "
-            f"{printable(str(Path.cwd()))}; continue it from there, or give the place of the images with --data."
-        ) from None
 
 
 def _with_changes(stored: Settings, run: Path, values: Mapping[str, Any]) -> Settings:
@@ -231,11 +228,14 @@ def _create_folder(
     made: Path | None = None
     if runtime.is_main:
         dataset = prepared.dataset
-        made = _folder_with_list(config, dataset.bad)
+        made = run_folder.create(config.out, data=config.data, objective=config.objective)
         try:
             run_folder.describe(made, prepared.settings, dataset.classes)
             identity = prepared.identity | described(listing or resolve(config.data))
             run_folder.write_origin(made, config, identity)
+            _write_list(
+                made, dataset.bad
+            )  # last: a folder with nothing else may be taken by another run
         except BaseException:  # without these files nothing can go on there
             shutil.rmtree(made, ignore_errors=True)
             raise
@@ -243,15 +243,19 @@ def _create_folder(
 
 
 def _folder_with_list(config: RunConfig, bad: Sequence[BadImage]) -> Path:
-    """A new run folder, which lists the bad images."""
+    """A new run folder, which holds nothing but the list of bad images."""
+    folder = run_folder.create(config.out, data=config.data, objective=config.objective)
+    _write_list(folder, bad)
+    return folder
+
+
+def _write_list(folder: Path, bad: Sequence[BadImage]) -> None:
     from nearkin.data.look import write_bad_files
 
-    folder = run_folder.create(config.out, data=config.data, objective=config.objective)
     path = folder / run_folder.BAD_FILES
     path.unlink(missing_ok=True)  # of an earlier try
     if bad:
         write_bad_files(path, bad)
-    return folder
 
 
 __all__ = ["Result", "continue_run", "resolved", "start_run", "train"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, Literal, NamedTuple
 
-from nearkin.config import SCRATCH_OBJECTIVE, RunConfig
+from nearkin.config import LEAST_SIDE, SCRATCH_OBJECTIVE, RunConfig
 from nearkin.data.transforms import EvalSpec, TrainSpec
 from nearkin.errors import ConfigError
 from nearkin.process import GPU_THREADS, MOST_WORKERS
@@ -202,9 +202,10 @@ def side_in_cache(config: DataSettings) -> int:
 
 
 def side_of_scaled(config: DataSettings) -> int:
-    """The least short side of scaled JPEGs, with which the smallest random crop has `image_size` pixels a side."""
+    """The least short side of scaled JPEGs, with which the smallest random crop has `image_size` pixels a side, and
+    evaluation, which the probe and the kin use for training images, enlarges none."""
     share = 1.0 if isinstance(config.crop_scale, str) else config.crop_scale
-    return math.ceil(config.image_size / math.sqrt(share))
+    return max(eval_spec(config).resize, math.ceil(config.image_size / math.sqrt(share)))
 
 
 def eval_spec(config: DataSettings) -> EvalSpec:
@@ -293,7 +294,7 @@ def _image_size(config: RunConfig, facts: DataFacts) -> int:
         return config.image_size
     if facts.files and facts.side > SMALL_IMAGE and _tunes_photo_model(config):
         return photo_sides(facts.device)[0]
-    return min(facts.side, 224)
+    return max(LEAST_SIDE, min(facts.side, 224))
 
 
 def _tunes_photo_model(config: RunConfig) -> bool:

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from heapq import nlargest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,7 +55,7 @@ def report(
     from nearkin.evaluation.evaluator import Evaluator
     from nearkin.evaluation.kin import read_kin
     from nearkin.evaluation.model import load_bundle
-    from nearkin.evaluation.own_data import stored_origin
+    from nearkin.evaluation.own_data import PLACE, explaining_place, stored_origin
     from nearkin.evaluation.report_data import gather, see
 
     settings = stored_settings(run)
@@ -72,7 +73,8 @@ def report(
         if bad_images is not None:
             options["bad_images"] = bad_images
         source = settings.data if data is None else data
-        train = load_for_evaluation(source, split="train", **options).split
+        with explaining_place(settings.data, PLACE) if data is None else nullcontext():
+            train = load_for_evaluation(source, split="train", **options).split
         split = load_for_evaluation(source, **options).split
         evaluator = Evaluator(runtime, bundle.description.transform, batch_size=BATCH, workers=0)
         predictions, seen = see(evaluator, bundle.network, split)

@@ -13,16 +13,15 @@ from contextlib import contextmanager
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from nearkin.config import CONFIG_FILE, GIVEN_FILE, RunConfig, read_yaml, to_yaml, validate
+from nearkin.config import CONFIG_FILE, GIVEN_FILE, RunConfig, stored, to_yaml
 from nearkin.errors import ConfigError, ModelError, printable
 from nearkin.evaluation.options import IDENTITY
 from nearkin.files import write_atomic
 from nearkin.settings import Settings
 from nearkin.training.console import say
 
-Options = TypeVar("Options", bound=RunConfig)
 BAD_FILES = "bad_files.csv"
 LOCK = ".lock"
 STATUS = "status.json"
@@ -178,20 +177,12 @@ def stored_settings(run: Path) -> Settings:
         raise ModelError(
             f"The run {printable(str(run))} {what}; give the folder that train printed."
         )
-    return _stored(Settings, path)
+    return stored(Settings, path)
 
 
 def stored_options(run: Path) -> RunConfig:
     """The options that a run was started with. Raises ModelError."""
-    return _stored(RunConfig, run / GIVEN_FILE)
-
-
-def _stored(model: type[Options], path: Path) -> Options:
-    try:
-        options: Options = validate(model, read_yaml(path))
-    except ConfigError as error:
-        raise ModelError(f"{printable(str(path))} is damaged: {error}") from None
-    return options
+    return stored(RunConfig, run / GIVEN_FILE)
 
 
 def stored_state(run: Path) -> str | None:

@@ -40,6 +40,11 @@ _TORCHVISION = {
     "svhn": _Source("SVHN", _NAMED),
 }
 BUILTIN = ("digits", *_TORCHVISION)
+# What reading a file raises that is not whole, and downloading it.
+_DAMAGED = (
+    *(OSError, RuntimeError, ValueError, AssertionError, EOFError),
+    *(tarfile.TarError, zipfile.BadZipFile),
+)
 # One bit an image, 1 for test: sklearn's train_test_split(test_size=0.2, stratify=labels, random_state=0).
 _DIGITS_TEST = (
     "000004883524104000064100934205001a00080100240028062c12001000940a009019120420f8a0028110a000"
@@ -92,15 +97,16 @@ def _fetch(name: str, kind: str, folder: Path, arguments: dict[str, Any]) -> Any
 
     make = getattr(datasets, kind)
     with contextlib.redirect_stdout(sys.stderr):
-        with contextlib.suppress(RuntimeError):  # how torchvision says that nothing is there yet
+        # How torchvision says that nothing is there yet, or that a file is damaged: then it is downloaded again.
+        with contextlib.suppress(*_DAMAGED):
             return make(folder, download=False, **arguments)
         try:
             return make(folder, download=True, **arguments)
-        except (OSError, RuntimeError, EOFError, tarfile.TarError, zipfile.BadZipFile) as error:
+        except _DAMAGED as error:
             reason = printable(" ".join(str(error).split()))[:120]
             raise DataError(
                 f"{name} could not be downloaded to {printable(str(folder))} ({reason}); connect to the "
-                f"internet, or set {CACHE} to a folder that holds it."
+                f"internet, delete what a stopped download left there, or set {CACHE} to a folder that holds it."
             ) from None
 
 
