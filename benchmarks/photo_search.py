@@ -94,6 +94,7 @@ LARGER = "grocery81, 20 per class"
 LARGER_SETTINGS = {
     "batch 16": "--batch-size 16",
     "batch 256": "--batch-size 256",
+    "batch 256, lr 2.4e-3": "--batch-size 256 --lr 2.4e-3",
     "sincere": "--objective sincere",
     "cone": CONE,
     "schane, mix 0.5, temperature 0.1": SETTINGS["schane, mix 0.5, temperature 0.1"],

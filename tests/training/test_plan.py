@@ -10,6 +10,7 @@ import pytest
 import torch
 from tests.training.settings_cases import data_settings, settings
 
+from nearkin.config import RunConfig
 from nearkin.doctor import features as doctor_features
 from nearkin.errors import ConfigError
 from nearkin.objectives import Stage, SupCon
@@ -17,7 +18,7 @@ from nearkin.process import GPU_THREADS
 from nearkin.teacher import TeacherPolicy, momentum_at
 from nearkin.training import defaults
 from nearkin.training.api import resolved
-from nearkin.training.defaults import check, side_of_scaled
+from nearkin.training.defaults import check, named_from_scratch, side_of_scaled
 from nearkin.training.loop import legs
 from nearkin.training.metrics_log import Meters
 from nearkin.training.optim import lr_factor
@@ -117,6 +118,21 @@ def test_scaled_jpegs_are_not_cached():
 )
 def test_batch_is_the_power_of_two_nearest_to_a_48th(images, batch):
     assert settings(images, 32).batch_size == batch
+
+
+@pytest.mark.parametrize(
+    ("side", "given", "told"),
+    [
+        (300, {"model": "resnet18"}, True),
+        (300, {"model": "resnet18", "from_scratch": True}, False),
+        (300, {"model": "resnet18", "pretrained": True}, False),
+        (300, {"from_scratch": True}, False),
+        (32, {"model": "resnet18"}, False),
+    ],
+)
+def test_a_named_model_with_random_weights_is_told_for_photos(side, given, told):
+    found = settings(1000, side, data="photos", **given)
+    assert named_from_scratch(RunConfig(**given), found) == told
 
 
 def test_images_of_few_pixels_are_enlarged():

@@ -189,6 +189,13 @@ def shrinks_exactly(config: DataSettings) -> bool:
     return config.image_size <= SMALL_IMAGE and whole and same
 
 
+def named_from_scratch(config: RunConfig, settings: Settings) -> bool:
+    """Whether a model was named for photos, and nothing was said of its weights."""
+    own = config.model != "auto" and not config.from_scratch
+    photos = settings.image_size > SMALL_IMAGE
+    return own and photos and not is_pretrained(settings)
+
+
 def read_whole(config: DataSettings) -> bool:
     """Whether batches are read from one array in memory, which is faster than loader processes."""
     return config.cache != "off" and config.image_size <= SMALL_IMAGE

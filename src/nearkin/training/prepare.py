@@ -85,6 +85,12 @@ def prepare(
     settings, built = _resolve(data, dataset, runtime, load=not begun, workers_given=fixed)
     if settings.freeze_backbone and not (settings.pretrained or settings.weights):
         say("note: --freeze-backbone keeps random weights; give --pretrained or --weights.", quiet)
+    if defaults.named_from_scratch(config, settings):
+        say(
+            f"note: {settings.model} starts from random weights, which takes many images and hours; --pretrained takes "
+            "timm's weights, --from-scratch leaves this note out.",
+            quiet,
+        )
     if settings.weights is not None and not begun:
         settings = _with_weights(settings, built, config, quiet)
     settings = _tuned(settings, config, built, runtime, quiet)
