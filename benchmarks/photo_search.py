@@ -49,7 +49,7 @@ SETTINGS: dict[str, str] = {
     "two views": "--objective supcon --objective.views 2",
     "sincere": "--objective sincere",
     "sincere, weight 1": "--objective sincere --objective.weight 1",
-    "schane, published": "--objective schane",
+    "schane, published": "--objective schane --objective.mix 0.9 --objective.views 2",
     "schane, mix 0.5": SCHANE,
     "schane, mix 0.5, temperature 0.1": f"{SCHANE} --objective.temperature 0.1",
     "schane, mix 0.5, temperature 0.1, hardness 0": (

@@ -106,12 +106,14 @@ if TYPE_CHECKING:
     AutoCount = int
     AutoNatural = int
     AutoAmount = float
+    AutoPart = float
     AutoShare = float
     AutoViews = int
 else:
     AutoCount = Count | Auto
     AutoNatural = Natural | Auto
     AutoAmount = Amount | Auto
+    AutoPart = Annotated[float, Field(ge=0, le=1)] | Auto
     AutoShare = Share | Auto
     AutoViews = Annotated[int, Field(ge=1, le=8)] | Auto
 FREE = {"objective": "options", "model": "model_options"}  # `objective.NAME` -> the field it is in

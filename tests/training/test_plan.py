@@ -13,7 +13,7 @@ from tests.training.settings_cases import data_settings, settings
 from nearkin.config import RunConfig
 from nearkin.doctor import features as doctor_features
 from nearkin.errors import ConfigError
-from nearkin.objectives import Stage, SupCon
+from nearkin.objectives import SCHaNe, Stage, SupCon
 from nearkin.process import GPU_THREADS
 from nearkin.teacher import TeacherPolicy, momentum_at
 from nearkin.training import defaults
@@ -349,8 +349,16 @@ def test_batches_are_balanced_where_pretrained_contrast_needs_other_images_of_th
 @pytest.mark.parametrize(
     ("pretrained", "images", "views"), [(True, 20, 1), (True, 19, 2), (False, 1000, 2)]
 )
-def test_one_crop_an_image_where_its_class_has_others(pretrained, images, views):
-    objective = SupCon(dim=8, classes=10, images=images, pretrained=pretrained)
+@pytest.mark.parametrize("kind", [SupCon, SCHaNe])
+def test_one_crop_an_image_where_its_class_has_others(kind, pretrained, images, views):
+    facts = {"dim": 8, "classes": 10, "images": images, "pretrained": pretrained}
+    objective = kind(**facts)
     assert objective.config.views == objective.stages()[0].views == views
-    given = SupCon(SupCon.Config(views=3), dim=8, classes=10, images=images, pretrained=pretrained)
-    assert given.config.views == 3
+    assert kind(kind.Config(views=3), **facts).config.views == 3
+
+
+@pytest.mark.parametrize(("pretrained", "mix"), [(True, 0.5), (False, 0.9)])
+def test_schane_from_scratch_is_mixed_as_published(pretrained, mix):
+    facts = {"dim": 8, "classes": 10, "pretrained": pretrained}
+    assert SCHaNe(**facts).config.mix == mix
+    assert SCHaNe(SCHaNe.Config(mix=0.2), **facts).config.mix == 0.2

@@ -204,6 +204,11 @@ def default_attach(facts: Facts) -> Attach:
     return "features" if facts.pretrained else "projection"
 
 
+def default_views(facts: Facts) -> int:
+    """The value of automatic `views`: from pretrained weights other images of the class are enough."""
+    return 1 if facts.pretrained and facts.images >= 2 * facts.classes else 2
+
+
 def attached(attach: Attach, projection: nn.Module) -> nn.Module:
     """The head whose output is contrasted: `projection`, or the features as they are."""
     return nn.Identity() if attach == "features" else projection

@@ -18,6 +18,7 @@ from nearkin.objectives.base import (
     attached,
     combine,
     default_attach,
+    default_views,
     lonely,
     per_class,
     repeat_views,
@@ -58,11 +59,10 @@ class Contrastive(Objective):
 
         def resolve(self, facts: Facts) -> Self:
             hidden, out = projection_sizes(facts.dim)
-            one = facts.pretrained and facts.images >= 2 * facts.classes
             return self.fill(
                 hidden=hidden,
                 projection=out,
-                views=1 if one else 2,
+                views=default_views(facts),
                 attach=default_attach(facts),
             )
 

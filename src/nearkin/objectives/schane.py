@@ -8,7 +8,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-from nearkin.config import Count, option
+from nearkin.config import AutoPart, AutoViews, Count, option
 from nearkin.functional import PerAnchor, schane
 from nearkin.network import Head, projection_head
 from nearkin.objectives.base import (
@@ -19,6 +19,7 @@ from nearkin.objectives.base import (
     attached,
     combine,
     default_attach,
+    default_views,
     lonely,
     repeat_views,
     required,
@@ -36,15 +37,22 @@ class SCHaNe(Objective, name="schane"):
     """
 
     class Config(Objective.Config):
-        """Defaults of the published code; `within` stands for its contrast on each device alone."""
+        """Defaults of the published code; `within` stands for its contrast on each device alone. Pretrained: what was
+        best on held-out images of ours (docs/decisions/018-photos.md)."""
 
-        mix: float = option(0.9, "share of the contrast in the total", ge=0, le=1)
+        mix: AutoPart = option(
+            "auto",
+            "share of the contrast in the total; auto: 0.5 if pretrained, else 0.9 as published",
+        )
         hardness: float = option(1.0, "how much similar negatives count more", ge=0)
         temperature: float = option(0.5, "divides the cosine similarities", gt=0)
         positives: Literal["mean", "sum"] = option(
             "mean", "the positives' exponentials are averaged, or summed (CLCE)"
         )
-        views: int = option(2, "crops per image", ge=1, le=8)
+        views: AutoViews = option(
+            "auto",
+            "crops per image; auto: 2 as published, 1 if pretrained and classes have 2 images or more on average",
+        )
         within: Count | None = option(
             None, "contrast within blocks of so many images, not the whole batch"
         )
@@ -52,7 +60,8 @@ class SCHaNe(Objective, name="schane"):
         attach: Attach = attach_option()
 
         def resolve(self, facts: Facts) -> Self:
-            return self.fill(attach=default_attach(facts))
+            mix = 0.5 if facts.pretrained else 0.9
+            return self.fill(attach=default_attach(facts), views=default_views(facts), mix=mix)
 
     config: Config
 

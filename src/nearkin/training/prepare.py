@@ -83,14 +83,7 @@ def prepare(
     # A run that goes on may have fewer workers than it began with; its stored settings have no `auto`.
     fixed = config.workers != "auto" and classes is None
     settings, built = _resolve(data, dataset, runtime, load=not begun, workers_given=fixed)
-    if settings.freeze_backbone and not (settings.pretrained or settings.weights):
-        say("note: --freeze-backbone keeps random weights; give --pretrained or --weights.", quiet)
-    if defaults.named_from_scratch(config, settings):
-        say(
-            f"note: {settings.model} starts from random weights, which takes many images and hours; --pretrained takes "
-            "timm's weights, --from-scratch leaves this note out.",
-            quiet,
-        )
+    _say_random_weights(settings, config, quiet)
     if settings.weights is not None and not begun:
         settings = _with_weights(settings, built, config, quiet)
     settings = _tuned(settings, config, built, runtime, quiet)
@@ -108,6 +101,15 @@ def prepare(
     if warning := missing_positives(settings, built, train, automatic=automatic):
         say(f"warning: {warning}", silent)
     return Prepared(settings, dataset, built, evaluator, _identity(settings, dataset))
+
+
+def _say_random_weights(settings: Settings, config: RunConfig, quiet: bool) -> None:
+    """Where they are probably not meant."""
+    if settings.freeze_backbone and not (settings.pretrained or settings.weights):
+        say("note: --freeze-backbone keeps random weights; give --pretrained or --weights.", quiet)
+    if defaults.named_from_scratch(config, settings):
+        text = "starts from random weights, which takes many images and hours; --pretrained takes timm's weights"
+        say(f"note: {settings.model} {text}, --from-scratch leaves this note out.", quiet)
 
 
 def _tuned(
