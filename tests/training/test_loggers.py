@@ -90,6 +90,17 @@ def test_a_run_is_in_tensorboard_as_in_its_journal(tmp_path):
     assert file.name == "events.out.tfevents.nearkin", "no name of a host"
 
 
+def test_an_event_file_is_not_written_through_a_link(tmp_path):
+    (tmp_path / "run" / "tensorboard").mkdir(parents=True)
+    (tmp_path / "theirs").write_bytes(b"theirs")
+    file = tmp_path / "run" / "tensorboard" / "events.out.tfevents.nearkin"
+    file.symlink_to(tmp_path / "theirs")
+    sent("tensorboard", tmp_path / "run", [record(1, loss=1.0)])
+    assert (tmp_path / "theirs").read_bytes() == b"theirs"
+    assert file.is_file()
+    assert not file.is_symlink()
+
+
 def test_a_run_that_goes_on_has_the_log_of_one_that_never_stopped(tmp_path):
     records = [record(step, loss=1 / step, ce=step / 3) for step in range(1, 30)]
     for name in ("whole", "parts"):

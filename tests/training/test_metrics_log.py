@@ -216,6 +216,22 @@ def test_a_folder_that_is_gone_warns_once_and_counts(
     assert sum(journal.failures.values()) == 9
 
 
+@pytest.mark.skipif(not hasattr(os, "O_NOFOLLOW"), reason="needs O_NOFOLLOW")
+def test_nothing_is_written_through_a_link(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As someone else's run folder may hold one."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "theirs").write_bytes(b"theirs")
+    for name in ("metrics.jsonl", "train.log", "status.json"):
+        (tmp_path / "run" / name).symlink_to(tmp_path / "theirs")
+    journal = Journal(tmp_path / "run")
+    everything(journal)
+    assert (tmp_path / "theirs").read_bytes() == b"theirs"
+    assert journal.failures == {"metrics.jsonl": 1, "train.log": 1}
+    assert "metrics.jsonl cannot be written" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("broken", ["none", "closed", "full"])
 def test_a_broken_stderr_does_not_stop_the_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str

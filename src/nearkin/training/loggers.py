@@ -75,7 +75,9 @@ class TensorBoard:
     def start(self, settings: Mapping[str, Any], folder: Path) -> str:
         place = folder / "tensorboard"
         place.mkdir(exist_ok=True)
-        file = (place / "events.out.tfevents.nearkin").open("wb")
+        path = place / "events.out.tfevents.nearkin"
+        path.unlink(missing_ok=True)  # nothing is written to what a link names
+        file = path.open("xb")
         self._writer, self._last = self._made_writer(file), Point(0, 0.0, {})
         self._event(0.0, file_version="brain.Event:2")
         rows = "".join(

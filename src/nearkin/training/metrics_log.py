@@ -225,8 +225,11 @@ def _replace(path: Path, data: bytes) -> None:
 
 
 def _append(path: Path, data: bytes) -> None:
-    """Append `data` whole or not at all: a full disk may take the first half of a line."""
-    with path.open("ab", buffering=0) as file:
+    """Append `data` whole or not at all: a full disk may take the first half of a line. Never through a link, which
+    someone else's run folder may hold."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    flags |= getattr(os, "O_BINARY", 0)
+    with os.fdopen(os.open(path, flags, 0o666), "ab", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
         try:
             while data:
