@@ -270,6 +270,16 @@ def test_the_overhead_per_image_is_small():
     assert (time.process_time() - started) / 1024 < 500e-6
 
 
+def test_only_waiting_makes_a_batch_overdue(split, monkeypatch):
+    """A validation between two batches may take as long as it likes."""
+    monkeypatch.setattr(loader, "POLL", 0.05)
+    monkeypatch.setattr(loader, "OVERDUE", 1.0)
+    batches = eval_loader(split, alone(unchanged), range(5), batch_size=1, workers=1)
+    assert next(batches).index.tolist() == [0]
+    time.sleep(2)
+    assert [int(batch.index) for batch in batches] == [1, 2, 3, 4]
+
+
 def test_the_end_of_the_thread_that_pins_memory_is_noticed():
     """torch looks at that thread only where batches are awaited without a limit."""
     ended = threading.Thread(target=lambda: None)
@@ -283,4 +293,4 @@ def test_the_end_of_the_thread_that_pins_memory_is_noticed():
             raise RuntimeError("DataLoader timed out after 1.0 seconds")
 
     with pytest.raises(WorkersDied, match="thread that takes images for the GPU"):
-        loader._next(Awaited(), 0.0)
+        loader._next(Awaited(), loader._Watch([], 0.0))

@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from tests.pictures import write_classes
@@ -26,18 +28,30 @@ WORDS = [
 
 @pytest.fixture
 def run(tmp_path):
-    """The words of a command that trains for a long time, and its run folder."""
+    """The words of a command that trains for a long time, and its run folder. However the run and its workers end,
+    no batch may be left in shared memory."""
     write_classes(tmp_path / "data", each=24)
-    folder = tmp_path / "run"
-    return [
-        "train",
-        str(tmp_path / "data"),
-        "--out",
-        str(folder),
-        "--epochs",
-        "500",
-        *WORDS,
-    ], folder
+    folder, before = tmp_path / "run", batches_in_memory()
+    yield (
+        [
+            "train",
+            str(tmp_path / "data"),
+            "--out",
+            str(folder),
+            "--epochs",
+            "500",
+            *WORDS,
+        ],
+        folder,
+    )
+    end = time.monotonic() + 10  # those of other tests come and go
+    while left := batches_in_memory() - before:
+        assert time.monotonic() < end, left
+        time.sleep(0.01)
+
+
+def batches_in_memory():
+    return set(Path("/dev/shm").glob("torch_*"))
 
 
 def wait_for(path, process, limit=60):
@@ -56,12 +70,13 @@ def own_group(words, method, change=None):
     return command(words)
 
 
-def some_are_left(group):
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
+def all_end(group, limit=60):
+    end = time.monotonic() + limit
+    with suppress(ProcessLookupError):
+        while time.monotonic() < end:
+            os.killpg(group, 0)
+            time.sleep(0.1)
+        pytest.fail("processes are left")
 
 
 def saved_step(folder):
@@ -106,10 +121,7 @@ def test_workers_end_when_their_run_is_killed(tmp_path, run, method):
     wait_for(folder / "metrics.jsonl", process)
     process.kill()
     process.join()
-    end = time.monotonic() + 60
-    while some_are_left(process.pid):
-        assert time.monotonic() < end
-        time.sleep(0.1)
+    all_end(process.pid)
 
 
 def reads(change):
@@ -134,6 +146,31 @@ def stuck():
     reads(lambda: time.sleep(1000))
 
 
+def stopped():
+    """A worker stops as soon as the main process asks it for the memory of a batch."""
+    from multiprocessing.connection import Listener
+
+    plain, asked = Listener.accept, 0
+
+    def accept(self):
+        nonlocal asked
+        asked += 1
+        connection = plain(self)
+        if asked > 20:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return connection
+
+    Listener.accept = accept
+
+
+def silent():
+    """As `stopped`; and ten minutes pass in two seconds."""
+    from nearkin.data import loader
+
+    loader.POLL, loader.OVERDUE = 0.1, 2.0
+    stopped()
+
+
 def dying():
     reads(lambda: os.kill(os.getpid(), signal.SIGKILL))
 
@@ -148,20 +185,31 @@ def full():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_that_waits_for_a_stuck_worker_saves_and_stops(tmp_path, run, number):
+@pytest.mark.parametrize(
+    ("change", "number"),
+    [(stuck, signal.SIGTERM), (stuck, signal.SIGINT), (stopped, signal.SIGTERM)],
+)
+def test_a_run_that_waits_for_a_stuck_worker_saves_and_stops(tmp_path, run, change, number):
     words, folder = run
-    process = start(own_group, words, "fork", stuck, log=tmp_path / "log")
+    process = start(own_group, words, "fork", change, log=tmp_path / "log")
     wait_for(folder / "metrics.jsonl", process)
-    time.sleep(3)  # by now both workers are stuck
+    time.sleep(5)  # by now both workers are stuck
     os.kill(process.pid, number)
     process.join(30)
-    assert process.exitcode == 75, (tmp_path / "log").read_text()
+    text = (tmp_path / "log").read_text()
+    assert process.exitcode == 75, text
+    assert text.count("\n") == 1
     assert saved_step(folder) == json.loads((folder / "status.json").read_text())["step"] > 0
+    all_end(process.pid)
 
 
 @pytest.mark.parametrize(
-    ("change", "words"), [(dying, "process that loads images died"), (full, "has no room for")]
+    ("change", "words"),
+    [
+        (dying, "process that loads images died"),
+        (full, "has no room for"),
+        (silent, "a process that loads them hangs or is stopped"),
+    ],
 )
 def test_steps_before_a_worker_died_are_saved(tmp_path, run, change, words):
     options, folder = run

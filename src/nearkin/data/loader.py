@@ -11,16 +11,17 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from multiprocessing import get_start_method, parent_process
+from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
 from multiprocessing.reduction import ForkingPickler
 from multiprocessing.synchronize import Event as EventType
 from pathlib import Path
-from threading import Thread, current_thread, main_thread
+from threading import Event, Thread, current_thread, main_thread
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.multiprocessing import Event
+from torch.multiprocessing import Event as SharedEvent
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from nearkin.data.dataset import Split
@@ -34,6 +35,7 @@ from nearkin.types import Batch
 
 POLL = 1.0  # seconds between two looks at signals and workers while a batch is awaited
 PATIENCE = 20.0  # seconds from a stop signal until a missing batch is given up; Slurm kills at 30
+OVERDUE = 600.0  # seconds without a batch after which the workers count as hung
 PREFETCH = 2  # batches that a worker makes ahead
 SHARED_MEMORY = Path("/dev/shm")
 # Bytes of decoded images in a chunk, whose random numbers are drawn first: between the pixel operations of two images
@@ -173,7 +175,7 @@ def in_processes(
 
     Raises as `train_loader`.
     """
-    started = Event() if workers else None
+    started = SharedEvent() if workers else None
     loader: DataLoader[T | NearkinError] = DataLoader(
         made,
         batch_sampler=order,  # type: ignore[arg-type]  # any iterable of keys will do
@@ -187,10 +189,11 @@ def in_processes(
     )
     with _deaths_explained(started):
         batches = _start(loader) if workers else iter(loader)
-        while (batch := _next(batches, patience)) is not None:
-            if isinstance(batch, NearkinError):
-                raise batch
-            yield batch
+        with _Watch(getattr(batches, "_workers", []), patience) as watch:
+            while (batch := _next(batches, watch)) is not None:
+                if isinstance(batch, NearkinError):
+                    raise batch
+                yield batch
 
 
 def _start(loader: DataLoader[T]) -> Iterator[T]:
@@ -211,12 +214,63 @@ def _start(loader: DataLoader[T]) -> Iterator[T]:
     return batches
 
 
-def _next(batches: Iterator[T], patience: float) -> T | None:
+class _Watch:
+    """Kills the workers of a loader at its end, and when the main process has waited too long for a batch.
+
+    A worker that is stopped or hangs may have announced a batch. torch then waits for the batch's memory, without a
+    limit and without a look at signals, until that worker ends. Such a worker does not obey SIGTERM either, with which
+    torch and Python end workers, and the process would wait for it at its exit. Killing loses nothing, since workers
+    only read.
+    """
+
+    def __init__(self, workers: Sequence[BaseProcess], patience: float) -> None:
+        self._workers, self._patience = workers, patience
+        self._ended = Event()
+        self.waiting = False
+        self.looks = 0  # while waiting; no clock, which goes on while the whole run is suspended
+
+    def __enter__(self) -> _Watch:
+        if self._workers:
+            Thread(target=self._look, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._kill()
+
+    def reason(self) -> NearkinError | None:
+        """Why the main process waits no longer."""
+        if self.looks > 1 and stop_requested(self._patience):
+            return Stopped("Stopped on request while waiting for images; continue with --resume.")
+        if self.looks * POLL < OVERDUE:
+            return None
+        return WorkersDied(
+            f"No images have come for {OVERDUE / 60:.0f} minutes: a process that loads them hangs or is stopped; see "
+            "whether the disk of the images answers, and continue with --resume."
+        )
+
+    def _look(self) -> None:
+        while not self._ended.wait(POLL):
+            self.looks += self.waiting
+            if self.waiting and self.reason():
+                self._kill()
+
+    def _kill(self) -> None:
+        for worker in self._workers:
+            worker.kill()
+
+
+def _next(batches: Iterator[T], watch: _Watch) -> T | None:
+    watch.waiting, watch.looks = True, 0
     while True:
         try:
-            return next(batches, None)
-        except RuntimeError as error:  # torch has no class for it
-            if "DataLoader timed out" not in str(error):
+            batch = next(batches, None)
+            watch.waiting = False
+            return batch
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            if reason := watch.reason():
+                raise reason from error
+            if "DataLoader timed out" not in str(error):  # torch has no class for it
                 raise
             pinning = getattr(batches, "_pin_memory_thread", None)
             # torch looks at that thread only where it waits without a limit.
@@ -225,8 +279,6 @@ def _next(batches: Iterator[T], patience: float) -> T | None:
                     "The thread that takes images for the GPU ended early; its error is above. Give the command "
                     "again, or continue a run with --resume."
                 ) from error
-        if stop_requested(patience):
-            raise Stopped("Stopped on request while waiting for images; continue with --resume.")
 
 
 def _share(made: Any) -> Any:
