@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -175,6 +176,24 @@ def dying():
     reads(lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
+def leaking():
+    """From the fifth step on the main process can open one more file at a time."""
+    from nearkin.training.step import Stepper
+
+    plain = Stepper.step
+
+    def step(self, batch, progress, number):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
+        if number == 5:
+            with suppress(OSError):
+                while True:
+                    last = os.open(os.devnull, os.O_RDONLY)
+            os.close(last)
+        return plain(self, batch, progress, number)
+
+    Stepper.step = step
+
+
 def full():
     import torch
 
@@ -208,6 +227,7 @@ def test_a_run_that_waits_for_a_stuck_worker_saves_and_stops(tmp_path, run, chan
     [
         (dying, "process that loads images died"),
         (full, "has no room for"),
+        (leaking, "raise the limit (ulimit -n)"),
         (silent, "a process that loads them hangs or is stopped"),
     ],
 )

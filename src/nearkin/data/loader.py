@@ -36,7 +36,10 @@ from nearkin.types import Batch
 POLL = 1.0  # seconds between two looks at signals and workers while a batch is awaited
 PATIENCE = 20.0  # seconds from a stop signal until a missing batch is given up; Slurm kills at 30
 OVERDUE = 600.0  # seconds without a batch after which the workers count as hung
+SPARE = 4  # files that a loader keeps open for a run that has to save itself because it can open no more
 PREFETCH = 2  # batches that a worker makes ahead
+# The second is what Python says where the system left a file descriptor out of a message.
+TOO_MANY_FILES = ("Too many open files", "received 0 items of ancdata")
 SHARED_MEMORY = Path("/dev/shm")
 # Bytes of decoded images in a chunk, whose random numbers are drawn first: between the pixel operations of two images
 # a draw takes up to three times as long.
@@ -187,7 +190,7 @@ def in_processes(
         timeout=POLL if workers else 0,
         prefetch_factor=ahead if workers else None,
     )
-    with _deaths_explained(started):
+    with _deaths_explained(started), _spare_files():
         batches = _start(loader) if workers else iter(loader)
         with _Watch(getattr(batches, "_workers", []), patience) as watch:
             while (batch := _next(batches, watch)) is not None:
@@ -314,6 +317,8 @@ def _start_worker(started: EventType, _: int) -> None:
     started.set()
     # torch sends batches from a background thread. Its errors are only printed, and the main process waits for ever.
     Queue._on_queue_feeder_error = staticmethod(_exit_after)  # type: ignore[attr-defined]
+    # multiprocessing prints that the memory of a batch was not taken; the main process says why.
+    sys.excepthook = lambda *_: None
     # Imports what that thread would import at its first tensor, where Python 3.11 can fail with a KeyError.
     ForkingPickler.dumps(torch.empty(0, device="meta"))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -345,12 +350,31 @@ def _exit_for_parent() -> None:
 
 
 @contextmanager
+def _spare_files() -> Iterator[None]:
+    """See SPARE."""
+    files = [os.open(os.devnull, os.O_RDONLY) for _ in range(SPARE)]
+    try:
+        yield
+    finally:
+        for file in files:
+            os.close(file)
+
+
+@contextmanager
 def _deaths_explained(started: EventType | None) -> Iterator[None]:
     """Raise WorkersDied, or ConfigError where the workers ended while they imported the script."""
     try:
         yield
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
+    except (RuntimeError, OSError, EOFError) as error:
+        if any(words in str(error) for words in TOO_MANY_FILES):
+            raise WorkersDied(
+                "Too many files are open to take images from other processes; raise the limit (ulimit -n), or lower "
+                "--workers, and continue with --resume."
+            ) from error
+        died = isinstance(error, ConnectionError | EOFError) or "DataLoader worker (pid" in str(
+            error
+        )
+        if not died:
             raise
         if started and not started.is_set() and get_start_method() != "fork":
             raise ConfigError(
