@@ -17,10 +17,11 @@ from typing import Any, NamedTuple, TypeVar
 
 from nearkin.errors import ConfigError, NearkinError, Stopped, counted, printable
 
-# Signals that ask a run to stop; a terminal that is closed sends SIGHUP. Windows has neither that nor SIGUSR1.
+# Signals that ask a run to stop. A terminal that is closed sends SIGHUP, schedulers send SIGUSR1 or SIGUSR2 some time
+# before they kill, and the system SIGXCPU at a limit of processor time. Windows has only the first two.
 STOP_SIGNALS = frozenset(
     getattr(signal, name)
-    for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
     if hasattr(signal, name)
 )
 

@@ -90,7 +90,7 @@ def saved_step(folder):
         ("fork", signal.SIGTERM),
         pytest.param("fork", signal.SIGUSR1, marks=pytest.mark.slow),
         pytest.param("forkserver", signal.SIGTERM, marks=pytest.mark.slow),
-        pytest.param("spawn", signal.SIGUSR1, marks=pytest.mark.slow),
+        pytest.param("spawn", signal.SIGUSR2, marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_to_the_group_saves_before_the_first_interval(tmp_path, run, method, number):
