@@ -6,9 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
+from nearkin.cli import VERBS
 from nearkin.cli import run as command
 from nearkin.errors import ConfigError
 from nearkin.process import (
@@ -168,6 +171,35 @@ def test_a_stop_signal_is_recorded_once_and_forgotten(name):
         assert stop_requested()
         assert not stop_requested(60)
     assert not stop_requested()
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_stop_signal_ends_every_verb_as_ctrl_c_does(monkeypatch, capsys, verb, number):
+    def main(_):
+        os.kill(os.getpid(), number)
+        time.sleep(10)
+
+    monkeypatch.setattr(f"nearkin.cli.{VERBS[verb]}.main", main)
+    seen = []
+    earlier = signal.signal(number, lambda *_: seen.append(number))
+    try:
+        assert command([verb]) == 75
+        assert capsys.readouterr().err == "nearkin: stopped: interrupted.\n"
+        assert not seen
+        os.kill(os.getpid(), number)
+        assert seen  # the caller has its handler back
+    finally:
+        signal.signal(number, earlier)
+
+
+def test_a_verb_runs_outside_the_main_thread(capsys):
+    """Where Python allows no handlers."""
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(command(["list", "recipes"])))
+    thread.start()
+    thread.join()
+    assert codes == [0]
 
 
 CHILD = """

@@ -56,7 +56,7 @@ def stop_handler(handler: Callable[[int, FrameType | None], None]) -> Iterator[N
 
 
 def interrupt(_: int, __: FrameType | None) -> None:
-    """Handler for the time before the first step, when there is nothing to save yet."""
+    """Handler for all that is not saved step by step: a stop signal ends it as Ctrl-C does."""
     raise KeyboardInterrupt
 
 

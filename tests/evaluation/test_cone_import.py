@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections import Counter
 
 import pytest
@@ -45,6 +46,17 @@ def difference(found, wanted):
 @torch.no_grad()
 def logits(folder, images):
     return load_bundle(folder, CPU).network(images).logits
+
+
+def test_a_stop_signal_leaves_no_folder(published, tmp_path, monkeypatch, capsys):
+    def save_bundle(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("nearkin.evaluation.model.save_bundle", save_bundle)
+    file = save(tmp_path / "cone.pth", published.tensors())
+    assert run(["import-cone", str(file), "--out", str(tmp_path / "run")]) == 75
+    assert capsys.readouterr().err == "nearkin: stopped: interrupted.\n"
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("prefix", ["module.", "", "module._orig_mod."])

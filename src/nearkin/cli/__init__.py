@@ -122,14 +122,17 @@ def _run(argv: list[str]) -> int:
         meant = OTHERS.get(verb.casefold())
         hint = f" Did you mean {meant}?" if meant else nearest(verb, VERBS)
         raise ConfigError(f"Unknown verb {printable(verb)}.{hint} See nearkin --help.")
-    module = import_module(f"nearkin.cli.{VERBS[verb]}")
-    parser = module.parser()
-    given = parser.read(rest)
-    if given.pop("help", False):
-        sys.stdout.write(parser.help(given))
-        return 0
-    code: int = module.main(given)
-    return code
+    from nearkin.process import interrupt, stop_handler
+
+    with stop_handler(interrupt):  # so that what was begun is removed
+        module = import_module(f"nearkin.cli.{VERBS[verb]}")
+        parser = module.parser()
+        given = parser.read(rest)
+        if given.pop("help", False):
+            sys.stdout.write(parser.help(given))
+            return 0
+        code: int = module.main(given)
+        return code
 
 
 def show(

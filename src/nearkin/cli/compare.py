@@ -10,7 +10,6 @@ from nearkin.cli.arguments import Parser
 from nearkin.cli.train import with_data
 from nearkin.config import FREE, CompareOptions, RunConfig, merge, read_yaml
 from nearkin.errors import printable
-from nearkin.process import interrupt, stop_handler
 
 USAGE = "nearkin compare [DATA] [--objectives ce,supcon,cone] [--seeds 5] [--OPTION VALUE]"
 ABOUT = """\
@@ -21,7 +20,6 @@ LEFT_OUT = frozenset(
 )
 
 
-@stop_handler(interrupt)
 def main(given: dict[str, Any]) -> int:
     given = with_data(given)
     as_json, quiet = given.pop("json", False), given.pop("quiet", False)

@@ -60,18 +60,16 @@ def main(given: dict[str, Any]) -> int:
     if "format" not in given:
         raise ConfigError("Export to which format? Give --format onnx, timm or torch.")
     from nearkin.export.api import export
-    from nearkin.process import interrupt, stop_handler
 
-    with stop_handler(interrupt):  # so that what was begun is removed
-        found = export(
-            given["run"],
-            given["format"],
-            raw=given.get("raw", False),
-            out=given.get("out"),
-            data=given.get("data"),
-            bad_images=given.get("bad_images"),
-            log=lambda text: sys.stderr.write(f"{text} ...\n"),
-        )
+    found = export(
+        given["run"],
+        given["format"],
+        raw=given.get("raw", False),
+        out=given.get("out"),
+        data=given.get("data"),
+        bad_images=given.get("bad_images"),
+        log=lambda text: sys.stderr.write(f"{text} ...\n"),
+    )
     checked = found.manifest.checked
     lines = [
         f"checked    {checked.images} {checked.split} images at batch sizes "

@@ -14,7 +14,7 @@ from nearkin.cli.arguments import Parser, options_table
 from nearkin.config import FREE, RunConfig, merge, read_yaml, to_yaml, validate
 from nearkin.errors import ConfigError, counted, printable
 from nearkin.evaluation.results import wilson
-from nearkin.process import interrupt, keep_freed_memory, stop_handler
+from nearkin.process import keep_freed_memory
 from nearkin.training.api import Result, continue_run, resolved, start_run
 from nearkin.training.run_folder import REPORT, stored_options, stored_settings
 
@@ -24,7 +24,6 @@ Train an image classifier; without DATA, on the built-in digits.
 With --objective NAME, --help shows its options as well."""
 
 
-@stop_handler(interrupt)
 def main(given: dict[str, Any]) -> int:
     keep_freed_memory()
     given = with_data(given)
