@@ -1,18 +1,22 @@
-"""Mixed precision and the optimiser's step on one process."""
+"""Mixed precision and the optimiser's step on one process, and how several processes meet."""
 
 from __future__ import annotations
 
+import socket
 import sys
 from subprocess import run
 
 import pytest
 import torch
+from tests.processes import free_port, ranks
 from torch import nn
 
+from nearkin import distributed
+from nearkin.cli import run as command
 from nearkin.device import choose_precision
 from nearkin.distributed import Runtime
 from nearkin.errors import ConfigError
-from nearkin.process import GPU_THREADS
+from nearkin.process import GPU_THREADS, Launch
 from nearkin.types import Outputs
 
 
@@ -124,6 +128,55 @@ def test_a_failure_on_one_process_of_a_node_is_raised_on_all(monkeypatch):
         monkeypatch.setattr(runtime, "collect", lambda _: [(None, ConfigError("there")), (1, None)])
         with pytest.raises(ConfigError, match="there"):
             runtime.once_per_node(failing)
+
+
+def meeting(address, port):
+    """What process 0 of 2 does first."""
+    return distributed._connect(Launch(1, 2, address=address, port=port), holds=True)
+
+
+def test_a_port_that_is_in_use_is_said(monkeypatch):
+    monkeypatch.setattr(distributed, "STARTING", 0.5)
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"MASTER_PORT {port} \(address already in use\)"):
+            meeting("127.0.0.1", port)
+    assert meeting("127.0.0.1", port).port == port
+
+
+def test_an_unknown_name_is_said_soon_and_may_become_known_late(monkeypatch):
+    known, looked = 2, []
+
+    def look_up(*_):
+        looked.append(1)
+        if len(looked) < known:
+            raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    port = free_port()
+    assert meeting("127.0.0.1", port).port == port
+    assert distributed.STARTING < 20
+    monkeypatch.setattr(distributed, "STARTING", 0.5)
+    known = 1000
+    with pytest.raises(ConfigError, match=r"MASTER_ADDR gpu7, .* \(\[Errno -2\] Name or"):
+        meeting("gpu7", port)
+
+
+def test_an_error_before_the_start_is_said_where_no_other_process_can_be_reached(
+    monkeypatch, capsys
+):
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        for name, value in ranks(2)[0].items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("MASTER_PORT", str(other.getsockname()[1]))
+        monkeypatch.setattr(distributed, "STARTING", 0.5)
+        monkeypatch.setattr(distributed.Failures, "runs", 0)
+        assert command(["train", "--zzz"]) == 2
+    assert capsys.readouterr().err.startswith("nearkin: error: Unknown option --zzz.")
 
 
 def test_one_process_loads_neither_fabric_nor_the_compiler():

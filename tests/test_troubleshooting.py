@@ -21,7 +21,16 @@ TEXTS = [
     if isinstance(node, ast.Constant) and isinstance(node.value, str)
 ]
 # Options of other verbs, and of other programs.
-OTHER = {"--debug", "--resume", "--quiet", "--split", "--tta", "--shm-size", "--tune"}
+OTHER = {
+    "--debug",
+    "--resume",
+    "--quiet",
+    "--split",
+    "--tta",
+    "--shm-size",
+    "--tune",
+    "--master-port",
+}
 
 
 @pytest.mark.parametrize("message", QUOTED)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import socket
 import sys
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from copy import copy
 from datetime import timedelta
 from functools import cache
@@ -23,7 +24,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 from torch.nn.parallel import DistributedDataParallel
 
 from nearkin.device import Precision
-from nearkin.errors import NearkinError, Stopped
+from nearkin.errors import ConfigError, NearkinError, Stopped, first_line, printable
 from nearkin.process import GPU_THREADS, Launch, agreed, exit_if_importing_main, gpu_of, launched
 from nearkin.types import Outputs
 
@@ -72,6 +73,7 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 LONG_TIMEOUT = timedelta(days=2)  # for waiting while one process scans or saves
 # A process that hangs in a step is noticed in minutes; gloo's own default is half an hour.
 STEP_TIMEOUT = timedelta(minutes=5)
+STARTING = 10.0  # seconds until the first node must have its name and the port, which an earlier run may still hold
 
 
 class Runtime:
@@ -414,7 +416,8 @@ def report_failure(error: BaseException) -> None:
     """Tell the other processes of a launch of an error before the start of the run; see `Failures.report`."""
     launch = launched()
     if launch.world_size > 1 and Failures.runs == 0:
-        Failures(launch).report(error)
+        with suppress(ConfigError):  # the others cannot be reached; this process says its own error
+            Failures(launch).report(error)
 
 
 def _holds_store(launch: Launch) -> bool:
@@ -428,6 +431,18 @@ def _store(launch: Launch) -> TCPStore:
 
 
 def _connect(launch: Launch, *, holds: bool) -> TCPStore:
-    return TCPStore(
-        launch.address, launch.port, is_master=holds, timeout=STEP_TIMEOUT, wait_for_workers=False
-    )
+    """Raises ConfigError where the store cannot be held or reached."""
+    end = time.monotonic() + STARTING
+    while True:
+        try:
+            # torch would ask for the name for STEP_TIMEOUT, with a warning each time.
+            socket.getaddrinfo(launch.address, None)
+            return TCPStore(launch.address, launch.port, is_master=holds, timeout=STEP_TIMEOUT)
+        except (OSError, UnicodeError, dist.DistNetworkError) as error:
+            if time.monotonic() > end:
+                reason = first_line(error).rpartition("message: ")[2].rstrip(".")
+                raise ConfigError(
+                    f"The processes cannot meet at MASTER_ADDR {printable(launch.address)}, MASTER_PORT {launch.port} "
+                    f"({reason}); give an address of the first node that all nodes know, and a port that is free there."
+                ) from error
+        time.sleep(1)
