@@ -174,6 +174,11 @@ def launched() -> Launch:
     return Launch(nodes, tasks // nodes, rank, local_rank, env.get("MASTER_ADDR", first), port)
 
 
+def restarts() -> tuple[int, int]:
+    """How often torchrun has started this launch again, and how often it may (`--max-restarts`). Raises ConfigError."""
+    return _number("TORCHELASTIC_RESTART_COUNT", "0"), _number("TORCHELASTIC_MAX_RESTARTS", "0")
+
+
 def _number(name: str, otherwise: str = "") -> int:
     """A variable of the environment that a launcher sets, from 0. Raises ConfigError."""
     value = os.environ.get(name, otherwise)

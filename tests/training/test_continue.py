@@ -353,3 +353,65 @@ def test_a_comparison_elsewhere_does_not_need_a_folder_of_runs(tmp_path, monkeyp
     assert checked_options({"data": "digits"})[0].data == "digits"
     with pytest.raises(ConfigError, match="nothing can be made in"):
         nearkin.train("digits")
+
+
+@pytest.fixture
+def torchrun(monkeypatch):
+    def start(count):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(count))
+        monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+
+    start(0)
+    return start
+
+
+def test_a_restart_by_torchrun_goes_on_with_the_run(torchrun, tmp_path, monkeypatch, capsys):
+    write_classes(tmp_path / "photos")
+    words = ["train", str(tmp_path / "photos"), "--out", str(tmp_path / "run")]
+    for name, value in (OPTIONS | {"save_minutes": 1e-9}).items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    plain, failing = Stepper.step, 2
+
+    def step(self, batch, progress, number):
+        if number == failing:
+            raise MemoryError
+        return plain(self, batch, progress, number)
+
+    monkeypatch.setattr(Stepper, "step", step)
+    assert command(words) == 6
+    torchrun(1)
+    failing = 3
+    capsys.readouterr()
+    assert command(words) == 6
+    said = capsys.readouterr().err
+    assert said.startswith(f"torchrun has started this run again: {tmp_path / 'run'} goes on\n")
+    assert "continuing at step 2\n" in said
+    torchrun(2)
+    failing = -1
+    assert command(words) == 0
+    assert "continuing at step 3\n" in capsys.readouterr().err
+    steps = [
+        r["step"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "train"
+    ]
+    assert steps == sorted(set(steps))
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("run")] == ["run"]
+
+
+def test_a_restart_by_torchrun_takes_no_other_folder(torchrun, tmp_path, capsys):
+    write_classes(tmp_path / "photos")
+    words = ["train", str(tmp_path / "photos"), "--out", str(tmp_path)]
+    torchrun(1)
+    assert command(words) == 2
+    assert "exists; choose another --out" in capsys.readouterr().err
+    assert not (tmp_path / "config.yaml").exists()
+
+
+def test_torchrun_with_restarts_needs_out(torchrun, tmp_path, monkeypatch, capsys):
+    """Each start would train in a folder of its own, from the first step."""
+    monkeypatch.chdir(tmp_path)
+    assert command(["train", "digits", "--epochs", "1"]) == 2
+    said = capsys.readouterr().err
+    assert "(--max-restarts 3)" in said
+    assert "give --out" in said
+    assert said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

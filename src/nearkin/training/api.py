@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
 from nearkin.catalogue import check_objective
-from nearkin.config import FREE_ON_RESUME, RunConfig, merge, validate
+from nearkin.config import CONFIG_FILE, FREE_ON_RESUME, RunConfig, merge, validate
 from nearkin.errors import ConfigError, DivergedError, ModelError, printable
 from nearkin.evaluation.own_data import described, explaining_place
-from nearkin.process import exit_if_importing_main, refuse_other_launchers
+from nearkin.process import exit_if_importing_main, launched, refuse_other_launchers, restarts
 from nearkin.settings import Settings
 from nearkin.training import run_folder
 from nearkin.training.console import say
@@ -60,9 +60,14 @@ def train(
 
 
 def start_run(values: Mapping[str, Any], *, quiet: bool, report: bool = True) -> Result:
-    """A new run from flat options. Raises ConfigError, DataError, ModelError, DivergedError or Stopped."""
+    """A new run from flat options, or one that an earlier start by the same torchrun began. Raises ConfigError,
+    DataError, ModelError, DivergedError or Stopped."""
     started = time.monotonic()
     exit_if_importing_main()
+    begun = _begun(values.get("out"))
+    if begun is not None:
+        say(f"torchrun has started this run again: {begun} goes on", quiet or launched().rank > 0)
+        return continue_run(begun, values, quiet=quiet, report=report)
     config, listing = checked_options(values)
     run_folder.check_free(config.out)
     with running(config) as runtime:
@@ -80,6 +85,19 @@ def start_run(values: Mapping[str, Any], *, quiet: bool, report: bool = True) ->
         folder = _create_folder(prepared, config, listing, runtime)
         runtime = runtime.at(prepared.settings.precision)
         return Trainer(prepared, runtime, folder, quiet=quiet, report=report).run()
+
+
+def _begun(out: Any) -> Path | None:
+    """The run folder `out` of an earlier start of the same torchrun; None at the first start, and where that one did
+    not get so far. Raises ConfigError where each start would begin a run of its own."""
+    count, most = restarts()
+    if most and out is None:
+        raise ConfigError(
+            f"torchrun may start this run again (--max-restarts {most}), and without --out each start would begin a "
+            "new one; give --out."
+        )
+    again = count and (Path(str(out)) / CONFIG_FILE).is_file()
+    return Path(str(out)) if again else None
 
 
 def continue_run(
