@@ -13,6 +13,7 @@ import yaml
 from tests.pictures import write_classes, write_image
 
 from nearkin.cli import run
+from nearkin.files import SaveFailed
 
 FAST = [
     "--epochs",
@@ -422,7 +423,7 @@ def test_a_loss_that_is_not_finite(here, capsys, monkeypatch):
 
     def poisoned(self, batch, student, teacher, progress):
         loss = plain(self, batch, student, teacher, progress)
-        return loss._replace(total=loss.total * float("nan")) if progress.step == 4 else loss
+        return not_finite(loss) if progress.step == 4 else loss
 
     monkeypatch.setattr(CoNe, "forward", poisoned)
     write_classes(here / "photos", each=20)
@@ -435,6 +436,29 @@ def test_a_loss_that_is_not_finite(here, capsys, monkeypatch):
     newest = Store(here / "run" / "checkpoints").load_newest(print)
     assert newest.step <= 4
     assert all(torch.isfinite(t).all() for t in newest.tensors["network"].values())
+
+
+def test_a_replay_that_cannot_be_written_does_not_hide_the_divergence(here, capsys, monkeypatch):
+    from nearkin.training import loop
+    from nearkin.training.step import Stepper
+
+    def full(*_):
+        raise SaveFailed("planted: no room")
+
+    plain = Stepper.step
+    monkeypatch.setattr(loop, "write_json", full)
+    monkeypatch.setattr(Stepper, "step", lambda *words: not_finite(plain(*words)))
+    write_classes(here / "photos")
+    argv = ["train", "photos", "--out", "run", "--batch-size", "8", "--log-level", "warning", *FAST]
+    assert run(argv) == 6
+    warning, error = capsys.readouterr().err.splitlines()[-2:]
+    assert warning == "warning: planted: no room"
+    assert "The loss is not finite at step 0" in error
+    assert "replay.json" not in error
+
+
+def not_finite(loss):
+    return loss._replace(total=loss.total * float("nan"))
 
 
 def test_a_bug_is_called_a_bug(here, capsys, monkeypatch):

@@ -192,6 +192,35 @@ def test_a_failure_right_after_a_resume_names_the_step(tmp_path, monkeypatch):
     assert status["message"] == "ZeroDivisionError: planted error"
 
 
+def diverging(words):
+    """Each process writes down its images of step 3, whose loss is not finite on the second one."""
+    from nearkin.training.step import Stepper
+
+    plain, rank = Stepper.step, os.environ["RANK"]
+
+    def step(self, batch, progress, number):
+        loss = plain(self, batch, progress, number)
+        if number == 3:
+            seen = {"index": batch.index.tolist(), "labels": batch.labels.tolist()}
+            Path(f"{os.environ['FAILED']}-{rank}").write_text(json.dumps(seen))
+            loss = loss._replace(total=loss.total * (float("nan") if rank == "1" else 1))
+        return loss
+
+    Stepper.step = step
+    return command(words)
+
+
+def test_the_replay_lists_the_images_of_all_processes(tmp_path):
+    codes, text = launch(tmp_path, function=diverging)
+    assert codes == [6, 6], text
+    replay = json.loads((tmp_path / "run" / "replay.json").read_text())
+    assert replay["step"] == 3
+    first, second = (json.loads((tmp_path / f"failed-{n}").read_text()) for n in (0, 1))
+    assert len(set(first["index"]) | set(second["index"])) == 8
+    for name in ("index", "labels"):
+        assert replay[name] == first[name] + second[name]
+
+
 SCRIPT = """
 import sys
 from tests.training import test_failures

@@ -20,7 +20,7 @@ from nearkin.distributed import Runtime
 from nearkin.objectives import Objective, get
 from nearkin.training import first_batch
 from nearkin.training.api import resolved
-from nearkin.training.batches import first_keys, train_batches
+from nearkin.training.batches import batch_keys, train_batches
 from nearkin.types import Batch, Outputs, Progress
 
 TINY = {
@@ -198,4 +198,4 @@ def test_a_picture_that_fails_gives_one_warning(tmp_path, monkeypatch, error):
 
 
 def test_the_first_batch_of_several_processes_is_drawn_whole(settings, split):
-    assert len(first_keys(settings, split)) == settings.batch_size
+    assert len(batch_keys(settings, split, 0)) == settings.batch_size

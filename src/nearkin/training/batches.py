@@ -33,11 +33,15 @@ def transform_of(settings: Settings) -> Pipeline:
     return train_transform(TrainSpec.model_validate(settings, from_attributes=True))
 
 
-def first_keys(settings: Settings, split: Split) -> list[SampleKey]:
-    """The draws of the first global batch, in the order of all processes."""
-    size, draw = settings.batch_size, draw_of(settings, split.labels)
+def batch_keys(settings: Settings, split: Split, step: int) -> list[SampleKey]:
+    """The draws of the global batch of a step, in the order of all processes."""
     order = TrainOrder(
-        len(split.labels), seed=settings.seed, batch_size=size, first=0, last=1, draw=draw
+        len(split.labels),
+        seed=settings.seed,
+        batch_size=settings.batch_size,
+        first=step,
+        last=step + 1,
+        draw=draw_of(settings, split.labels),
     )
     return next(iter(order))
 

@@ -23,7 +23,7 @@ from nearkin.report.axes import Svg
 from nearkin.report.page import standalone
 from nearkin.report.sheet import Cell, Row, sheet
 from nearkin.settings import Settings
-from nearkin.training.batches import first_keys, transform_of
+from nearkin.training.batches import batch_keys, transform_of
 
 PLOTS = "plots"
 SAMPLES, DRAWS = 8, 4
@@ -90,7 +90,7 @@ class _Sketch:
 
     def __init__(self, settings: Settings, split: Split, stage: Stage) -> None:
         self.settings, self.split, self.stage = settings, split, stage
-        self.keys = first_keys(settings, split)
+        self.keys = batch_keys(settings, split, 0)
         self.labels = split.labels[[key.row for key in self.keys]]
         self.transform = transform_of(settings)
 

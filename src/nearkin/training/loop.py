@@ -11,6 +11,7 @@ import torch
 from nearkin.data.loader import WorkersDied
 from nearkin.distributed import Flags, Runtime
 from nearkin.errors import DataError, DivergedError, Stopped
+from nearkin.files import SaveFailed
 from nearkin.objectives import Stage
 from nearkin.process import stop_requested
 from nearkin.settings import Settings
@@ -52,7 +53,8 @@ def legs(stages: tuple[Stage, ...], epochs: int, steps_per_epoch: int) -> list[L
 class Loop:
     """Trains the stages of a run from the start or from a snapshot.
 
-    loader(stage, first, last): yields this process's blocks of the batches. validate(): a record with `value`, or None
+    loader(stage, first, last): yields this process's blocks of the batches. listed(step): the images and labels of a
+    whole batch, by name. validate(): a record with `value`, or None
     without a validation split. probed: whether the network as given is validated before the first step.
     """
 
@@ -66,13 +68,14 @@ class Loop:
         journal: Journal,
         bar: Bar,
         loader: Callable[[Stage, int, int], Iterator[Batch]],
+        listed: Callable[[int], dict[str, list[int]]],
         validate: Callable[[], dict[str, Any] | None],
         probed: bool,
     ) -> None:
         self.settings, self.runtime, self.stepper = settings, runtime, stepper
         self.saver, self.journal, self.bar = saver, journal, bar
         self.route, self.steps = route, route[-1].last
-        self.loader, self.validate, self.probed = loader, validate, probed
+        self.loader, self.listed, self.validate, self.probed = loader, listed, validate, probed
         self.meters = Meters(runtime.device)
         self.flags = Flags(runtime)
         self.collapse = CollapseWatch()
@@ -133,21 +136,20 @@ class Loop:
         self.saver.forget_best()
 
     def _train(self, leg: Leg, step: int, saved: bool = False) -> int:
-        last_batch: Batch | None = None
-        batches = self.loader(leg.stage, step, leg.last)
+        first, batches = step, self.loader(leg.stage, step, leg.last)
         while step < leg.last:
-            batch = self._next(batches, leg, last_batch, step)
+            batch = self._next(batches, leg, step, step > first)
             progress = self._progress(leg, step)
             loss = self.stepper.step(batch, progress, step)
-            stop = self._exchange_flags(loss, last_batch, step)
-            last_batch, step, saved = batch, step + 1, False
+            stop = self._exchange_flags(loss, step)
+            step, saved = step + 1, False
             self.meters.add(loss)
             self.bar.tick(step, leg.stage.name, progress.epoch)
             if step % self.settings.log_every == 0 or step == leg.last:
                 self._record_losses(progress, step)
             ended = step % self.stepper.steps_per_epoch == 0
             if ended:
-                self._check_last_step(last_batch, step)
+                self._check_last_step(step)
                 self._record_epoch(progress, step)
                 try:
                     self._record_validation(progress, step)
@@ -155,7 +157,7 @@ class Loop:
                     self._save(leg, step, validated=False)
                     raise
             if stop:
-                self._check_last_step(last_batch, step)
+                self._check_last_step(step)
                 # The other processes must not end before the checkpoint is whole.
                 saved = self.runtime.share(self._save(leg, step))
                 how = "everything is saved" if saved else "the last steps could not be saved"
@@ -166,15 +168,13 @@ class Loop:
             self._save(leg, step)
         return step
 
-    def _next(
-        self, batches: Iterator[Batch], leg: Leg, last_batch: Batch | None, step: int
-    ) -> Batch:
+    def _next(self, batches: Iterator[Batch], leg: Leg, step: int, unsaved: bool) -> Batch:
         """The next batch. If none can be had, the steps so far are saved first: none is in progress here."""
         try:
             return next(batches)
         except (Stopped, WorkersDied, DataError):
-            if last_batch is not None:
-                self._check_last_step(last_batch, step)
+            if unsaved:
+                self._check_last_step(step)
                 self._save(leg, step)
             raise
 
@@ -186,19 +186,19 @@ class Loop:
         )
         return Progress(leg.stage.name, done, steps, done // per_epoch, steps // per_epoch)
 
-    def _exchange_flags(self, loss: Loss, last_batch: Batch | None, step: int) -> bool:
+    def _exchange_flags(self, loss: Loss, step: int) -> bool:
         """Send the flags of this step; return whether any process asked to stop in the step before."""
         stop, bad = self.flags.read()
         self.flags.post(stop_requested(), ~torch.isfinite(loss.total.detach()))
-        if bad and last_batch is not None:
-            self._raise_diverged(last_batch, step - 1)
+        if bad:
+            self._raise_diverged(step - 1)
         return stop
 
-    def _check_last_step(self, batch: Batch, step: int) -> None:
+    def _check_last_step(self, step: int) -> None:
         """Wait for the flags of the step just taken: a loss that is not finite is neither validated nor saved."""
         stop, bad = self.flags.read()
         if bad:
-            self._raise_diverged(batch, step - 1)
+            self._raise_diverged(step - 1)
         finite = torch.zeros((), dtype=torch.bool, device=self.runtime.device)
         self.flags.post(stop or stop_requested(), finite)
 
@@ -208,21 +208,18 @@ class Loop:
         due = self.runtime.is_main and self.saver.due(ended)
         return due and bool(torch.isfinite(loss.total.detach()))
 
-    def _raise_diverged(self, batch: Batch, step: int) -> None:
-        # Set by the stepper before this step; all other draws are keyed to (seed, step, sample).
-        generator = torch.Generator().manual_seed(self.settings.seed + step)
-        replay = {
-            "step": step,
-            "seed": self.settings.seed,
-            "index": batch.index.tolist(),
-            "labels": batch.labels.tolist(),
-            "rank": self.runtime.rank,
-            "rng_state": generator.get_state().tolist(),
-        }
+    def _raise_diverged(self, step: int) -> None:
         where = ""
         if self.runtime.is_main:
-            write_json(self.journal.folder / REPLAY, replay)
-            where = f"; the batch is listed in {REPLAY}"
+            # Set by the stepper before this step; all other draws are keyed to (seed, step, sample).
+            generator = torch.Generator().manual_seed(self.settings.seed + step)
+            state = generator.get_state().tolist()
+            replay = {"step": step, "seed": self.settings.seed, **self.listed(step)}
+            try:
+                write_json(self.journal.folder / REPLAY, replay | {"rng_state": state})
+                where = f"; the batch is listed in {REPLAY}"
+            except SaveFailed as error:  # no reason to call the run resumable
+                self.bar.warn(str(error))
         raise DivergedError(
             f"The loss is not finite at step {step} of {self.steps}{where}, and no checkpoint was written "
             "since. Start a new run with a lower --lr, --clip-grad 1 or --precision fp32."

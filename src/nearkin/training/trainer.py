@@ -24,7 +24,7 @@ from nearkin.network import Network
 from nearkin.objectives import Stage
 from nearkin.process import stop_signals_recorded
 from nearkin.training import first_batch
-from nearkin.training.batches import train_batches
+from nearkin.training.batches import batch_keys, train_batches
 from nearkin.training.checkpoint.saver import Saver, same_run
 from nearkin.training.checkpoint.snapshot import Snapshot
 from nearkin.training.checkpoint.store import Store
@@ -87,6 +87,7 @@ class Trainer:
                 self.journal,
                 bar,
                 loader=self._loader,
+                listed=self._listed,
                 validate=self._validate,
                 probed=self.settings.probe,
             )
@@ -157,6 +158,10 @@ class Trainer:
         return train_batches(
             self.settings, split, self.runtime, views=views, first=first, last=last
         )
+
+    def _listed(self, step: int) -> dict[str, list[int]]:
+        rows = [key.row for key in batch_keys(self.settings, self.train_split, step)]
+        return {"index": rows, "labels": self.train_split.labels[rows].tolist()}
 
     def _validate(self) -> dict[str, Any] | None:
         split = self.dataset.splits.get("val")
