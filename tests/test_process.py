@@ -77,6 +77,12 @@ def test_processes_of_another_launcher_are_refused(env, capsys, rank, size):
         refuse_other_launchers()
 
 
+def test_a_port_that_cannot_be(env, capsys):
+    env(SLURM | {"MASTER_PORT": "70000"})
+    assert command(["train", "digits"]) == 2
+    assert "MASTER_PORT is 70000, above 65535." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("step", ["", "4294967291", "4294967290"])
 def test_a_batch_script_is_one_process(env, step):
     """It has the number of tasks that srun would start."""

@@ -48,6 +48,13 @@ class Stopped(NearkinError):
     code = 75
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch or Python could not get the memory that they asked for."""
+    words = ("out of memory", "allocate memory", "not enough memory")
+    said = isinstance(error, RuntimeError) and any(each in str(error).lower() for each in words)
+    return said or isinstance(error, MemoryError)
+
+
 CUTOFF = 0.75  # least similarity by difflib; at 0.6 --learning-rate resembles --drop-rate
 
 

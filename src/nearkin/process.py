@@ -126,6 +126,7 @@ OTHER_LAUNCHERS = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     ("PMI_RANK", "PMI_SIZE"),
 )
+MOST_PORT = 65_535  # of TCP
 SPECIAL_STEPS = 1 << 31  # Slurm's numbers of batch scripts and of interactive shells are above
 
 
@@ -153,7 +154,7 @@ def launched() -> Launch:
     env = os.environ
     if "TORCHELASTIC_RUN_ID" in env and "WORLD_SIZE" in env:
         world, local = _number("WORLD_SIZE"), _number("LOCAL_WORLD_SIZE")
-        address, port = env["MASTER_ADDR"], _number("MASTER_PORT")
+        address, port = env["MASTER_ADDR"], _port()
         rank, local_rank = _number("RANK"), _number("LOCAL_RANK")
         return Launch(max(1, world // local), local, rank, local_rank, address, port)
     if not _started_by_srun(env):
@@ -169,7 +170,7 @@ def launched() -> Launch:
     first = re.sub(r"\[(\w+)[^]]*\]", r"\1", env.get("SLURM_NODELIST", "127.0.0.1")).split(",")[0]
     # The same on all nodes, another in each job.
     job = _number("SLURM_JOB_ID", "0")
-    port = _number("MASTER_PORT", str(15_000 + job % 10_000))
+    port = _port(15_000 + job % 10_000)
     rank, local_rank = _number("SLURM_PROCID"), _number("SLURM_LOCALID")
     return Launch(nodes, tasks // nodes, rank, local_rank, env.get("MASTER_ADDR", first), port)
 
@@ -177,6 +178,13 @@ def launched() -> Launch:
 def restarts() -> tuple[int, int]:
     """How often torchrun has started this launch again, and how often it may (`--max-restarts`). Raises ConfigError."""
     return _number("TORCHELASTIC_RESTART_COUNT", "0"), _number("TORCHELASTIC_MAX_RESTARTS", "0")
+
+
+def _port(usual: int | None = None) -> int:
+    port = _number("MASTER_PORT", "" if usual is None else str(usual))
+    if port > MOST_PORT:
+        raise ConfigError(f"The environment variable MASTER_PORT is {port}, above {MOST_PORT}.")
+    return port
 
 
 def _number(name: str, otherwise: str = "") -> int:

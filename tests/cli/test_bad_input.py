@@ -478,6 +478,20 @@ def test_a_bug_is_called_a_bug(here, capsys, monkeypatch):
     assert "KeyError" in error
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")]
+)
+def test_memory_that_ran_out_is_no_bug(here, capsys, monkeypatch, error):
+    import nearkin.cli.list_ as verb
+
+    def greedy(_):
+        raise error
+
+    monkeypatch.setattr(verb, "main", greedy)
+    assert run(["list", "models"]) == 6
+    assert capsys.readouterr().err.startswith("nearkin: error: The memory ran out; ")
+
+
 def test_debug_does_not_change_the_exit_code(here, capsys):
     assert run(["train", "nowhere", "--debug"]) == 3
     assert "Traceback" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from tests.pictures import write_classes
 import nearkin
 from nearkin.cli import run as command
 from nearkin.config import RunConfig, read_yaml, validate
+from nearkin.data.loader import WorkersDied
 from nearkin.errors import ConfigError, DataError, ModelError, Stopped
 from nearkin.files import SaveFailed
 from nearkin.training.checkpoint.saver import Saver
@@ -282,7 +283,14 @@ def test_a_run_folder_that_is_removed_ends_the_run(tmp_path, monkeypatch):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_a_stop_in_a_validation_is_continued_with_that_validation(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        Stopped("Stopped on request while evaluating; continue with --resume."),
+        WorkersDied("A process that loads images was killed."),
+    ],
+)
+def test_a_stop_in_a_validation_is_continued_with_that_validation(tmp_path, monkeypatch, error):
     monkeypatch.chdir(tmp_path)
     write_classes(tmp_path / "photos")
     options = OPTIONS | {"threads": 1, "epochs": 3}
@@ -292,12 +300,12 @@ def test_a_stop_in_a_validation_is_continued_with_that_validation(tmp_path, monk
     def stopping(self):
         calls.append(1)
         if len(calls) == 2:
-            raise Stopped("Stopped on request while evaluating; continue with --resume.")
+            raise error
         return validate(self)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_validate", stopping)
-        with pytest.raises(Stopped):
+        with pytest.raises(type(error)):
             nearkin.train("photos", out="stopped", **options)
     resumed = nearkin.train(resume="stopped")
     files = [(run / "model.safetensors").read_bytes() for run in (whole.run, resumed.run)]

@@ -74,7 +74,7 @@ REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELO
 
 def run(argv: Sequence[str]) -> int:
     """Run one verb and return the exit code; errors become one sentence on stderr."""
-    from nearkin.errors import NearkinError, printable
+    from nearkin.errors import DivergedError, NearkinError, is_out_of_memory, printable
 
     debug = "--debug" in argv or bool(os.environ.get("NEARKIN_DEBUG"))
     try:
@@ -94,6 +94,10 @@ def run(argv: Sequence[str]) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
+        if is_out_of_memory(error):
+            text = "The memory ran out; end other programs that use it, or give --device cpu."
+            _report("error", text, error)
+            return DivergedError.code
         name = error.filename if isinstance(error, OSError) and error.errno in REFUSED else None
         if isinstance(error, OSError) and isinstance(name, str | bytes):
             path = printable(os.fsdecode(name))

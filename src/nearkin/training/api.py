@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Unpack, cast
 
 from nearkin.catalogue import check_objective
 from nearkin.config import CONFIG_FILE, FREE_ON_RESUME, RunConfig, merge, validate
-from nearkin.errors import ConfigError, DivergedError, ModelError, printable
+from nearkin.errors import ConfigError, DivergedError, ModelError, is_out_of_memory, printable
 from nearkin.evaluation.own_data import described, explaining_place
 from nearkin.process import exit_if_importing_main, launched, refuse_other_launchers, restarts
 from nearkin.settings import Settings
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from nearkin.distributed import Runtime
     from nearkin.training.options import TrainOptions
     from nearkin.training.prepare import Prepared
-
-OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory")
 
 
 def train(
@@ -224,13 +222,12 @@ def running(config: RunConfig) -> Iterator[Runtime]:
         try:
             yield runtime
         except (MemoryError, RuntimeError) as error:
-            text = str(error).lower()
-            if isinstance(error, MemoryError) or any(words in text for words in OUT_OF_MEMORY):
+            if is_out_of_memory(error):
                 raise DivergedError(
                     "The memory ran out; lower --batch-size, --image-size or --workers, or split the batch "
                     "with --accumulate."
                 ) from error
-            if "c++ compiler" in text:
+            if "c++ compiler" in str(error).lower():
                 raise ConfigError(
                     "--compile needs a C++ compiler, and none works here; install g++, or leave it out."
                 ) from error

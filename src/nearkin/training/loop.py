@@ -27,6 +27,8 @@ from nearkin.types import Batch, Loss, Progress
 REPLAY = "replay.json"
 PROBE = "probe"  # in the journal, the stage of the validation before the first step
 
+NO_IMAGES = (Stopped, WorkersDied, DataError)  # why the next images do not come
+
 
 class Leg(NamedTuple):
     """A stage with its place in the run: optimiser steps from `first` (inclusive) to `last` (exclusive)."""
@@ -153,7 +155,7 @@ class Loop:
                 self._record_epoch(progress, step)
                 try:
                     self._record_validation(progress, step)
-                except (Stopped, DataError):
+                except NO_IMAGES:
                     self._save(leg, step, validated=False)
                     raise
             if stop:
@@ -172,7 +174,7 @@ class Loop:
         """The next batch. If none can be had, the steps so far are saved first: none is in progress here."""
         try:
             return next(batches)
-        except (Stopped, WorkersDied, DataError):
+        except NO_IMAGES:
             if unsaved:
                 self._check_last_step(step)
                 self._save(leg, step)
