@@ -22,7 +22,7 @@ class Piece(NamedTuple):
 
 
 # `ce` smooths its labels by 0.1 in fine-tuning (docs/defaults.md), so `ce+ls` would be the same.
-TUNED = "ce,ce+ema,supcon,sincere,cone,schane:mix=0.5:views=1:temperature=0.1"
+TUNED = "ce,ce+ema,supcon,supcon:weight=1,sincere,cone,schane:mix=0.5:views=1:temperature=0.1"
 OWN = "cone:teacher_crop=own:consistency_weight=1"
 TRAINED = f"ce,ce+ls,ce+ema,supcon,gpaco,cone,{OWN},{OWN}:neighbour_weight=0"
 PIECES: dict[str, Piece] = {
@@ -36,7 +36,7 @@ PIECES: dict[str, Piece] = {
     "tune-grocery-5": Piece(
         "Which objective helps with 5 images a class, from ImageNet weights?",
         "grocery81",
-        f"{TUNED},ce:smoothing=0,supcon:weight=1,sigsup",
+        f"{TUNED},ce:smoothing=0,sigsup",
         {"images_per_class": 5, "epochs": 20, **PHOTO},
     ),
     "tune-grocery-20": Piece(

@@ -378,7 +378,7 @@ def cluster(tmp_path, monkeypatch):
     run_all = (
         'echo "$@" >> "$STUB/log"\nlast=${2##*-}; last=${last%%%*}\n'
         "for i in $(seq 0 $last); do\n"
-        'SLURM_NTASKS=2 SLURM_PROCID=0 SLURM_ARRAY_TASK_ID=$i bash "$3" "$4" || exit 1; done\necho 7\n'
+        'SLURM_NTASKS=2 SLURM_PROCID=0 SLURM_ARRAY_TASK_ID=$i bash "$4" "$5" || exit 1; done\necho 7\n'
     )
     stub(folder, "sbatch", run_all)
     stub(folder, "squeue", 'cat "$STUB/queue" 2>/dev/null\nexit 0\n')

@@ -189,7 +189,8 @@ def slurm(folder: Path, names: Sequence[str], number: int | None) -> str:
         _write_script(script)
     write_atomic(listed, ("\n".join(names) + "\n").encode())
     limit = f"%{number}" if number else ""
-    words = ["--parsable", f"--array=0-{len(names) - 1}{limit}", str(script), str(listed)]
+    array, logs = f"--array=0-{len(names) - 1}{limit}", f"--output={folder}/slurm-%A-%a.log"
+    words = ["--parsable", array, logs, str(script), str(listed)]
     sbatch = shutil.which("sbatch")
     if sbatch is None:
         raise ConfigError(
@@ -219,7 +220,6 @@ def _write_script(script: Path) -> None:
     lines = [
         "#!/bin/bash",
         "#SBATCH --job-name=nearkin-compare",
-        f'#SBATCH --output="{script.parent}/slurm-%A-%a.log"',
         "#SBATCH --signal=B:TERM@60",
         "# Add options of your cluster above, such as #SBATCH --gpus=1. $1 lists the runs, a line each.",
         'name=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "$1")',

@@ -24,10 +24,8 @@ from nearkin.process import interrupt, keep_freed_memory, stop_handler
 
 PARENT = "NEARKIN_COMPARE_PARENT"  # process that ends this one when it dies
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
-PATIENCE, LOOK = (
-    120.0,
-    1.0,
-)  # seconds for an earlier process of the same run to end, and between two looks
+PATIENCE = 120.0  # seconds for an earlier process of the same run to end
+LOOK = 1.0  # seconds between two looks whether it has
 
 
 def main(words: Sequence[str]) -> int:
