@@ -228,7 +228,7 @@ def test_a_failure_leaves_no_file(run, here, capsys, monkeypatch):
 
     Path("a.csv").write_text("earlier")
     monkeypatch.setattr(Network, "forward", broken)
-    assert command(["predict", run, "new", "--out", "a.csv"]) == 1
+    assert command(["predict", run, "new", "--out", "a.csv"]) == 6
     assert Path("a.csv").read_text() == "earlier"
     assert sorted(os.listdir()) == ["a.csv", "new"]
 
