@@ -47,6 +47,15 @@ def test_nearest_by_a_loop():
     assert nearest(kin, queries, most=100).index.shape == (3, 40)
 
 
+def test_no_image_is_more_similar_than_equal():
+    """The stored keys are rounded, and may be a little longer than 1."""
+    kin = random_kin()
+    long = kin._replace(embeddings=kin.embeddings * 1.001)
+    found = nearest(long, long.embeddings)
+    assert found.similarity.max() == 1
+    assert distance(found).min() >= 0
+
+
 def test_the_weights_are_the_attention_of_cones_loss():
     kin = random_kin()
     queries = normalize(torch.randn(5, 6, generator=torch.Generator().manual_seed(2)), dim=1)

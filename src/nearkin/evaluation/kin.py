@@ -75,7 +75,7 @@ def nearest(kin: Kin, embeddings: Tensor, *, most: int | None = None) -> Nearest
     found = [
         (F.normalize(rows.float(), dim=1) @ kin.embeddings.T).topk(k, dim=1) for rows in chunks
     ]
-    similarity = torch.cat([each.values for each in found])
+    similarity = torch.cat([each.values for each in found]).clamp(-1, 1)  # the keys are rounded
     weight = (similarity / kin.temperature).softmax(1)
     return Nearest(torch.cat([each.indices for each in found]), similarity, weight)
 
