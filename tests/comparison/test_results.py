@@ -85,6 +85,18 @@ def test_entries_without_a_verdict_do_not_count_in_holm():
     assert found["few"].verdict.startswith("no verdict: 3 seeds")
 
 
+def collected(folder):
+    """`ce` and `cone` with three seeds."""
+    entries = [SimpleNamespace(name=name) for name in ("ce", "cone")]
+    terms = [SimpleNamespace(entry=entry, epochs=None, weights=1) for entry in entries]
+    jobs = [
+        SimpleNamespace(name=f"{entry.name}-seed{seed}", entry=entry, seed=seed)
+        for entry in entries
+        for seed in range(3)
+    ]
+    return collect(folder, terms, jobs, data="x", equal={})
+
+
 def test_classes_are_compared_over_common_seeds(tmp_path, monkeypatch):
     """The third seed of `cone` has failed; that of `ce` was the best."""
     right = {("ce", 0): 200, ("ce", 1): 210, ("ce", 2): 300, ("cone", 0): 220, ("cone", 1): 230}
@@ -97,14 +109,7 @@ def test_classes_are_compared_over_common_seeds(tmp_path, monkeypatch):
     done = {tmp_path / "runs" / f"{name}-seed{seed}" for name, seed in right}
     monkeypatch.setattr(results, "stored_state", lambda p: "finished" if p in done else None)
     monkeypatch.setattr(results, "_read", read)
-    entries = {name: SimpleNamespace(name=name) for name in ("ce", "cone")}
-    terms = [SimpleNamespace(entry=e, epochs=None, weights=1) for e in entries.values()]
-    jobs = [
-        SimpleNamespace(name=f"{name}-seed{seed}", entry=entry, seed=seed)
-        for name, entry in entries.items()
-        for seed in range(3)
-    ]
-    compared = collect(tmp_path, terms, jobs, data="x", equal={})
+    compared = collected(tmp_path)
     means = {name: values["a"] for name, values in compared.classes.items()}
     assert means == pytest.approx({"ce": 205 / 300, "cone": 225 / 300})
     assert any("differences over common ones" in note for note in compared.notes)
@@ -121,13 +126,6 @@ def test_a_run_without_an_epoch_gives_no_verdict(tmp_path, monkeypatch, epochs, 
 
     monkeypatch.setattr(results, "stored_state", lambda _: "finished")
     monkeypatch.setattr(results, "_read", read)
-    entries = {name: SimpleNamespace(name=name) for name in given}
-    terms = [SimpleNamespace(entry=e, epochs=None, weights=1) for e in entries.values()]
-    jobs = [
-        SimpleNamespace(name=f"{name}-seed{seed}", entry=entry, seed=seed)
-        for name, entry in entries.items()
-        for seed in range(3)
-    ]
-    compared = collect(tmp_path, terms, jobs, data="x", equal={})
+    compared = collected(tmp_path)
     assert (compared.verdict("cone") == UNTRAINED) == untrained
     assert any("without an epoch is its probe" in note for note in compared.notes) == untrained
