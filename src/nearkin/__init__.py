@@ -1,4 +1,4 @@
-"""nearkin trains image classifiers that learn from their near kin: neighbours of the same class.
+"""nearkin trains image classifiers from folders of photos, and shows the training images nearest to each prediction.
 
 The names below load what they need when they are first used, so that importing nearkin costs nothing.
 """

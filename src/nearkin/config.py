@@ -324,13 +324,17 @@ class CompareOptions(BaseModel):
         "ce,supcon,cone",
         "NAME[+ls|+ema][:OPTION=VALUE]..., separated by commas; ce is always there",
     )
-    seeds: Count = option(5, "runs of each, at seeds from --seed on; three are the least")
+    seeds: Count = option(
+        5, "runs of each, at seeds from --seed on; fewer than three give no verdict"
+    )
     budget: Literal["crops", "minutes"] = option(
         "crops", "what is equal: crops of images that train the network, or --minutes"
     )
     match_head: bool = option(False, "give ce the projection head of cone")
     tune: Natural = option(0, "trials to choose the options of each, on validation (needs Optuna)")
-    jobs: Count | Auto = option("auto", "runs at a time; auto: one a core, on a GPU one")
+    jobs: Count | Auto = option(
+        "auto", "runs at a time; auto: one for each GPU, without one for each core"
+    )
     submit: Literal["no", "slurm", "ray"] = option(
         "no", "a SLURM array or Ray tasks instead of processes on this machine"
     )

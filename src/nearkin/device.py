@@ -14,11 +14,11 @@ Precision = Literal["fp32", "bf16", "fp16", "fp64"]
 
 
 def choose_device(device: str) -> str:
-    """`auto` becomes cuda, mps or cpu. Raises ConfigError for a device that is not there."""
+    """`auto` becomes cuda or cpu: on mps nothing was ever tried. Raises ConfigError for a device that is not there."""
     gpu, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     there = {"cuda": gpu, "mps": mps, "cpu": True}
     if device == "auto":
-        return next(name for name, present in there.items() if present)
+        return "cuda" if gpu else "cpu"
     if not there[device]:
         raise ConfigError(
             f"--device {device} is not available here; use --device cpu or auto. A run that began on it goes on where "

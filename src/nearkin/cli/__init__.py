@@ -16,9 +16,9 @@ from importlib import import_module
 from typing import Any
 
 HELP = """\
-nearkin trains image classifiers that learn from their near kin: neighbours of the same class.
+nearkin trains image classifiers from folders of photos, and shows the training images nearest to each prediction.
 
-usage: nearkin VERB ...
+usage: nearkin COMMAND ...
 
   doctor    DATA              what is wrong with a data set, before training
   train     [DATA]            train a classifier, from images to a run folder
@@ -35,7 +35,7 @@ usage: nearkin VERB ...
 DATA is a built-in name (digits, offline), a torchvision name (cifar10, downloads), a folder of class folders
 (with or without train/val/test), or a CSV/parquet table of path,label[,split]. Without DATA, train uses digits.
 
-  nearkin VERB --help         the options of a verb
+  nearkin COMMAND --help      its options; --no-NAME turns a switch off, as in --no-flip
   nearkin --version
 
 Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 bug, 2 configuration, 3 data,

@@ -35,7 +35,7 @@ CERTAIN = 1e-8
 
 
 class CoNe(Objective, name="cone"):
-    """Class centre, neighbours in a bank, and their distributional consistency (arXiv 2308.10761).
+    """Cross-entropy, attraction to near images of the class, and agreement with them (arXiv 2308.10761).
 
     total = CE + neighbour_weight * L_neighbour + consistency_weight * L_consistency, after a warm-up on CE.
     Both terms are attention over a bank of the teacher's keys: L_neighbour is minus the log of the attention mass

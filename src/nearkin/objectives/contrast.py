@@ -137,7 +137,7 @@ class SupCon(Contrastive, name="supcon"):
 
 
 class Sincere(Contrastive, name="sincere"):
-    """Each positive alone against the other classes: no positive repels another (arXiv 2309.14277).
+    """SupCon in which images of a class do not repel each other (arXiv 2309.14277).
 
     Joint with CE, or in two stages as published.
     """
@@ -149,7 +149,7 @@ class Sincere(Contrastive, name="sincere"):
 
 
 class VarCon(Contrastive, name="varcon"):
-    """Samples against the class centres of the batch; targets follow confidence (arXiv 2506.07413).
+    """Samples against the class centres of the batch, with softer targets where it is confident (arXiv 2506.07413).
 
     Joint with CE, or in two stages as published. A mixed image is computed for both of its classes.
     """

@@ -83,7 +83,7 @@ def prepare(
     # A run that goes on may have fewer workers than it began with; its stored settings have no `auto`.
     fixed = config.workers != "auto" and classes is None
     settings, built = _resolve(data, dataset, runtime, load=not begun, workers_given=fixed)
-    _say_random_weights(settings, config, quiet)
+    _say_doubts(settings, config, quiet)
     if settings.weights is not None and not begun:
         settings = _with_weights(settings, built, config, quiet)
     settings = _tuned(settings, config, built, runtime, quiet)
@@ -103,8 +103,11 @@ def prepare(
     return Prepared(settings, dataset, built, evaluator, _identity(settings, dataset))
 
 
-def _say_random_weights(settings: Settings, config: RunConfig, quiet: bool) -> None:
-    """Where they are probably not meant."""
+def _say_doubts(settings: Settings, config: RunConfig, quiet: bool) -> None:
+    """Where random weights are probably not meant, and of what went wrong elsewhere."""
+    if settings.compile and settings.device == "cuda":
+        text = "lost accuracy in its one trial on a GPU (docs/performance.md); compare a short run without it"
+        say(f"warning: --compile {text}.", quiet)
     if settings.freeze_backbone and not (settings.pretrained or settings.weights):
         say("note: --freeze-backbone keeps random weights; give --pretrained or --weights.", quiet)
     if defaults.named_from_scratch(config, settings):
