@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from tests.pictures import write_classes
-from tests.processes import ranks, start
+from tests.processes import finish, ranks, start
 
 from nearkin.cli import run as command
 
@@ -168,23 +168,30 @@ def killed():
     Trainer._validate = lambda _: os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_failure_right_after_a_resume_names_the_step(tmp_path, monkeypatch):
+def failing_at_five(run, monkeypatch):
+    """A run with a checkpoint of step 5, at which every try in this process fails."""
     import nearkin
     from nearkin.training.step import Stepper
 
-    plain, failing = Stepper.step, 5
+    plain = Stepper.step
 
     def step(self, batch, progress, number):
-        if number == failing:
+        if number == 5:
             raise ZeroDivisionError("planted error")
         return plain(self, batch, progress, number)
 
     monkeypatch.setattr(Stepper, "step", step)
-    run = tmp_path / "run"
     options = {"images_per_class": 12, "batch_size": 16, "model": "test_resnet", "threads": 1}
     with pytest.raises(ZeroDivisionError):
         nearkin.train("digits", "ce", out=run, epochs=2, save_minutes=1e-6, **options)
     assert (run / "checkpoints" / "step-0000000005").is_dir()
+
+
+def test_a_failure_right_after_a_resume_names_the_step(tmp_path, monkeypatch):
+    import nearkin
+
+    run = tmp_path / "run"
+    failing_at_five(run, monkeypatch)
     with pytest.raises(ZeroDivisionError):
         nearkin.train(resume=run)
     status = json.loads((run / "status.json").read_text())
@@ -256,3 +263,27 @@ def test_torchrun_reports_the_failure_within_a_minute(tmp_path, plant):
     )
     assert done.returncode == 1
     assert done.stderr.count("planted error") == 1, done.stderr
+
+
+def unreadable():
+    """This process alone cannot open the newest checkpoint."""
+    from nearkin.training.checkpoint import snapshot
+
+    plain = snapshot._opened
+
+    def opened(path, size=None):
+        if path.parent.name == "step-0000000005":
+            raise snapshot.Damaged(path.parent, "planted error")
+        return plain(path, size)
+
+    snapshot._opened = opened
+
+
+def test_all_processes_continue_at_the_same_checkpoint_or_end(tmp_path, monkeypatch):
+    run, log = tmp_path / "run", tmp_path / "log"
+    failing_at_five(run, monkeypatch)
+    words = ["train", "--resume", str(run), "--quiet"]
+    both = [start(planted, words, 1, unreadable, env=env, log=log) for env in ranks(2)]
+    assert finish(*both) == [4, 4], log.read_text()
+    assert "another process cannot read (planted error)" in log.read_text()
+    assert log.read_text().count("\n") == 1

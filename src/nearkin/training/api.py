@@ -127,7 +127,7 @@ def continue_run(
             runtime,
             listing=listing,
             classes=run_folder.stored_classes(run),
-            begun=run_folder.has_checkpoint(run),
+            begun=runtime.share(run_folder.has_checkpoint(run)),
             quiet=quiet,
         )
         run_folder.check_identity(run, prepared.identity, settings.data)

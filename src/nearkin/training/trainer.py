@@ -143,8 +143,11 @@ class Trainer:
         )
 
     def _snapshot(self, bar: Bar) -> Snapshot | None:
-        """The newest checkpoint, on every process; the journal is cut back to it."""
-        snapshot = self.store.load_newest(bar.warn)
+        """The newest checkpoint that the first process can read, on all of them; the journal is cut back to it."""
+        snapshot = self.store.load_newest(bar.warn) if self.runtime.is_main else None
+        step = self.runtime.share(snapshot and snapshot.step)
+        if step is not None and not self.runtime.is_main:
+            snapshot = self.store.load(step)
         if snapshot is not None:
             same_run(snapshot, self.prepared.identity)
             bar.say(f"continuing at step {snapshot.step}")

@@ -93,6 +93,17 @@ class Store:
             )
         return None
 
+    def load(self, step: int) -> Snapshot:
+        """The snapshot of `step`, with which the first process goes on. Raises `ModelError`."""
+        path = self.path("step", step)
+        try:
+            return read(path)
+        except Damaged as error:
+            raise ModelError(
+                f"The first process continues at checkpoint {printable(str(path))}, which another process cannot read "
+                f"({printable(error.reason)}); give all processes the same run folder, or continue once more."
+            ) from error
+
     def cut_back(self, step: int) -> None:
         """Remove best weights from after `step`, which a resumed run computes again."""
         with reporting("Best weights from after the checkpoint could not be removed"):
