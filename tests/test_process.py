@@ -113,6 +113,26 @@ def test_unequal_tasks_are_refused(env):
         launched()
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"WORLD_SIZE": "7"},
+        {"LOCAL_WORLD_SIZE": "0"},
+        {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "1", "GROUP_WORLD_SIZE": "2"},  # the other has 3
+    ],
+)
+def test_unequal_nodes_of_torchrun_are_refused(env, values):
+    env(TORCHRUN | values)
+    with pytest.raises(ConfigError, match="on this node; start equally many on each node"):
+        launched()
+
+
+def test_ranks_that_do_not_go_node_after_node_are_refused(env):
+    env(SLURM | {"SLURM_PROCID": "4", "SLURM_LOCALID": "1"})  # --distribution=cyclic
+    with pytest.raises(ConfigError, match="--distribution=block"):
+        launched()
+
+
 def test_torchrun(env):
     env(TORCHRUN)
     assert launched() == Launch(2, 4, 6, 2, "gpu1", 29500)
@@ -141,7 +161,7 @@ def test_each_process_gets_its_share_of_the_cores(env, monkeypatch):
     assert cores() == 12
     env(TORCHRUN)
     assert cores() == 3
-    env({"LOCAL_WORLD_SIZE": "8"})
+    env({"LOCAL_WORLD_SIZE": "8", "LOCAL_RANK": "6"})
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     assert cores() == 1
 

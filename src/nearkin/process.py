@@ -150,13 +150,28 @@ class Launch(NamedTuple):
 
 def launched() -> Launch:
     """Read the environment that torchrun or srun set; one process without either. Raises ConfigError for what is no
-    number there, and for unequal numbers of tasks on the nodes."""
-    env = os.environ
+    number there, for unequal numbers of processes on the nodes, and for ranks that are not numbered node after node."""
+    launch = _read_launch(os.environ)
+    if launch.rank % launch.per_node != launch.local_rank:
+        raise ConfigError(
+            f"Process {launch.rank} has number {launch.local_rank} of {launch.per_node} on its node, so the processes "
+            "are not numbered node after node; start them with srun --distribution=block."
+        )
+    return launch
+
+
+def _read_launch(env: Mapping[str, str]) -> Launch:
     if "TORCHELASTIC_RUN_ID" in env and "WORLD_SIZE" in env:
         world, local = _number("WORLD_SIZE"), _number("LOCAL_WORLD_SIZE")
         address, port = env["MASTER_ADDR"], _port()
         rank, local_rank = _number("RANK"), _number("LOCAL_RANK")
-        return Launch(max(1, world // local), local, rank, local_rank, address, port)
+        nodes = _number("GROUP_WORLD_SIZE", str(world // max(1, local)))
+        if nodes * local != world:
+            raise ConfigError(
+                f"There are {world} processes, {local} of them on this node; start equally many on each node "
+                "(--nproc-per-node)."
+            )
+        return Launch(nodes, local, rank, local_rank, address, port)
     if not _started_by_srun(env):
         return Launch()
     if (tasks := _number("SLURM_NTASKS", "1")) == 1:
