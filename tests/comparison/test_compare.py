@@ -237,6 +237,8 @@ def test_few_test_images_are_refused_before_anything_runs(tmp_path):
         ({"pick": True, "val_split": 0}, "leave out --val-split 0"),
         ({"minutes": 3}, "--minutes needs --budget minutes"),
         ({"objective": "cone"}, "give --objectives"),
+        ({"autotune": True}, "--autotune is not for compare; leave it out"),
+        ({"log_every": 3}, "--log-every is not for compare"),
         ({"submit": "ray2"}, "submit"),
         ({"seeds": 0}, "seeds"),
     ],

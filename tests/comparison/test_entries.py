@@ -42,6 +42,7 @@ def test_match_head_gives_cross_entropy_a_projection_and_nothing_to_others():
         ("supcon:weight", "OPTION=VALUE"),
         ("supcon:epochs=3", "not fair: --epochs is the same for all"),
         ("supcon:data=x", "not fair"),
+        ("supcon:autotune=true", "not fair"),
         ("ce", "nothing to compare"),
         ("", "nothing to compare"),
         ("supcon,supcon", "given twice"),

@@ -8,6 +8,7 @@ from nearkin.catalogue import recipe_or_file
 from nearkin.cli import show
 from nearkin.cli.arguments import Parser
 from nearkin.cli.train import with_data
+from nearkin.comparison.entries import REFUSED
 from nearkin.config import FREE, CompareOptions, RunConfig, merge, read_yaml
 from nearkin.errors import printable
 
@@ -15,9 +16,6 @@ USAGE = "nearkin compare [DATA] [--objectives ce,supcon,cone] [--seeds 5] [--OPT
 ABOUT = """\
 Train several objectives on equal terms, and say whether their differences are more than chance.
 Options of train are given to every run; those of one objective stand behind its name: supcon:weight=1."""
-LEFT_OUT = frozenset(
-    {"objective", "autotune", "log", "log_every", "log_level", "out", *FREE.values()}
-)
 
 
 def main(given: dict[str, Any]) -> int:
@@ -46,5 +44,5 @@ def parser() -> Parser:
     parser.flag("json", "the result as one JSON object on stdout")
     parser.flag("quiet", "nothing on stderr but errors")
     parser.options(CompareOptions)
-    parser.options(RunConfig, without=LEFT_OUT)
+    parser.options(RunConfig, without=REFUSED | {"out", *FREE.values()})
     return parser

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Unpack
 
 import yaml
 
-from nearkin.comparison.entries import Entry, parse
+from nearkin.comparison.entries import REFUSED, Entry, parse
 from nearkin.config import Auto, CompareOptions, RunConfig, read_yaml, to_yaml, validate
 from nearkin.errors import ConfigError, Stopped, counted, printable, to_install
 from nearkin.files import write_atomic
@@ -213,11 +213,12 @@ def _plan(
 def _request(asked: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[Request, Path | None]:
     options: CompareOptions = validate(CompareOptions, asked)
     for name in values:
-        if name == "objective" or name.startswith("objective."):
-            raise ConfigError(
-                f"--{name.replace('_', '-')} is not for compare; give --objectives, with options as in "
-                "supcon:weight=1."
+        if name in REFUSED or name.startswith("objective."):
+            ours = name.startswith("objective")
+            advice = (
+                "give --objectives, with options as in supcon:weight=1" if ours else "leave it out"
             )
+            raise ConfigError(f"--{name.replace('_', '-')} is not for compare; {advice}.")
     own = {name: value for name, value in values.items() if name not in ("out", "seed")}
     config: RunConfig = validate(RunConfig, values)
     if options.budget == "minutes" and config.minutes in ("auto", 0):

@@ -14,14 +14,14 @@ from nearkin.hints import unknown_option
 BASELINE = "ce"
 RIVALS = {"ls": "label smoothing", "ema": "an averaged copy of the weights"}
 SMOOTHING = 0.1  # of `ce+ls`
+# Options that no run of a comparison takes. With --autotune the stopwatch of each run would choose its precision.
+REFUSED = frozenset({"objective", "autotune", "log", "log_every", "log_level"})
 # Options that are the same for all: what a run learns from, for how long, and where it is.
-SHARED = frozenset(
-    {
-        *("data", "objective", "options", "model_options", "seed", "epochs", "minutes"),
-        *("val_split", "split_seed", "images_per_class", "bad_images", "check", "batch_size"),
-        *("out", "log", "log_every", "save_minutes", "log_level", "device", "threads", "workers"),
-    }
-)
+SHARED = REFUSED | {
+    *("data", "options", "model_options", "seed", "epochs", "minutes", "val_split", "split_seed"),
+    *("images_per_class", "bad_images", "check", "batch_size", "out", "save_minutes", "device"),
+    *("threads", "workers"),
+}
 
 
 class Entry(NamedTuple):
