@@ -70,6 +70,27 @@ def test_options_of_an_objective_without_its_name_choose_none(tmp_path):
     assert merge(found, {"objective": "supcon"})["objective.attach"] == "projection"
 
 
+def test_hyphens_are_underscores_in_yaml_too(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("batch-size: 8\nobjective: {name: cone, neighbour-weight: 0.5}")
+    wanted = {"batch_size": 8, "objective": "cone", "objective.neighbour_weight": 0.5}
+    assert read_yaml(path) == wanted
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "batch-size: 8\nbatch_size: 16",
+        "objective: {neighbour-weight: 1, neighbour_weight: 2}",
+        "objective: {topk: 1}\nobjective.topk: 2",
+    ],
+)
+def test_a_name_given_twice_in_yaml_is_refused(tmp_path, text):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"c\.yaml gives \S+ twice"):
+        read_yaml(tmp_path / "c.yaml")
+
+
 def test_later_layers_win_and_another_objective_drops_its_rivals_options():
     merged = merge({"objective": "cone", "objective.topk": 3, "lr": 1}, {"lr": 2})
     assert merged == {"objective": "cone", "objective.topk": 3, "lr": 2}

@@ -6,7 +6,7 @@ Options travel flat, `{"epochs": 30, "objective": "cone", "objective.topk": 512}
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -391,14 +391,25 @@ def _flatten(loaded: Any, path: Path) -> dict[str, Any]:
             f"{printable(str(path))} holds no options; write lines like `epochs: 30`."
         )
     flat: dict[str, Any] = {}
+    for name, value in _named(loaded):
+        if name in flat:
+            raise ConfigError(
+                f"{printable(str(path))} gives {printable(name)} twice; give it once."
+            )
+        flat[name] = value
+    return flat
+
+
+def _named(loaded: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
+    """The names with underscores, and `objective: {name: NAME, OPTION: VALUE}` as flat options."""
     for key, value in loaded.items():
         name = str(key).replace("-", "_")
         if name == "objective" and isinstance(value, dict):
-            flat["objective"] = value.get("name", "auto")
-            flat |= {f"objective.{k}": v for k, v in value.items() if k != "name"}
+            yield name, value.get("name", "auto")
+            own = {k: v for k, v in value.items() if k != "name"}
+            yield from ((f"{name}.{k}".replace("-", "_"), v) for k, v in own.items())
         else:
-            flat[name] = value
-    return flat
+            yield name, value
 
 
 def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
