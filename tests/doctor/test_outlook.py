@@ -76,6 +76,11 @@ def test_every_objective_has_a_forecast():
         assert np.isfinite(numbers).all()
 
 
+@pytest.mark.parametrize("option", ["drop_rate", "drop_path"])
+def test_dropout_has_a_forecast(option):
+    assert "memory" in forecast(objective="ce", batch_size=16, **{option: 0.1})
+
+
 @pytest.mark.parametrize("views", [1, 2])
 def test_the_memory_of_activations_is_that_of_a_whole_batch(views):
     """What autograd keeps of all images of a step, beside the forecast from two of them."""

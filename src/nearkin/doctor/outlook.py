@@ -122,6 +122,7 @@ def _memory(prepared: Prepared) -> dict[str, int]:
     stage = max(stages, key=lambda stage: stage.student_views)
     network.activate(stage.heads, stage.freeze_backbone or settings.freeze_backbone)
     network.train()
+    network.key.set(0, 0, 0, 1)  # of dropout's masks
     few, more = (_kept(network, _images(prepared).repeat(times, 1, 1, 1)) for times in (1, 2))
     each = (more - few) / MEASURED
     images = stage.student_views * settings.batch_size / settings.accumulate
