@@ -134,7 +134,12 @@ def test_several_runs_are_compared(runs, capsys):
         ("first --device tpu", 2, "--device tpu"),
         ("first --outt x", 2, "Did you mean --out?"),
         ("first --out second", 2, "--out second is a folder"),
-        ("first --out nowhere/page.html", 2, "there is no such folder"),
+        ("first --out /dev/null", 2, "--out /dev/null is no regular file"),
+        (
+            "first --out nowhere/page.html",
+            2,
+            "The folder of --out nowhere/page.html does not exist",
+        ),
     ],
 )
 def test_what_is_wrong_is_one_sentence(runs, monkeypatch, capsys, words, code, text):

@@ -43,7 +43,10 @@ def main(given: dict[str, Any]) -> int:
     check_choice("device", given.get("device", "auto"), Device)
     if "bad_images" in given:
         check_choice("bad-images", given["bad_images"], BadPolicy)
-    out = _page(given["out"]) if "out" in given else None
+    from nearkin.cli.rows import check_out
+
+    out = Path(given["out"]) if "out" in given else None
+    check_out(out)
     for name in ("data", "device", "bad_images"):
         if len(runs) > 1 and name in given:
             raise ConfigError(
@@ -65,13 +68,3 @@ def main(given: dict[str, Any]) -> int:
         as_json=given.get("json", False),
     )
     return 0
-
-
-def _page(name: str) -> Path:
-    """Raises ConfigError where no page can be written."""
-    path, shown = Path(name), printable(name)
-    if path.is_dir():
-        raise ConfigError(f"--out {shown} is a folder; give the name of a file, such as page.html.")
-    if not path.absolute().parent.is_dir():
-        raise ConfigError(f"--out {shown}: there is no such folder; make it first.")
-    return path

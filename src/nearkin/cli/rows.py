@@ -55,9 +55,7 @@ def check_out(out: Path | None) -> None:
     if out.is_dir():
         raise ConfigError(f"--out {printable(str(out))} is a folder; give the name of a file.")
     if out.exists() and not out.is_file():  # a pipe or a device would be replaced by a file
-        raise ConfigError(
-            f"--out {printable(str(out))} is no regular file; leave --out away to write to stdout."
-        )
+        raise ConfigError(f"--out {printable(str(out))} is no regular file; give another name.")
     if not out.parent.is_dir():
         raise ConfigError(f"The folder of --out {printable(str(out))} does not exist; make it.")
     if not os.access(out.parent, os.W_OK):
