@@ -1,4 +1,7 @@
-"""Conformal prediction sets: classes that hold the right one in a chosen share of all images."""
+"""Conformal prediction sets: classes that hold the right one in a chosen share of all images.
+
+The same validation images choose the best epoch and fit the temperature, so the true share can be a little lower.
+"""
 
 from __future__ import annotations
 
