@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from datetime import datetime
 from pathlib import Path
 
@@ -162,6 +163,21 @@ def test_the_status_is_replaced_in_one_step(tmp_path: Path) -> None:
         "pid": os.getpid(),
     }
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_threads_may_replace_the_status(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+
+    def write() -> None:
+        for step in range(200):
+            journal.status("failed", step=step, steps=200, epoch=0)
+
+    threads = [threading.Thread(target=write) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not journal.failures
 
 
 def test_the_heartbeat_is_written_every_ten_seconds_and_never_synced(

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -100,6 +101,7 @@ class Journal:
         self.mirror: Callable[[Mapping[str, Any]], None] | None = None
         self.failures: Counter[str] = Counter()
         self._next_heartbeat = -math.inf
+        self._replacing = Lock()  # another process's failure is recorded by a thread of its own
 
     def record(
         self,
@@ -145,7 +147,8 @@ class Journal:
         fields = {"state": state, "step": step, "steps": steps, "epoch": epoch, "best": best}
         fields |= {"message": message, "updated": _now(), "pid": os.getpid()}
         data = _json(fields).encode() + b"\n"
-        self._attempt(STATUS, lambda: _replace(self.folder / STATUS, data))
+        with self._replacing:
+            self._attempt(STATUS, lambda: _replace(self.folder / STATUS, data))
 
     def log(self, text: str) -> None:
         """Append `text` to `train.log`, each line with the time and control characters escaped."""
