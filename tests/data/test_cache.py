@@ -8,6 +8,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -207,6 +208,7 @@ def test_what_a_killed_process_left_is_swept_and_what_a_living_one_has_is_not(
             child.wait(30)
             assert not where.exists(), "it cleans up behind itself"
             return
+        age(where)
         made(dataset)
         assert where.is_dir(), "it is in use"
         child.send_signal(signal.SIGKILL)
@@ -218,6 +220,22 @@ def test_what_a_killed_process_left_is_swept_and_what_a_living_one_has_is_not(
         child.kill()
         child.wait()
         child.stdout.close()
+
+
+def age(folder):
+    """As if it were made two minutes ago."""
+    os.utime(folder, (time.time() - 120,) * 2)
+
+
+def test_a_folder_whose_owner_is_about_to_lock_it_is_not_swept(dataset, tmp_path):
+    fresh = tmp_path / "memory" / f"{cache_room.DRAFT}x"
+    fresh.mkdir()
+    (fresh / cache_room.OWNER).touch()
+    made(dataset)
+    assert fresh.is_dir()
+    age(fresh)
+    made(dataset)
+    assert not fresh.exists()
 
 
 def test_no_room_is_said_before_anything_is_written(dataset, monkeypatch, tmp_path):

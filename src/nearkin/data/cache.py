@@ -120,6 +120,7 @@ FORMAT = 2
 CHUNK = 16  # decoded images per task; 16 tasks or more may wait to be written
 GIB = 2**30
 DRAFT, OWNER = "nearkin-images-", "owner"
+FRESH = 60.0  # seconds
 
 
 class Made(NamedTuple):
@@ -310,9 +311,11 @@ def _publish(draft: Path, owner: BinaryIO, stays: Pack, key: str) -> None:
 
 
 def _sweep(root: Path) -> None:
-    """Delete what killed processes have left."""
+    """Delete what killed processes have left. A folder that has just changed may be one that nobody has locked yet."""
     for folder in root.glob(f"{DRAFT}*"):
         with contextlib.suppress(OSError), (folder / OWNER).open("r+b") as owner:
+            if time.time() - folder.stat().st_mtime < FRESH:
+                continue
             _lock(owner)
             shutil.rmtree(folder, ignore_errors=True)
 
