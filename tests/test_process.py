@@ -8,9 +8,11 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
+from nearkin import process
 from nearkin.cli import VERBS
 from nearkin.cli import run as command
 from nearkin.errors import ConfigError
@@ -40,6 +42,8 @@ def env(monkeypatch):
         launchers = ("SLURM_", "MASTER_", "TORCHELASTIC_", "OMPI_", "PMI_")
         if name.startswith(launchers) or name in ("RANK", "WORLD_SIZE"):
             monkeypatch.delenv(name)
+
+    monkeypatch.setattr(process, "CONTAINER", Path("/nowhere"))
 
     def change(values):
         for name, value in values.items():
@@ -164,6 +168,14 @@ def test_each_process_gets_its_share_of_the_cores(env, monkeypatch):
     env({"LOCAL_WORLD_SIZE": "8", "LOCAL_RANK": "6"})
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     assert cores() == 1
+
+
+def test_a_container_may_allow_fewer_cores(env, monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
+    monkeypatch.setattr(process, "CONTAINER", tmp_path)
+    for text, expected in (("max 100000", 12), ("250000 100000", 2), ("50000 100000", 1)):
+        (tmp_path / "cpu.max").write_text(f"{text}\n")
+        assert cores() == expected
 
 
 def test_slurm_divides_the_cores_itself(env, monkeypatch):

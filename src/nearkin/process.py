@@ -11,7 +11,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, TypeVar
 
@@ -252,7 +253,21 @@ def cores() -> int:
         sharing = launched().per_node if "TORCHELASTIC_RUN_ID" in os.environ else 1
         return max(1, int(given) // sharing)
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if limit := container_limit("cpu.max"):  # microseconds of all cores together, in a period
+        usable = min(usable or 1, limit[0] // limit[1])
     return max(1, (usable or 1) // launched().per_node)
+
+
+CONTAINER = Path(
+    "/sys/fs/cgroup"
+)  # a container sees its own group here (cgroup v2), others the root
+
+
+def container_limit(name: str) -> list[int]:
+    """The numbers in a file of limits of the container, such as cpu.max; empty without a limit."""
+    with suppress(OSError, ValueError):
+        return [int(word) for word in (CONTAINER / name).read_text().split()]  # or "max"
+    return []
 
 
 T = TypeVar("T")

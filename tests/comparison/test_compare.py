@@ -17,6 +17,7 @@ import pytest
 from tests.pictures import write_classes, write_image
 
 import nearkin
+from nearkin import process
 from nearkin.cli import run as command
 from nearkin.comparison import api, launch
 from nearkin.comparison import run as comparison_run
@@ -349,6 +350,14 @@ def test_how_many_run_at_a_time(monkeypatch):
     assert shared.words() == [str(GPU_THREADS), "auto"]
     assert shared.environment(0)[SHARE] == "32"
     assert Machine.of(2, 10, "cpu", ()).words() == ["32", "auto"]
+
+
+def test_a_container_may_allow_less_memory(monkeypatch, tmp_path):
+    monkeypatch.setattr(process, "CONTAINER", tmp_path)
+    free = launch._free_memory()
+    for text, expected in (("max", free), ("1000", 1000)):
+        (tmp_path / "memory.max").write_text(f"{text}\n")
+        assert launch._free_memory() == pytest.approx(expected, rel=0.5)
 
 
 def test_a_run_beside_others_has_its_share_of_the_cores(monkeypatch):

@@ -18,7 +18,7 @@ from nearkin.comparison.run import PARENT
 from nearkin.config import Auto
 from nearkin.errors import ConfigError, Stopped, printable
 from nearkin.files import write_atomic
-from nearkin.process import GPU_THREADS, SHARE, cores, stop_handler
+from nearkin.process import GPU_THREADS, SHARE, container_limit, cores, stop_handler
 
 POLL = 0.2  # seconds between two looks at the processes
 PATIENCE = 60.0  # seconds that they have to save after a stop
@@ -73,7 +73,13 @@ def visible_gpus() -> tuple[str, ...]:
 
 
 def _free_memory() -> int:
-    """Bytes that may be used, with what the page cache would give back; very many where the system does not tell."""
+    """Bytes that may be used, of the machine and of a container; very many where the system does not tell."""
+    # Not memory.current: it counts the page cache, which images that were read may fill.
+    return min([_free_of_machine(), *container_limit("memory.max")])
+
+
+def _free_of_machine() -> int:
+    """With what the page cache would give back."""
     with suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         return 1024 * int(
