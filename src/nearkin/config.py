@@ -386,16 +386,13 @@ def stored(model: type[Options], path: Path) -> Options:
 
 
 def _flatten(loaded: Any, path: Path) -> dict[str, Any]:
+    shown = printable(str(path))
     if not isinstance(loaded, dict):
-        raise ConfigError(
-            f"{printable(str(path))} holds no options; write lines like `epochs: 30`."
-        )
+        raise ConfigError(f"{shown} holds no options; write lines like `epochs: 30`.")
     flat: dict[str, Any] = {}
     for name, value in _named(loaded):
         if name in flat:
-            raise ConfigError(
-                f"{printable(str(path))} gives {printable(name)} twice; give it once."
-            )
+            raise ConfigError(f"{shown} gives {printable(name)} twice; give it once.")
         flat[name] = value
     return flat
 
