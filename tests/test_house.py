@@ -163,6 +163,7 @@ def test_the_public_names():
         "NearkinError",
         "Prediction",
         "Result",
+        "ResumableError",
         "Stopped",
         "__version__",
         "compare",
@@ -174,6 +175,17 @@ def test_the_public_names():
     ]
     for name in nearkin.__all__:
         assert getattr(nearkin, name) is not None
+
+
+def test_all_that_ends_with_75_can_be_caught_at_once():
+    """A caller may then start the same run again, as a scheduler does."""
+    from nearkin.data.loader import WorkersDied
+    from nearkin.distributed import ProcessDied
+    from nearkin.files import SaveFailed
+
+    for error in (nearkin.Stopped, SaveFailed, WorkersDied, ProcessDied):
+        assert issubclass(error, nearkin.ResumableError)
+        assert error.code == 75
 
 
 def test_no_room_hides_a_public_function():

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         ExportError,
         ModelError,
         NearkinError,
+        ResumableError,
         Stopped,
     )
     from nearkin.evaluation.classifier import Classifier
@@ -54,6 +55,7 @@ __all__ = [
     "NearkinError",
     "Prediction",
     "Result",
+    "ResumableError",
     "Stopped",
     "__version__",
     "compare",

@@ -24,7 +24,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 from torch.nn.parallel import DistributedDataParallel
 
 from nearkin.device import Precision
-from nearkin.errors import ConfigError, NearkinError, Stopped, first_line, printable
+from nearkin.errors import ConfigError, NearkinError, ResumableError, Stopped, first_line, printable
 from nearkin.process import GPU_THREADS, Launch, agreed, exit_if_importing_main, gpu_of, launched
 from nearkin.types import Outputs
 
@@ -387,10 +387,8 @@ class Failures:
             os._exit(code)
 
 
-class ProcessDied(NearkinError):
-    """Another process of the launch ended without an error of its own (exit 75)."""
-
-    code = 75
+class ProcessDied(ResumableError):
+    """Another process of the launch ended without an error of its own."""
 
     def __init__(self) -> None:
         super().__init__("Another process of this launch died; continue with --resume.")

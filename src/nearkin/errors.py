@@ -42,10 +42,14 @@ class DivergedError(NearkinError):
     code = 6
 
 
-class Stopped(NearkinError):
-    """A signal stopped the run; it is saved and can be resumed (exit 75)."""
+class ResumableError(NearkinError):
+    """The work ended early, by no fault of its options or data, and goes on from what is saved (exit 75)."""
 
     code = 75
+
+
+class Stopped(ResumableError):
+    """A signal stopped the run; it is saved and can be resumed (exit 75)."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

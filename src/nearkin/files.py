@@ -9,15 +9,13 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from nearkin.errors import DataError, NearkinError, printable
+from nearkin.errors import DataError, ResumableError, printable
 
 CACHE = "NEARKIN_CACHE_DIR"
 
 
-class SaveFailed(NearkinError):
-    """A file could not be written; its earlier content is untouched (exit code 75: resumable)."""
-
-    code = 75
+class SaveFailed(ResumableError):
+    """A file could not be written; its earlier content is untouched."""
 
 
 @contextlib.contextmanager

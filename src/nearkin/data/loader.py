@@ -29,7 +29,7 @@ from nearkin.data.decode import BadImage
 from nearkin.data.images import ImageSource
 from nearkin.data.sampling import SampleKey, sample_seed
 from nearkin.data.transforms import Pipeline
-from nearkin.errors import ConfigError, DataError, NearkinError, Stopped
+from nearkin.errors import ConfigError, DataError, NearkinError, ResumableError, Stopped
 from nearkin.process import exit_if_importing_main, stop_requested, stop_signals_blocked
 from nearkin.types import Batch
 
@@ -49,10 +49,8 @@ T = TypeVar("T")
 Views = Callable[[ImageSource, Sequence[SampleKey]], list[Tensor]]
 
 
-class WorkersDied(NearkinError):
-    """A process that loads images ended early (exit 75: the saved run can be resumed)."""
-
-    code = 75
+class WorkersDied(ResumableError):
+    """A process that loads images ended early."""
 
 
 def train_loader(
