@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-SMALL = {"model": "resnet10t", "model.channels": "[24,48,96,192]", "model.stem_width": "16"}
+# 0.7 million weights, and half as fast again as the usual stem: it is narrow where the images are still whole.
+SMALL = {"model": "resnet10t", "model.channels": "[16,48,96,192]", "model.stem_width": "8"}
 # Float32 on every device, so that the pieces can be made on any.
 SCRATCH = {"from_scratch": True, "image_size": 32, "precision": "fp32", **SMALL}
 # What photos get without a GPU.
@@ -23,8 +24,7 @@ class Piece(NamedTuple):
 
 # `ce` smooths its labels by 0.1 in fine-tuning (docs/defaults.md), so `ce+ls` would be the same.
 TUNED = "ce,ce+ema,supcon,supcon:weight=1,sincere,cone,schane:mix=0.5:views=1:temperature=0.1"
-OWN = "cone:teacher_crop=own:consistency_weight=1"
-TRAINED = f"ce,ce+ls,ce+ema,supcon,gpaco,cone,{OWN},{OWN}:neighbour_weight=0"
+TRAINED = "ce,ce+ls,ce+ema,supcon,gpaco,cone,cone:neighbour_weight=0"
 PIECES: dict[str, Piece] = {
     # Fine-tuning of packaged ImageNet weights.
     "tune-grocery-1": Piece(
@@ -59,27 +59,27 @@ PIECES: dict[str, Piece] = {
     ),
     # From scratch, long enough to overfit.
     "scratch-cifar-4000": Piece(
-        "Does CoNe gain with the teacher's own crop and a stronger consistency, and is it more than smoothing?",
+        "Which objective helps from scratch, with 10 classes, and is CoNe more than its consistency?",
         "cifar10",
         TRAINED,
-        {"images_per_class": 400, "epochs": 120, "batch_size": 64, "val_split": 0.1, **SCRATCH},
+        {"images_per_class": 400, "epochs": 40, "batch_size": 64, "val_split": 0.1, **SCRATCH},
     ),
     "scratch-cifar-20000": Piece(
         "The same with 20 000 images",
         "cifar10",
         TRAINED,
-        {"images_per_class": 2000, "epochs": 40, "batch_size": 128, **SCRATCH},
+        {"images_per_class": 2000, "epochs": 16, "batch_size": 128, **SCRATCH},
     ),
     "scratch-fashion-2000": Piece(
         "The same with 2 000 grey images",
         "fashion-mnist",
         TRAINED,
-        {"images_per_class": 200, "epochs": 120, "batch_size": 64, **SCRATCH},
+        {"images_per_class": 200, "epochs": 60, "batch_size": 64, **SCRATCH},
     ),
     "scratch-tiny-10000": Piece(
         "The same with 100 classes",
         "tiny-imagenet100",
         TRAINED,
-        {"images_per_class": 100, "epochs": 60, "batch_size": 128, **SCRATCH},
+        {"images_per_class": 100, "epochs": 25, "batch_size": 64, **SCRATCH},
     ),
 }

@@ -2,8 +2,8 @@
 
     NEARKIN_BENCH_STUDY=FOLDER python -m benchmarks.study.pilots [NAME ...]
 
-Each run is one row of docs/data/study-pilots.csv. The settings `cone, ...` are the hypotheses about CoNe; those whose
-options begin with `--trust` change its neighbour term in ways that nearkin has no option for:
+Each run is one row of docs/data/study-pilots.csv. Those whose options begin with `--trust` change the
+neighbour term of CoNe in ways that nearkin has no option for:
 
 - teacher: the term of an anchor is multiplied by the share of its class in its target, without a gradient;
 - mean: all are multiplied by the running mean of that share;
@@ -28,50 +28,61 @@ from nearkin.objectives import cone
 RESULTS = Path("docs/data/study-pilots.csv")
 SMALL = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in SCRATCH.items())
 SMALL = SMALL.replace("--from-scratch True", "--from-scratch") + " --threads 1 --workers 0"
+# The crops of an image through the student are equal in all rows of a cell: an objective that reads two gets half the
+# epochs.
+EPOCHS = 40
 CELLS = {
-    "tiny-imagenet100, 50 per class": Cell(
-        "tiny-imagenet100", 50, f"{SMALL} --batch-size 64 --epochs 60"
-    ),
-    "cifar10, 400 per class": Cell("cifar10", 400, f"{SMALL} --batch-size 64 --epochs 60"),
+    "tiny-imagenet100, 50 per class": Cell("tiny-imagenet100", 50, f"{SMALL} --batch-size 64"),
+    "cifar10, 400 per class": Cell("cifar10", 400, f"{SMALL} --batch-size 64"),
 }
-FEW = "cifar10, 50 per class"  # 400 crops of each image through the student in every run
-FEW_CELL = Cell(
-    "cifar10",
-    50,
-    "--from-scratch --model test_resnet --image-size 32 --batch-size 64 --threads 1 --workers 0",
-)
-CONE, OWN = "--objective cone", "--objective cone --objective.teacher-crop own"
+FEW = "cifar10, 50 per class"
+FEW_CELL = Cell("cifar10", 50, f"{SMALL} --batch-size 64")
+CE = f"--epochs {EPOCHS} --objective ce"
+CONE = f"--epochs {EPOCHS} --objective cone"
+OWN = f"{CONE} --objective.teacher-crop own --objective.consistency-weight 1"
+FEATURES = f"{OWN} --objective.classifier features"
+ALONE = "--objective.neighbour-weight 0"
 SETTINGS = {
-    "ce": "--objective ce",
-    "ce, smoothing 0.1": "--objective ce --objective.smoothing 0.1",
-    "ce, averaged weights": "--objective ce --ema 0.998",
-    "supcon": "--objective supcon",
+    "ce": CE,
+    "ce, smoothing 0.1": f"{CE} --objective.smoothing 0.1",
+    "ce, averaged weights": f"{CE} --ema 0.998",
+    "ce, learning rate doubled": f"{CE} --lr 0.1",
+    "ce, learning rate halved": f"{CE} --lr 0.025",
+    "ce, head of cone": f"{CONE} {ALONE} --objective.consistency-weight 0",
+    "supcon": f"--epochs {EPOCHS // 2} --objective supcon",
+    # As published, but for the sizes; the classifier reads the embedding.
     "cone": CONE,
-    "cone, no neighbour term": f"{CONE} --objective.neighbour-weight 0",
-    "cone, own crop, consistency 1": f"{OWN} --objective.consistency-weight 1",
-    "cone, own crop, consistency 1, no neighbour term": (
-        f"{OWN} --objective.consistency-weight 1 --objective.neighbour-weight 0"
-    ),
-    "cone, times the anchor's share": f"--trust teacher {CONE}",
-    "cone, times the mean share": f"--trust mean {CONE}",
-    "cone, from a mean share of 0.3": f"--trust threshold {CONE}",
-    "cone, lr by the sum of weights": f"{CONE} --lr 0.024",
-    "cone, the whole set in the bank": f"{CONE} --objective.bank 5000",
-    "cone, classifier on the features": f"{CONE} --objective.classifier features",
+    "no neighbour term": f"{CONE} {ALONE}",
+    "own crop, consistency 1": OWN,
+    "own crop, consistency 1, no neighbour term": f"{OWN} {ALONE}",
+    "own crop, consistency 1, averaged weights": f"{OWN} --ema 0.998",
+    # The classifier reads the features.
+    "features": f"{CONE} --objective.classifier features",
+    "features, own crop, consistency 1": FEATURES,
+    "features, own crop, consistency 1, no neighbour term": f"{FEATURES} {ALONE}",
+    "features, own crop, consistency 1, averaged weights": f"{FEATURES} --ema 0.998",
+    "features, own crop, consistency 2": f"{FEATURES} --objective.consistency-weight 2",
+    "features, own crop, consistency 1, neighbour 1.5": f"{FEATURES} --objective.neighbour-weight 1.5",
+    "features, own crop, consistency 1, teacher of 3 epochs": f"{FEATURES} --objective.teacher-horizon 3",
+    "features, own crop, consistency 1, whole set in the bank": f"{FEATURES} --objective.bank 5000",
+    "features, own crop, consistency 1, the anchor's share": f"--trust teacher {FEATURES}",
+    "features, own crop, consistency 1, the mean share": f"--trust mean {FEATURES}",
+    "features, own crop, consistency 1, from a share of 0.3": f"--trust threshold {FEATURES}",
+    "features, own crop, consistency 1, lr doubled": f"{FEATURES} --lr 0.1",
+    "features, own crop, consistency 1, lr halved": f"{FEATURES} --lr 0.025",
 }
 # Stage one of `attract-repulse` reads two crops of an image, stage two one: 235 epochs are 400 crops.
 STRONG = "--augment strong --epochs 400"
-TWO_STAGES = "--objective attract-repulse --epochs 235"
+TWO_STAGES = "--objective attract-repulse --augment strong --epochs 235"
+ONE_STAGE = "--objective attract-repulse --augment strong --objective.contrast-share 0.995"
 FEW_SETTINGS = {
-    "ce, light": "--objective ce --epochs 400",
+    "ce, light": "--objective ce --augment light --epochs 400",
     "ce, strong": f"--objective ce {STRONG}",
     "ce, strong, averaged weights": f"--objective ce {STRONG} --ema 0.998",
     "sce, strong": f"--objective sce {STRONG}",
     "attract-repulse": TWO_STAGES,
-    "its stage one alone": "--objective attract-repulse --epochs 165 --objective.contrast-share 0.995",
-    "stage one with all crops": (
-        "--objective attract-repulse --epochs 200 --objective.contrast-share 0.995"
-    ),
+    "its stage one alone": f"{ONE_STAGE} --epochs 165",
+    "stage one with all crops": f"{ONE_STAGE} --epochs 200",
     "no repulse": f"{TWO_STAGES} --objective.repulse 0 --objective.repulse-end 0",
     "no consistency": f"{TWO_STAGES} --objective.consistency 0",
     "teacher of 20 epochs": f"{TWO_STAGES} --objective.teacher-horizon 20",
@@ -80,7 +91,7 @@ FEW_SETTINGS = {
         f"{TWO_STAGES} --objective.teacher-lr 0.5 --objective.teacher-horizon 20"
     ),
     "consistency 5": f"{TWO_STAGES} --objective.consistency 5",
-    "light": f"{TWO_STAGES} --augment light",
+    "light": "--objective attract-repulse --augment light --epochs 235",
 }
 THRESHOLD, MOMENTUM = 0.3, 0.99
 

@@ -330,7 +330,6 @@ class CompareOptions(BaseModel):
     budget: Literal["crops", "minutes"] = option(
         "crops", "what is equal: crops of images that train the network, or --minutes"
     )
-    match_head: bool = option(False, "give ce the projection head of cone")
     tune: Natural = option(0, "trials to choose the options of each, on validation (needs Optuna)")
     jobs: Count | Auto = option(
         "auto", "runs at a time; auto: one for each GPU, without one for each core"

@@ -26,12 +26,6 @@ def test_rivals_of_cross_entropy():
     assert (averaged.objective, averaged.rival) == ("ce", "ema")
 
 
-def test_match_head_gives_cross_entropy_a_projection_and_nothing_to_others():
-    entries = parse(["ce", "ce+ls", "cone"], match_head=True)
-    heads = [entry.options.get("objective.classifier") for entry in entries]
-    assert heads == ["embedding", "embedding", None]
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -228,12 +228,10 @@ def test_a_rival_that_is_cross_entropy_is_left_out(planned, told):
 
 
 def test_weights_at_inference_count_the_heads_that_logits_need(planned):
-    found, _ = planned("ce,supcon,cone")
-    plain, beside, before = (each.weights for each in found)
-    assert plain == beside  # supcon's projection is not needed
-    assert before > plain
-    (_, matched), *_ = [planned("ce:classifier=embedding,cone")[0][:2]]
-    assert matched.weights == before
+    found, _ = planned("ce,supcon,cone,ce:classifier=embedding,cone:classifier=embedding")
+    plain, *beside, deeper, published = (each.weights for each in found)
+    assert beside == [plain, plain]  # the projections are not needed
+    assert published == deeper > plain
 
 
 def test_runs_start_seed_after_seed(planned):

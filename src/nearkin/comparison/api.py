@@ -54,7 +54,6 @@ def compare(
     *,
     seeds: int = 5,
     budget: Literal["crops", "minutes"] = "crops",
-    match_head: bool = False,
     tune: int = 0,
     jobs: int | Auto = "auto",
     submit: Literal["no", "slurm", "ray"] = "no",
@@ -71,7 +70,7 @@ def compare(
     Raises the errors of `nearkin.errors`. A run that fails is part of the result and raises nothing.
     """
     names = objectives if isinstance(objectives, str) else ",".join(objectives)
-    asked = {"objectives": names, "seeds": seeds, "budget": budget, "match_head": match_head}
+    asked = {"objectives": names, "seeds": seeds, "budget": budget}
     asked |= {"tune": tune, "jobs": jobs, "submit": submit, "pick": pick}
     values = dict(options) | ({} if data is None else {"data": str(data)})
     return compare_options(asked, values, quiet=quiet)
@@ -170,8 +169,6 @@ def _plan(
     from nearkin.comparison.launch import visible_gpus
     from nearkin.comparison.plan import terms, unequal
     from nearkin.comparison.splits import with_test
-    from nearkin.training.defaults import is_pretrained
-    from nearkin.training.prepare import prepare
 
     (folder / RUNS).mkdir(exist_ok=True)
     table, values, notes = folder / SPLIT, request.values, tuple[str, ...]()
@@ -183,13 +180,6 @@ def _plan(
         notes = (note,)
         say(f"note: {note}", quiet)
     with running(config) as runtime:
-        if request.options.match_head:
-            settings = prepare(config, runtime, listing=listing, look=False).settings
-            if is_pretrained(settings):
-                raise ConfigError(
-                    "--match-head is for training from scratch: from trained weights the classifier of cone reads the "
-                    "features, as that of ce does; leave it out."
-                )
         found, told = terms(
             request.entries,
             values,
@@ -236,7 +226,7 @@ def _request(asked: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[Reque
         raise ConfigError(f"--tune needs Optuna; {to_install('tune')}.")
     if options.submit == "ray" and find_spec("ray") is None:
         raise ConfigError(f"--submit ray needs Ray; {to_install('ray')}.")
-    entries = parse(options.objectives.split(","), match_head=options.match_head)
+    entries = parse(options.objectives.split(","))
     return Request(options, entries, own, config.seed), config.out
 
 
@@ -375,7 +365,7 @@ def _equal(request: Request, terms: Sequence[Terms]) -> dict[str, str]:
     from nearkin.training.prepare import origin
 
     sampler = terms[0].options.get("sampler", first.sampler)
-    given = {"head": "ce has the projection of cone"} if options.match_head else {}
+    given = dict[str, str]()
     for each in terms:
         if named := each.entry.of_the_run:
             words = ", ".join(f"{name} {value}" for name, value in named.items())

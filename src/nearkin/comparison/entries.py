@@ -44,10 +44,10 @@ class Entry(NamedTuple):
         return {k: v for k, v in self.options.items() if not k.startswith("objective.")}
 
 
-def parse(names: Sequence[str], *, match_head: bool = False) -> tuple[Entry, ...]:
+def parse(names: Sequence[str]) -> tuple[Entry, ...]:
     """The entries of `NAME[+ls|+ema][:OPTION=VALUE]...`, cross-entropy first: it is added where it is missing.
 
-    An option is the objective's own, else one of the run. match_head: cross-entropy gets the projection head of cone.
+    An option is the objective's own, else one of the run.
 
     Raises ConfigError for an unknown objective, rival or option, and for two entries that are the same.
     """
@@ -55,7 +55,7 @@ def parse(names: Sequence[str], *, match_head: bool = False) -> tuple[Entry, ...
     if BASELINE not in words:
         words.insert(0, BASELINE)
     words.sort(key=lambda word: word != BASELINE)
-    entries = tuple(_entry(word, match_head) for word in words)
+    entries = tuple(_entry(word) for word in words)
     folders = [entry.folder.casefold() for entry in entries]
     for entry in entries:
         if folders.count(entry.folder.casefold()) > 1:
@@ -67,7 +67,7 @@ def parse(names: Sequence[str], *, match_head: bool = False) -> tuple[Entry, ...
     return entries
 
 
-def _entry(word: str, match_head: bool) -> Entry:
+def _entry(word: str) -> Entry:
     head, *settings = word.split(":")
     objective, plus, rival = head.partition("+")
     if (
@@ -82,8 +82,6 @@ def _entry(word: str, match_head: bool) -> Entry:
     options: dict[str, Any] = dict(_setting(objective, setting, word) for setting in settings)
     if rival == "ls":
         options.setdefault("objective.smoothing", SMOOTHING)
-    if match_head and objective == BASELINE:
-        options.setdefault("objective.classifier", "embedding")
     return Entry(word, objective, rival, options)
 
 

@@ -35,6 +35,15 @@ DEPTHS: dict[tuple[tuple[int, ...], bool], str] = {
     ((3, 4, 23, 3), True): "resnet101",
     ((3, 8, 36, 3), True): "resnet152",
 }
+# Inference needs no bank: one slot costs nothing.
+PUBLISHED = {
+    "classifier": "embedding",
+    "consistency_weight": 0.4,
+    "teacher_crop": "same",
+    "bank": 1,
+    "topk": 1,
+    "warmup_steps": 0,
+}
 LARGEST_LIST = 16 << 20
 
 
@@ -69,8 +78,7 @@ def read_cone_checkpoint(file: Path, classes: tuple[str, ...] | None = None) -> 
         image_size=224,
         stem="default",
         objective=CoNe.name,
-        # Inference needs no bank: one slot costs nothing.
-        options={"hidden": hidden, "embedding": embedding, "bank": 1, "topk": 1, "warmup_steps": 0},
+        options=PUBLISHED | {"hidden": hidden, "embedding": embedding},
         classes=_names(classes, count, file),
     )
     built = build(spec)

@@ -119,7 +119,9 @@ class Classifier:
             raise DataError(f"{shown} does not exist; give an image file.")
 
     def embed(self, images: Sequence[Picture]) -> NDArray[np.float32]:
-        """The embeddings `[N, e]` of N images, which the classifier reads; of any length, so compare by cosine.
+        """The embeddings `[N, e]` of N images: the features, or the projection of `cone`.
+
+        They are of any length, so compare by cosine.
 
         Raises BadImage (a DataError) for an image that cannot be read.
         """

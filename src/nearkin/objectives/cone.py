@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nearkin.bank import NeighbourBank
-from nearkin.config import AutoCount, AutoNatural, option
+from nearkin.config import AutoAmount, AutoCount, AutoNatural, option
 from nearkin.functional import PerAnchor, consistency_kl
 from nearkin.functional._bank_attention import bank_attention, multiplies_bf16
 from nearkin.network import Head, projection_head, projection_sizes
@@ -35,20 +35,21 @@ CERTAIN = 1e-8
 
 
 class CoNe(Objective, name="cone"):
-    """Cross-entropy, attraction to near images of the class, and agreement with them (arXiv 2308.10761).
+    """Cross-entropy; near images of the class attract, and vote on the answer (arXiv 2308.10761).
 
     total = CE + neighbour_weight * L_neighbour + consistency_weight * L_consistency, after a warm-up on CE.
     Both terms are attention over a bank of the teacher's keys: L_neighbour is minus the log of the attention mass
     on one's own class, L_consistency the divergence from the neighbours' class probabilities. The student's
-    embedding e feeds the classifier, z = e / |e| the contrast; the teacher gives keys and probabilities. An image's
-    own earlier copies are masked. Inference needs neither bank nor teacher. Equations: docs/methods/cone.md.
+    embedding e at unit length is z, which is contrasted; the classifier reads the features, or e as published. The
+    teacher gives keys and probabilities. An image's own earlier copies are masked. Inference needs neither bank nor
+    teacher. Equations: docs/methods/cone.md.
     """
 
     class Config(Objective.Config):
-        """Weights and temperatures as published; other defaults: docs/methods/cone.md."""
+        """Temperatures and the neighbours' weight as published; other defaults: docs/methods/cone.md."""
 
         neighbour_weight: float = option(0.7, "weight of the neighbour term", ge=0)
-        consistency_weight: float = option(0.4, "weight of the consistency term", ge=0)
+        consistency_weight: AutoAmount = option("auto", "weight of the consistency term")
         neighbour_temperature: float = option(0.1, "of the k neighbours", gt=0)
         consistency_temperature: float = option(0.07, "of the whole bank", gt=0)
         bank: AutoCount = option("auto", "entries K of the bank")
@@ -63,9 +64,8 @@ class CoNe(Objective, name="cone"):
         hidden: AutoCount = option("auto", "hidden width of the projection")
         embedding: AutoCount = option("auto", "width of the embedding")
         attach: Attach = attach_option()
-        classifier: Literal["auto", "embedding", "features"] = option(
-            "auto",
-            "what it reads: the embedding as published, or the features (auto if pretrained)",
+        classifier: Literal["features", "embedding"] = option(
+            "features", "what it reads: the features, or the embedding as published"
         )
         teacher_schedule: Literal["constant", "cosine"] = option(
             "constant", "momentum constant, or the paper's cosine to 1"
@@ -75,8 +75,8 @@ class CoNe(Objective, name="cone"):
         teacher_batchnorm: Literal["own", "average"] = option(
             "own", "the teacher's own statistics, or the student's averaged"
         )
-        teacher_crop: Literal["same", "own"] = option(
-            "same", "the teacher reads the student's crop, or one of its own"
+        teacher_crop: Literal["auto", "same", "own"] = option(
+            "auto", "the teacher reads the student's crop, or one of its own"
         )
 
         def resolve(self, facts: Facts) -> Self:
@@ -87,7 +87,8 @@ class CoNe(Objective, name="cone"):
                 hidden=hidden,
                 embedding=embedding,
                 attach=default_attach(facts),
-                classifier="features" if facts.pretrained else "embedding",
+                consistency_weight=0.4 if facts.pretrained else 1.0,
+                teacher_crop="same" if facts.pretrained else "own",
             )
             wanted = min(max(8 * sized.bank // facts.classes, 32), 512)
             # Where the hardware does not multiply bf16, casts make it slower: 395 ms at 65 536 entries, exact 283.
@@ -131,7 +132,7 @@ class CoNe(Objective, name="cone"):
             horizon=self.config.teacher_horizon,
             momentum=self.config.teacher_momentum,
             batchnorm=self.config.teacher_batchnorm,
-            crop=self.config.teacher_crop,
+            crop="own" if self.config.teacher_crop == "own" else "same",
         )
         views = 2 if policy.crop == "own" else 1
         heads = ("projection", "classifier")

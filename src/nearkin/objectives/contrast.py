@@ -149,7 +149,7 @@ class Sincere(Contrastive, name="sincere"):
 
 
 class VarCon(Contrastive, name="varcon"):
-    """Samples against the class centres of the batch, with softer targets where it is confident (arXiv 2506.07413).
+    """Samples against the class centres of a batch; soft targets if confident (arXiv 2506.07413).
 
     Joint with CE, or in two stages as published. A mixed image is computed for both of its classes.
     """

@@ -46,7 +46,7 @@ class MarginSoftmax(Objective):
 
 
 class ArcFace(MarginSoftmax, name="arcface"):
-    """Softmax over cosines, in which the own class must win by a margin of the angle (arXiv 1801.07698)."""
+    """Softmax over cosines; the own class must win by a margin of the angle (arXiv 1801.07698)."""
 
     class Config(MarginSoftmax.Config):
         """The paper has 0.5 with scale 64."""
@@ -62,7 +62,7 @@ class ArcFace(MarginSoftmax, name="arcface"):
 
 
 class CosFace(MarginSoftmax, name="cosface"):
-    """Softmax over cosines, in which the own class must win by a margin of the cosine (arXiv 1801.09414)."""
+    """Softmax over cosines; the own class must win by a margin of the cosine (arXiv 1801.09414)."""
 
     class Config(MarginSoftmax.Config):
         """The paper has 0.35 with scale 64."""

@@ -53,7 +53,7 @@ class OrthogonalProjection(Objective, name="opl"):
 
 
 class Triplet(Objective, name="triplet"):
-    """The farthest image of a class nearer than the nearest of another, by a margin (arXiv 1703.07737).
+    """The farthest image of a class nearer than any of another, by a margin (arXiv 1703.07737).
 
     total = CE + weight * batch-hard triplet loss of the pooled features, scaled to unit length.
     Heads: one linear classifier on the pooled features. A mixed image is computed for both of its classes.
