@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import io
 import os
 from collections.abc import Iterable, Iterator
@@ -47,6 +48,15 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def own_folder(path: Path) -> None:
+    """Make `path` unless it is there. Raises `OSError`, also where it is a link, as someone else's run folder may hold:
+    nothing is written to or deleted from what it names."""
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, "the folder is a link", str(path))
+    if not path.is_dir():
+        path.mkdir(exist_ok=True)  # another process may have just made it
 
 
 def csv_line(fields: Iterable[object]) -> str:

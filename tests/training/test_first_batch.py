@@ -39,6 +39,15 @@ def split():
     return load_dataset("digits", images_per_class=16).splits["train"]
 
 
+def test_nothing_is_drawn_in_what_a_link_names(tmp_path, settings, split):
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "plots").symlink_to(tmp_path / "theirs")
+    stage = get("supcon")(dim=8, classes=10).stages()[0]
+    with pytest.raises(OSError, match="the folder is a link"):
+        first_batch.draw(tmp_path, settings, split, stage)
+    assert list((tmp_path / "theirs").iterdir()) == []
+
+
 def test_the_crops_are_those_of_the_first_step(settings, split):
     stage = get("supcon")(dim=8, classes=10).stages()[0]
     runtime = Runtime(device="cpu", precision="fp32")

@@ -101,6 +101,15 @@ def test_an_event_file_is_not_written_through_a_link(tmp_path):
     assert not file.is_symlink()
 
 
+def test_no_event_file_is_made_in_what_a_link_names(tmp_path):
+    for name in ("run", "theirs"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "run" / "tensorboard").symlink_to(tmp_path / "theirs")
+    told = sent("tensorboard", tmp_path / "run", [record(1, loss=1.0)])
+    assert list((tmp_path / "theirs").iterdir()) == []
+    assert "the folder is a link" in told.warned[0]
+
+
 def test_a_run_that_goes_on_has_the_log_of_one_that_never_stopped(tmp_path):
     records = [record(step, loss=1 / step, ce=step / 3) for step in range(1, 30)]
     for name in ("whole", "parts"):

@@ -298,3 +298,27 @@ def test_an_atomic_write_does_not_follow_a_link_that_someone_left(tmp_path: Path
     write_atomic(tmp_path / "status.json", b"ours")
     assert (tmp_path / "theirs").read_bytes() == b"theirs"
     assert (tmp_path / "status.json").read_bytes() == b"ours"
+
+
+def test_nothing_is_saved_or_removed_through_a_link(tmp_path: Path) -> None:
+    """Someone else's run folder may hold one."""
+    theirs = tmp_path / "theirs"
+    saved(theirs, 1)
+    Store(theirs).save(snapshot(2), kind="best")
+    (theirs / ".tmp-step-0000000001").mkdir()
+    before = names(theirs)
+    (tmp_path / "checkpoints").symlink_to(theirs)
+    store = Store(tmp_path / "checkpoints")
+    with pytest.raises(SaveFailed, match="the folder is a link"):
+        store.save(snapshot(3))
+    with pytest.raises(SaveFailed, match="the folder is a link"):
+        store.cut_back(0)
+    assert names(theirs) == before
+
+
+def test_only_temporary_folders_of_the_store_are_removed(tmp_path: Path) -> None:
+    own = [".tmp-step-0000000001", ".tmp-damaged-best-0000000002"]
+    for name in (*own, ".tmp-mine"):
+        (tmp_path / name).mkdir()
+    saved(tmp_path, 3)
+    assert names(tmp_path) == [".tmp-mine", "step-0000000003"]

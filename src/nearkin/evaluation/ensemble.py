@@ -31,7 +31,7 @@ from nearkin.evaluation.metrics import reduced
 from nearkin.evaluation.model import FORMAT, WEIGHTS, Bundle, load_bundle
 from nearkin.evaluation.options import DESCRIPTION, BadPolicy, Tta
 from nearkin.evaluation.own_data import PLACE, explaining_place, is_own, stored_origin
-from nearkin.files import SaveFailed, write_atomic
+from nearkin.files import SaveFailed, own_folder, write_atomic
 from nearkin.network import read_safetensors
 from nearkin.process import launched
 from nearkin.types import Predictions
@@ -110,10 +110,8 @@ def write_cached(path: Path, probabilities: Tensor) -> str | None:
     from safetensors.torch import save
 
     folder = path.parent
-    if folder.is_symlink():
-        return f"{printable(str(folder))} is a link, so the predictions were not kept there"
     try:
-        folder.mkdir(exist_ok=True)
+        own_folder(folder)
         found = probabilities.contiguous()
         write_atomic(path, save({NAME: found, CHECK: checksum(found)}))
     except OSError as error:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from nearkin.data.dataset import Split
 from nearkin.data.sampling import SampleKey, sample_seed
 from nearkin.errors import counted
-from nearkin.files import write_atomic
+from nearkin.files import own_folder, write_atomic
 from nearkin.objectives import Stage
 from nearkin.report.axes import Svg
 from nearkin.report.page import standalone
@@ -52,7 +52,7 @@ def draw(run: Path, settings: Settings, split: Split, stage: Stage) -> None:
     pictures = {"samples": sketch.samples()}
     if stage.pairs != "none":
         pictures["positives"] = sketch.positives()
-    (run / PLOTS).mkdir(exist_ok=True)
+    own_folder(run / PLOTS)
     for name, svg in pictures.items():
         write_atomic(run / PLOTS / f"{name}.svg", standalone(svg).encode())
 

@@ -21,7 +21,7 @@ from threading import Thread
 from typing import Any, NamedTuple, Protocol
 
 from nearkin.errors import ConfigError, first_line, printable, to_install
-from nearkin.files import write_atomic
+from nearkin.files import own_folder, write_atomic
 
 LONGEST_QUEUE = 10_000  # records that wait for a logger before it is given up
 PATIENCE = 20.0  # seconds that the end of a run waits for loggers; Slurm kills at 30
@@ -74,7 +74,7 @@ class TensorBoard:
 
     def start(self, settings: Mapping[str, Any], folder: Path) -> str:
         place = folder / "tensorboard"
-        place.mkdir(exist_ok=True)
+        own_folder(place)
         path = place / "events.out.tfevents.nearkin"
         path.unlink(missing_ok=True)  # nothing is written to what a link names
         file = path.open("xb")

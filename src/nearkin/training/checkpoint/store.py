@@ -11,10 +11,10 @@ import shutil
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from nearkin.errors import ModelError, printable
-from nearkin.files import reporting, sync_folder
+from nearkin.files import own_folder, reporting, sync_folder
 from nearkin.training.checkpoint.snapshot import Damaged, Snapshot, best_of, read, verify, write
 
 Kind = Literal["step", "best", "probe"]
@@ -55,8 +55,9 @@ class Store:
         """
         final = self.path(kind, snapshot.step)
         with reporting(f"Checkpoint {printable(str(final))} could not be saved"):
-            if not self.folder.is_dir():
-                self.folder.mkdir()  # in the run folder; where that was removed, nothing is made anew
+            new = not self.folder.exists()
+            own_folder(self.folder)  # where the run folder was removed, nothing is made anew
+            if new:
                 sync_folder(self.folder.parent)
             self._clear()
             if not _is_whole(final):
@@ -106,14 +107,19 @@ class Store:
 
     def cut_back(self, step: int) -> None:
         """Remove best weights from after `step`, which a resumed run computes again."""
+        if not self.folder.exists():
+            return
         with reporting("Best weights from after the checkpoint could not be removed"):
+            own_folder(self.folder)
             self._rename([path for path in self.paths("best") if _step(path) > step])
             self._clear()
 
     def _clear(self) -> None:
         """Remove what a save, or a killed process, left behind."""
-        for temporary in self.folder.glob(".tmp-*"):
-            shutil.rmtree(temporary)
+        name = re.compile(rf"\.tmp-(damaged-)?({'|'.join(get_args(Kind))})-\d{{10,}}")
+        for path in self.folder.iterdir():
+            if name.fullmatch(path.name):
+                shutil.rmtree(path)
 
     def _publish(self, snapshot: Snapshot, final: Path) -> None:
         temporary = self._temporary(final)
