@@ -20,7 +20,7 @@ class NeighbourBank(nn.Module):
     """First in, first out memory of `size` entries: key, labels, class probabilities and sample ids.
 
     All state is in buffers, pointer and fill included, so that a checkpoint restores it exactly. An empty slot has
-    label -1 and is never usable. The bank is not part of the network, whose buffers DDP broadcasts on every step.
+    label -1 and is never usable. The bank is not part of the network, so DDP sends nothing of it.
 
     storage: the type of keys and probabilities. A cast of the module to float64 casts them; other casts do not,
     because the precision of a run does not determine that of its bank.
