@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import errno
+import hashlib
 import io
 import os
 from collections.abc import Iterable, Iterator
@@ -29,6 +30,12 @@ def reporting(failure: str) -> Iterator[None]:
             f"{failure}: {error.strerror or error}; what was saved before is untouched, "
             "free space or repair the permissions, and run again."
         ) from error
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal. Raises `OSError`."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_synced(path: Path, data: bytes) -> None:

@@ -31,7 +31,7 @@ from nearkin.evaluation.metrics import reduced
 from nearkin.evaluation.model import FORMAT, WEIGHTS, Bundle, load_bundle
 from nearkin.evaluation.options import DESCRIPTION, BadPolicy, Tta
 from nearkin.evaluation.own_data import PLACE, explaining_place, is_own, stored_origin
-from nearkin.files import SaveFailed, own_folder, write_atomic
+from nearkin.files import SaveFailed, own_folder, sha256, write_atomic
 from nearkin.network import read_safetensors
 from nearkin.process import launched
 from nearkin.types import Predictions
@@ -54,8 +54,7 @@ def cache_key(run: Path, split: Split, images: str, tta: str, device: torch.devi
     """
     digest = hashlib.sha256()
     for file in (WEIGHTS, DESCRIPTION):
-        with (run / file).open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        digest.update(bytes.fromhex(sha256(run / file)))
     digest.update(json.dumps([FORMAT, tta, device.type, split.name, images, versions()]).encode())
     return digest.hexdigest()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -16,7 +15,7 @@ from nearkin.data.transforms import EvalSpec
 from nearkin.errors import ConfigError, ModelError, printable
 from nearkin.evaluation.options import DESCRIPTION as DESCRIPTION
 from nearkin.evaluation.options import EVIDENCE, check_run
-from nearkin.files import write_atomic
+from nearkin.files import sha256, write_atomic
 from nearkin.network import Network, build_backbone, default_memory_format, read_safetensors
 from nearkin.objectives import Objective, get
 
@@ -136,7 +135,7 @@ def save_bundle(folder: Path, description: Description, weights: dict[str, Tenso
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
     write_atomic(folder / WEIGHTS, save(plain))
     there = (name for name in (WEIGHTS, EVIDENCE) if (folder / name).exists())
-    digests = {name: _digest(folder / name) for name in there}
+    digests = {name: sha256(folder / name) for name in there}
     description = description.model_copy(update={"digests": digests})
     text = json.dumps(description.model_dump(mode="json"), indent=1, allow_nan=False)
     write_atomic(folder / DESCRIPTION, text.encode("utf-8", "surrogateescape"))
@@ -146,7 +145,7 @@ def check_digest(run: Path, description: Description, name: str) -> None:
     """Raises ModelError for a file that is not the one that was saved with this model."""
     wanted = description.digests.get(name)
     try:
-        fits = wanted is None or _digest(run / name) == wanted
+        fits = wanted is None or sha256(run / name) == wanted
     except OSError:
         return  # who reads it says why it cannot be read
     if not fits:
@@ -154,11 +153,6 @@ def check_digest(run: Path, description: Description, name: str) -> None:
             f"{printable(str(run / name))} is not the file that was saved with {DESCRIPTION} (its SHA-256 differs): it "
             "is damaged, or of another run; put the right one back."
         )
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_bundle(run: Path, device: torch.device) -> Bundle:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nearkin.errors import ExportError, counted, listed, printable
-from nearkin.files import write_atomic
+from nearkin.files import sha256, write_atomic
 
 Format = Literal["onnx", "timm", "torch"]
 MANIFEST = "manifest.json"
@@ -63,7 +62,7 @@ class Manifest(BaseModel):
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     """Write manifest.json with the checksums of all files that are in `folder` now; returns what was written."""
-    files = {path.name: digest(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST}
+    files = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.name != MANIFEST}
     whole = manifest.model_copy(update={"files": files})
     text = json.dumps(whole.model_dump(mode="json"), indent=1, allow_nan=False) + "\n"
     write_atomic(folder / MANIFEST, text.encode("utf-8", "surrogateescape"))
@@ -111,17 +110,11 @@ def check_files(folder: Path, manifest: Manifest) -> list[str]:
             )
         if path.is_symlink() or not path.is_file():
             raise ExportError(f"{printable(str(path))} is missing; export the run anew.")
-        if digest(path) != wanted_digest:
+        if sha256(path) != wanted_digest:
             raise ExportError(
                 f"{printable(str(path))} has changed since the export (its SHA-256 differs); export the run anew."
             )
     return sorted({path.name for path in folder.iterdir()} - set(manifest.files) - {MANIFEST})
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def unlisted_note(names: list[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from nearkin.errors import ModelError, printable
+from nearkin.files import sha256
 from nearkin.network.tensor_files import read_file
 
 
@@ -67,7 +67,7 @@ def _verified(package: Package) -> Path:
         )
     path = Path(folder) / package.file
     try:
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest = sha256(path)
     except OSError as error:
         raise ModelError(
             f"The pretrained weights {printable(str(path))} cannot be read ({error.strerror}); install "
