@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from image_files import encoded, folder, noise, write
 
-from nearkin.data.dataset import limited, load_dataset, stratified
+from nearkin.data.dataset import choose, limited, load_dataset, names_of, sizes_of, stratified
 from nearkin.data.decode import BadImage
 from nearkin.data.look import BadImages, write_bad_files
+from nearkin.data.sources.resolve import resolve
 from nearkin.errors import ConfigError, DataError
 
 
@@ -283,6 +284,23 @@ def test_channels(tmp_path):
     )
     with pytest.raises(ConfigError, match="--channels 4"):
         load(tmp_path, channels=4)
+
+
+def test_digests_have_the_values_of_earlier_versions(tmp_path):
+    """Runs that were started with them go on, and caches are found."""
+    for label in ("a", "b"):
+        for number in range(5):
+            path = tmp_path / label / f"{number}.png"
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(b"x" * (number + 1))
+    listing = resolve(str(tmp_path))
+    chosen = choose(listing, channels=3, val_split=0, seed=0, images_per_class=None)
+    found = names_of(listing), sizes_of(listing), chosen.fingerprint
+    assert [digest[:16] for digest in found] == [
+        "898a464a05ee86af",
+        "587f18991c4aaacb",
+        "67ce8ab2c96b3314",
+    ]
 
 
 def test_the_fingerprint_follows_what_is_trained_on(tmp_path):

@@ -117,9 +117,7 @@ class Dataset(NamedTuple):
         for split in self.splits.values():
             for row, label in enumerate(split.labels.tolist()):
                 label_name = self.classes[label].encode("utf-8", "surrogateescape")
-                for field in (split.name.encode(), split.images.identity(row), label_name):
-                    # With their lengths, so that no two lists of fields look alike.
-                    digest.update(b"%d:" % len(field) + field)
+                digest.update(framed(split.name.encode(), split.images.identity(row), label_name))
         return digest.hexdigest()
 
 
@@ -192,6 +190,11 @@ def choose(
     return Dataset(listing.name, parts, notes)
 
 
+def framed(*fields: bytes) -> bytes:
+    """The fields with their lengths, so that no two lists of fields look alike."""
+    return b"".join(b"%d:" % len(field) + field for field in fields)
+
+
 def names_of(listing: Listing) -> str:
     """SHA-256 of the names and classes of the training images as they are listed, in order. Which of them are held out
     for validation, or kept by `images_per_class`, is the same as long as this is."""
@@ -210,8 +213,7 @@ def _digest(listing: Listing, field: Callable[[ImageSource, int], bytes]) -> str
         images = open_images(part.images, "auto")
         for row, label in enumerate(part.labels.tolist()):
             kind = part.classes[label].encode("utf-8", "surrogateescape")
-            for each in (field(images, row), kind):  # with lengths, so that no two lists look alike
-                digest.update(b"%d:" % len(each) + each)
+            digest.update(framed(field(images, row), kind))
     return digest.hexdigest()
 
 

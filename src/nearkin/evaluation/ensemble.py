@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nearkin.config import CONFIG_FILE, Auto, RunConfig, stored
 from nearkin.data.cache import Packed
-from nearkin.data.dataset import EvaluationSplit, Split, load_for_evaluation
+from nearkin.data.dataset import EvaluationSplit, Split, framed, load_for_evaluation
 from nearkin.data.images import Files
 from nearkin.data.look import Ranks
 from nearkin.data.sources.listing import Listing
@@ -83,8 +83,7 @@ def images_digest(split: Split) -> str:
             with suppress(OSError, ValueError):
                 changed = os.stat(images.path(row)).st_mtime_ns  # noqa: PTH116 - called once per image
             parts.append(b"%d" % changed)
-        for part in parts:  # with their lengths, so that no two lists look alike
-            digest.update(b"%d:" % len(part) + part)
+        digest.update(framed(*parts))
     return digest.hexdigest()
 
 
