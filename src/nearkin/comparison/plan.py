@@ -146,7 +146,7 @@ def _without_epochs(entry: Entry, own: dict[str, Any], found: Prepared, first: P
     stages, batch = found.built.objective.stages(), own["batch_size"]
     settings = found.settings.model_copy(update={"batch_size": batch})
     steps = len(first.dataset.splits["train"].labels) // batch
-    weights, images = _needed(found.built), first.dataset.fingerprint
+    weights, images = _needed(found.built), first.identity["data"]
     return Terms(entry, own, None, stages, steps, weights, settings, images)
 
 
