@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import uuid4
 
-from nearkin.config import CONFIG_FILE, RunConfig, read_yaml, validate
+from nearkin.config import CONFIG_FILE, RunConfig, stored
 from nearkin.data.sources.resolve import resolve
 from nearkin.errors import ConfigError, DataError, ModelError, counted, printable, to_install
 from nearkin.evaluation.options import BadPolicy, check_choice, check_run
@@ -86,7 +86,8 @@ def export(
     target = run / f"export-{format}" if out is None else Path(out)
     _check_target(target)
     _check_packages(format)
-    config = _config(run)
+    options = run / CONFIG_FILE
+    config = stored(RunConfig, options) if options.is_file() else None
     listing = resolve(str(data)) if data is not None else _own_data(config)
     import torch
 
@@ -137,18 +138,6 @@ def _check_packages(format: Format) -> None:
         raise ConfigError(
             f"ONNX models need onnx, onnxscript and onnxruntime; {to_install('export')}."
         )
-
-
-def _config(run: Path) -> RunConfig | None:
-    """The options of a run; None where it has none."""
-    path = run / CONFIG_FILE
-    if not path.is_file():
-        return None
-    try:
-        config: RunConfig = validate(RunConfig, read_yaml(path))
-    except ConfigError as error:
-        raise ModelError(f"{printable(str(path))} is damaged: {error}") from None
-    return config
 
 
 def _own_data(config: RunConfig | None) -> Listing:
