@@ -22,12 +22,11 @@ from nearkin.evaluation.frozen import frozen_features
 from nearkin.evaluation.model import ModelSpec, build, load_bundle
 from nearkin.network import Network
 from nearkin.training.console import say
-from nearkin.training.defaults import PHOTO_MODEL, photo_sides
+from nearkin.training.defaults import EVAL_CROP, PHOTO_MODEL, photo_sides
 
 PIXELS = 32  # of the usual short side, below which the pixels themselves are compared
 PIXEL_SIDE = 16
 BATCH = 64
-CROP = 0.875  # the share of the short side that evaluation keeps; as in training, so that both share their cache
 
 
 class Described(NamedTuple):
@@ -57,12 +56,12 @@ def describe(
         return Described(pixel_features(inventory, rows), "pixels")
     with Runtime(device=choose_device(device), precision="fp32") as runtime:
         if run is None:
-            network, spec, architecture = _pretrained(runtime.device.type)
+            network, model, spec = _pretrained(runtime.device.type)
             source = PHOTO_MODEL
         else:
             bundle = load_bundle(run, runtime.device)
-            network, spec = bundle.network, bundle.description.transform
-            architecture, source = _architecture(bundle.description.spec), str(run)
+            network, model = bundle.network, bundle.description.spec
+            spec, source = bundle.description.transform, str(run)
         runtime.place(network)
         say(f"features of {len(rows)} images by {source} ...", quiet)
         evaluator = Evaluator(runtime, spec, batch_size=BATCH, workers="auto")
@@ -75,19 +74,12 @@ def describe(
             some = rows[inventory.split[rows] == number] - again.starts[number]
             if len(some):
                 part = split if len(some) == len(split.labels) else split.take(some)
-                parts.append(frozen_features(evaluator, runtime, network, part, architecture))
+                parts.append(frozen_features(evaluator, runtime, network, part, model))
     views = F.normalize(torch.cat(parts).float(), dim=2)
     return Described(F.normalize(views.mean(1), dim=1), source)
 
 
-def _architecture(spec: ModelSpec) -> str:
-    """As the probe of training writes it, so that both find each other's features."""
-    return spec.model_dump_json(
-        include={"model", "model_options", "channels", "image_size", "stem"}
-    )
-
-
-def _pretrained(device: str) -> tuple[Network, EvalSpec, str]:
+def _pretrained(device: str) -> tuple[Network, ModelSpec, EvalSpec]:
     """As training on such a device reads photos, so that it finds these features."""
     side, eval_side = photo_sides(device)
     spec = ModelSpec(
@@ -100,7 +92,7 @@ def _pretrained(device: str) -> tuple[Network, EvalSpec, str]:
         classes=("0", "1"),
     )
     built = build(spec, load_pretrained=True, pretrained=True)
-    return built.network, EvalSpec.for_size(eval_side, 3, CROP), _architecture(built.spec)
+    return built.network, built.spec, EvalSpec.for_size(eval_side, 3, EVAL_CROP)
 
 
 def pixel_features(inventory: Inventory, rows: Rows) -> Tensor:

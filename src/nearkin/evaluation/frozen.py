@@ -18,6 +18,7 @@ from nearkin.distributed import Runtime
 from nearkin.errors import DataError, ModelError
 from nearkin.evaluation.ensemble import checksum, images_digest, versions
 from nearkin.evaluation.evaluator import Evaluator
+from nearkin.evaluation.model import ModelSpec
 from nearkin.files import SaveFailed, cache_folder, write_atomic
 from nearkin.network import Network, read_safetensors
 
@@ -26,15 +27,17 @@ LARGEST = 1 << 30  # bytes; more is computed anew each time
 
 
 def frozen_features(
-    evaluator: Evaluator, runtime: Runtime, network: Network, split: Split, architecture: str
+    evaluator: Evaluator, runtime: Runtime, network: Network, split: Split, spec: ModelSpec
 ) -> Tensor:
     """The features `[N, 2, d]` of every image of `split` and of its mirror image, float32, on every process.
 
     Kept under a key of everything that they depend on but the number of threads, which changes their last bits:
-    `architecture` (what the backbone was built from, as text), its weights, the evaluation transform, the images
-    (`images_digest`), the kind of device, and versions. A file that is damaged or cannot be written only costs the
+    what the backbone was built from (`spec`), its weights, the evaluation transform, the images (`images_digest`), the
+    kind of device, and versions. A file that is damaged or cannot be written only costs the
     computation.
     """
+    backbone = {"model", "model_options", "channels", "image_size", "stem"}
+    architecture = spec.model_dump_json(include=backbone)
     known = [architecture, runtime.device.type, versions(), evaluator.spec.model_dump()]
     path = _path(network, split, json.dumps(known)) if runtime.is_main else None
     found = runtime.share(None if path is None else _read(path, len(split.labels)))

@@ -21,6 +21,7 @@ MINUTES = 15.0  # without a GPU
 TUNED_OBJECTIVE = "supcon"
 TUNED_SIDE, TUNED_EVAL_SIDE = 160, 192  # without a GPU; random crops enlarge what they show
 GPU_SIDE = 224
+EVAL_CROP = 0.875  # share of the short side that evaluation keeps
 TUNED_EPOCHS = 60
 TUNED_BATCH = 32
 TUNED_LR = 3e-4  # at a batch of 32; a third of it for networks that prefer adamw
@@ -107,7 +108,7 @@ def resolve_data(config: RunConfig, facts: DataFacts) -> DataSettings:
         "epochs": _epochs(config.data, images, tuned),
         "flip": augment != "none" and config.data not in DIGIT_LIKE,
         "eval_size": eval_size,
-        "eval_crop": 1.0 if eval_size <= SMALL_IMAGE else 0.875,
+        "eval_crop": 1.0 if eval_size <= SMALL_IMAGE else EVAL_CROP,
         "mixup": 0.2 if strong else 0.0,
         "cutmix": 1.0 if strong else 0.0,
         "cache": "off",
@@ -205,7 +206,7 @@ def side_in_cache(config: DataSettings) -> int:
     """The short side of cached images: that of evaluation, so that it reads the same pixels as without a cache. With
     random crops it is larger, so that fewer of them have to be enlarged."""
     size, regions = config.image_size, not isinstance(config.crop_scale, str)
-    return max(eval_spec(config).resize, round(size / 0.875) if regions else size)
+    return max(eval_spec(config).resize, round(size / EVAL_CROP) if regions else size)
 
 
 def side_of_scaled(config: DataSettings) -> int:

@@ -69,12 +69,9 @@ def start_from_probe(
     The features are of the evaluation transform and its mirror image; they are kept for the next run. Raises ValueError
     for an objective without a classifier that reads the features.
     """
-    architecture = built.spec.model_dump_json(
-        include={"model", "model_options", "channels", "image_size", "stem"}
-    )
 
     def features(split: Split) -> Tensor:
-        return frozen_features(evaluator, runtime, built.network, split, architecture)
+        return frozen_features(evaluator, runtime, built.network, split, built.spec)
 
     return _give(built.network, built.objective.heads, dataset, features, runtime, most)
 
