@@ -15,7 +15,7 @@ from image_files import encoded, noise, raw_png, write
 from PIL import EpsImagePlugin, Image
 
 from nearkin.data import decode
-from nearkin.data.decode import BadImage, read_image
+from nearkin.data.decode import BadImage, decoded
 from nearkin.errors import DataError
 
 GOOD = {
@@ -23,9 +23,9 @@ GOOD = {
 }
 
 
-def reason(path, **limits) -> str:
+def reason(path) -> str:
     with pytest.raises(BadImage) as caught:
-        read_image(path, channels=3, **limits)
+        decoded(path, channels=3)
     error = caught.value
     assert error.path == os.fspath(path)
     assert error.reason in str(error)
@@ -100,17 +100,21 @@ def test_a_bomb_is_refused_by_its_header(tmp_path, side, monkeypatch):
     assert str(side) in (text := reason_of(tmp_path, content)) or "too many pixels" in text
 
 
-def test_the_pixel_limit_is_exact(tmp_path):
+def test_the_pixel_limit_is_exact(tmp_path, monkeypatch):
     write(tmp_path / "x.png", encoded(noise(0, 10, 10), "PNG"))
-    assert read_image(tmp_path / "x.png", channels=3, max_pixels=100).shape == (3, 10, 10)
-    assert reason(tmp_path / "x.png", max_pixels=99) == "10 x 10 are more than 99 pixels"
+    monkeypatch.setattr(decode, "MAX_PIXELS", 100)
+    assert decoded(tmp_path / "x.png", channels=3).shape == (3, 10, 10)
+    monkeypatch.setattr(decode, "MAX_PIXELS", 99)
+    assert reason(tmp_path / "x.png") == "10 x 10 are more than 99 pixels"
 
 
-def test_the_byte_limit_is_exact(tmp_path):
+def test_the_byte_limit_is_exact(tmp_path, monkeypatch):
     content = GOOD["PNG"]
     write(tmp_path / "x.png", content)
-    assert read_image(tmp_path / "x.png", channels=3, max_bytes=len(content)).shape == (3, 48, 64)
-    assert "larger than" in reason(tmp_path / "x.png", max_bytes=len(content) - 1)
+    monkeypatch.setattr(decode, "MAX_BYTES", len(content))
+    assert decoded(tmp_path / "x.png", channels=3).shape == (3, 48, 64)
+    monkeypatch.setattr(decode, "MAX_BYTES", len(content) - 1)
+    assert "larger than" in reason(tmp_path / "x.png")
 
 
 def test_a_huge_file_is_not_read(tmp_path):
@@ -172,7 +176,7 @@ def test_no_descriptor_is_left_open(tmp_path):
     for _ in range(5):
         reason(tmp_path / "folder.jpg")
         reason(tmp_path / "half.png")
-        read_image(tmp_path / "good.png", channels=3)
+        decoded(tmp_path / "good.png", channels=3)
     assert count() == before
 
 

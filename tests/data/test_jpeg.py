@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from nearkin.data import decode
-from nearkin.data.decode import BadImage, read_image
+from nearkin.data.decode import BadImage, decoded
 
 
 def picture(mode: str = "RGB", width: int = 61, height: int = 43) -> Image.Image:
@@ -58,7 +58,7 @@ def test_grey_files_too(tmp_path, channels):
     content = encoded(picture("L"))
     (tmp_path / "x.jpg").write_bytes(content)
     expected = by_pillow(content).transpose(2, 0, 1)[:channels]
-    assert np.array_equal(read_image(tmp_path / "x.jpg", channels=channels).numpy(), expected)
+    assert np.array_equal(decoded(tmp_path / "x.jpg", channels=channels).numpy(), expected)
 
 
 @pytest.mark.parametrize(("mode", "channels"), [("CMYK", 3), ("RGB", 1)])
@@ -105,19 +105,20 @@ def test_small_files_are_decoded_in_full(least):
 
 
 @pytest.mark.parametrize("least", [0, 40])
-def test_scaled_files_are_turned_and_damage_is_told(tmp_path, least):
+def test_scaled_files_are_turned_and_damage_is_told(tmp_path, least, monkeypatch):
     (tmp_path / "x.jpg").write_bytes(content := encoded(picture("RGB", 320, 240), exif=turned()))
-    image = decode.decoded(tmp_path / "x.jpg", 3, least=least)
+    image = decoded(tmp_path / "x.jpg", 3, least=least)
     assert image.shape == ((3, 80, 60) if least else (3, 320, 240))
     upright = by_pillow(encoded(picture("RGB", 320, 240)))[::-1].transpose(2, 1, 0)
     step = 4 if least else 1
     assert (image.float() - torch.tensor(upright[:, ::step, ::step].copy())).abs().mean() < 12
     (tmp_path / "x.jpg").write_bytes(content[: len(content) // 2])
     with pytest.raises(BadImage, match="truncated"):
-        decode.decoded(tmp_path / "x.jpg", 3, least=least)
+        decoded(tmp_path / "x.jpg", 3, least=least)
     (tmp_path / "x.jpg").write_bytes(content)
+    monkeypatch.setattr(decode, "MAX_PIXELS", 76_799)
     with pytest.raises(BadImage, match="more than 76799 pixels"):
-        decode.decoded(tmp_path / "x.jpg", 3, 76_799, least=least)
+        decoded(tmp_path / "x.jpg", 3, least=least)
 
 
 def segment(marker: int, content: bytes) -> bytes:
@@ -160,6 +161,6 @@ def test_orientation_is_found_wherever_it_stands(tmp_path, head):
 def outcome(path) -> tuple[str, bytes]:
     """What is wrong, or the pixels."""
     try:
-        return "", read_image(path, channels=3).numpy().tobytes()
+        return "", decoded(path, channels=3).numpy().tobytes()
     except BadImage as error:
         return error.reason, b""

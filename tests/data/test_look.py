@@ -18,7 +18,7 @@ from image_files import encoded, folder, noise, write
 from nearkin.data import look as look_module
 from nearkin.data import remembered
 from nearkin.data.dataset import load_dataset
-from nearkin.data.decode import BadImage, inspect, read_image
+from nearkin.data.decode import BadImage, decoded, inspect
 from nearkin.data.images import Files
 from nearkin.data.look import BadImages, Ranks, look, usual_side
 from nearkin.data.sources.folders import find_images
@@ -214,7 +214,7 @@ def test_headers_find_what_is_cut(tmp_path, kind):
     for missing in (2, 30, len(whole) // 2):
         write(tmp_path / "x", whole[:-missing])
         try:
-            read_image(tmp_path / "x", channels=3)
+            decoded(tmp_path / "x", channels=3)
         except BadImage:
             with pytest.raises(BadImage):
                 inspect(tmp_path / "x", channels=3, full=False)

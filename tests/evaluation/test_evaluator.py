@@ -193,7 +193,7 @@ def test_one_pass_gives_predictions_and_embeddings(counted):
 @pytest.mark.parametrize(("tta", "views"), [("none", 1), ("flip", 2), ("tencrop", 10)])
 def test_views_read_every_image_once_and_need_no_larger_batch(counted, tta, views):
     network, evaluator, split, passes, read = counted
-    evaluator.predictions(network, split, tta)
+    list(evaluator.probabilities(network, split, tta))
     assert read == list(range(37))
     assert sum(passes) == views * 37
     assert max(passes) == 20

@@ -57,9 +57,9 @@ class Effect(NamedTuple):
         below = self.between_seeds**2 / n + self.between_images**2 / m + self.rest**2 / (n * m)
         return max(n, self._spread**2 / below) if below > 0 else n
 
-    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
-        """The confidence interval D +- t SE."""
-        half = self._quantile(1 - confidence) * self.error
+    def interval(self) -> tuple[float, float]:
+        """The 95 % confidence interval D +- t SE."""
+        half = self._quantile(0.05) * self.error
         return self.difference - half, self.difference + half
 
     @property

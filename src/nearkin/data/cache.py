@@ -15,7 +15,6 @@ from functools import cached_property
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, BinaryIO, Literal, NamedTuple, Self
 
 import numpy as np
@@ -129,7 +128,7 @@ class Made(NamedTuple):
 
     pack: Pack
     seconds: float
-    bad: Mapping[bytes, str] = MappingProxyType({})
+    bad: Mapping[bytes, str]
 
     def __str__(self) -> str:
         size, how = self.pack.starts[-1] / GIB, f"built in {self.seconds:.1f} s"

@@ -88,48 +88,29 @@ def check_channels(channels: int) -> None:
         raise ConfigError(f"--channels {channels} is not possible; use 1 (grey), 3 (RGB) or auto.")
 
 
-def read_image(
-    path: str | os.PathLike[str],
-    *,
-    channels: int,
-    max_pixels: int = MAX_PIXELS,
-    max_bytes: int = MAX_BYTES,
-) -> Tensor:
-    """The pixels of an image file as uint8 `[channels, H, W]`, upright and contiguous.
+def decoded(path: str | os.PathLike[str], channels: int, least: int = 0) -> Tensor:
+    """The pixels of an image file as uint8 `[channels, H, W]`, upright. The channels of a pixel lie side by side in
+    memory, as decoders leave them and resizing is fastest.
 
     channels: 3 for RGB; 1 for grey, from colour by ITU-R 601 luma (Y = 0.299 R + 0.587 G + 0.114 B).
     EXIF orientation is applied. Transparent pixels are laid on white. 16-bit grey v becomes v / 257,
     rounded; 32-bit integers count as 16-bit where they fit. Of an animation the first frame is taken.
     Colour profiles are not applied, but CIELAB becomes sRGB.
-
-    Raises BadImage for anything but a whole, regular file of one of `FORMATS` (or HEIF, with pillow-heif) of at most
-    `max_bytes` bytes and `max_pixels` pixels, and for floating-point pixels. Never waits on a pipe.
-    """
-    return decoded(path, channels, max_pixels, max_bytes).contiguous()
-
-
-def decoded(
-    path: str | os.PathLike[str],
-    channels: int,
-    max_pixels: int = MAX_PIXELS,
-    max_bytes: int = MAX_BYTES,
-    least: int = 0,
-) -> Tensor:
-    """As `read_image`, but with the channels of a pixel side by side in memory, as decoders leave them and resizing is
-    fastest.
-
     least: unless 0, JPEG files are decoded at the smallest n/8 of their size, up to a half, that leaves both sides
     `least` pixels or more, if there is one: only the low frequencies of each block are decoded, which is faster and
     changes pixels.
+
+    Raises BadImage for anything but a whole, regular file of one of `FORMATS` (or HEIF, with pillow-heif) of at most
+    `MAX_BYTES` bytes and `MAX_PIXELS` pixels, and for floating-point pixels. Never waits on a pipe.
     """
-    return _decode(os.fspath(path), channels, max_pixels, max_bytes, least)[0]
+    return _decode(os.fspath(path), channels, least)[0]
 
 
 def from_pillow(image: Image, channels: int, name: str) -> Tensor:
     """The pixels of a Pillow image, as `decoded` gives those of a file.
 
     Raises BadImage, with `name` as its path, for more than `MAX_PIXELS` pixels or none, and for modes and damage that
-    `read_image` refuses.
+    `decoded` refuses.
     """
     check_channels(channels)
     try:
@@ -150,7 +131,7 @@ def inspect(
 ) -> tuple[Tensor | None, Header]:
     """The pixels of an image file that can be used, as from `decoded`, if they were needed to find out, and its header.
 
-    full: decode it as `read_image` does. Otherwise only its header is read, and its end checked: by the end marker
+    full: decode it. Otherwise only its header is read, and its end checked: by the end marker
     (JPEG, PNG, GIF), or by the length that the header states (WEBP, BMP, TIFF). A file that does not pass is decoded,
     so that an image is refused for the same reasons as by `full`, though damaged pixels go unnoticed. least: see
     `decoded`; the whole file is read at any size, so that the same damage is found.
@@ -159,22 +140,16 @@ def inspect(
     """
     name = os.fspath(path)
     header = None if full else _quick_header(name)
-    return _decode(name, channels, least=least) if header is None else (None, header)
+    return _decode(name, channels, least) if header is None else (None, header)
 
 
-def _decode(
-    name: str,
-    channels: int,
-    max_pixels: int = MAX_PIXELS,
-    max_bytes: int = MAX_BYTES,
-    least: int = 0,
-) -> tuple[Tensor, Header]:
+def _decode(name: str, channels: int, least: int) -> tuple[Tensor, Header]:
     check_channels(channels)
     try:
-        with _regular(name, max_bytes) as file:
+        with _regular(name) as file:
             content = file.read(os.fstat(file.fileno()).st_size)  # all; more would allocate more
         with quiet_pillow:
-            return _upright(content, channels, max_pixels, least)
+            return _upright(content, channels, least)
     except MemoryError:
         raise
     except Exception as error:  # a decoder may raise anything when bytes are damaged
@@ -182,7 +157,7 @@ def _decode(
 
 
 @contextmanager
-def _regular(path: str, max_bytes: int) -> Iterator[BinaryIO]:
+def _regular(path: str) -> Iterator[BinaryIO]:
     """A regular file, open for reading. Opened without blocking, then checked: it cannot be swapped."""
     flags = ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY")  # not every system has each
     descriptor = os.open(path, os.O_RDONLY | sum(getattr(os, flag, 0) for flag in flags))
@@ -192,8 +167,8 @@ def _regular(path: str, max_bytes: int) -> Iterator[BinaryIO]:
             raise _Refused("it is no regular file")
         if status.st_size == 0:
             raise _Refused("it is empty")
-        if status.st_size > max_bytes:
-            raise _Refused(f"it is larger than {max_bytes / 2**20:g} MiB")
+        if status.st_size > MAX_BYTES:
+            raise _Refused(f"it is larger than {MAX_BYTES / 2**20:g} MiB")
         with open(descriptor, "rb", closefd=False) as file:
             yield file
     finally:
@@ -205,7 +180,7 @@ def _quick_header(path: str) -> Header | None:
     from PIL import Image
 
     try:
-        with quiet_pillow, _regular(path, MAX_BYTES) as file:
+        with quiet_pillow, _regular(path) as file:
             image = Image.open(file, formats=_formats())
             width, height = image.size
             if image.mode not in MODES or width * height > MAX_PIXELS or not _whole(file, image):
@@ -277,14 +252,14 @@ def decode_jpeg(content: bytes, channels: int, least: int = 0) -> NDArray[np.uin
     return pixels
 
 
-def _upright(content: bytes, channels: int, max_pixels: int, least: int) -> tuple[Tensor, Header]:
+def _upright(content: bytes, channels: int, least: int) -> tuple[Tensor, Header]:
     """The first frame, turned as its EXIF block says."""
     from PIL import Image
 
     with Image.open(io.BytesIO(content), formats=_formats()) as image:
         width, height = image.size
-        if width * height > max_pixels:  # known from the header, before any pixel is allocated
-            raise _Refused(f"{width} x {height} are more than {max_pixels} pixels")
+        if width * height > MAX_PIXELS:  # known from the header, before any pixel is allocated
+            raise _Refused(f"{width} x {height} are more than {MAX_PIXELS} pixels")
         if image.format == "PNG":
             _check_sums(content)
         mode, bands = image.mode, len(image.getbands())

@@ -51,12 +51,12 @@ class Evaluator:
         self._runtime, self.spec = runtime, spec
         self._batch_size, self._workers = batch_size, workers
 
-    def predictions(self, network: Network, split: Split, tta: Tta = "none") -> Predictions:
+    def predictions(self, network: Network, split: Split) -> Predictions:
         """The predictions for `split`, in its order, on every process.
 
         Memory grows with the images, not with images x classes. Raises ModelError for a network without a classifier.
         """
-        batches = self.probabilities(network, split, tta)
+        batches = self.probabilities(network, split)
         return Predictions(*gathered(self._runtime, (reduced(*batch) for batch in batches)))
 
     def probabilities(

@@ -37,18 +37,18 @@ def counts(confusion: Confusion, classes: Sequence[str]) -> Counts:
     return found
 
 
-def most_confused(confusion: Confusion, classes: Sequence[str], most: int = MOST) -> list[str]:
-    """The classes of the most frequent confusions, at most `most`, in their order; all where there are no more. Where
+def most_confused(confusion: Confusion, classes: Sequence[str]) -> list[str]:
+    """The classes of the most frequent confusions, at most MOST, in their order; all where there are no more. Where
     fewer are confused, the first others as well."""
     place = {name: number for number, name in enumerate(classes)}
     wrong = [(-n, place[a], place[b]) for a, b, n in confusion if a != b and n > 0]
     kept: dict[int, None] = {}
     for _, *pair in sorted(wrong):
         new = [number for number in pair if number not in kept]
-        if len(kept) + len(new) <= most:
+        if len(kept) + len(new) <= MOST:
             kept |= dict.fromkeys(new)
     others = (number for number in range(len(classes)) if number not in kept)
-    return [classes[number] for number in sorted([*kept, *islice(others, most - len(kept))])]
+    return [classes[number] for number in sorted([*kept, *islice(others, MOST - len(kept))])]
 
 
 def ordered(found: Counts) -> list[int]:

@@ -73,13 +73,13 @@ def _image(cell: Cell, x: float, y: float, side: float) -> Svg:
     )
 
 
-def data_uri(pixels: NDArray[np.uint8], side: int = SIDE) -> str:
-    """An image as WebP in a `data:` address, shrunk to `side` pixels; small ones keep every pixel."""
+def data_uri(pixels: NDArray[np.uint8]) -> str:
+    """An image as WebP in a `data:` address, shrunk to SIDE pixels; small ones keep every pixel."""
     from PIL import Image
 
     image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).convert("RGB")
-    small = max(image.size) < side
-    image.thumbnail((side, side))
+    small = max(image.size) < SIDE
+    image.thumbnail((SIDE, SIDE))
     file = io.BytesIO()
     image.save(file, "WEBP", lossless=small, quality=80)
     return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -244,7 +244,6 @@ def bars(
     description: str,
     label: str,
     most: int = 15,
-    decimals: int = 1,
 ) -> Svg:
     """Bars to the right of 0 for values above it and to the left for those below, the largest first.
 
@@ -253,11 +252,11 @@ def bars(
     rows = largest([(name, value) for name, value in values if finite(value)], most)
     left, height, top = 0.34 * WIDTH, 17.0, 6.0
     bottom = top + height * len(rows)
-    room = max((text_width(shown(value, decimals, sign=True)) for _, value in rows), default=0) + 4
+    room = max((text_width(shown(value, 1, sign=True)) for _, value in rows), default=0) + 4
     inner = scale([0.0, *(value for _, value in rows)], left + room, WIDTH - room, margin=0)
     parts = [x_axis(inner, top, bottom, label), _zero(inner, top, bottom)]
     for place, (name, value) in enumerate(rows):
-        parts.append(_bar(name, value, inner, top + height * place, left, decimals))
+        parts.append(_bar(name, value, inner, top + height * place, left))
     return picture(bottom + BELOW, title, description, *parts)
 
 
@@ -272,8 +271,8 @@ def largest(rows: Sequence[tuple[str, float]], most: int) -> list[tuple[str, flo
     return above + below
 
 
-def _bar(name: str, value: float, along: Scale, top: float, left: float, decimals: int) -> Svg:
-    text = shown(value, decimals, sign=True)
+def _bar(name: str, value: float, along: Scale, top: float, left: float) -> Svg:
+    text = shown(value, 1, sign=True)
     start, end = sorted((along.at(0), along.at(value)))
     side = "down" if value < 0 else "up"
     place = (start - 3, "end") if value < 0 else (end + 3, "start")
