@@ -8,7 +8,7 @@ import errno
 import hashlib
 import io
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from nearkin.errors import DataError, ResumableError, printable
@@ -91,6 +91,16 @@ def write_atomic(path: Path, data: bytes) -> None:
             with contextlib.suppress(OSError):  # report the first error
                 temporary.unlink(missing_ok=True)
             raise
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a CSV in UTF-8; bytes of file names that are not UTF-8 stay as they are. Raises `SaveFailed`.
+
+    `open(path, newline="", encoding="utf-8", errors="surrogateescape")` and the csv module give every text and number
+    back exactly.
+    """
+    text = "".join(map(csv_line, (header, *rows)))
+    write_atomic(path, text.encode("utf-8", "surrogateescape"))
 
 
 def cache_folder() -> Path:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nearkin.cli import show
 from nearkin.cli.arguments import Parser, whole_number
-from nearkin.doctor.findings import FILE, check_target, summary, write_csv
+from nearkin.doctor.findings import FILE, check_target, summary, write_findings
 from nearkin.errors import ConfigError, counted, listed, printable
 from nearkin.process import launched
 
@@ -75,7 +75,7 @@ def main(given: dict[str, Any]) -> int:
         sys.stderr.write(
             f"warning: {counted(len(unknown), 'marked path')} not among the images: {listed(unknown)}\n"
         )
-    rows = write_csv(target, report.findings)
+    rows = write_findings(target, report.findings)
     record = {
         "run": given.get("run"),
         "data": report.data,

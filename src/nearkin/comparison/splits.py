@@ -9,7 +9,7 @@ from pathlib import Path
 from nearkin.data.dataset import Dataset, stratified
 from nearkin.data.sources.listing import FileList, ListedSplit, Listing
 from nearkin.errors import DataError, printable
-from nearkin.evaluation.metrics import write_csv
+from nearkin.files import write_csv
 
 TEST_SHARE = 0.2  # of the training images of each class
 

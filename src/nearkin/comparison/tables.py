@@ -8,8 +8,7 @@ from typing import Any
 from nearkin.comparison.page import comparison_page
 from nearkin.comparison.results import Comparison
 from nearkin.errors import counted, printable
-from nearkin.evaluation.metrics import write_csv
-from nearkin.files import write_atomic
+from nearkin.files import write_atomic, write_csv
 from nearkin.training.run_folder import write_json
 
 NAME = "compare"

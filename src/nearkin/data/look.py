@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import statistics
 import sys
@@ -23,7 +21,7 @@ from nearkin.data.decode import BadImage, Header, inspect, quiet_pillow
 from nearkin.data.images import Files, ImageSource
 from nearkin.data.remembered import Fact, Remembered
 from nearkin.errors import DataError, printable
-from nearkin.files import write_atomic
+from nearkin.files import write_csv
 from nearkin.process import agreed, cores
 
 S = TypeVar("S")
@@ -309,12 +307,5 @@ def _started_bar(total: int, what: str) -> Any:
 
 
 def write_bad_files(path: Path, bad: Iterable[BadImage]) -> None:
-    """A CSV of path and reason. Any file name survives: UTF-8 with `surrogateescape`, line ends kept.
-
-    Raises SaveFailed when the file cannot be written.
-    """
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(("path", "reason"))
-    writer.writerows((image.path, image.reason) for image in bad)
-    write_atomic(path, text.getvalue().encode("utf-8", "surrogateescape"))
+    """A CSV of path and reason, in which any file name survives. Raises SaveFailed."""
+    write_csv(path, ("path", "reason"), ((image.path, image.reason) for image in bad))

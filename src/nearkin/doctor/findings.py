@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from nearkin.errors import ConfigError, counted, printable
-from nearkin.files import csv_line, write_atomic
+from nearkin.files import write_csv
 
 Level = Literal["ok", "warning", "error"]
 FILE = "doctor.csv"
@@ -75,7 +75,7 @@ def check_target(folder: Path) -> Path:
     return path
 
 
-def write_csv(path: Path, findings: Sequence[Finding]) -> int:
+def write_findings(path: Path, findings: Sequence[Finding]) -> int:
     """Write a row for each file of each finding, and return their number. Without any row nothing is written, unless
     there is a file of an earlier time to replace. Raises SaveFailed."""
     rows = [
@@ -84,8 +84,7 @@ def write_csv(path: Path, findings: Sequence[Finding]) -> int:
         for file in finding.files
     ]
     if rows or path.exists():
-        text = "".join(map(csv_line, (COLUMNS, *rows)))
-        write_atomic(path, text.encode("utf-8", "surrogateescape"))
+        write_csv(path, COLUMNS, rows)
     return len(rows)
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from nearkin.data.sources.tables import COLUMNS
 from nearkin.doctor.inventory import Inventory
 from nearkin.errors import ConfigError, DataError, counted, printable
-from nearkin.files import csv_line, write_atomic
+from nearkin.files import write_csv
 
 MARKS = ("wrong label", "leave out")
 
@@ -121,15 +121,15 @@ def write_table(path: Path, inventory: Inventory, out: frozenset[int]) -> int:
     """
     folder = path.absolute().parent
     linked = folder.resolve() != folder
-    lines = [csv_line(COLUMNS)]
     kept = [row for row in range(len(inventory.labels)) if row not in out]
     if not any(inventory.split_name(row) == "train" for row in kept):
         raise DataError("No training image is left, so no table is written.")
+    rows = []
     for row in kept:
         key = inventory.key(row)
         written = os.fsdecode(key if linked else _relative(key, os.fsencode(folder)))
-        lines.append(csv_line((written, inventory.label(row), inventory.split_name(row))))
-    write_atomic(path, "".join(lines).encode("utf-8", "surrogateescape"))
+        rows.append((written, inventory.label(row), inventory.split_name(row)))
+    write_csv(path, COLUMNS, rows)
     return len(kept)
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,7 @@ from torch import Tensor
 
 from nearkin.errors import DataError, DivergedError
 from nearkin.evaluation.results import Averages, ClassMetrics, Confused, Metrics
-from nearkin.files import write_atomic
+from nearkin.files import write_csv
 from nearkin.types import Predictions
 
 TOP = 5
@@ -123,7 +121,7 @@ def write_predictions(
     """Write a CSV: path, label, its probability, predicted, its probability, and top5 as JSON in a cell.
 
     names: the path of every row of the split; `predictions.index` picks from them. top5: up to five
-    pairs `[class, probability]`, most probable first. Format as `write_csv`. Raises SaveFailed.
+    pairs `[class, probability]`, most probable first. Raises SaveFailed.
     """
     columns = (
         predictions.index,
@@ -154,17 +152,3 @@ def write_tables(folder: Path, name: str, metrics: Metrics) -> tuple[Path, Path]
     write_csv(confusion, ("true", "predicted", "count"), metrics.confusion)
     write_csv(classes, ("class", *ClassMetrics._fields[1:]), metrics.per_class)
     return confusion, classes
-
-
-def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write a CSV in UTF-8; bytes of file names that are not UTF-8 stay as they are. Raises SaveFailed.
-
-    `open(path, newline="", encoding="utf-8", errors="surrogateescape")` and the csv module give every text and number
-    back exactly.
-    """
-    text = io.StringIO(newline="")
-    # Quoted texts: a lone carriage return in a name would otherwise end the row for some readers.
-    table = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
-    table.writerow(header)
-    table.writerows(rows)
-    write_atomic(path, text.getvalue().encode("utf-8", "surrogateescape"))
