@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from nearkin.comparison.results import MEASURES, SAME, Comparison, Contrast, Measure, Run
 from nearkin.comparison.statistics import LEAST_SEEDS
 from nearkin.errors import counted
 from nearkin.report import svg
-from nearkin.report.axes import Svg, sample, shown
-from nearkin.report.page import render
+from nearkin.report.axes import sample, shown
+from nearkin.report.page import MISSING, Picture, render
 
-MISSING = "–"  # noqa: RUF001
 MOST_SENTENCES = 3  # with numbers, of entries that are better, and of those that are worse
 MOST_BARS = 15  # in each direction
 LEAST_LATE = 3  # validations in the second half that make a picture of it worth while
@@ -25,14 +24,6 @@ NAMES: dict[Measure, str] = {
     "balanced": "Balanced accuracy",
     "log_loss": "Log loss",
 }
-
-
-class Picture(NamedTuple):
-    """A figure of the page."""
-
-    title: str
-    svg: Svg
-    caption: str
 
 
 def comparison_page(comparison: Comparison) -> str:

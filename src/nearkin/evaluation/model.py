@@ -17,10 +17,10 @@ from nearkin.evaluation.options import DESCRIPTION as DESCRIPTION
 from nearkin.evaluation.options import EVIDENCE, check_run
 from nearkin.files import sha256, write_atomic
 from nearkin.network import Network, build_backbone, default_memory_format, read_safetensors
+from nearkin.network.weights import WEIGHTS as WEIGHTS
 from nearkin.objectives import Objective, get
 
 FORMAT = 1
-WEIGHTS = "model.safetensors"
 
 
 class ModelSpec(BaseModel):

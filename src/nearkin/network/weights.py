@@ -17,7 +17,7 @@ from nearkin.network.backbone import first_convolutions
 from nearkin.network.network import Network
 from nearkin.network.tensor_files import read_file, shown, without_prefix
 
-RUN_WEIGHTS = "model.safetensors"  # in a run folder
+WEIGHTS = "model.safetensors"  # in a run folder
 
 
 class LoadReport(NamedTuple):
@@ -67,7 +67,7 @@ def load_weights(module: nn.Module, file: Path) -> LoadReport:
     Raises ModelError when the file is no checkpoint or holds more than tensors and plain values, when no parameter fits
     or one is not finite; the module is then unchanged.
     """
-    file = file / RUN_WEIGHTS if file.is_dir() else file
+    file = file / WEIGHTS if file.is_dir() else file
     own = module.state_dict(keep_vars=True)
     given = _renamed(read_file(file), own.keys())
     shared = [name for name in own if name in given]

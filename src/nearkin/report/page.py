@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nearkin.errors import printable
 
@@ -14,6 +14,15 @@ if TYPE_CHECKING:
     from nearkin.report.axes import Svg
 
 TEMPLATES = Path(__file__).parent / "templates"
+MISSING = "–"  # noqa: RUF001
+
+
+class Picture(NamedTuple):
+    """A figure of a page."""
+
+    title: str
+    svg: Svg
+    caption: str
 
 
 def render(template: str, **values: Any) -> str:

@@ -15,7 +15,7 @@ from nearkin.report import charts, svg, words
 from nearkin.report.axes import Svg, shown
 from nearkin.report.browser import cards, page_data, percent, plain
 from nearkin.report.matrix import matrix
-from nearkin.report.page import TEMPLATES, render
+from nearkin.report.page import TEMPLATES, Picture, render
 
 if TYPE_CHECKING:
     from nearkin.evaluation.report_data import ReportData
@@ -44,14 +44,6 @@ class Facts(NamedTuple):
     images: str | None = None
     root: str = ""
     before: Before | None = None
-
-
-class Picture(NamedTuple):
-    """A figure of the page."""
-
-    title: str
-    svg: Svg
-    caption: str
 
 
 def run_page(data: ReportData, facts: Facts) -> str:

@@ -11,11 +11,9 @@ from nearkin.evaluation.results import wilson
 from nearkin.report import svg
 from nearkin.report.axes import sample, shown
 from nearkin.report.browser import plain
-from nearkin.report.page import render
-from nearkin.report.run import Facts, Picture
+from nearkin.report.page import MISSING, Picture, render
+from nearkin.report.run import Facts
 from nearkin.report.words import Difference, Image, difference, validations
-
-MISSING = "–"  # noqa: RUF001
 
 
 class Finished(NamedTuple):
