@@ -91,6 +91,12 @@ FEW_SETTINGS = {
         f"{TWO_STAGES} --objective.teacher-lr 0.5 --objective.teacher-horizon 20"
     ),
     "consistency 5": f"{TWO_STAGES} --objective.consistency 5",
+    "plain cross-entropy, repulse 0.1": (
+        f"{TWO_STAGES} --objective.beta 0 --objective.repulse 0.1 --objective.repulse-end 0"
+    ),
+    "plain cross-entropy, no repulse": (
+        f"{TWO_STAGES} --objective.beta 0 --objective.repulse 0 --objective.repulse-end 0"
+    ),
     "light": "--objective attract-repulse --augment light --epochs 235",
 }
 THRESHOLD, MOMENTUM = 0.3, 0.99
