@@ -41,7 +41,7 @@ class Case:
 
 
 def prepared(case: Case, runtime: Runtime) -> tuple[Step, int]:
-    """The step to repeat, on a batch that is on the device already, and the views of each image."""
+    """The step to repeat, on a batch that is on the device already, and the crops of an image for the student."""
     config = _config(case, runtime)
     if case.objective == "timm":
         return _plain(case, config, runtime), 1
@@ -53,7 +53,7 @@ def prepared(case: Case, runtime: Runtime) -> tuple[Step, int]:
     epochs = config.epochs
     total = epochs * stepper.steps_per_epoch
     progress = Progress(stepper.stage.name, total // 2, total, epochs // 2, epochs)
-    return lambda: stepper.step(batch, progress, half), stepper.stage.views
+    return lambda: stepper.step(batch, progress, half), stepper.stage.student_views
 
 
 def compile_backbones(stepper: Stepper, backend: str) -> None:

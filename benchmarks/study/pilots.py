@@ -80,6 +80,8 @@ FEW_SETTINGS = {
     "ce, strong": f"--objective ce {STRONG}",
     "ce, strong, averaged weights": f"--objective ce {STRONG} --ema 0.998",
     "sce, strong": f"--objective sce {STRONG}",
+    "cone, strong": f"{FEATURES} {STRONG}",
+    "supcon, strong": "--objective supcon --augment strong --epochs 200",
     "attract-repulse": TWO_STAGES,
     "its stage one alone": f"{ONE_STAGE} --epochs 165",
     "stage one with all crops": f"{ONE_STAGE} --epochs 200",

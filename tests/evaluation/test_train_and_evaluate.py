@@ -130,10 +130,10 @@ def test_a_run_folder_that_cannot_be_written_is_a_note(many, monkeypatch):
     from nearkin.evaluation import metrics
     from nearkin.files import SaveFailed
 
-    def fail(path, data):
+    def fail(path, header, rows):
         raise SaveFailed(f"{path} could not be written")
 
-    monkeypatch.setattr(metrics, "write_atomic", fail)
+    monkeypatch.setattr(metrics, "write_csv", fail)
     found = nearkin.evaluate(many / "run", cache=False)
     assert found.confusion_file is None
     assert found.classes_file is None

@@ -200,9 +200,9 @@ def test_doctor_reads_photos_as_training_does(device):
     """So that each finds the other's features."""
     config = settings(3068, 500, device, data="photos", files=True)
     assert (config.image_size, config.eval_size) == defaults.photo_sides(device)
-    _, spec, architecture = doctor_features._pretrained(device)
-    assert spec == defaults.eval_spec(config)
-    assert json.loads(architecture)["image_size"] == config.image_size
+    _, model, transform = doctor_features._pretrained(device)
+    assert transform == defaults.eval_spec(config)
+    assert model.image_size == config.image_size
 
 
 def test_photos_start_from_pretrained_weights_unless_from_scratch(monkeypatch):

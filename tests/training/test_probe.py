@@ -143,14 +143,16 @@ def test_a_large_problem_gets_fewer_iterations(monkeypatch):
         assert given[-1] == most
 
 
-OWN = {"cone"}  # its classifier reads the embedding, as published
-
-
 @pytest.mark.parametrize("name", sorted(Objective.registry))
 def test_every_objective_can_start_from_a_probe_where_its_classifier_reads_the_features(name):
-    fresh = get(name)(dim=8, classes=3)
-    assert (readable(fresh.heads) is None) == (name in OWN)
-    pretrained = get(name)(dim=8, classes=3, pretrained=True)
-    classifier = readable(pretrained.heads)
-    assert classifier is not None
-    assert pretrained.heads[classifier].module.weight.shape == (3, 8)
+    for pretrained in (False, True):
+        heads = get(name)(dim=8, classes=3, pretrained=pretrained).heads
+        classifier = readable(heads)
+        assert classifier is not None
+        assert heads[classifier].module.weight.shape == (3, 8)
+
+
+def test_a_classifier_that_reads_the_embedding_cannot_start_from_a_probe():
+    published = get("cone")
+    config = published.Config(classifier="embedding")
+    assert readable(published(config, dim=8, classes=3).heads) is None
