@@ -92,7 +92,7 @@ def test_equals_the_equations_with_own_copies_masked(first):
     assert loss.terms["ce"] == pytest.approx(ce, rel=1e-12)
     assert loss.terms["neighbour"] == pytest.approx(neighbour, rel=1e-12)
     assert loss.terms["consistency"] == pytest.approx(consistency, rel=1e-12)
-    assert loss.total.item() == pytest.approx(ce + 0.7 * neighbour + consistency, rel=1e-12)
+    assert loss.total.item() == pytest.approx(ce + 1.5 * neighbour + consistency, rel=1e-12)
 
 
 def test_masking_makes_a_difference():
@@ -141,6 +141,22 @@ def test_automatic_sizes(images, classes, size, bank, topk, warmup):
     config = CoNe.Config().resolve(facts)
     assert (config.bank, config.topk, config.warmup_steps) == (bank, topk, warmup)
     assert (config.hidden, config.embedding) == (1024, 256)
+
+
+@pytest.mark.parametrize(
+    ("classes", "pretrained", "weights", "crop"),
+    [
+        (10, False, (1.5, 1.0), "own"),
+        (100, False, (0.7, 1.0), "own"),
+        (10, True, (0.7, 0.4), "same"),
+        (100, True, (0.7, 0.4), "same"),
+    ],
+)
+def test_weights_and_the_crop_of_the_teacher(classes, pretrained, weights, crop):
+    facts = Facts(dim=8, classes=classes, images=999, batch_size=32, pretrained=pretrained)
+    config = CoNe.Config().resolve(facts)
+    assert (config.neighbour_weight, config.consistency_weight) == weights
+    assert config.teacher_crop == crop
 
 
 def test_the_warm_up_ends_with_the_first_epoch():

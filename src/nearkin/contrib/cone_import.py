@@ -38,6 +38,7 @@ DEPTHS: dict[tuple[tuple[int, ...], bool], str] = {
 # Inference needs no bank: one slot costs nothing.
 PUBLISHED = {
     "classifier": "embedding",
+    "neighbour_weight": 0.7,
     "consistency_weight": 0.4,
     "teacher_crop": "same",
     "bank": 1,

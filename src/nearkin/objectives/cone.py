@@ -32,6 +32,7 @@ from nearkin.teacher import TeacherPolicy
 from nearkin.types import Batch, Facts, Loss, Outputs, Progress
 
 CERTAIN = 1e-8
+FEW_CLASSES = 30  # between 10, where a heavier neighbour term was better, and 100, where it was not
 
 
 class CoNe(Objective, name="cone"):
@@ -46,9 +47,9 @@ class CoNe(Objective, name="cone"):
     """
 
     class Config(Objective.Config):
-        """Temperatures and the neighbours' weight as published; other defaults: docs/methods/cone.md."""
+        """Temperatures as published; other defaults: docs/methods/cone.md."""
 
-        neighbour_weight: float = option(0.7, "weight of the neighbour term", ge=0)
+        neighbour_weight: AutoAmount = option("auto", "weight of the neighbour term")
         consistency_weight: AutoAmount = option("auto", "weight of the consistency term")
         neighbour_temperature: float = option(0.1, "of the k neighbours", gt=0)
         consistency_temperature: float = option(0.07, "of the whole bank", gt=0)
@@ -82,11 +83,13 @@ class CoNe(Objective, name="cone"):
         def resolve(self, facts: Facts) -> Self:
             """K = min(65 536, N / 2), at least a batch; k = min(K / 4, clamp(8 K / C, 32, 512))."""
             hidden, embedding = projection_sizes(facts.dim)
+            few = facts.classes <= FEW_CLASSES
             sized = self.fill(
                 bank=default_bank(facts),
                 hidden=hidden,
                 embedding=embedding,
                 attach=default_attach(facts),
+                neighbour_weight=1.5 if few and not facts.pretrained else 0.7,
                 consistency_weight=0.4 if facts.pretrained else 1.0,
                 teacher_crop="same" if facts.pretrained else "own",
             )
