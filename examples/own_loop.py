@@ -17,7 +17,8 @@ batch_size, epochs = 64, 5
 per_epoch = len(train) // batch_size
 
 backbone = nn.Sequential(nn.Flatten(), nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 128))
-objective = CoNe(dim=128, classes=10, images=len(train), batch_size=batch_size)
+config = CoNe.Config(teacher_crop="same")  # both networks read one view
+objective = CoNe(config, dim=128, classes=10, images=len(train), batch_size=batch_size)
 network = Network(backbone, objective.heads, dim=128, mean=[0.5], std=[0.5])
 stage = objective.stages()[0]
 teacher = Teacher(network, batchnorm="own")

@@ -38,7 +38,11 @@ CELLS = {
 FEW = "cifar10, 50 per class"
 FEW_CELL = Cell("cifar10", 50, f"{SMALL} --batch-size 64")
 CE = f"--epochs {EPOCHS} --objective ce"
-CONE = f"--epochs {EPOCHS} --objective cone"
+PUBLISHED = (  # but for the sizes
+    "--objective cone --objective.classifier embedding --objective.teacher-crop same "
+    "--objective.consistency-weight 0.4 --objective.neighbour-weight 0.7"
+)
+CONE = f"--epochs {EPOCHS} {PUBLISHED}"  # of an option that is given twice, the last counts
 OWN = f"{CONE} --objective.teacher-crop own --objective.consistency-weight 1"
 FEATURES = f"{OWN} --objective.classifier features"
 ALONE = "--objective.neighbour-weight 0"
@@ -50,7 +54,7 @@ SETTINGS = {
     "ce, learning rate halved": f"{CE} --lr 0.025",
     "ce, head of cone": f"{CONE} {ALONE} --objective.consistency-weight 0",
     "supcon": f"--epochs {EPOCHS // 2} --objective supcon",
-    # As published, but for the sizes; the classifier reads the embedding.
+    # The classifier reads the embedding.
     "cone": CONE,
     "no neighbour term": f"{CONE} {ALONE}",
     "own crop, consistency 1": OWN,

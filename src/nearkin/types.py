@@ -29,7 +29,7 @@ class Outputs(NamedTuple):
     """Outputs of the network for N = V * B images, view after view (row v * B + b is view v of image b).
 
     features:   `[N, d]` pooled features of the backbone.
-    embedding:  `[N, e]` the input of the classifier; the features unless a head writes it.
+    embedding:  `[N, e]` by which images are compared; the features unless a head writes it.
     projection: `[N, p]` output of a head for the contrastive loss only, or None.
     logits:     `[N, C]` class logits, or None in a stage without a classifier.
     scale_bias: `[N, 2]` two learned numbers of a loss of pairs, log of the scale and bias, the same in every row, or

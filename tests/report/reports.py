@@ -15,7 +15,6 @@ from nearkin.evaluation.report_data import ReportData, Seen, gather
 from nearkin.report.run import Before, Facts
 
 HOSTILE = "<img src=x onerror=alert(1)>\"'&</script><!--<script>{{7*7}}\u202egnp\x1b[31m\n\udcff,"
-FEWEST = 3  # errors
 
 
 class Pictures:

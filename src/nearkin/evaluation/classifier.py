@@ -119,7 +119,7 @@ class Classifier:
             raise DataError(f"{shown} does not exist; give an image file.")
 
     def embed(self, images: Sequence[Picture]) -> NDArray[np.float32]:
-        """The embeddings `[N, e]` of N images: the features, or the projection of `cone`.
+        """The embeddings `[N, e]` of N images: the features, or of `cone` from scratch the projection.
 
         They are of any length, so compare by cosine.
 

@@ -30,7 +30,8 @@ class CrossEntropy(Objective, name="ce"):
             "softmax", "classes compete, or each is a yes-or-no question"
         )
         classifier: Literal["features", "embedding"] = option(
-            "features", "what it reads: the features, or the embedding of a projection as in cone"
+            "features",
+            "what it reads: the features, or the embedding of a projection, as in the published CoNe",
         )
 
     config: Config
