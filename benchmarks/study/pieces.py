@@ -59,25 +59,25 @@ PIECES: dict[str, Piece] = {
     ),
     # From scratch, long enough to overfit.
     "scratch-cifar-4000": Piece(
-        "Which objective helps from scratch, with 10 classes, and is CoNe more than its consistency?",
+        "Which objective helps from scratch, with 4 000 images of 10 classes?",
         "cifar10",
         TRAINED,
         {"images_per_class": 400, "epochs": 40, "batch_size": 64, "val_split": 0.1, **SCRATCH},
     ),
     "scratch-cifar-20000": Piece(
-        "The same with 20 000 images",
+        "Which objective helps from scratch, with 20 000 images of 10 classes?",
         "cifar10",
         TRAINED,
         {"images_per_class": 2000, "epochs": 16, "batch_size": 128, **SCRATCH},
     ),
     "scratch-fashion-2000": Piece(
-        "The same with 2 000 grey images",
+        "Which objective helps from scratch, with 2 000 grey images of 10 kinds of clothes?",
         "fashion-mnist",
         TRAINED,
         {"images_per_class": 200, "epochs": 60, "batch_size": 64, **SCRATCH},
     ),
     "scratch-tiny-10000": Piece(
-        "The same with 100 classes",
+        "Which objective helps from scratch, with 10 000 images of 100 classes?",
         "tiny-imagenet100",
         TRAINED,
         {"images_per_class": 100, "epochs": 25, "batch_size": 64, **SCRATCH},
