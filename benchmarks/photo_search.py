@@ -64,12 +64,6 @@ SETTINGS: dict[str, str] = {
     "opl, lr 1e-3": "--objective opl --lr 1e-3",
     "cone": CONE,
     "cone, shuffled": "--objective cone",
-    "cone, own crop, consistency 1": (
-        f"{CONE} --objective.teacher-crop own --objective.consistency-weight 1"
-    ),
-    "cone, shuffled, own crop, consistency 1": (
-        "--objective cone --objective.teacher-crop own --objective.consistency-weight 1"
-    ),
     "cone, neighbour weight 0.5": f"{CONE} --objective.neighbour-weight 0.5",
     "cone, lr 1e-3": f"{CONE} --lr 1e-3",
     "cone, projection, classifier on the features": f"{CONE} --objective.attach projection",

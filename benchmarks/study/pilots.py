@@ -97,9 +97,6 @@ FEW_SETTINGS = {
         f"{TWO_STAGES} --objective.teacher-lr 0.5 --objective.teacher-horizon 20"
     ),
     "consistency 5": f"{TWO_STAGES} --objective.consistency 5",
-    "plain cross-entropy, repulse 0.1": (
-        f"{TWO_STAGES} --objective.beta 0 --objective.repulse 0.1 --objective.repulse-end 0"
-    ),
     # As many steps as `ce`, since a step reads two crops of an image.
     "32 images a step": f"{TWO_STAGES} --batch-size 32 --lr 0.05",
     "32 images a step, plain cross-entropy, repulse 0.1": (

@@ -258,9 +258,8 @@ def cores() -> int:
     return max(1, (usable or 1) // launched().per_node)
 
 
-CONTAINER = Path(
-    "/sys/fs/cgroup"
-)  # a container sees its own group here (cgroup v2), others the root
+# A container sees its own group here (cgroup v2), others the root.
+CONTAINER = Path("/sys/fs/cgroup")
 
 
 def container_limit(name: str) -> list[int]:

@@ -6,6 +6,7 @@ from functools import partialmethod
 
 import pytest
 import torch
+from tests.training.settings_cases import settings
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
@@ -14,7 +15,7 @@ from nearkin.distributed import Runtime
 from nearkin.errors import ConfigError
 from nearkin.training.api import running
 from nearkin.training.loop import legs
-from nearkin.training.prepare import prepare
+from nearkin.training.prepare import _say_doubts, prepare
 from nearkin.training.trainer import Trainer
 from nearkin.types import Progress
 
@@ -109,3 +110,13 @@ def test_a_missing_compiler_is_one_sentence():
         running(RunConfig(device="cpu")),
     ):
         raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found in ...")
+
+
+@pytest.mark.parametrize(
+    ("device", "compiled", "warned"),
+    [("cuda", True, True), ("cuda", False, False), ("cpu", True, False)],
+)
+def test_a_gpu_is_warned_of_the_one_trial(capsys, device, compiled, warned):
+    given = settings(100, 1000, device, compile=compiled)
+    _say_doubts(given, RunConfig(), quiet=False)
+    assert ("--compile lost accuracy" in capsys.readouterr().err) == warned
