@@ -337,14 +337,16 @@ def _reading(comparison: Comparison) -> list[str]:
     return [
         f"All entries were trained with the same seeds and tested on the same images as {baseline}. Seeds and images "
         "are both samples: other ones would give another difference. The 95 % interval counts both (crossed random "
-        "effects of seeds and images), so it holds for new runs on new images of the same kind, not for these alone.",
+        "effects of seeds and images), so it holds for new runs on new images of the same kind, not for these alone. "
+        "A t test over the seeds alone must agree: the wider of the two intervals is shown.",
         "An entry is called better or worse only if its difference is significant at 5 % after Holm's correction for "
         "the number of entries. The intervals are not corrected: with several entries, one that barely leaves out 0 "
         "can come without a verdict.",
         f"“The same within {within}” means that the 90 % interval lies within the grey band. “Undecided” means that "
         "nothing is shown, not that the entries are equal. With fewer than "
         f"{LEAST_SEEDS} seeds there is no verdict, since the spread between seeds is not known well enough.",
-        "Balanced accuracy is the mean over classes. The log loss is better when lower; its differences are drawn so "
-        "that right is better. Seconds include validation, crops per second do not; both depend on what else the "
-        "machine did.",
+        "Balanced accuracy is the mean over classes. The log loss, which is better when lower, is that of the "
+        "probabilities as trained, before the temperature that “nearkin predict” applies; its differences are drawn so "
+        "that right is better. Each of these measures has its own Holm correction. "
+        "Seconds include validation, crops per second do not; both depend on what else the machine did.",
     ]

@@ -1,13 +1,17 @@
 """Whether one model is better than another, from several training runs of each on the same test images.
 
 Seeds and test images are both samples: another seed, and other images, would give another difference. Crossed random
-effects count both (Dorfman, Berbaum and Metz 1992; degrees of freedom of Hillis 2007; floor of Q: docs/defaults.md):
+effects count both (Dorfman, Berbaum and Metz 1992; degrees of freedom of Hillis 2007; floor of Q: ours):
 
 d_si = score_B - score_A of seed s and image i, D its mean over n seeds and m images,
 MS_S = m sum_s (d_s. - D)^2 / (n - 1),  MS_I = n sum_i (d_.i - D)^2 / (m - 1),
 MS_E = sum_si (d_si - d_s. - d_.i + D)^2 / ((n - 1)(m - 1)),
 Q = max(MS_S + MS_I - MS_E, MS_I),  SE^2 = Q / (n m),
 df = max(n - 1, Q^2 / (MS_S^2 / (n - 1) + MS_I^2 / (m - 1) + MS_E^2 / ((n - 1)(m - 1)))).
+
+Of few seeds MS_S is small by chance now and then; then SE is too small and df too large. So a t test over the seeds
+alone, with SE_S^2 = MS_S / (n m) and n - 1 degrees of freedom, must agree: the wider interval of the two counts, and
+the larger p value (docs/decisions/019-compare.md).
 """
 
 from __future__ import annotations
@@ -51,23 +55,32 @@ class Effect(NamedTuple):
         return math.sqrt(self._spread / (self.seeds * self.images))
 
     @property
+    def error_of_seeds(self) -> float:
+        """SE_S, for other seeds with the same test images."""
+        return math.sqrt(self.between_seeds / (self.seeds * self.images))
+
+    @property
     def freedom(self) -> float:
-        """The degrees of freedom df of its t distribution."""
+        """The degrees of freedom df of `error`."""
         n, m = self.seeds - 1, self.images - 1
         below = self.between_seeds**2 / n + self.between_images**2 / m + self.rest**2 / (n * m)
         return max(n, self._spread**2 / below) if below > 0 else n
 
     def interval(self) -> tuple[float, float]:
-        """The 95 % confidence interval D +- t SE."""
-        half = self._quantile(0.05) * self.error
+        """The 95 % confidence interval."""
+        half = self._half(0.05)
         return self.difference - half, self.difference + half
 
     @property
     def p_value(self) -> float:
         """The two-sided p value of D = 0; 1 where all differences are 0."""
-        if self.error == 0:
-            return 1.0 if self.difference == 0 else 0.0
-        return float(2 * stats.t.sf(abs(self.difference) / self.error, self.freedom))
+        size = abs(self.difference)
+        if size == 0:
+            return 1.0
+        return max(
+            float(2 * stats.t.sf(size / error, freedom)) if error > 0 else 0.0
+            for error, freedom in self._errors()
+        )
 
     def is_within(self, same: float) -> bool:
         """Whether D and its 90 % interval are within `same` on both sides of 0.
@@ -76,10 +89,22 @@ class Effect(NamedTuple):
         and one against, are added to it: 2 (w / m)^2 to its square, w the largest weight (Agresti and Min 2005 add as
         much to the interval of one seed).
         """
-        return abs(self.difference) + self._quantile(0.1) * self._wider(self.error) <= same
+        return abs(self.difference) + self._half(0.1, self._two_images) <= same
 
-    def _wider(self, error: float) -> float:
-        return math.hypot(error, math.sqrt(2) * self.largest / self.images)
+    def _errors(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        """Standard errors and their degrees of freedom: of seeds and images, and of seeds alone."""
+        return (self.error, self.freedom), (self.error_of_seeds, self.seeds - 1)
+
+    def _half(self, level: float, more: float = 0.0) -> float:
+        """Half the width of the interval of confidence 1 - `level`; `more`: an error to add to both."""
+        return max(
+            float(stats.t.ppf(1 - level / 2, freedom)) * math.hypot(error, more)
+            for error, freedom in self._errors()
+        )
+
+    @property
+    def _two_images(self) -> float:
+        return math.sqrt(2) * self.largest / self.images
 
     def seeds_to_decide(self, error: float = ERROR, same: float = 0.0) -> int | None:
         """The least number of seeds, above `seeds`, with which a difference as large as D would be significant at
@@ -94,7 +119,7 @@ class Effect(NamedTuple):
         # With seeds without end the images alone are uncertain, and their degrees of freedom remain.
         only_images = stats.t(self.images - 1)
         differs = float(only_images.ppf(1 - error / 2)) * least < size
-        alike = size + float(only_images.ppf(0.95)) * self._wider(least) < same
+        alike = size + float(only_images.ppf(0.95)) * math.hypot(least, self._two_images) < same
         if not (differs or alike):
             return None
         most = self.seeds + MOST_SEEDS
@@ -104,14 +129,11 @@ class Effect(NamedTuple):
                 between_seeds=self.rest + self.images * seed,
                 between_images=self.rest + seeds * image,
             )
-            if differs and planned._quantile(error) * planned.error < size:
+            if differs and planned._half(error) < size:
                 return seeds
             if alike and planned.is_within(same):
                 return seeds
         return most + 1
-
-    def _quantile(self, error: float) -> float:
-        return float(stats.t.ppf(1 - error / 2, self.freedom))
 
 
 def effect(first: NDArray[np.float64], second: NDArray[np.float64], largest: float = 1.0) -> Effect:
