@@ -118,6 +118,9 @@ def test_an_entry_that_trained_no_epoch_is_named():
     assert "There is no verdict yet for b." in comparison_page(comparison(runs, found))
     alone = comparison(runs, contrasts("b", 0.02, UNTRAINED))
     assert headline(alone).startswith("There is no verdict yet")
+    idle = [replace(each, epochs=0) for each in runs]
+    expected = "There is no verdict: runs without an epoch are probes of the same features."
+    assert headline(comparison(idle, contrasts("b", 0.02, UNTRAINED))) == expected
 
 
 def test_an_entry_without_a_verdict_is_named():

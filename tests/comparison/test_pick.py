@@ -38,8 +38,18 @@ def scores(hits, seed):
     ],
 )
 def test_the_winner(monkeypatch, hits, winner):
+    assert picked(monkeypatch, hits) == winner
+
+
+def picked(monkeypatch, hits, idle=(), images=IMAGES):
     runs = [
-        SimpleNamespace(entry=name, seed=seed, state="finished", folder=f"{name}-{seed}")
+        SimpleNamespace(
+            entry=name,
+            seed=seed,
+            state="finished",
+            folder=f"{name}-{seed}",
+            epochs=0 if name in idle else 3,
+        )
         for name in hits
         for seed in range(SEEDS)
     ]
@@ -47,11 +57,23 @@ def test_the_winner(monkeypatch, hits, winner):
     def validated(path, data):
         assert data is None
         name, seed = path.name.split("-")
-        return scores(hits[name], int(seed))
+        found = scores(hits[name], int(seed))
+        return Scores(*(each[:images] for each in found))
 
     monkeypatch.setattr(pick, "_validation", validated)
-    found = pick._winner(SimpleNamespace(folder=Path("x"), runs=runs, baseline="ce"), "digits")
-    assert found == winner
+    return pick._winner(SimpleNamespace(folder=Path("x"), runs=runs, baseline="ce"), "digits")
+
+
+def test_a_probe_is_not_picked(monkeypatch):
+    """Runs without an epoch say nothing about their objective, those of the baseline neither."""
+    hits = {"ce": 200, "supcon": 320, "cone": 360}
+    assert picked(monkeypatch, hits, idle=["cone"]) == "supcon"
+    assert picked(monkeypatch, hits, idle=["ce"]) == "ce"
+
+
+@pytest.mark.parametrize("images", [1, 7])
+def test_a_few_validation_images_pick_the_baseline(monkeypatch, images):
+    assert picked(monkeypatch, {"ce": 0, "supcon": 400}, images=images) == "ce"
 
 
 def test_validation_images_join_a_limited_training(tmp_path):

@@ -227,6 +227,16 @@ def test_a_rival_that_is_cross_entropy_is_left_out(planned, told):
         planned("ce,ce:smoothing=0")
 
 
+def test_an_order_of_its_own_tells_an_entry_from_cross_entropy(planned, told, large):
+    """With `supcon` all batches are balanced, those of `ce` too."""
+    found, given = planned("ce,ce:sampler=shuffle,ce:sampler=balanced,supcon", **large)
+    samplers = {
+        job.entry.name: prepared(job.config).settings.sampler for job in jobs(found, given, [0])
+    }
+    assert samplers == {"ce": "balanced", "ce:sampler=shuffle": "shuffle", "supcon": "balanced"}
+    assert told == ["ce:sampler=balanced is ce here, and is left out"]
+
+
 def test_weights_at_inference_count_the_heads_that_logits_need(planned):
     found, _ = planned("ce,supcon,cone,ce:classifier=embedding,cone:classifier=embedding")
     plain, *beside, deeper, published = (each.weights for each in found)

@@ -57,6 +57,8 @@ def _headline(comparison: Comparison) -> list[str]:
         return [f"Nothing can be said yet: no run of {baseline} is finished."]
     judged = (c for c in comparison.contrasts if c.measure == "top1")
     found = [each for each in judged if not each.verdict.startswith("no verdict")]
+    if not found and any(run.epochs == 0 for run in comparison.runs):
+        return ["There is no verdict: runs without an epoch are probes of the same features."]
     if not found:
         return [
             f"There is no verdict yet: {baseline} and another entry need {LEAST_SEEDS} finished seeds in common."

@@ -12,6 +12,7 @@ from nearkin.comparison import launch
 from nearkin.comparison.plan import Job, jobs
 from nearkin.comparison.results import Comparison, Scores, contrasts
 from nearkin.comparison.splits import with_limited_training, with_validation_in_training
+from nearkin.comparison.statistics import LEAST_IMAGES
 from nearkin.config import RunConfig, to_yaml
 from nearkin.data.dataset import choose
 from nearkin.data.sources.builtin import BUILTIN
@@ -80,16 +81,19 @@ def _written(settings: Settings, values: Mapping[str, Any], seed: int, table: Pa
 
 
 def _winner(comparison: Comparison, data: str) -> str:
-    """data: where the images are now."""
+    """data: where the images are now. The baseline where there are too few images to judge by."""
     own = None if data in BUILTIN else resolve(data)
     scores = {
         (run.entry, run.seed): _validation(comparison.folder / run.folder, own)
         for run in comparison.runs
         if run.state == "finished"
     }
+    if min((len(each.labels) for each in scores.values()), default=0) < LEAST_IMAGES:
+        return comparison.baseline
+    idle = {run.entry for run in comparison.runs if run.epochs == 0}
     better = [
         each
-        for each in contrasts(scores, comparison.baseline)
+        for each in contrasts(scores, comparison.baseline, idle=idle)
         if each.measure == "top1" and each.verdict == "better"
     ]
     best = max(better, key=lambda each: each.difference, default=None)

@@ -101,12 +101,13 @@ def terms(
         found.settings.sampler == "balanced" and "sampler" not in entry.options
         for entry, found, _ in resolved
     )
+    base = _own(entries[0], first, first.settings, grouped)
     made: list[Terms] = []
     notes: list[str] = []
     for entry, found, alike_settings in resolved:
         _check_average(entry, budget)
         own = _own(entry, first, alike_settings, grouped)
-        if entry != entries[0] and _same(entry, found, first, own):
+        if entry != entries[0] and _same(entry, found, first, own, base):
             notes.append(f"{entry.name} is {BASELINE} here, and is left out")
             say(f"note: {notes[-1]}", quiet)
             continue
@@ -248,13 +249,14 @@ def _config(
     return config
 
 
-def _same(entry: Entry, found: Prepared, first: Prepared, own: Mapping[str, Any]) -> bool:
-    """Whether nothing tells the entry from cross-entropy."""
+def _same(
+    entry: Entry, found: Prepared, first: Prepared, own: Mapping[str, Any], base: Mapping[str, Any]
+) -> bool:
+    """Whether nothing tells the entry from cross-entropy. own, base: the options of their runs."""
     alike = (*ALIKE, "sampler")
     other = [name for name in own if not name.startswith("objective.") and name not in alike]
     named = any(
-        name in alike and getattr(found.settings, name) != getattr(first.settings, name)
-        for name in entry.options
+        name in alike and getattr(found.settings, name) != base[name] for name in entry.options
     )
     configs = found.built.objective.config, first.built.objective.config
     return entry.objective == BASELINE and not other and not named and configs[0] == configs[1]

@@ -6,7 +6,7 @@ import csv
 import json
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -229,7 +229,10 @@ def collect(
     baseline = terms[0].entry.name
     idle = sorted({run.entry for run in runs if run.epochs == 0})
     if idle:
-        notes = (*notes, f"{', '.join(idle)}: a run without an epoch is its probe; give more time")
+        notes = (
+            *notes,
+            f"{', '.join(idle)}: a run without an epoch is its probe; give more time or epochs",
+        )
     common = _common_seeds(scores)
     if any(seed not in common for _, seed in scores):
         notes = (
@@ -253,7 +256,7 @@ def collect(
 
 
 def contrasts(
-    scores: dict[tuple[str, int], Scores], baseline: str, *, idle: Sequence[str] = ()
+    scores: dict[tuple[str, int], Scores], baseline: str, *, idle: Collection[str] = ()
 ) -> list[Contrast]:
     """Every other entry against `baseline`, in each measure, over the seeds that both have; at least two seeds.
 

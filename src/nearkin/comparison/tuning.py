@@ -47,7 +47,7 @@ RANGES: dict[str, Range] = {
     "mix": Range(0.1, 0.9, log=False),
     "hardness": Range(0.0, 2.0, log=False),
     "neighbour_weight": Range(0.1, 2.0),
-    "consistency_weight": Range(0.05, 1.0),
+    "consistency_weight": Range(0.1, 3.0),
     "smoothing": Range(0.0, 0.2, log=False),
     "margin": Range(0.05, 0.5),
     "scale": Range(8.0, 64.0),
@@ -104,9 +104,11 @@ def tuned(
             search.run(study)
             best = search.options(study.best_params)
             shown = ", ".join(f"{name} {value:.3g}" for name, value in study.best_params.items())
+            failed = sum((trial.value or 0) < 0 for trial in study.trials)
+            without = f", {failed} of which failed (errors in {place})" if failed else ""
             told.append(
                 f"{term.entry.name}: {shown}, the best on validation ({100 * study.best_value:.2f} %) of "
-                f"{request.options.tune} trials"
+                f"{request.options.tune} trials{without}"
             )
             say(told[-1], quiet)
             found.append(term._replace(options=term.options | best))
@@ -170,7 +172,7 @@ class _Search:
         if study.best_value < 0:
             raise ConfigError(
                 f"Every trial of {printable(self.term.entry.name)} failed; its errors are in "
-                f"{printable(str(self.folder))}."
+                f"{printable(str(self.folder))}. Remove that folder, and the same command searches again."
             )
 
     def _defaults(self) -> dict[str, float]:

@@ -7,15 +7,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from nearkin.errors import counted
-from nearkin.evaluation.results import NORMAL_95, wilson
+from nearkin.evaluation.results import NORMAL_95
 from nearkin.report.axes import shown
 from nearkin.report.browser import percent
 
 if TYPE_CHECKING:
     from nearkin.evaluation.report_data import ReportData
+    from nearkin.evaluation.results import ClassMetrics
 
 SURE = 0.99  # probability from which an error is worth a sentence
-FEW = 5  # images of a class, below which its recall is chance among many classes
+SURPRISE = 0.05  # chance that the weakest class is named although all are equal
 
 
 class Tile(NamedTuple):
@@ -142,7 +143,7 @@ def before_tile(mine: Mapping[Image, bool], run: str, other: Mapping[Image, bool
         "Against the last run on the same data",
         f"{shown(100 * found.value, 1, sign=True)} points",
         f"95 % interval {low} to {high}: {verdict}. {counted(found.better, 'image')} only this run recognises, "
-        f"{found.worse} only {run}.",
+        f"{found.worse} only {run}. Another seed of the same training gives another number.",
     )
 
 
@@ -187,10 +188,19 @@ def _mislabelled(data: ReportData) -> Iterator[First]:
 
 
 def _worst_class(data: ReportData) -> Iterator[First]:
-    """The class whose recall is lowest with certainty: the upper end of its interval, if below the accuracy."""
-    known = [c for c in data.metrics.per_class if c.support >= FEW and c.recall < 1]
-    worst = min(known, key=lambda each: wilson(each.recall, each.support)[1], default=None)
-    if worst is not None and wilson(worst.recall, worst.support)[1] < data.metrics.top1:
+    """The class that would least likely have so few right answers if the errors were spread over the images by chance
+    (Fisher's exact test); nothing where that is no surprise among so many classes (Bonferroni, 5 %)."""
+    from scipy.stats import hypergeom
+
+    n, classes = data.metrics.n, data.metrics.per_class
+    correct = round(n * data.metrics.top1)
+
+    def chance(each: ClassMetrics) -> float:
+        right = round(each.recall * each.support)
+        return float(hypergeom.cdf(right, n, correct, each.support))
+
+    worst = min(classes, key=chance, default=None)
+    if worst is not None and len(classes) * chance(worst) <= SURPRISE:
         right = f"{round(worst.recall * worst.support)} of {counted(worst.support, 'image')}"
         text = f"{worst.name} is recognised less often than the rest, beyond chance: {right}."
         yield First(text, "See all classes", "classes")
