@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from nearkin.comparison.statistics import balancing, effect, holm, verdict
+from nearkin.comparison.statistics import Adjusted, balancing, effect, holm, verdict
 
 # Two seeds, three images. By hand: D = 1/3; seed means 2/3 and 0; image means 1, 0, 0.
 # MS_S = 3 (1/9 + 1/9) / 1 = 2/3.  MS_I = 2 (4/9 + 1/9 + 1/9) / 2 = 2/3.
@@ -106,7 +106,7 @@ def test_the_interval_covers_and_better_is_rarely_wrong(n, m, own, seed, capsys)
         found = effect(*scores)
         low, high = found.interval()
         covered += low <= 0 <= high
-        better += verdict(found, found.p_value, same=0.005, within="") == "better"
+        better += verdict(found, alone(found), same=0.005, within="") == "better"
         by_seeds += not significant(np.subtract(*scores).mean(1))
         by_images += not significant(np.subtract(*scores).mean(0))
     with capsys.disabled():
@@ -150,8 +150,11 @@ def test_better_is_rarely_wrong_in_a_whole_table(entries, n, m, seed, capsys):
             for _ in range(entries + 1)
         ]
         found = [effect(models[0], other) for other in models[1:]]
-        adjusted = holm([each.p_value for each in found])
-        words = [verdict(e, p, same=0.005, within="") for e, p in zip(found, adjusted, strict=True)]
+        adjusted = holm({str(place): each.p_value for place, each in enumerate(found)})
+        words = [
+            verdict(each, adjusted[str(place)], same=0.005, within="")
+            for place, each in enumerate(found)
+        ]
         wrong += any(each in ("better", "worse") for each in words)
     with capsys.disabled():
         print(
@@ -160,6 +163,11 @@ def test_better_is_rarely_wrong_in_a_whole_table(entries, n, m, seed, capsys):
         )
     # Where the seeds differ much, the rate is the nominal 5 %: two standard errors of the simulation are allowed.
     assert wrong / trials <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / trials)
+
+
+def alone(found):
+    """The p value where nothing else is tested."""
+    return Adjusted(found.p_value, 1)
 
 
 def significant(differences):
@@ -226,9 +234,13 @@ def test_balancing_makes_a_mean_over_classes():
 
 def test_holm_adjusts_as_in_a_worked_example():
     # Sorted .005, .01, .03, .04 times 4, 3, 2, 1, each at least the one before.
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.6, 0.9]) == [1.0, 1.0]
-    assert holm([]) == []
+    found = holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005})
+    assert {name: each.p for name, each in found.items()} == pytest.approx(
+        {"a": 0.03, "b": 0.06, "c": 0.06, "d": 0.02}
+    )
+    assert {name: each.tests for name, each in found.items()} == {"a": 3, "b": 1, "c": 2, "d": 4}
+    assert holm({"a": 0.6, "b": 0.9}) == {"a": (1.0, 2), "b": (1.0, 1)}
+    assert holm({}) == {}
 
 
 @pytest.mark.parametrize(
@@ -250,14 +262,14 @@ def test_verdicts(difference, spread, seeds, words):
         between_images=spread,
         rest=spread,
     )
-    assert verdict(found, found.p_value, same=0.005, within="0.5 points").startswith(words)
+    assert verdict(found, alone(found), same=0.005, within="0.5 points").startswith(words)
 
 
 def test_more_seeds_cannot_decide_what_images_make_uncertain():
     found = effect(FIRST, SECOND)._replace(
         difference=0.01, seeds=5, images=100, between_seeds=0.1, between_images=2.0, rest=0.1
     )
-    text = verdict(found, found.p_value, same=0.005, within="0.5 points")
+    text = verdict(found, alone(found), same=0.005, within="0.5 points")
     assert text == "undecided: more seeds cannot decide, only more test images can"
 
 
@@ -285,22 +297,27 @@ def test_seeds_that_would_show_that_two_are_the_same_are_counted():
         return difference + max(half, stats.t.ppf(0.95, seeds - 1) * alone) <= same
 
     needed = next(seeds for seeds in range(4, 1000) if inside(seeds))
-    text = verdict(found(3), found(3).p_value, same=same, within="0.5 points")
+    text = verdict(found(3), alone(found(3)), same=same, within="0.5 points")
     assert text == f"undecided: about {needed - 3} more seeds would decide"
     enough = found(needed)
-    assert verdict(enough, enough.p_value, same=same, within="x") == "the same within x"
+    assert verdict(enough, alone(enough), same=same, within="x") == "the same within x"
 
 
 def test_equal_predictions_are_the_same():
     scores = np.tile(FIRST, (2, 300))
     found = effect(scores, scores)
     assert found.p_value == 1.0
-    assert verdict(found, 1.0, same=0.005, within="0.5 points") == "the same within 0.5 points"
+    assert (
+        verdict(found, alone(found), same=0.005, within="0.5 points")
+        == "the same within 0.5 points"
+    )
     few = found._replace(images=200)  # one image is half a point
-    assert verdict(few, 1.0, same=0.005, within="").startswith("undecided: more seeds cannot")
+    assert verdict(few, alone(few), same=0.005, within="").startswith(
+        "undecided: more seeds cannot"
+    )
     # One class of two images of ten: one of them is 5 points of the balanced accuracy.
     rare = effect(scores, scores, largest=900 / (10 * 2))
-    assert verdict(rare, 1.0, same=0.005, within="").startswith("undecided")
+    assert verdict(rare, alone(rare), same=0.005, within="").startswith("undecided")
 
 
 @pytest.mark.parametrize("images", [200, 372, 600, 1000, 2000])

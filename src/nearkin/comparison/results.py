@@ -15,7 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nearkin.comparison.plan import Job, Terms
-from nearkin.comparison.statistics import LEAST_SEEDS, Effect, balancing, effect, holm, verdict
+from nearkin.comparison.statistics import (
+    LEAST_SEEDS,
+    Adjusted,
+    Effect,
+    balancing,
+    effect,
+    holm,
+    verdict,
+)
 from nearkin.errors import ModelError, printable
 from nearkin.evaluation.metrics import SMALLEST
 from nearkin.training.metrics_log import METRICS, read_metrics
@@ -228,17 +236,14 @@ def collect(
     _check_same_images(scores)
     baseline = terms[0].entry.name
     idle = sorted({run.entry for run in runs if run.epochs == 0})
+    told = list(notes)
     if idle:
-        notes = (
-            *notes,
-            f"{', '.join(idle)}: a run without an epoch is its probe; give more time or epochs",
+        told.append(
+            f"{', '.join(idle)}: a run without an epoch is its probe; give more time or epochs"
         )
     common = _common_seeds(scores)
     if any(seed not in common for _, seed in scores):
-        notes = (
-            *notes,
-            "means are over the finished seeds of each entry, differences over common ones",
-        )
+        told.append("means are over the finished seeds of each entry, differences over common ones")
     return Comparison(
         folder=folder,
         data=data,
@@ -251,7 +256,7 @@ def collect(
         runs=tuple(runs),
         contrasts=tuple(contrasts(scores, baseline, idle=idle)),
         classes=_classes({key: found for key, found in scores.items() if key[1] in common}),
-        notes=tuple(notes),
+        notes=tuple(told),
     )
 
 
@@ -278,19 +283,19 @@ def contrasts(
             )
             largest = float(scores[name, seeds[0]].weights.max()) if balanced else 1.0
             effects[name] = effect(first, second, largest), (second - first).mean(1)
-        p_values = {name: each.p_value for name, (each, _) in effects.items()}
-        judged = [
-            name
-            for name, (each, _) in effects.items()
-            if each.seeds >= LEAST_SEEDS and not {name, baseline} & set(idle)
-        ]
-        p_values |= dict(zip(judged, holm([p_values[name] for name in judged]), strict=True))
+        untrained = {name for name in effects if {name, baseline} & set(idle)}
+        adjusted = {name: Adjusted(each.p_value, 1) for name, (each, _) in effects.items()}
+        adjusted |= holm(
+            {
+                name: each.p_value
+                for name, (each, _) in effects.items()
+                if each.seeds >= LEAST_SEEDS and name not in untrained
+            }
+        )
         same, within = SAME[measure]
-        order = sorted(judged, key=lambda name: effects[name][0].p_value)
         for name, (each, by_seed) in effects.items():
-            tests = len(order) - order.index(name) if name in order else 1
-            words = verdict(each, p_values[name], same=same, within=within, tests=tests)
-            if {name, baseline} & set(idle):
+            words = verdict(each, adjusted[name], same=same, within=within)
+            if name in untrained:
                 words = UNTRAINED
             found.append(
                 Contrast(
@@ -298,7 +303,7 @@ def contrasts(
                     measure=measure,
                     difference=each.difference,
                     interval=each.interval(),
-                    p_value=p_values[name],
+                    p_value=adjusted[name].p,
                     verdict=words,
                     wins=int((by_seed > 0).sum()),
                     seeds=each.seeds,

@@ -17,7 +17,7 @@ the larger p value (docs/decisions/019-compare.md).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -162,28 +162,35 @@ def balancing(labels: NDArray[np.int64]) -> NDArray[np.float64]:
     return weights
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """P values adjusted for their number (Holm 1979): below `ERROR`, one is significant among all of them."""
-    adjusted, least = [0.0] * len(p_values), 0.0
-    for rank, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        least = max(least, min(1.0, (len(p_values) - rank) * p_values[place]))
-        adjusted[place] = least
+class Adjusted(NamedTuple):
+    """A p value among several. p: adjusted. tests: by how many it was multiplied."""
+
+    p: float
+    tests: int
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, Adjusted]:
+    """P values adjusted for their number (Holm 1979): up to `ERROR`, one is significant among all of them."""
+    adjusted, least = dict[str, Adjusted](), 0.0
+    for rank, name in enumerate(sorted(p_values, key=p_values.__getitem__)):
+        tests = len(p_values) - rank
+        least = max(least, min(1.0, tests * p_values[name]))
+        adjusted[name] = Adjusted(least, tests)
     return adjusted
 
 
-def verdict(found: Effect, adjusted: float, *, same: float, within: str, tests: int = 1) -> str:
+def verdict(found: Effect, adjusted: Adjusted, *, same: float, within: str) -> str:
     """What the numbers allow to say, in words.
 
-    adjusted: the p value by `holm`. same: differences up to this do not matter; within: that in words, such as "0.5
-    points". tests: by how many `holm` multiplied its p value: those not below it, itself included.
+    adjusted: by `holm`. same: differences up to this do not matter; within: that in words, such as "0.5 points".
     """
     if found.seeds < LEAST_SEEDS:
         return f"no verdict: {LEAST_SEEDS} seeds are the least"
-    if adjusted <= ERROR and found.difference != 0:
+    if adjusted.p <= ERROR and found.difference != 0:
         return "better" if found.difference > 0 else "worse"
     if found.is_within(same):
         return f"the same within {within}"
-    needed = found.seeds_to_decide(ERROR / tests, same)
+    needed = found.seeds_to_decide(ERROR / adjusted.tests, same)
     if needed is None:
         return "undecided: more seeds cannot decide, only more test images can"
     more = needed - found.seeds

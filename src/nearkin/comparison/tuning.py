@@ -102,15 +102,9 @@ def tuned(
                 found.append(term)
                 continue
             search.run(study)
-            best = search.options(study.best_params)
-            shown = ", ".join(f"{name} {value:.3g}" for name, value in study.best_params.items())
-            failed = sum((trial.value or 0) < 0 for trial in study.trials)
-            without = f", {failed} of which failed (errors in {place})" if failed else ""
-            told.append(
-                f"{term.entry.name}: {shown}, the best on validation ({100 * study.best_value:.2f} %) of "
-                f"{request.options.tune} trials{without}"
-            )
+            told.append(f"{term.entry.name}: {search.outcome(study)}")
             say(told[-1], quiet)
+            best = search.options(study.best_params)
             found.append(term._replace(options=term.options | best))
     return tuple(found), told
 
@@ -174,6 +168,14 @@ class _Search:
                 f"Every trial of {printable(self.term.entry.name)} failed; its errors are in "
                 f"{printable(str(self.folder))}. Remove that folder, and the same command searches again."
             )
+
+    def outcome(self, study: Study) -> str:
+        """The best trial in words, and how many failed."""
+        shown = ", ".join(f"{name} {value:.3g}" for name, value in study.best_params.items())
+        failed = sum((trial.value or 0) < 0 for trial in study.trials)
+        without = f", {failed} of which failed (errors in {self.folder})" if failed else ""
+        best, tune = f"{100 * study.best_value:.2f} %", self.request.options.tune
+        return f"{shown}, the best on validation ({best}) of {tune} trials{without}"
 
     def _defaults(self) -> dict[str, float]:
         settings = self.term.settings
