@@ -242,8 +242,8 @@ class RunConfig(BaseModel):
     layer_decay: Fraction | Auto = option(
         "auto", "learning rate of each layer / of the layer above"
     )
-    clip_grad: Positive | None = option(None, "largest norm of the gradient")
-    ema: Share = option(0.0, "momentum of an averaged copy to evaluate, 0 = off")
+    clip_grad: Positive | None = option(None, "largest norm of the gradient; lamb has 1 without it")
+    ema: Share = option(0.0, "momentum of an averaged copy that is evaluated and saved, 0 = off")
 
     # The machine.
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = option("auto", "of the network")

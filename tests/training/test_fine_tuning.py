@@ -18,6 +18,7 @@ from nearkin.evaluation.model import load_bundle
 from nearkin.training import defaults
 from nearkin.training.api import continue_run, start_run
 from nearkin.training.loop import legs
+from nearkin.training.plan import _candidates
 from nearkin.training.prepare import prepare
 from nearkin.training.trainer import Trainer
 from nearkin.types import Progress
@@ -268,3 +269,112 @@ def test_auto_is_the_model_that_the_weights_come_from(tmp_path):
     config = validate(RunConfig, TINY | {"objective": "ce", "weights": run})
     prepared = prepare(config, Runtime(device="cpu", precision="fp32"))
     assert prepared.settings.model == "test_resnet"
+
+
+def test_weights_of_which_some_are_missing_are_checked_like_options(tmp_path):
+    """BatchNorm of such a backbone learns, and parts of a batch are not exact with it."""
+    file = run_of(tmp_path / "run", model="test_resnet").run / "model.safetensors"
+    weights = load_file(file)
+    del weights[next(name for name in weights if name.startswith("backbone."))]
+    save_file(weights, file)
+    parts = {"weights": file, "objective": "supcon", "accumulate": 2}
+    with pytest.raises(ConfigError, match="--accumulate 2 cannot be exact for supcon"):
+        job_of(**parts)
+    assert not job_of(**parts, batchnorm_by_parts=True).settings.freeze_batchnorm
+
+
+TWO_STAGES = {"objective": "supcon", "objective.mode": "two-stage"}
+
+
+@pytest.mark.parametrize("given", [{"freeze_backbone": True}, {"blocks": 0}])
+def test_a_stage_in_which_nothing_can_learn_is_refused(tmp_path, given):
+    """Features of trained weights are contrasted as they are, without a projection."""
+    run = run_of(tmp_path / "run", model="test_resnet").run
+    with pytest.raises(ConfigError, match="Nothing can learn in the stage contrast"):
+        run_of(tmp_path / "other", weights=run, epochs=2, **TWO_STAGES | given)
+    job_of(weights=run, **TWO_STAGES, freeze_backbone=True, **{"objective.attach": "projection"})
+
+
+def test_a_plan_leaves_blocks_to_a_stage_whose_head_has_no_weights(tmp_path):
+    run = run_of(tmp_path / "run", model="test_resnet").run
+    for values, least in ((TWO_STAGES, 1), ({"objective": "ce"}, 0)):
+        job = job_of(weights=run, **values)
+        tried = _candidates(job.settings, job.built, choose=True)
+        assert tried[0] == job.settings.blocks
+        assert min(each for each in tried if each != "all") == least
+
+
+def test_the_next_stage_goes_on_from_the_averaged_weights(tmp_path):
+    """They were validated, so they are what the stage gives."""
+    job = job_of(ema=0.9, **TWO_STAGES)
+    trainer = Trainer(job, Runtime(device="cpu", precision="fp32"), tmp_path, quiet=True)
+    begin, starts, averages = trainer.stepper.begin, [], []
+
+    def begun(stage):
+        if trainer.stepper.ema is not None:
+            averages.append(_copied(trainer.stepper.ema.network))
+        starts.append(_copied(trainer.stepper.network))
+        begin(stage)
+
+    trainer.stepper.begin = begun
+    trainer.run()
+    (average,) = averages
+    assert all(torch.equal(value, average[name]) for name, value in starts[1].items())
+    assert not all(torch.equal(value, average[name]) for name, value in starts[0].items())
+
+
+def _copied(network):
+    return {name: value.clone() for name, value in network.state_dict().items()}
+
+
+def test_a_stage_that_gives_its_teacher_has_no_second_average(tmp_path):
+    job = job_of(ema=0.9, objective="attract-repulse")
+    trainer = Trainer(job, Runtime(device="cpu", precision="fp32"), tmp_path, quiet=True)
+    averaged = []
+    for stage in trainer.stages:
+        trainer.stepper.begin(stage)
+        averaged.append(trainer.stepper.ema is not None)
+    assert averaged == [True, False]
+
+
+def test_the_best_weights_so_far_may_be_those_of_the_probe(tmp_path):
+    """The Mean Teacher starts from them where no epoch of the first stage was better."""
+    run = run_of(tmp_path / "run", model="test_resnet", epochs=3).run
+    job = job_of(weights=run, objective="attract-repulse", val_split=0.2)
+    trainer = Trainer(job, Runtime(device="cpu", precision="fp32"), tmp_path, quiet=True)
+    begin, starts = trainer.stepper.begin, []
+    values = iter([0.9, 0.8, 0.7])  # of the probe and an epoch of each stage
+    trainer._validate = lambda: {"metric": "top1", "value": next(values)}
+
+    def begun(stage):
+        starts.append((stage.name, _copied(trainer.stepper.network)))
+        begin(stage)
+
+    trainer.stepper.begin = begun
+    trainer.run()
+    (_, probe), (first, _), (second, given) = starts
+    assert (first, second) == ("contrast", "mean-teacher")
+    assert all(torch.equal(value, given[name]) for name, value in probe.items())
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            {"objective": "supcon", "objective.projection": 64, "objective.head_norm": "none"},
+            "--objective.projection, --objective.head-norm has no effect where the features are contrasted",
+        ),
+        ({"objective": "ce", "per_class": 8}, "--per-class has no effect with --sampler shuffle"),
+        (
+            {"objective": "attract-repulse", "objective.bank": 64},
+            "--objective.bank has no effect with --objective.negatives batch",
+        ),
+    ],
+)
+def test_options_without_effect_are_told(tmp_path, capsys, given, said):
+    run = run_of(tmp_path / "run", model="test_resnet").run
+    capsys.readouterr()
+    job_of(quiet=False, weights=run, **given)
+    assert f"note: {said}" in capsys.readouterr().err
+    job_of(quiet=False, weights=run, objective="supcon")
+    assert "has no effect" not in capsys.readouterr().err

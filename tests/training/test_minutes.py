@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import timm
 from tests.training.settings_cases import settings
+from torch import nn
 
 from nearkin.config import RunConfig
 from nearkin.training import plan as plans
@@ -32,7 +33,17 @@ def backbone():
 def planned(monkeypatch, backbone):
     """A plan where an epoch of training takes `seconds[blocks]`; 500 training, 100 validation and 200 test images."""
 
-    def make(seconds, *, minutes=10.0, spent=60.0, stages=1, probe=True, writes="logits", **given):
+    def make(
+        seconds,
+        *,
+        minutes=10.0,
+        spent=60.0,
+        stages=1,
+        probe=True,
+        writes="logits",
+        head=True,
+        **given,
+    ):
         tried = []
 
         def epoch(settings, *_):
@@ -46,11 +57,13 @@ def planned(monkeypatch, backbone):
             name: SimpleNamespace(labels=np.zeros(count))
             for name, count in (("train", 500), ("val", 100), ("test", 200))
         }
+        classifier = nn.Linear(2, 2) if head else nn.Identity()
         stage = SimpleNamespace(share=1 / stages, heads=("classifier",))
         objective = SimpleNamespace(
             stages=lambda: [stage] * stages, heads={"classifier": SimpleNamespace(writes=writes)}
         )
-        built = SimpleNamespace(objective=objective, network=SimpleNamespace(backbone=backbone))
+        network = SimpleNamespace(backbone=backbone, heads={"classifier": classifier})
+        built = SimpleNamespace(objective=objective, network=network)
         photos = {"data": "photos", "side": 500, "files": True}
         photos |= {"minutes": minutes, "probe": probe}
         start = settings(**photos, **given)

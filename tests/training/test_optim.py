@@ -39,7 +39,7 @@ def network():
 
 def build(net, name, **options):
     given = {"lr": 0.1, "weight_decay": 0.01, "momentum": 0.9, "nesterov": True}
-    given |= {"decay_all": False, "layer_decay": 1.0, "head_lr": 1.0} | options
+    given |= {"decay_all": False, "layer_decay": 1.0, "head_lr": 1.0, "clip_grad": None} | options
     return build_optimizer(net, Settings.model_construct(optimizer=name, **given))
 
 
@@ -50,6 +50,11 @@ def groups_of(net, decay_all=False):
 def names(net, group):
     by_id = {id(p): n for n, p in net.named_parameters()}
     return {by_id[id(p)] for p in group["params"]}
+
+
+def test_lamb_clips_to_one_unless_another_norm_is_given():
+    assert build(network(), "lamb").defaults["max_grad_norm"] == 1.0
+    assert build(network(), "lamb", clip_grad=5.0).defaults["max_grad_norm"] is None
 
 
 def test_matrices_decay_and_norms_biases_and_exempt_ones_do_not():

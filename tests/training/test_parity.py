@@ -259,18 +259,13 @@ def test_the_comparison_sees_a_wrong_gradient(tmp_path):
 
 
 @pytest.mark.slow
-def test_torchrun_trains_a_whole_run(tmp_path):
-    words = [
-        "train",
-        "digits",
-        "--epochs",
-        "1",
-        "--images-per-class",
-        "40",
-        "--threads",
-        "1",
-        "--json",
-    ]
+@pytest.mark.parametrize(
+    "given",
+    ["--epochs 1 --images-per-class 40", "--minutes 0.2 --images-per-class 4 --batch-size 2"],
+)
+def test_torchrun_trains_a_whole_run(tmp_path, given):
+    """The second with one image in each process, planned and trained: BatchNorm sees the batch."""
+    words = ["train", "digits", *given.split(), "--threads", "1", "--json"]
     done = subprocess.run(
         [
             *[

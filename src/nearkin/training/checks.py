@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,11 +18,21 @@ from nearkin.process import launched
 from nearkin.settings import Settings
 from nearkin.training.probe import readable
 
+if TYPE_CHECKING:
+    from nearkin.config import RunConfig
+    from nearkin.objectives import Stage
+
+# Options that only a projection has.
+PROJECTION = ("projection", "embedding", "hidden", "head_norm")
+
 
 def check_built(settings: Settings, built: Built) -> None:
     """Raises ConfigError for settings that this network or objective cannot honour."""
     _check_batchnorm(settings, built)
     stages, network = built.objective.stages(), built.network
+    for stage in stages if settings.epochs > 0 else ():
+        if settings.freeze_backbone or stage.freeze_backbone:
+            check_learns(stage, (network.heads[name] for name in stage.heads))
     if 0 < settings.epochs < len(stages):
         names = ", ".join(stage.name for stage in stages)
         raise ConfigError(
@@ -42,6 +52,30 @@ def check_built(settings: Settings, built: Built) -> None:
             f"--{option} needs a classifier that reads the features, and that of {settings.objective} does not; "
             "leave it out, or give --objective.classifier features where the objective has it."
         )
+
+
+def without_effect(settings: Settings, config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Options that were given and are read by nothing, and why."""
+    options, given = settings.options, config.options
+    if options.get("attach") == "features":
+        unread = [name for name in PROJECTION if name in given]
+        if unread:
+            names = ", ".join(f"--objective.{name.replace('_', '-')}" for name in unread)
+            yield names, "where the features are contrasted; --objective.attach projection has one"
+    if options.get("negatives") == "batch" and "bank" in given:
+        yield "--objective.bank", "with --objective.negatives batch"
+    if settings.sampler == "shuffle" and "per_class" in config.model_fields_set:
+        yield "--per-class", "with --sampler shuffle"
+
+
+def check_learns(stage: Stage, modules: Iterable[nn.Module]) -> None:
+    """Raises ConfigError where nothing of a stage can learn."""
+    if any(p.requires_grad for module in modules for p in module.parameters()):
+        return
+    raise ConfigError(
+        f"Nothing can learn in the stage {stage.name}: the backbone is frozen, and its features are contrasted as they "
+        "are. Leave out --freeze-backbone, give more --blocks, or --objective.attach projection."
+    )
 
 
 def _check_batchnorm(settings: Settings, built: Built) -> None:

@@ -131,8 +131,13 @@ class Loop:
             self.saver.keep_probe()
 
     def _start_from(self, stage: Stage) -> None:
-        weights = self.saver.best_weights(self.bar.warn) if stage.start == "best" else None
-        weights = self.runtime.share(weights)
+        """The first weights of a later stage: the best so far, or those that the stage before has ended with, averaged
+        where its average was validated."""
+        average = self.stepper.ema
+        if stage.start == "best":
+            weights = self.runtime.share(self.saver.final_weights(self.bar.warn))
+        else:
+            weights = None if average is None else average.network.state_dict()
         if weights is not None:
             self.stepper.network.load_state_dict(weights)
         self.saver.forget_best()

@@ -80,7 +80,9 @@ def build_optimizer(network: nn.Module, settings: Settings) -> Optimizer:
     kind: Any
     options: dict[str, Any]
     if settings.optimizer == "lamb":
-        kind, options = import_eager("timm.optim").Lamb, {}
+        kind = import_eager("timm.optim").Lamb
+        # LAMB clips to 1 by itself (You et al. 2020), unless another norm is given.
+        options = {} if settings.clip_grad is None else {"max_grad_norm": None}
     elif settings.optimizer == "sgd":
         momentum = settings.momentum
         kind = torch.optim.SGD

@@ -130,7 +130,12 @@ def _candidates(settings: Settings, built: Built, choose: bool) -> list[int | st
     while number > 0:
         number //= 2
         tried.append(number)
-    return tried
+    # Without a block the heads alone learn, and some have no weights.
+    bare = any(
+        all(not list(built.network.heads[name].parameters()) for name in stage.heads)
+        for stage in built.objective.stages()
+    )
+    return [blocks for blocks in tried if not (bare and blocks == 0)] or [settings.blocks]
 
 
 def _epoch(settings: Settings, built: Built, dataset: Dataset, runtime: Runtime) -> float:

@@ -113,6 +113,8 @@ def _say_doubts(settings: Settings, config: RunConfig, quiet: bool) -> None:
     if defaults.named_from_scratch(config, settings):
         text = "starts from random weights, which takes many images and hours; --pretrained takes timm's weights"
         say(f"note: {settings.model} {text}, --from-scratch leaves this note out.", quiet)
+    for names, reason in checks.without_effect(settings, config):
+        say(f"note: {names} has no effect {reason}.", quiet)
 
 
 def _tuned(
@@ -190,12 +192,18 @@ def _with_weights(settings: Settings, built: Built, config: RunConfig, quiet: bo
     say(str(loaded), quiet)
     if config.freeze_batchnorm != "auto" or loaded.whole_backbone:
         return settings
-    return settings.model_copy(update={"freeze_batchnorm": False})
+    learning = settings.model_copy(update={"freeze_batchnorm": False})
+    checks.check_built(learning, built)
+    return learning
 
 
 def _placed(settings: Settings, built: Built, runtime: Runtime) -> Evaluator:
     """Put network and objective on the device. Returns what evaluates them there."""
     torch.set_num_threads(settings.threads)
+    if runtime.world_size > 1:
+        from nearkin.network import synchronise_batchnorm
+
+        synchronise_batchnorm(built.network, runtime.device.type)
     runtime.place(built.network)
     runtime.place(built.objective)
     built.network.set_memory_format(settings.memory_format)

@@ -13,6 +13,7 @@ from nearkin.objectives import Objective, Stage
 from nearkin.settings import Settings
 from nearkin.teacher import TEACHER_SALT, Teacher, momentum_at
 from nearkin.training import microbatch, optim
+from nearkin.training.checks import check_learns
 from nearkin.training.microbatch import MicroBatch
 from nearkin.types import Batch, Loss, Outputs, Progress
 
@@ -73,8 +74,11 @@ class Stepper:
         settings = self.settings
         self.stage = stage
         self.network.activate(stage.heads, stage.freeze_backbone or settings.freeze_backbone)
+        check_learns(stage, [self.network])
         self.network.train()
-        self.ema = Teacher(self.network) if settings.ema > 0 else None
+        # A stage that gives its teacher has an average already.
+        averaged = settings.ema > 0 and stage.final == "student"
+        self.ema = Teacher(self.network) if averaged else None
         policy = stage.teacher
         self.teacher = Teacher(self.network, batchnorm=policy.batchnorm) if policy else None
         if settings.compile:

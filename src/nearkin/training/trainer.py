@@ -122,10 +122,6 @@ class Trainer:
 
     def _assemble(self) -> None:
         network, objective = self.prepared.built.network, self.prepared.built.objective
-        if self.runtime.world_size > 1:
-            from nearkin.network import synchronise_batchnorm
-
-            synchronise_batchnorm(network, self.runtime.device.type)
         classes = len(self.dataset.classes)
         if self.settings.class_weights == "balanced":
             weights = balanced_weights(self.train_split, classes)

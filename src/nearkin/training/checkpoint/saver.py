@@ -135,7 +135,7 @@ class Saver:
         return best is None or best.rank < probe.rank
 
     def final_weights(self, warn: Callable[[str], None]) -> dict[str, Tensor] | None:
-        """The weights that the run gives: the best of the last stage, or the probe's where they are better. None as
+        """The weights that the run gives after this stage: its best ones, or the probe's where they are better. None as
         from `best_weights`."""
         if self.probe is None or not self.gives_probe or self._store is None:
             return self.best_weights(warn)
