@@ -38,7 +38,7 @@ OTHERS = 79 + 80 + 80
 # objective, term: at chance (cosines 0), at collapse (cosines 1); from the equations of docs/methods.
 EXPECTED = {
     ("arcface", "ce"): [math.log(1 + (C - 1) * math.exp(16 * math.sin(0.2)))] * 2,
-    ("attract-repulse", "sce"): [LN + SCE] * 2,
+    ("attract-repulse", "sce"): [LN + 0.0167 * SCE] * 2,
     ("attract-repulse", "repulse"): [math.log(N - 1)] * 2,
     ("cone", "neighbour"): [LN] * 2,
     ("cone", "consistency"): [0.0] * 2,

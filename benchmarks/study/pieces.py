@@ -25,6 +25,8 @@ class Piece(NamedTuple):
 # `ce` smooths its labels by 0.1 in fine-tuning (docs/defaults.md), so `ce+ls` would be the same.
 TUNED = "ce,ce+ema,supcon,supcon:weight=1,sincere,cone,schane:mix=0.5:views=1:temperature=0.1"
 TRAINED = "ce,ce+ls,ce+ema,supcon,gpaco,cone,cone:neighbour_weight=0"
+FEW = "ce,ce+ema,attract-repulse"
+STRONG = {"augment": "strong", "batch_size": 32, "lr": 0.05, "val_split": 0.1, **SCRATCH}
 PIECES: dict[str, Piece] = {
     # Fine-tuning of packaged ImageNet weights.
     "tune-grocery-1": Piece(
@@ -56,6 +58,19 @@ PIECES: dict[str, Piece] = {
         "clothing10",
         TUNED,
         {"epochs": 6, **PHOTO},
+    ),
+    # From scratch, few images, strong augmentation, 400 crops of each image.
+    "few-cifar": Piece(
+        "Which objective helps from scratch, with 50 images of each of 10 classes, trained long?",
+        "cifar10",
+        FEW,
+        {"images_per_class": 50, "epochs": 400, **STRONG},
+    ),
+    "few-fashion": Piece(
+        "Which objective helps from scratch, with 50 grey images of each of 10 kinds of clothes, trained long?",
+        "fashion-mnist",
+        FEW,
+        {"images_per_class": 50, "epochs": 400, **STRONG},
     ),
     # From scratch, long enough to overfit.
     "scratch-cifar-4000": Piece(

@@ -21,7 +21,8 @@ class TeacherPolicy(NamedTuple):
     """How the teacher of a stage is updated and what it reads.
 
     schedule: `constant` momentum from `horizon`, the same `ramped` up from 0, or CoNe's `cosine` from `momentum` to 1.
-    horizon: memory of `constant` and `ramped` in epochs (at least 8 steps), above 0.
+    horizon: memory of `constant` and `ramped` in epochs (at least 8 steps), above 0. share: the same as a share of the
+        stage, in place of `horizon`.
     momentum: start of the cosine schedule, in [0, 1).
     batchnorm: `own` runs the teacher in train mode, with batch statistics and running statistics of its own
         (CoNe's published code); `average` averages the student's statistics and runs in eval mode.
@@ -30,6 +31,7 @@ class TeacherPolicy(NamedTuple):
 
     schedule: Literal["constant", "ramped", "cosine"] = "constant"
     horizon: float = 0.3
+    share: float | None = None
     momentum: float = 0.996
     batchnorm: Literal["own", "average"] = "own"
     crop: Literal["same", "own"] = "same"
@@ -38,13 +40,15 @@ class TeacherPolicy(NamedTuple):
 def momentum_at(policy: TeacherPolicy, step: int, steps: int, steps_per_epoch: int) -> float:
     """The momentum m of `teacher = m * teacher + (1 - m) * student` before forward pass number `step`.
 
-    constant: m = 1 - 1 / max(8, horizon * steps_per_epoch), a memory in epochs, not steps.
+    constant: m = 1 - 1 / max(8, horizon * steps_per_epoch), or share * steps: a memory in epochs or as a share of the
+        stage, not in steps.
     ramped: min(1 - 1 / (step + 1), the constant) (Tarvainen and Valpola 2017, published code).
     cosine: m = 1 - (1 - m0)(cos(pi step / steps) + 1) / 2 (CoNe, published code).
     """
     if policy.schedule == "cosine":
         return 1.0 - (1.0 - policy.momentum) * (math.cos(math.pi * step / steps) + 1.0) / 2.0
-    constant = 1.0 - 1.0 / max(8.0, policy.horizon * steps_per_epoch)
+    memory = policy.horizon * steps_per_epoch if policy.share is None else policy.share * steps
+    constant = 1.0 - 1.0 / max(8.0, memory)
     return min(1.0 - 1.0 / (step + 1), constant) if policy.schedule == "ramped" else constant
 
 

@@ -213,12 +213,13 @@ def attract_repulse(stage, step, steps=100, epochs=10, **options):
 
 @pytest.mark.parametrize(("step", "weight"), [(0, 1.0), (50, 0.55), (100, 0.1)])
 def test_repulsion_falls_by_a_cosine(step, weight):
-    found, seen, _ = attract_repulse("contrast", step)
+    options = {"beta": 0.5, "repulse": 1.0, "repulse_end": 0.1}
+    found, seen, _ = attract_repulse("contrast", step, **options)
     z = unit(seen.projection)
     contrast = mean(oracles.instance_nce(z[:8], z[8:], 0.2))
-    sce = mean(oracles.symmetric_ce(seen.logits.numpy(), LABELS.repeat(2).numpy(), 1.0, 1.0))
+    sce = mean(oracles.symmetric_ce(seen.logits.numpy(), LABELS.repeat(2).numpy(), 1.0, 0.5))
     assert float(found.total) == pytest.approx(sce + weight * contrast, rel=1e-6)
-    constant, *_ = attract_repulse("contrast", step, trade_off="constant")
+    constant, *_ = attract_repulse("contrast", step, trade_off="constant", **options)
     assert float(constant.total) == pytest.approx(sce + contrast, rel=1e-6)
 
 
@@ -226,10 +227,10 @@ def test_repulsion_falls_by_a_cosine(step, weight):
     ("step", "weight"), [(0, math.exp(-5)), (25, math.exp(-1.25)), (50, 1.0), (90, 1.0)]
 )
 def test_trust_in_the_teacher_rises_over_five_epochs(step, weight):
-    found, seen, teacher = attract_repulse("mean-teacher", step)
+    found, seen, teacher = attract_repulse("mean-teacher", step, beta=0.5)
     target = teacher.logits.softmax(1)
     divergence = mean(oracles.consistency_kl(seen.logits.numpy(), target.numpy()))
-    sce = mean(oracles.symmetric_ce(seen.logits.numpy(), LABELS.numpy(), 1.0, 1.0))
+    sce = mean(oracles.symmetric_ce(seen.logits.numpy(), LABELS.numpy(), 1.0, 0.5))
     assert float(found.total) == pytest.approx(sce + weight * divergence, rel=1e-6)
 
 
@@ -247,7 +248,7 @@ def test_attract_repulse_reads_a_bank_of_teacher_keys_without_own_copies():
 
 
 def test_the_mean_teacher_starts_from_the_best_weights_and_is_the_final_model(tmp_path):
-    """One command, two stages, one model; the student's learning rate is a tenth in the second."""
+    """One command, two stages, one model; the student's learning rate is a tenth in the second where that is given."""
     import nearkin
 
     result = nearkin.train(
@@ -260,6 +261,7 @@ def test_the_mean_teacher_starts_from_the_best_weights_and_is_the_final_model(tm
         threads=1,
         save_minutes=60,
         out=tmp_path / "run",
+        **{"objective.contrast_share": 0.7, "objective.teacher_lr": 0.1},
     )
     last = max((result.run / "checkpoints").glob("step-*"))
     model, teacher = (

@@ -279,7 +279,7 @@ def gpaco_at_collapse():
 AT_COLLAPSE = {
     "arcface": {"ce": math.log(1 + (CLASSES - 1) * math.exp(16 * math.sin(0.2)))},
     "attract-repulse": {
-        "sce": math.log(CLASSES) - math.log(1e-4) * (1 - 1 / CLASSES),
+        "sce": math.log(CLASSES) - 0.0167 * math.log(1e-4) * (1 - 1 / CLASSES),
         "repulse": math.log(ROWS - 1),
     },
     "ce": {"ce": math.log(CLASSES)},

@@ -49,6 +49,10 @@ def test_teacher_momentum():
     constant = TeacherPolicy(horizon=0.3)
     assert momentum_at(constant, 5, 1000, steps_per_epoch=100) == 1 - 1 / 30
     assert momentum_at(constant, 5, 1000, steps_per_epoch=10) == 1 - 1 / 8
+    share = TeacherPolicy(share=0.1)
+    assert momentum_at(share, 5, 1000, steps_per_epoch=10) == 1 - 1 / 100
+    assert momentum_at(share, 5, 20, steps_per_epoch=10) == 1 - 1 / 8
+    assert momentum_at(share._replace(schedule="ramped"), 5, 1000, 10) == 1 - 1 / 6
     cosine = TeacherPolicy(schedule="cosine")
     assert momentum_at(cosine, 0, 1000, 10) == pytest.approx(0.996)
     assert momentum_at(cosine, 500, 1000, 10) == pytest.approx(0.998)

@@ -7,7 +7,7 @@ import math
 from typing import Literal, Self
 
 from nearkin.bank import NeighbourBank
-from nearkin.config import AutoAmount, AutoCount, Count, option
+from nearkin.config import AutoCount, Count, option
 from nearkin.functional import (
     PerAnchor,
     consistency_kl,
@@ -31,7 +31,6 @@ from nearkin.objectives.base import (
     smoothed,
     unit,
 )
-from nearkin.objectives.classification import preset
 from nearkin.teacher import TeacherPolicy
 from nearkin.types import Batch, Facts, Loss, Outputs, Progress
 
@@ -50,10 +49,12 @@ class AttractRepulse(Objective, name="attract-repulse"):
     class Config(Objective.Config):
         """No value is published; sources of the parts: docs/methods/attract-repulse.md."""
 
-        alpha: AutoAmount = option("auto", "weight of the cross-entropy")
-        beta: AutoAmount = option("auto", "weight of the reverse cross-entropy")
-        repulse: float = option(1.0, "weight of the instance contrast at the start", ge=0)
-        repulse_end: float = option(0.1, "the same at the stage's end", ge=0)
+        # The pair published for many classes (6, 0.1), divided by 6: that for few harms long training on clean labels
+        # (docs/decisions/009-stage-two-of-attract-repulse.md).
+        alpha: float = option(1.0, "weight of the cross-entropy", ge=0)
+        beta: float = option(0.0167, "weight of the reverse cross-entropy", ge=0)
+        repulse: float = option(0.1, "weight of the instance contrast at the start", ge=0)
+        repulse_end: float = option(0.0, "the same at the stage's end", ge=0)
         trade_off: Literal["cosine", "constant"] = option(
             "cosine", "how the weight goes from start to end; constant stays"
         )
@@ -66,22 +67,22 @@ class AttractRepulse(Objective, name="attract-repulse"):
         head_norm: Norm = option("batch", "in the projection: batch, layer or none")
         attach: Attach = attach_option()
         contrast_share: float = option(
-            0.7, "share of the epochs before the Mean Teacher", gt=0, lt=1
+            0.3, "share of the epochs before the Mean Teacher", gt=0, lt=1
         )
         consistency: float = option(1.0, "weight of the teacher's targets", ge=0)
         ramp_epochs: float = option(
             5.0, "over which that weight rises, at most those of the stage", gt=0
         )
-        teacher_horizon: float = option(2.0, "memory of the teacher in epochs", gt=0)
+        teacher_memory: float = option(
+            0.1, "memory of the teacher, as a share of its stage", gt=0, le=1
+        )
         teacher_schedule: Literal["constant", "ramped"] = option(
             "constant", "its momentum constant, or ramped up from 0 as in Mean Teacher"
         )
-        teacher_lr: float = option(0.1, "peak of the second stage, as a share of --lr", gt=0, le=1)
+        teacher_lr: float = option(1.0, "peak of the second stage, as a share of --lr", gt=0, le=1)
 
         def resolve(self, facts: Facts) -> Self:
-            # The published weight 0.1 of CE is for long training on noisy labels (docs/decisions/009).
-            beta, bank = preset(facts.classes)[1], default_bank(facts)
-            return self.fill(alpha=1.0, beta=beta, bank=bank, attach=default_attach(facts))
+            return self.fill(bank=default_bank(facts), attach=default_attach(facts))
 
     config: Config
     bank: NeighbourBank
@@ -96,12 +97,12 @@ class AttractRepulse(Objective, name="attract-repulse"):
         return {"projection": Head(rows, "features", "projection")} | super().build(dim, classes)
 
     def stages(self) -> tuple[Stage, ...]:
-        share, horizon = self.config.contrast_share, self.config.teacher_horizon
+        share, memory = self.config.contrast_share, self.config.teacher_memory
         in_batch = self.config.negatives == "batch"
-        keys = None if in_batch else TeacherPolicy(horizon=horizon, crop="own")
+        keys = None if in_batch else TeacherPolicy(share=memory, crop="own")
         averaged = TeacherPolicy(
             schedule=self.config.teacher_schedule,
-            horizon=horizon,
+            share=memory,
             batchnorm="average",
             crop="own",
         )
