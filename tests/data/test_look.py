@@ -99,6 +99,17 @@ def test_other_paths_to_a_folder_are_the_same_files(data, opened, monkeypatch, w
     assert len(opened) == 14
 
 
+def test_a_step_up_from_a_link_leads_to_the_folder_above_its_target(tmp_path):
+    """As the system follows it, and not the text."""
+    write(tmp_path / "a" / "photos" / "x" / "0.png", b"no image")
+    real = folder(tmp_path / "b" / "photos", x=1)
+    (tmp_path / "b" / "sub").mkdir()
+    (tmp_path / "a" / "link").symlink_to(tmp_path / "b" / "sub")
+    files = sources(tmp_path / "a" / "link" / ".." / "photos")["train"]
+    assert os.path.samefile(files.key(0), real / "x" / "000.png")
+    assert look({"train": files}, "full").bad == {}
+
+
 def test_new_and_changed_files_are_looked_at(data, opened):
     look(sources(data), "full")
     opened.clear()

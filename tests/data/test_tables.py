@@ -81,6 +81,15 @@ def test_images_are_found_beside_the_table(root, monkeypatch):
     assert load_dataset("table.csv", val_split=0, seed=0).fingerprint == dataset.fingerprint
 
 
+def test_a_table_in_a_linked_folder_names_files_beside_the_target(root, tmp_path):
+    table(root, "path,label\n../images/a.png,cat\n", "deep/table.csv")
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    (tmp_path / "far" / "away" / "link").symlink_to(root / "deep")
+    assert rows(str(tmp_path / "far" / "away" / "link" / "table.csv")) == [
+        ("train", "../images/a.png", "cat")
+    ]
+
+
 def test_labels_are_text_and_names_may_be_any_bytes(root):
     strange = b'images/\xff\xfe\n,".png'
     write(root / os.fsdecode(strange), encoded(noise(0), "PNG"))

@@ -263,6 +263,17 @@ def test_a_table_in_another_folder_names_the_files(tmp_path, monkeypatch, capsys
     capsys.readouterr()
 
 
+def test_a_new_table_follows_a_step_up_from_a_link(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_photos(tmp_path / "b" / "data")
+    (tmp_path / "b" / "sub").mkdir()
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "link").symlink_to(tmp_path / "b" / "sub")
+    assert doctor("a/link/../data", "--write-table", "clean.csv") == 0
+    images = resolve("clean.csv").parts["train"].images
+    assert images.name(0).startswith("b/data/train/")
+
+
 def test_findings_are_shown_though_the_table_cannot_be_written(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     data = write_photos(tmp_path / "data")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Literal, Protocol, Self
 
 import numpy as np
@@ -48,8 +49,9 @@ class Files:
     def __init__(self, files: FileList, channels: int = 3, least: int = 0) -> None:
         check_channels(channels)
         self.files, self.channels, self.least = files, channels, least
-        # Links are not resolved: another target shows in the size and the time of the file.
-        self._folder = os.fsencode(os.path.abspath(files.root))  # noqa: PTH100
+        # Links are not resolved: another target shows in the size and the time of the file. `..` stays, too: behind a
+        # link it leads elsewhere than the text says.
+        self._folder = os.fsencode(Path(files.root).absolute())
 
     def __len__(self) -> int:
         return len(self.files)

@@ -134,7 +134,10 @@ def write_table(path: Path, inventory: Inventory, out: frozenset[int]) -> int:
 
 
 def _relative(key: bytes, folder: bytes) -> bytes:
-    """On another drive of Windows a file has no relative path."""
+    """On another drive of Windows a file has no relative path. A `..` in the key may follow a link: it is resolved."""
+    place, name = os.path.split(key)
+    if b".." in place.split(os.fsencode(os.sep)):
+        key = os.path.join(os.path.realpath(place), name)  # noqa: PTH118 - bytes
     try:
         return os.path.relpath(key, folder)
     except ValueError:

@@ -173,8 +173,8 @@ def _check_files(path: str, root: str, rows: Sequence[_Row]) -> None:
     """Raises DataError when a file is missing or named twice."""
     first: dict[str, _Row] = {}
     for row in rows:
-        file = os.path.normpath(os.path.join(root, row.path))  # noqa: PTH118
-        earlier = first.setdefault(file, row)
+        file = os.path.join(root, row.path)  # noqa: PTH118
+        earlier = first.setdefault(os.path.normpath(file), row)
         if earlier is not row:
             same = earlier.label == row.label
             labels = f"{printable(earlier.label)} and {printable(row.label)}"
