@@ -283,6 +283,25 @@ def test_bad_images_are_found_while_the_cache_is_built_and_when_it_is_found_agai
             assert torch.equal(cached.read(row), expected)
 
 
+def test_a_cache_without_an_image_that_can_be_read_by_now_is_built_again(tmp_path, monkeypatch):
+    """Such as after the memory ran out, of which a decoder tells as of damage."""
+    contents = Contents(choose_all(pictures(tmp_path / "data")).files, 20)
+    real = Contents.image
+
+    def starved(self, path):
+        found = real(self, path)
+        if path != self.paths[1]:
+            return found
+        return found._replace(image=None, fact=None, reason="it is damaged (broken data stream)")
+
+    monkeypatch.setattr(Contents, "image", starved)
+    assert list(make_pack(contents, "disk", 1).bad) == [contents.paths[1]]
+    monkeypatch.setattr(Contents, "image", real)
+    result = make_pack(contents, "disk", 1)
+    assert result.bad == {}
+    assert (result.pack.sizes > 0).all()
+
+
 def test_no_file_is_decoded_twice_for_a_cache_nor_looked_at_afterwards(tmp_path, monkeypatch):
     root = pictures(tmp_path / "data")
     decoded: list[str] = []

@@ -203,9 +203,14 @@ def make_pack(contents: Contents, where: Where, workers: int) -> Made:
     key, root = contents.key(), home(where)
     stays = Pack(root / f"images-{key[:16]}", contents.channels)
     if where == "disk" and stays.complete(key):
-        return Made(stays, 0.0, _reasons(contents, stays))
+        found = Pack(stays.folder, contents.channels)
+        bad = _reasons(contents, found)
+        if bad is not None:
+            return Made(found, 0.0, bad)
     started = time.monotonic()
     with _room(root, contents, where):
+        if where == "disk" and stays.complete(key):
+            shutil.rmtree(stays.folder)
         root.mkdir(parents=True, exist_ok=True)
         _sweep(root)
         with _draft(root) as (draft, owner):
@@ -217,11 +222,17 @@ def make_pack(contents: Contents, where: Where, workers: int) -> Made:
     return Made(stays, time.monotonic() - started, bad)
 
 
-def _reasons(contents: Contents, pack: Pack) -> dict[bytes, str]:
-    """Why the images are missing that could not be read when the pack was built."""
-    paths = [contents.paths[place] for place in np.flatnonzero(pack.sizes[:, 0] == 0)]
-    again = f"it could not be read when the cache was built; delete {pack.folder}"
-    return {path: contents.image(path).reason or again for path in paths}
+def _reasons(contents: Contents, pack: Pack) -> dict[bytes, str] | None:
+    """Why the images are missing that could not be read when the pack was built; None where one can be read by now, as
+    after the memory had run out."""
+    found: dict[bytes, str] = {}
+    for place in np.flatnonzero(pack.sizes[:, 0] == 0):
+        path = contents.paths[place]
+        reason = contents.image(path).reason
+        if reason is None:
+            return None
+        found[path] = reason
+    return found
 
 
 def packed(dataset: Dataset, contents: Contents, pack: Pack) -> Dataset:

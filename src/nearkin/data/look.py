@@ -101,8 +101,9 @@ def look(
 
     check: `full` decodes files, `headers` reads their beginning and end (see `inspect`), `auto` decodes up to
     100 000 new files and reads the headers of more. A file that was decoded once needs no other look; one of which the
-    header was read is enough for `headers` and `auto`. The files are shared out over the ranks of a node, and every
-    rank returns the whole result. quiet: without a bar on stderr.
+    header was read is enough for `headers` and `auto`. A bad one is decoded each time: the memory may have run out, of
+    which decoders tell as of damage. The files are shared out over the ranks of a node, and every rank returns the
+    whole result. quiet: without a bar on stderr.
 
     Raises the NearkinError of any rank on all of them.
     """
@@ -113,22 +114,22 @@ def look(
     ]
     share, total = rows[ranks.rank :: ranks.size], sum(map(len, sources.values()))
     channels = next(iter(sources.values())).channels if sources else 3
-    new: list[bytes] = []
+    new: dict[bytes, bool] = {}
     quiet = quiet or ranks.rank > 0
     with Remembered() as remembered:
         known = agreed(
             ranks.exchange,
-            lambda: (total, _compare(share, check, remembered, new, quiet), len(new)),
+            lambda: (total, _compare(share, check, remembered, new, quiet)),
         )
-        if len({files for files, _, _ in known}) > 1:
+        if len({files for files, _ in known}) > 1:
             raise DataError("The processes see different files; give all of them the same data.")
-        count = sum(found for _, _, found in known)
+        count = sum(found for _, found in known)
         full = check == "full" or (check == "auto" and count <= MOST_DECODED)
         learned = agreed(
             ranks.exchange, lambda: _learn(new, channels, full, cores(), remembered, quiet)
         )
     bad: dict[bytes, str] = {}
-    for part in (*(found for _, found, _ in known), *learned):
+    for part in learned:
         bad |= part
     notes = [remembered.note] if remembered.note else []
     if check == "auto" and not full:
@@ -143,11 +144,11 @@ def _compare(
     share: Sequence[tuple[Files, range]],
     check: Check,
     remembered: Remembered,
-    new: list[bytes],
+    new: dict[bytes, bool],
     quiet: bool,
-) -> dict[bytes, str]:
-    """What is wrong with files that are as they were at an earlier look; adds the paths of all others to `new`."""
-    bad: dict[bytes, str] = {}
+) -> int:
+    """How many files are not as they were at an earlier look, or not known well enough; they are added to `new`, and
+    so is what was bad then, which has to be decoded."""
     chunks = ([files.key(row) for row in rows] for files, rows in share)
     total = sum(len(rows) for _, rows in share)
     for paths in shown(chunks, total, "images compared with the last look", quiet):
@@ -155,25 +156,25 @@ def _compare(
         for path in paths:
             fact = known.get(path)
             if fact is None or not fact.holds(path) or (check == "full" and not fact.full):
-                new.append(path)
+                new[path] = False
             elif fact.reason is not None:
-                bad[path] = fact.reason
-    return bad
+                new[path] = True
+    return len(new) - sum(new.values())
 
 
 def _learn(
-    new: Sequence[bytes],
+    new: Mapping[bytes, bool],
     channels: int,
     full: bool,
     workers: int,
     remembered: Remembered,
     quiet: bool,
 ) -> dict[bytes, str]:
-    """Open the files and remember what was found. Returns what is wrong."""
+    """Open the files and remember what was found. new: path -> whether it has to be decoded. Returns what is wrong."""
     bad: dict[bytes, str] = {}
 
     def opened(path: bytes) -> tuple[bytes, Fact | None, str | None]:
-        _, fact, reason, _ = examine(path, channels, full)
+        _, fact, reason, _ = examine(path, channels, full or new[path])
         return path, fact, reason
 
     # Closed at once when this is left, as by Ctrl-C: the traceback would hold it, and its threads with it.
@@ -181,7 +182,7 @@ def _learn(
         for path, fact, reason in chain.from_iterable(
             shown(chunks, len(new), "images looked at", quiet)
         ):
-            if fact is not None:
+            if fact is not None and (reason is None or not new[path]):  # else it is known
                 remembered.keep(path, fact)
             if reason is not None:
                 bad[path] = reason
@@ -222,7 +223,7 @@ def usual_side(images: ImageSource) -> int:
         """0 where the image cannot be read."""
         path = images.key(row)
         fact = known.get(path)
-        if fact is None or not fact.holds(path):
+        if fact is None or fact.reason is not None or not fact.holds(path):
             fact = examine(path, images.channels, full=False).fact
         return 0 if fact is None else min(fact.width, fact.height)
 
