@@ -44,6 +44,21 @@ def test_other_images_are_a_test(run, tmp_path):
     assert not any("was trained on" in note for note in found.notes)
 
 
+@pytest.mark.parametrize("link", ["symlink_to", "hardlink_to"])
+def test_files_that_were_trained_on_are_counted_under_any_path(run, tmp_path, link):
+    write_classes(tmp_path / "others", ("cat", "dog"), each=2, suffix=".bmp")
+    for kind in ("cat", "dog"):
+        for photo in (tmp_path / "photos" / kind).iterdir():
+            getattr(tmp_path / "others" / kind / photo.name, link)(photo)
+    total = len(list((tmp_path / "others").glob("*/*")))
+    trained = nearkin.evaluate(run, split="train").n
+    (note,) = (note for note in nearkin.evaluate(run, "others").notes if "trained on" in note)
+    assert note == (
+        f"{run} was trained on {trained} of these {total} images, so the numbers are too good"
+    )
+    assert 0 < trained < total - 4, "others were held out for validation"
+
+
 @pytest.mark.parametrize("change", ["added", "removed"])
 def test_validation_images_that_cannot_be_told_are_refused(run, tmp_path, change):
     if change == "added":

@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nearkin.data.sources.resolve import resolve
-from nearkin.errors import ConfigError
+from nearkin.errors import ConfigError, printable
 from nearkin.evaluation.options import BadPolicy, Device, Tta, Weights, check_choice, check_run
+from nearkin.evaluation.own_data import is_own, stored_origin, trained_on
 from nearkin.evaluation.results import Evaluation, MemberMetrics
 from nearkin.files import SaveFailed
 
 if TYPE_CHECKING:
     from nearkin.config import Auto
+    from nearkin.data.dataset import Split
     from nearkin.data.sources.listing import Listing
-    from nearkin.evaluation.ensemble import Ensemble
+    from nearkin.evaluation.ensemble import Ensemble, Member
 
 ONE_VALIDATION = (
     "train them on the same data with one --split-seed and --val-split, or use --weights equal"
@@ -94,6 +96,8 @@ def _measure(
         notes += validation.notes
     found = ensemble.predict(data, split, shares)
     notes += found.notes
+    if data is not None and runtime.is_main:
+        notes += _trained_on(ensemble.members, data, found.split)
     if validation and validation.images == found.images:
         notes.append(SAME_IMAGES)
     metrics = summarise(found.whole, ensemble.classes)
@@ -117,6 +121,21 @@ def _measure(
         confusion_file=confusion_file,
         classes_file=classes_file,
     )
+
+
+def _trained_on(members: Sequence[Member], data: Listing, split: Split) -> list[str]:
+    """What a person should know of members that were trained on other data, but on files of this split."""
+    notes, total = [], len(split.labels)
+    for member in members:
+        if is_own(data, member.config.data, stored_origin(member.run)):
+            continue  # it is known, and the split was chosen by it
+        count = len(trained_on(split.images, member.config) or ())
+        if count:
+            which = f"{count} of these {total} images" if count < total else "all of these images"
+            notes.append(
+                f"{printable(str(member.run))} was trained on {which}, so the numbers are too good"
+            )
+    return notes
 
 
 def _name(split: str, runs: Sequence[Path], data: str | None, tta: str, weights: str) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
@@ -16,18 +14,16 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # s
 from torch.nn import functional as F
 
 from nearkin.config import CONFIG_FILE, EpisodeOptions, RunConfig, stored
-from nearkin.data.dataset import Split, load_dataset, load_for_evaluation
-from nearkin.data.images import Files, ImageSource
+from nearkin.data.dataset import Split, load_for_evaluation
 from nearkin.data.loader import eval_loader, train_loader
 from nearkin.data.sampling import SampleKey
-from nearkin.data.sources.builtin import BUILTIN
 from nearkin.data.sources.listing import Listing, by_bytes
 from nearkin.data.transforms import TrainSpec, train_transform
 from nearkin.device import choose_device, without_tf32
 from nearkin.errors import DataError, ModelError, counted, listed, printable
 from nearkin.evaluation.episodes import accuracy, draw, eligible, estimate
 from nearkin.evaluation.model import Bundle, load_bundle
-from nearkin.evaluation.own_data import is_own, stored_origin
+from nearkin.evaluation.own_data import is_own, stored_origin, trained_on
 from nearkin.evaluation.results import FewShot
 from nearkin.evaluation.tta import tta_views
 from nearkin.types import Batch
@@ -180,37 +176,16 @@ def _refuse_trained(split: Split, config: RunConfig, run: Path) -> tuple[str, ..
 
     Returns a note when the run's own data no longer exist.
     """
-    given = _inodes(split.images)
-    if not given or config.data in BUILTIN:
-        return ()
     shown = printable(str(run))
-    try:
-        options = config.model_dump(
-            include={"channels", "val_split", "split_seed", "seed", "images_per_class"}
-        )
-        # Without a check: of an unreadable file only the name is compared.
-        trained = load_dataset(config.data, check=None, **options).splits["train"]
-    except DataError:
+    both = trained_on(split.images, config)
+    if both is None:
         gone = printable(config.data)
         return (
             f"the training data of {shown}, {gone}, cannot be read, so these images were not compared with them",
         )
-    both = [given[node] for node in _inodes(trained.images) if node in given]
     if both:
         raise DataError(
             f"{shown} was trained on {counted(len(both), 'image')} of these {len(split.labels)}: {listed(both)}; "
             "give images outside its training."
         )
     return ()
-
-
-def _inodes(images: ImageSource) -> dict[tuple[int, int], str]:
-    """Device and inode of each file, which are the same under any path, with its name."""
-    found: dict[tuple[int, int], str] = {}
-    if not isinstance(images, Files):
-        return found
-    for row in range(len(images)):
-        with suppress(OSError, ValueError):
-            stat = os.stat(images.path(row))  # noqa: PTH116 - a Path would normalise it
-            found[stat.st_dev, stat.st_ino] = images.name(row)
-    return found

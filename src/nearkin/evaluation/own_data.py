@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,6 +14,8 @@ from nearkin.errors import DataError, printable
 from nearkin.evaluation.options import IDENTITY
 
 if TYPE_CHECKING:
+    from nearkin.config import RunConfig
+    from nearkin.data.images import ImageSource
     from nearkin.data.sources.listing import Listing
 
 
@@ -84,3 +86,36 @@ def is_own(data: Listing, trained: str, origin: Origin | None) -> bool:
     from nearkin.data.dataset import names_of, sizes_of
 
     return names_of(data) == origin.names and sizes_of(data) == origin.sizes
+
+
+def trained_on(images: ImageSource, config: RunConfig) -> list[str] | None:
+    """The names of those image files that a run of this configuration was trained on, under any path; None where the
+    run's data cannot be read any more."""
+    from nearkin.data.dataset import load_dataset
+    from nearkin.data.sources.builtin import BUILTIN
+
+    given = _inodes(images)
+    if not given or config.data in BUILTIN:
+        return []
+    options = config.model_dump(
+        include={"channels", "val_split", "split_seed", "seed", "images_per_class"}
+    )
+    try:  # without a check: of an unreadable file only the name is compared
+        trained = load_dataset(config.data, check=None, **options).splits["train"]
+    except DataError:
+        return None
+    return [given[node] for node in _inodes(trained.images) if node in given]
+
+
+def _inodes(images: ImageSource) -> dict[tuple[int, int], str]:
+    """Device and inode of each file, which are the same under any path, with its name."""
+    from nearkin.data.images import Files
+
+    found: dict[tuple[int, int], str] = {}
+    if not isinstance(images, Files):
+        return found
+    for row in range(len(images)):
+        with suppress(OSError, ValueError):
+            status = os.stat(images.path(row))  # noqa: PTH116 - a Path would normalise it
+            found[status.st_dev, status.st_ino] = images.name(row)
+    return found
