@@ -16,6 +16,7 @@ from nearkin.cli.doctor import main
 from nearkin.data.sources.resolve import resolve
 from nearkin.doctor.findings import COLUMNS
 from nearkin.errors import ConfigError
+from nearkin.files import SaveFailed
 
 
 @pytest.fixture
@@ -285,6 +286,28 @@ def test_findings_are_shown_though_the_table_cannot_be_written(tmp_path, monkeyp
     shown = capsys.readouterr()
     assert "no training image is left" in shown.out
     assert "No training image is left" in shown.err
+
+
+def test_findings_are_shown_though_they_cannot_be_written(data, monkeypatch, capsys):
+    def full(*_):
+        raise SaveFailed("doctor.csv could not be written")
+
+    monkeypatch.setattr("nearkin.doctor.findings.write_csv", full)
+    assert doctor(data) == 75
+    shown = capsys.readouterr()
+    assert "exact-leakage" in shown.out
+    assert "doctor.csv could not be written" in shown.err
+
+
+@pytest.mark.parametrize("words", [("--out", "fixed"), ("--write-table", "fixed/clean.csv")])
+def test_a_place_that_cannot_be_written_is_said_before_images_are_read(
+    data, tmp_path, monkeypatch, capsys, words
+):
+    (tmp_path / "fixed").mkdir()
+    monkeypatch.setattr("os.access", lambda folder, _: Path(folder).name != "fixed")
+    monkeypatch.setattr("nearkin.doctor.diagnose.diagnose", None)
+    assert doctor(data, *words) == 2
+    assert "its folder is read-only; give another" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

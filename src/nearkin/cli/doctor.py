@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nearkin.cli import show
 from nearkin.cli.arguments import Parser, whole_number
-from nearkin.doctor.findings import FILE, check_target, summary, write_findings
+from nearkin.doctor.findings import FILE, check_target, concerned, summary, write_findings
 from nearkin.errors import ConfigError, counted, listed, printable
 from nearkin.process import launched
 
@@ -75,7 +75,7 @@ def main(given: dict[str, Any]) -> int:
         sys.stderr.write(
             f"warning: {counted(len(unknown), 'marked path')} not among the images: {listed(unknown)}\n"
         )
-    rows = write_findings(target, report.findings)
+    rows = concerned(report.findings)
     record = {
         "run": given.get("run"),
         "data": report.data,
@@ -86,8 +86,11 @@ def main(given: dict[str, Any]) -> int:
         "table": None if table is None else str(table),
     }
     text = "".join(f"{finding.line()}\n" for finding in report.findings)
-    show(record, text, as_json=given.get("json", False))
-    sys.stdout.flush()
+    try:
+        write_findings(target, report.findings)
+    finally:  # they are shown though the disk is full
+        show(record, text, as_json=given.get("json", False))
+        sys.stdout.flush()
     if rows:
         _say(f"{counted(rows, 'file')} concerned, listed in {target}", quiet)
     _say(summary(report.findings), quiet)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,10 @@ def check_target(folder: Path) -> Path:
     shown = printable(str(path))
     if not folder.is_dir():
         raise ConfigError(f"--out {printable(str(folder))} is no folder; make it first.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"{shown} cannot be written: its folder is read-only; give another folder with --out."
+        )
     try:
         with path.open("rb") as file:
             first = file.readline(200).decode("utf-8", "replace").strip()
@@ -75,9 +80,14 @@ def check_target(folder: Path) -> Path:
     return path
 
 
-def write_findings(path: Path, findings: Sequence[Finding]) -> int:
-    """Write a row for each file of each finding, and return their number. Without any row nothing is written, unless
-    there is a file of an earlier time to replace. Raises SaveFailed."""
+def concerned(findings: Sequence[Finding]) -> int:
+    """The number of rows that `write_findings` writes."""
+    return sum(len(finding.files) for finding in findings)
+
+
+def write_findings(path: Path, findings: Sequence[Finding]) -> None:
+    """Write a row for each file of each finding. Without any row nothing is written, unless there is a file of an
+    earlier time to replace. Raises SaveFailed."""
     rows = [
         (file.path, file.label, file.split, finding.level, finding.code, file.detail)
         for finding in findings
@@ -85,7 +95,6 @@ def write_findings(path: Path, findings: Sequence[Finding]) -> int:
     ]
     if rows or path.exists():
         write_csv(path, COLUMNS, rows)
-    return len(rows)
 
 
 def summary(findings: Sequence[Finding]) -> str:

@@ -111,6 +111,8 @@ def check_table(path: Path) -> None:
         raise ConfigError(f"--write-table {shown} exists; give another name, or delete it.")
     if not path.absolute().parent.is_dir():
         raise ConfigError(f"--write-table {shown}: there is no such folder; make it first.")
+    if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"--write-table {shown}: its folder is read-only; give another place.")
 
 
 def write_table(path: Path, inventory: Inventory, out: frozenset[int]) -> int:
