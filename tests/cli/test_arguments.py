@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nearkin.cli import run
+from nearkin.cli import VERBS, run
 from nearkin.cli.train import parser, with_data
 from nearkin.errors import ConfigError
 
@@ -96,3 +96,20 @@ def test_control_characters_are_escaped(capsys):
 
 def test_log_may_be_given_several_times():
     assert read("--log", "wandb", "--log=mlflow,tensorboard") == {"log": "wandb,mlflow,tensorboard"}
+
+
+WITHOUT_FREE = sorted(set(VERBS) - {"train", "compare", "doctor"})
+
+
+@pytest.mark.parametrize("verb", WITHOUT_FREE)
+@pytest.mark.parametrize("option", ["--objective.topk", "--model.depth=3"])
+def test_options_of_an_objective_are_unknown_where_none_is_trained(verb, option, capsys):
+    assert run([verb, "one", option, "5"]) == 2
+    assert f"Unknown option {option.partition('=')[0]}." in capsys.readouterr().err
+
+
+def test_words_after_two_hyphens_are_names_of_files():
+    from nearkin.cli.predict import parser
+
+    words = ["run", "--json", "--", "--objective.jpg", "a.jpg", "-h", "--json=no"]
+    assert parser().read(words) == {"run": "run", "json": True, "images": words[3:]}

@@ -23,9 +23,15 @@ class Parser(argparse.ArgumentParser):
     """An argparse parser that raises ConfigError and accepts no abbreviations."""
 
     def __init__(
-        self, usage: str, description: str, more_help: Callable[[dict[str, Any]], str] | None = None
+        self,
+        usage: str,
+        description: str,
+        more_help: Callable[[dict[str, Any]], str] | None = None,
+        *,
+        free: bool = False,
     ) -> None:
-        """more_help: from the given options to text below the help."""
+        """more_help: from the given options to text below the help. free: whether the verb takes the options of an
+        objective and of a model."""
         super().__init__(
             usage=usage,
             description=description,
@@ -36,7 +42,7 @@ class Parser(argparse.ArgumentParser):
         )
         self.flags: set[str] = set()
         self._verb = " ".join(usage.split()[:2])
-        self._more_help = more_help
+        self._more_help, self._free = more_help, free
         self.flag("help", "this help")
 
     def error(self, message: str) -> NoReturn:
@@ -73,8 +79,10 @@ class Parser(argparse.ArgumentParser):
 
         Raises ConfigError for an unknown option, with a hint where there is one.
         """
-        words, free = self._split_free(["--help" if word == "-h" else word for word in argv])
-        found, rest = self.parse_known_intermixed_args([self._plain_flag(word) for word in words])
+        end = list(argv).index("--") if "--" in argv else len(argv)  # only names of files follow
+        words, free = self._split_free(["--help" if word == "-h" else word for word in argv[:end]])
+        plain = [self._plain_flag(word) for word in words]
+        found, rest = self.parse_known_intermixed_args([*plain, *argv[end:]])
         if rest:
             self._unknown(rest[0])
         return vars(found) | free
@@ -95,7 +103,7 @@ class Parser(argparse.ArgumentParser):
         left = list(argv)
         while left:
             word = left.pop(0)
-            if not word.startswith(FREE_WORDS):
+            if not (self._free and word.startswith(FREE_WORDS)):
                 words.append(word)
                 continue
             name, equals, value = word.removeprefix("--").partition("=")

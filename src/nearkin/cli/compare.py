@@ -35,7 +35,7 @@ def main(given: dict[str, Any]) -> int:
 
 
 def parser() -> Parser:
-    parser = Parser(USAGE, ABOUT)
+    parser = Parser(USAGE, ABOUT, free=True)
     parser.add_argument("word", nargs="?", metavar="DATA", help="what to learn from [digits]")
     parser.add_argument("-c", "--config", action="append", metavar="FILE", help="options in YAML")
     parser.add_argument(

@@ -22,7 +22,7 @@ The files concerned are listed in doctor.csv. Exit code 3 when there is an error
 
 
 def parser() -> Parser:
-    parser = Parser(USAGE, ABOUT)
+    parser = Parser(USAGE, ABOUT, free=True)
     parser.add_argument("data", nargs="?", metavar="DATA", help="as for train")
     parser.add_argument(
         "--run", metavar="RUN", help="compare images by this run's network [a pretrained one]"

@@ -51,7 +51,7 @@ def _shown(values: dict[str, Any], resume: str | None) -> str:
 
 
 def parser() -> Parser:
-    parser = Parser(USAGE, ABOUT, _objective_help)
+    parser = Parser(USAGE, ABOUT, _objective_help, free=True)
     parser.add_argument("word", nargs="?", metavar="DATA", help="what to learn from [digits]")
     parser.add_argument(
         "-c",
