@@ -10,8 +10,12 @@ import io
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 
 from nearkin.errors import DataError, ResumableError, printable
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 CACHE = "NEARKIN_CACHE_DIR"
 
@@ -73,24 +77,51 @@ def csv_line(fields: Iterable[object]) -> str:
     return text.getvalue().removesuffix("\r\n") + "\n"
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Replace the content of `path` by `data` in one step: readers see the old or the new bytes.
+class _Reporting(io.FileIO):
+    """A new file whose writes raise `SaveFailed`."""
+
+    def __init__(self, path: Path, failure: str) -> None:
+        super().__init__(path, "xb")
+        self._failure = failure
+
+    def write(self, data: Buffer, /) -> int:
+        with reporting(self._failure):
+            return os.write(self.fileno(), data)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file that takes the place of `path` in one step at the end of the block, unless that raises: readers see
+    the old or the new bytes.
 
     The temporary file is in the same folder, since a rename is atomic inside one file system only. Of several writers
-    one wins. Raises `SaveFailed`.
+    one wins. Raises `SaveFailed`, also from writing to the file.
     """
     # A part of the name: with more, the longest names that a file system allows would be too long.
     temporary = path.with_name(f".tmp-{path.name[:50]}-{os.getpid()}")
-    with reporting(f"{printable(str(path))} could not be written"):
-        try:
+    failure = f"{printable(str(path))} could not be written"
+    try:
+        with reporting(failure):
             temporary.unlink(missing_ok=True)  # of a killed process with the same number
-            write_synced(temporary, data)
+            raw = _Reporting(temporary, failure)
+        with io.BufferedWriter(raw) as file:
+            yield file
+            with reporting(failure):
+                file.flush()
+                os.fsync(file.fileno())
+        with reporting(failure):
             temporary.replace(path)
             sync_folder(path.parent)
-        except BaseException:
-            with contextlib.suppress(OSError):  # report the first error
-                temporary.unlink(missing_ok=True)
-            raise
+    except BaseException:
+        with contextlib.suppress(OSError):  # report the first error
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace the content of `path` by `data` in one step (see `replacing`). Raises `SaveFailed`."""
+    with replacing(path) as file:
+        file.write(data)
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

@@ -63,6 +63,14 @@ class Faults:
             return Torn(file, self.strike) if "x" in mode else file
 
         patch.setattr(Path, "open", opened)
+        write = os.write
+
+        def torn(descriptor: int, data: memoryview) -> int:
+            half = write(descriptor, data[: len(data) // 2])
+            self.strike("write")
+            return half + write(descriptor, data[half:])
+
+        patch.setattr(os, "write", torn)
 
     def watched(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:

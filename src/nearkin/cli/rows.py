@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, BinaryIO, Literal, get_args
 
 from nearkin.errors import ConfigError, printable, to_install
 from nearkin.evaluation.options import check_choice
 from nearkin.evaluation.results import Prediction
-from nearkin.files import csv_line
+from nearkin.files import csv_line, replacing
 
 Format = Literal["csv", "json", "jsonl", "parquet"]
 # New columns come last, so that those of earlier versions keep their places.
 COLUMNS = ("path", "class", "probability", "top5", "error", "unlike", "kin", "guess", "set")
+GROUP = 10_000  # rows of a group in Parquet, which are kept in memory
 
 
 def choose_format(given: dict[str, Any]) -> tuple[str, Path | None]:
@@ -71,23 +72,21 @@ def check_pyarrow() -> None:
 
 
 def write_rows(predictions: Iterable[Prediction], run: str, chosen: str, out: Path | None) -> None:
-    """Write all predictions: to stdout row by row as they come, or to `out`, whole or not at all.
+    """Write all predictions as they come: to stdout, or to `out`, whole or not at all. Of JSON all are kept in memory.
 
     Raises SaveFailed.
     """
-    if chosen == "parquet":
-        assert out is not None
-        content = _parquet(predictions)
-    else:
-        pieces = {"csv": _csv, "jsonl": _json_lines}.get(chosen, _json)(predictions, run)
-        if out is None:
-            for piece in pieces:
-                sys.stdout.write(piece)
+    pieces = {"csv": _csv, "jsonl": _json_lines}.get(chosen, _json)(predictions, run)
+    if out is None:
+        for piece in pieces:
+            sys.stdout.write(piece)
+        return
+    with replacing(out) as file:
+        if chosen == "parquet":
+            _parquet(predictions, file)
             return
-        content = "".join(pieces).encode("utf-8", "surrogateescape")
-    from nearkin.files import write_atomic
-
-    write_atomic(out, content)
+        for piece in pieces:
+            file.write(piece.encode("utf-8", "surrogateescape"))
 
 
 def _csv(predictions: Iterable[Prediction], _: str) -> Iterator[str]:
@@ -124,7 +123,7 @@ def _json_lines(predictions: Iterable[Prediction], _: str) -> Iterator[str]:
         yield json.dumps(one.to_dict(), allow_nan=False) + "\n"
 
 
-def _parquet(predictions: Iterable[Prediction]) -> bytes:
+def _parquet(predictions: Iterable[Prediction], file: BinaryIO) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -143,10 +142,10 @@ def _parquet(predictions: Iterable[Prediction]) -> bytes:
             ("set", pa.list_(pa.string())),
         ]
     )
-    rows = [valid_text(one.to_dict()) for one in predictions]
-    buffer = io.BytesIO()
-    parquet.write_table(pa.Table.from_pylist(rows, schema=schema), buffer)
-    return buffer.getvalue()
+    rows = (valid_text(one.to_dict()) for one in predictions)
+    with parquet.ParquetWriter(file, schema) as writer:
+        while group := list(islice(rows, GROUP)):
+            writer.write_table(pa.Table.from_pylist(group, schema=schema))
 
 
 def valid_text(value: Any) -> Any:
