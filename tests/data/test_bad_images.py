@@ -117,6 +117,18 @@ def test_the_byte_limit_is_exact(tmp_path, monkeypatch):
     assert "larger than" in reason(tmp_path / "x.png")
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_a_jpeg_of_thousands_of_scans_is_refused_before_it_is_decoded(tmp_path, monkeypatch, mode):
+    whole = encoded(noise(0, 48, 64).convert(mode), "JPEG", progressive=True)
+    scan = whole[whole.rindex(b"\xff\xda") : -2]
+    write(tmp_path / "whole.jpg", whole)
+    assert decoded(tmp_path / "whole.jpg", channels=3).shape == (3, 48, 64)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", None)
+    monkeypatch.setattr(decode, "decode_jpeg", None)
+    hostile = whole[:-2] + 600 * scan + whole[-2:]
+    assert reason_of(tmp_path, hostile).startswith("it has more than 500 scans")
+
+
 def test_a_huge_file_is_not_read(tmp_path):
     with (tmp_path / "x.png").open("wb") as file:
         file.truncate(2**40)

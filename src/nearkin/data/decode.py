@@ -26,10 +26,12 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 # Raise it with every change that accepts or refuses other files than before (see `decoder`).
-DECODER = 1
+DECODER = 2
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 64 * 2**20
+MAX_SCANS = 500  # of a progressive JPEG; encoders write about ten, and each takes as long as decoding an image
+SCAN = b"\xff\xda"
 ORIENTATION = 0x0112
 # Orientation -> whether rows become columns, then which sides are mirrored.
 TURNS = {
@@ -101,7 +103,8 @@ def decoded(path: str | os.PathLike[str], channels: int, least: int = 0) -> Tens
     changes pixels.
 
     Raises BadImage for anything but a whole, regular file of one of `FORMATS` (or HEIF, with pillow-heif) of at most
-    `MAX_BYTES` bytes and `MAX_PIXELS` pixels, and for floating-point pixels. Never waits on a pipe.
+    `MAX_BYTES` bytes and `MAX_PIXELS` pixels, for floating-point pixels, and for a JPEG of more than `MAX_SCANS` scans.
+    Never waits on a pipe.
     """
     return _decode(os.fspath(path), channels, least)[0]
 
@@ -262,6 +265,10 @@ def _upright(content: bytes, channels: int, least: int) -> tuple[Tensor, Header]
             raise _Refused(f"{width} x {height} are more than {MAX_PIXELS} pixels")
         if image.format == "PNG":
             _check_sums(content)
+        if "progressive" in image.info and content.count(SCAN) > MAX_SCANS:
+            raise _Refused(
+                f"it has more than {MAX_SCANS} scans, which would take minutes to decode"
+            )
         mode, bands = image.mode, len(image.getbands())
         exact = is_exact_jpeg(image, channels)
         pixels = decode_jpeg(content, channels, least) if exact else None
