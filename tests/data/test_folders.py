@@ -202,6 +202,22 @@ def test_loops_of_links_end_and_show_each_image_once(tmp_path):
     assert "4 links to folders above them" in notes(data)
 
 
+def test_folders_that_link_to_each_other_show_each_image_once_in_a_class(tmp_path):
+    """A path without a link is preferred to one with, and what is read does not depend on the file system's order."""
+    names = "abcdefgh"
+    data = folder(tmp_path / "data", **dict.fromkeys(names, 2), **{"a/own": 1})
+    (data / "a" / "again").symlink_to(data / "a" / "own")
+    for one in names:
+        for other in names:
+            if one != other:
+                (data / one / f"to {other}").symlink_to(data / other)
+    (found,) = contents(data).values()
+    assert [len(found[name]) for name in names] == [17] * 8
+    assert {"a/000.png", "a/own/000.png", "a/to b/000.png"} <= set(found["a"])
+    assert "b/to a/own/000.png" in found["b"]
+    assert "links to folders that are read already" in notes(data)
+
+
 @pytest.mark.parametrize(
     ("train", "test"),
     [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,7 +44,8 @@ class Found(NamedTuple):
 def find_images(root: str) -> Found:
     """All images at any depth below `root`.
 
-    Symbolic links are followed, also out of `root`; a link to a folder above itself and a broken link are left out.
+    Symbolic links are followed, also out of `root`; a link to a folder above itself, a second way to
+    a folder and a broken link are left out.
     Hidden names (a leading dot, `__MACOSX`, `@eaDir`, `lost+found`) and files of other kinds are left out.
 
     Raises DataError when there is no image, saying what there is, or a folder cannot be read.
@@ -115,7 +116,7 @@ class _Walk:
     def __init__(self, root: str) -> None:
         self.root = root
         self._suffixes = image_suffixes()
-        self._hidden = self._loops = self._beside = self._images_beside = 0
+        self._hidden = self._loops = self._again = self._beside = self._images_beside = 0
         self._others: Counter[str] = Counter()  # files of other kinds, by suffix
         self._broken: list[str] = []
         self._remarks: list[str] = []
@@ -157,25 +158,33 @@ class _Walk:
         return any(self._kind(entry) == "image" for entry in self._entries(folder))
 
     def images(self, folder: str) -> list[bytes]:
-        """Paths of all images below `folder`, sorted by their bytes."""
+        """Paths of all images below `folder`, sorted by their bytes. Each folder is read once, links last."""
         found: list[bytes] = []
         above_it = [str(path) for path in Path(folder, "x").parents[1:]] if folder else []
         waiting = [(folder, frozenset(map(self._identity, above_it)))]
-        while waiting:
-            here, above = waiting.pop()
+        links: deque[tuple[str, frozenset[Identity]]] = deque()
+        seen: set[Identity] = set()
+        while waiting or links:
+            here, above = waiting.pop() if waiting else links.popleft()
             identity = self._identity(here)
-            if identity in above:
-                self._loops += 1
+            if identity in above or identity in seen:
+                self._loops += identity in above
+                self._again += identity not in above
                 continue
+            seen.add(identity)
             prefix = os.path.join(os.fsencode(here), b"")  # noqa: PTH118 - ends in a separator, or is empty
+            inside = []
             for entry in self._entries(here):
                 kind = self._kind(entry)
                 if kind == "image":
                     found.append(prefix + os.fsencode(entry.name))
                 elif kind == "folder":
-                    waiting.append((os.path.join(here, entry.name), above | {identity}))  # noqa: PTH118
+                    inside.append(entry)
                 else:
                     self._leave_out(entry, kind)
+            for entry in sorted(inside, key=lambda entry: os.fsencode(entry.name)):
+                later = links if entry.is_symlink() else waiting
+                later.append((os.path.join(here, entry.name), above | {identity}))  # noqa: PTH118
         found.sort()
         return found
 
@@ -222,6 +231,12 @@ class _Walk:
             yield f"{counted(len(self._broken), 'broken link')} ({listed(self._broken)})"
         if self._loops:
             yield counted(self._loops, "link to a folder above it", "links to folders above them")
+        if self._again:
+            words = (
+                "link to a folder that is read already",
+                "links to folders that are read already",
+            )
+            yield counted(self._again, *words)
 
     def _refuse_unknown_splits(self, folder: str, names: list[str]) -> None:
         """Raises DataError where all of several folders hold the same two folders or more and no image."""
