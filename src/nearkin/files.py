@@ -138,7 +138,12 @@ def cache_folder() -> Path:
     """The folder of downloads, of `--cache disk` and of what is known of image files: $NEARKIN_CACHE_DIR, else
     ~/.cache/nearkin. Raises DataError."""
     given = os.environ.get(CACHE)
-    folder = Path(given) if given else Path.home() / ".cache" / "nearkin"
+    try:
+        folder = Path(given) if given else Path.home() / ".cache" / "nearkin"
+    except RuntimeError:  # in a container, whose user has no entry
+        raise DataError(
+            f"This user has no home folder to cache in; set {CACHE} to a folder that can be written."
+        ) from None
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

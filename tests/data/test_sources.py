@@ -16,6 +16,7 @@ from nearkin.data.dataset import load_dataset
 from nearkin.data.images import open_images
 from nearkin.data.sources.resolve import resolve
 from nearkin.errors import DataError
+from nearkin.files import cache_folder
 
 
 def test_digits_are_the_published_ones_split_once_and_for_all():
@@ -199,6 +200,14 @@ def test_the_real_classes_take_the_arguments_and_say_when_nothing_is_there(
     assert "\n" not in str(caught.value)
 
 
+def test_a_user_without_a_home_folder(monkeypatch):
+    monkeypatch.delenv("NEARKIN_CACHE_DIR")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 2**31 - 5)
+    with pytest.raises(DataError, match="no home folder.*set NEARKIN_CACHE_DIR"):
+        cache_folder()
+
+
 def test_a_cache_folder_that_cannot_be_made(tmp_path, monkeypatch):
     write(tmp_path / "file", b"")
     monkeypatch.setenv("NEARKIN_CACHE_DIR", str(tmp_path / "file" / "below"))
@@ -239,6 +248,7 @@ def test_data_are_listed_without_torch_and_without_pillow(tmp_path, words):
 import sys
 {"; ".join(f"import nearkin.data.sources.{name}" for name in SOURCES)}
 from nearkin.errors import DataError
+from nearkin.files import cache_folder
 for path in {paths!r}:
     try:
         nearkin.data.sources.resolve.resolve(path)
