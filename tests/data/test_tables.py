@@ -53,6 +53,7 @@ TWO = [("train", "images/b.png", "dog"), ("train", "images/a.png", "cat")]
         PLAIN.rstrip(),
         PLAIN.replace("\n", "\n\n"),
         'Path, Label\n"images/b.png","dog"\nimages/a.png,cat\n',
+        "path, label\nimages/b.png, dog\nimages/a.png,cat \n",
         "label,path\ndog,images/b.png\ncat,images/a.png\n",
     ],
 )
@@ -97,6 +98,21 @@ def test_labels_are_text_and_names_may_be_any_bytes(root):
     found = rows(table(root, text))
     assert [label for _, _, label in found] == ["007", "7"]
     assert found[0][1].encode("utf-8", "surrogateescape") == strange
+
+
+def test_labels_in_another_encoding_are_refused(root):
+    text = "path,label\nimages/a.png,cat\nimages/b.png,café\n"
+    message = refused(table(root, text.encode("cp1252")))
+    assert "line 3: the label caf\\udce9 is not in UTF-8; save the table as UTF-8" in message
+    assert rows(table(root, text))[1][2] == "café"
+
+
+def test_a_folder_of_any_bytes_is_a_label(root):
+    """As in a table that the doctor writes."""
+    for name in (b"caf\xe9", b"cat "):
+        write(root / os.fsdecode(name) / "a.png", encoded(noise(1), "PNG"))
+        (found,) = rows(table(root, b"path,label\n%b/a.png,%b\n" % (name, name)))
+        assert os.fsencode(found[2]) == name
 
 
 def test_other_columns_are_ignored_and_noted(root):
@@ -188,12 +204,22 @@ def test_parquet(root):
     assert rows(path) == [("train", "images/a.png", "12"), ("test", "images/b.png", "3")]
 
 
+def test_parquet_as_pandas_writes_it(root):
+    """Numbers are floating-point where some are missing; names are as a person typed them."""
+    columns = {"Label": [3.0, 12.0], " Path": ["images/b.png", "images/a.png"], "Author": [1, 2]}
+    path = parquet(root, **columns)
+    assert rows(path) == [("train", "images/b.png", "3"), ("train", "images/a.png", "12")]
+    assert "columns ignored in the table: author" in resolve(path).notes
+
+
 @pytest.mark.parametrize(
     ("columns", "where", "what"),
     [
         ({"path": ["images/a.png"], "class": ["cat"]}, "schema", "header"),
         ({"path": ["images/a.png", None], "label": ["cat", "dog"]}, "row 2", "the path is empty"),
         ({"path": ["images/a.png"], "label": [0.5]}, "row 1", "float"),
+        ({"path": ["images/a.png"], "label": [float("nan")]}, "row 1", "float"),
+        ({"path": ["images/a.png"], "Path": ["x"], "label": [1]}, "schema", "twice"),
         ({"path": ["images/z.png"], "label": ["cat"]}, "row 1", "does not exist"),
         ({"path": ["images/a.png"] * 2, "label": ["cat"] * 2}, "row 1 and row 2", "twice"),
     ],

@@ -36,8 +36,8 @@ def list_table(path: str) -> Listing:
     """The images that a table names, in its order.
 
     Columns: path (relative to the table's folder), label, and optionally split (a name of `SPLIT_NAMES`, in any
-    case); other columns are ignored, and noted. CSV and TSV are UTF-8 with a header line; a byte order mark and any
-    line ends are fine; bytes that are not UTF-8 in names are kept.
+    case); other columns are ignored, and noted. Spaces around labels and splits do not count. CSV and TSV are UTF-8
+    with a header line; a byte order mark and any line ends are fine; bytes that are not UTF-8 in names are kept.
 
     Raises DataError, naming the line, for a missing header or value, a wrong number of fields, an unknown
     split, a file that does not exist, and a file that is named twice.
@@ -131,7 +131,22 @@ def _row(path: str, where: str, fields: list[str], width: int, places: dict[str,
         raise _fail(
             path, where, f"the split '{printable(given)}' is none of {', '.join(SPLIT_NAMES)}"
         )
-    return _Row(where, values["path"], sys.intern(values["label"]), split)  # labels repeat
+    label = _label(path, where, values)
+    return _Row(where, values["path"], sys.intern(label), split)  # labels repeat
+
+
+def _label(path: str, where: str, values: dict[str, str]) -> str:
+    """Without spaces around it, and UTF-8, unless it is the name of a folder on the image's path."""
+    given = values["label"]
+    label = given.strip()
+    if (label == given and label.isascii()) or given in Path(values["path"]).parts:
+        return given
+    try:
+        label.encode()
+    except UnicodeEncodeError:
+        what = f"the label {printable(label)} is not in UTF-8; save the table as UTF-8"
+        raise _fail(path, where, what) from None
+    return label
 
 
 def _parquet(path: str) -> tuple[list[_Row], list[str]]:
@@ -143,24 +158,30 @@ def _parquet(path: str) -> tuple[list[_Row], list[str]]:
             f"Reading {printable(path)} needs pyarrow; {to_install('parquet')}."
         ) from None
     try:
-        header = list(parquet.read_schema(path).names)
+        names = parquet.read_schema(path).names
+        header = [name.strip().lower() for name in names]
         places = _places(path, "schema", header)
-        table = parquet.read_table(path, columns=list(places)).to_pydict()
+        wanted = [names[place] for place in places.values()]
+        table = parquet.read_table(path, columns=wanted)
+        columns = [table.column(name).to_pylist() for name in wanted]
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         text = printable(" ".join(str(error).split()))[:100]
         raise DataError(f"The table {printable(path)} cannot be read: {text}.") from None
     order = {name: place for place, name in enumerate(places)}
     rows = [
         _row(path, f"row {number}", _strings(path, f"row {number}", fields), len(order), order)
-        for number, fields in enumerate(zip(*table.values(), strict=True), start=1)
+        for number, fields in enumerate(zip(*columns, strict=True), start=1)
     ]
     return rows, header
 
 
 def _strings(path: str, where: str, fields: Sequence[Any]) -> list[str]:
-    """Text as it is and whole numbers written out, since labels are often numbers. A null is empty."""
+    """Text as it is and whole numbers written out, since labels are often numbers, which pandas stores as 3.0 where
+    some are missing. A null is empty."""
     texts = []
     for field in fields:
+        if isinstance(field, float) and field.is_integer():
+            field = int(field)
         if not isinstance(field, str | int | None):
             raise _fail(
                 path, where, f"a {type(field).__name__} instead of a text or a whole number"
