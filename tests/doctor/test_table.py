@@ -320,6 +320,8 @@ def test_a_place_that_cannot_be_written_is_said_before_images_are_read(
         ),
         ("path,mark\ntrain/ant/1.png\n", "line 2: 1 field instead of 2"),
         ('path,mark\n"train\n', "not valid CSV"),
+        (b"\xff\xfep\0a\0", "is in UTF-16 or UTF-32; save it as UTF-8"),
+        ("path,mark\n" + "x" * 2**21, "line 2: it is longer than a million characters"),
         (
             "path,mark\nelsewhere.png,leave out\n",
             "The 1 marked path in marks.csv is no image of these data",
@@ -329,7 +331,7 @@ def test_a_place_that_cannot_be_written_is_said_before_images_are_read(
 )
 def test_marks_that_cannot_be_used(data, tmp_path, capsys, text, what):
     if text is not None:
-        (tmp_path / "marks.csv").write_text(text)
+        (tmp_path / "marks.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
     assert doctor(data, "--write-table", "clean.csv", "--marks", "marks.csv") == 3
     assert what in capsys.readouterr().err
     assert not (tmp_path / "clean.csv").exists()

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from nearkin.data.sources.tables import COLUMNS
+from nearkin.data.sources.tables import COLUMNS, text_table
 from nearkin.doctor.inventory import Inventory
 from nearkin.errors import ConfigError, DataError, counted, printable
 from nearkin.files import write_csv
@@ -26,7 +24,6 @@ class Marks(NamedTuple):
 
 
 class _Mark(NamedTuple):
-    where: str
     path: str
     mark: str
     correct: str
@@ -69,35 +66,23 @@ def _roots(inventory: Inventory) -> Iterator[Path]:
 def _marks(path: Path) -> Iterator[_Mark]:
     shown = printable(str(path))
     try:
-        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            text = file.read()
-    except OSError as error:
-        raise DataError(
-            f"The marks {shown} cannot be read: {(error.strerror or str(error)).lower()}."
-        ) from None
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    try:
-        header = [name.strip().lower() for name in next(reader, [])]
+        lines = text_table(str(path))
+        _, header = next(lines)
         if header.count("path") != 1 or header.count("mark") != 1:
             raise DataError(f"{shown} must have a header with the columns path and mark.")
-        for fields in reader:
-            where = f"{shown}, line {reader.line_num}"
-            if not fields:
-                continue
-            if len(fields) != len(header):
-                raise DataError(
-                    f"{where}: {counted(len(fields), 'field')} instead of {len(header)}."
-                )
+        for where, fields in lines:
             values = dict(zip(header, fields, strict=True))
             mark = values["mark"].strip().lower()
             if mark and mark not in MARKS:
                 raise DataError(
-                    f"{where}: the mark '{printable(mark)}' is none of {', '.join(MARKS)}."
+                    f"{shown}, {where}: the mark '{printable(mark)}' is none of {', '.join(MARKS)}."
                 )
             if mark:
-                yield _Mark(where, values["path"], mark, values.get("correct", "").strip())
-    except csv.Error as error:
-        raise DataError(f"{shown}, line {reader.line_num}: not valid CSV, {error}.") from None
+                yield _Mark(values["path"], mark, values.get("correct", "").strip())
+    except OSError as error:
+        raise DataError(
+            f"The marks {shown} cannot be read: {(error.strerror or str(error)).lower()}."
+        ) from None
 
 
 def check_table(path: Path) -> None:

@@ -75,6 +75,15 @@ def _fail(path: str, where: str, what: str) -> DataError:
 
 
 def _text(path: str) -> tuple[list[_Row], list[str]]:
+    lines = text_table(path)
+    where, header = next(lines)
+    places = _places(path, where, header)
+    return [_row(path, where, fields, places) for where, fields in lines], header
+
+
+def text_table(path: str) -> Iterator[tuple[str, list[str]]]:
+    """Where it is and the fields of each line of a CSV or TSV that is not empty. The first is the header, in lower
+    case; there is one though the file is empty. Raises DataError, naming the line, and OSError."""
     delimiter = "\t" if path.lower().endswith(".tsv") else ","
     # File names may be any bytes; `surrogateescape` keeps those that are not UTF-8.
     with Path(path).open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
@@ -87,15 +96,15 @@ def _text(path: str) -> tuple[list[_Row], list[str]]:
         reader = csv.reader(_lines(path, file), delimiter=delimiter, strict=True)
         try:
             header = [name.strip().lower() for name in next(reader, [])]
-            places = _places(path, "line 1", header)
-            rows = [
-                _row(path, f"line {reader.line_num}", fields, len(header), places)
-                for fields in reader
-                if fields
-            ]
+            yield "line 1", header
+            for fields in filter(None, reader):
+                where = f"line {reader.line_num}"
+                if len(fields) != len(header):
+                    what = f"{counted(len(fields), 'field')} instead of {len(header)}"
+                    raise _fail(path, where, what)
+                yield where, fields
         except csv.Error as error:
             raise _fail(path, f"line {reader.line_num}", f"not valid CSV, {error}") from None
-    return rows, header
 
 
 def _lines(path: str, file: Any) -> Iterator[str]:
@@ -118,9 +127,7 @@ def _places(path: str, where: str, header: Sequence[str]) -> dict[str, int]:
     return {name: header.index(name) for name in COLUMNS if name in header}
 
 
-def _row(path: str, where: str, fields: list[str], width: int, places: dict[str, int]) -> _Row:
-    if len(fields) != width:
-        raise _fail(path, where, f"{counted(len(fields), 'field')} instead of {width}")
+def _row(path: str, where: str, fields: list[str], places: dict[str, int]) -> _Row:
     values = {name: fields[place] for name, place in places.items()}
     for name in COLUMNS[:2]:
         if not values[name].strip():
@@ -169,7 +176,7 @@ def _parquet(path: str) -> tuple[list[_Row], list[str]]:
         raise DataError(f"The table {printable(path)} cannot be read: {text}.") from None
     order = {name: place for place, name in enumerate(places)}
     rows = [
-        _row(path, f"row {number}", _strings(path, f"row {number}", fields), len(order), order)
+        _row(path, f"row {number}", _strings(path, f"row {number}", fields), order)
         for number, fields in enumerate(zip(*columns, strict=True), start=1)
     ]
     return rows, header
