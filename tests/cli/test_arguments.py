@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nearkin.cli import VERBS, run
+from nearkin.cli.arguments import whole_number
 from nearkin.cli.train import parser, with_data
 from nearkin.errors import ConfigError
 
@@ -113,3 +114,9 @@ def test_words_after_two_hyphens_are_names_of_files():
 
     words = ["run", "--json", "--", "--objective.jpg", "a.jpg", "-h", "--json=no"]
     assert parser().read(words) == {"run": "run", "json": True, "images": words[3:]}
+
+
+def test_endless_numbers_are_refused():
+    assert whole_number("kin", "9" * 9) == 999_999_999
+    with pytest.raises(ConfigError, match="--kin takes a whole number of at most 9 digits"):
+        whole_number("kin", "9" * 5000)

@@ -16,6 +16,7 @@ from nearkin.errors import ConfigError, printable
 from nearkin.hints import unknown_option
 
 REPEATABLE = frozenset({"log"})  # given several times, the values are one list with commas
+DIGITS = 9  # of a whole number, which may become one of 32 bits
 FREE_WORDS = tuple(f"--{group}." for group in FREE)  # their names are not known to argparse
 
 
@@ -133,6 +134,8 @@ def whole_number(name: str, text: str) -> int:
     """The value of an option as an integer >= 0. Raises ConfigError."""
     if not text.isdecimal():
         raise ConfigError(f"--{name} takes a whole number from 0, not {printable(text)}.")
+    if len(text) > DIGITS:
+        raise ConfigError(f"--{name} takes a whole number of at most {DIGITS} digits.")
     return int(text)
 
 
