@@ -54,6 +54,13 @@ def test_config_is_frozen():
         RunConfig().epochs = 3
 
 
+@pytest.mark.parametrize("word", ["off", "'off'", "Off", "ram"])
+def test_off_is_a_word_in_yaml_too(tmp_path, word):
+    (tmp_path / "run.yaml").write_text(f"cache: {word}\n")
+    config = validate(RunConfig, read_yaml(tmp_path / "run.yaml"))
+    assert config.cache == ("ram" if word == "ram" else "off")
+
+
 def test_yaml_round_trip(tmp_path):
     config = validate(
         RunConfig, {"data": "no: yes", "objective": "cone", "objective.topk": 7, "lr": 0.3}

@@ -404,8 +404,8 @@ def _named(loaded: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
             yield name, value.get("name", "auto")
             own = {k: v for k, v in value.items() if k != "name"}
             yield from ((f"{name}.{k}".replace("-", "_"), v) for k, v in own.items())
-        else:
-            yield name, value
+        else:  # YAML reads `cache: off` as False
+            yield name, "off" if name == "cache" and value is False else value
 
 
 def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
