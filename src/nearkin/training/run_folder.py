@@ -73,7 +73,10 @@ def check_free(out: Path | None) -> None:
 
 
 def _next_folder(data: str, objective: str) -> Path:
-    stem = re.sub(r"[^A-Za-z0-9_.]+", "-", Path(data).stem).strip("-.") or "data"
+    place = Path(data)
+    if place.name in ("", ".."):
+        place = place.resolve()
+    stem = re.sub(r"[^A-Za-z0-9_.]+", "-", place.stem).strip("-.") or "data"
     name = stem[:60] if objective == "auto" else f"{stem[:60]}-{objective}"
     first = Path("runs") / f"{name}-{datetime.now().astimezone():%Y%m%d}"
     folder, number = first, 1
