@@ -59,8 +59,9 @@ def test_evaluation_says_from_where_a_relative_path_counts(tmp_path, monkeypatch
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     for call in (nearkin.evaluate, report):
-        with pytest.raises(DataError, match="relative to the folder .* do it there, or give DATA"):
+        with pytest.raises(DataError, match="relative to the folder .* do it there") as caught:
             call(run)
+        assert "give DATA to nearkin evaluate, --data DATA to nearkin report" in str(caught.value)
     assert nearkin.evaluate(run, tmp_path / "photos", split="val").n > 0
 
 

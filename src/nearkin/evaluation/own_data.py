@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from nearkin.data.sources.listing import Listing
 
 
-PLACE = "do it there, or give DATA"  # advice of `explaining_place`
+# Advice of `explaining_place`.
+PLACE = "do it there, or give DATA to nearkin evaluate, --data DATA to nearkin report"
 
 
 class Origin(NamedTuple):
