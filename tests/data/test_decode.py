@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -158,6 +159,21 @@ def test_sixteen_bit_grey_keeps_its_range_and_its_colour_key(tmp_path):
     write(tmp_path / "x.png", encoded(Image.fromarray(values), "PNG"))
     expected = [[round(v / 257) for v in row] for row in values.tolist()]
     assert decoded(tmp_path / "x.png", channels=1).tolist() == [expected]
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
+def test_sixteen_bit_grey_takes_little_memory(tmp_path, mode):
+    """Each value is as in exact arithmetic. The limit is in bytes a pixel, most of which are Pillow's copies."""
+    values = np.tile(np.arange(65536).reshape(256, 256), (4, 4))
+    stored = values.astype({"I;16": "<u2", "I;16B": ">u2", "I": "<i4"}[mode])
+    Image.frombytes(mode, values.shape, stored.tobytes()).save(tmp_path / "x.tiff")
+    path = tmp_path / "x.tiff"
+    assert decoded(path, channels=1).numpy().tolist() == [((values + 128) // 257).tolist()]
+    tracemalloc.start()
+    decoded(path, channels=1)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most / values.size < (13 if mode == "I" else 7)
 
 
 def test_two_channels_are_no_choice(tmp_path):

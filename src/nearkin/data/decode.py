@@ -316,18 +316,26 @@ def _turned(pixels: Tensor, orientation: int) -> Tensor:
     return (pixels.mT if transposed else pixels).flip(mirrored)
 
 
+@cache
+def _greys() -> NDArray[np.uint8]:
+    """v / 257, rounded, of every 16-bit grey v."""
+    greys: NDArray[np.uint8] = ((np.arange(65536) + 128) // 257).astype(np.uint8)
+    return greys
+
+
 def _eight_bit(image: Image) -> Image:
     """Mode L or RGB from any mode that the formats can give."""
     import PIL.Image
     from PIL import ImageChops, ImageCms
 
     if image.mode == "I" or image.mode.startswith("I;16"):
-        values = np.asarray(image).astype(np.int64)  # Pillow's own conversion would clip at 255
-        if values.min() < 0 or values.max() > 65535:
+        values = np.asarray(image)  # Pillow's own conversion would clip at 255
+        if values.dtype.itemsize > 2 and (values.min() < 0 or values.max() > 65535):
             raise _Refused("its 32-bit pixels do not fit 16 bits; save it with 8 or 16 bits")
-        grey = (values + 128) // 257
-        grey[values == image.info.get("transparency", -1)] = 255
-        return PIL.Image.fromarray(grey.astype(np.uint8))
+        grey = _greys()[values]
+        if "transparency" in image.info:
+            grey[values == image.info["transparency"]] = 255
+        return PIL.Image.fromarray(grey)
     if image.mode == "F":
         raise _Refused(
             "its pixels are floating-point numbers of unknown range; save it with 8 bits"
