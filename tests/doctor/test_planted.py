@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from tests.doctor.photos import blurred, faint, one_colour, photo, write_photos
@@ -74,6 +75,20 @@ def test_an_image_with_a_fault_is_found(data, code, monkeypatch):
     monkeypatch.setattr("nearkin.doctor.quality.HUGE", 10_000)
     planted = plant(data, "train/ant/planted.png", IMAGES[code])
     assert worrying(look(data)) == {code: planted}
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 16])
+def test_sixteen_bit_grey_that_uses_fewer_bits_is_to_be_rescaled(data, bits):
+    """Not to be deleted: it would train well once it is rescaled."""
+    grey = np.random.default_rng(0).integers(0, 2**bits, (80, 96), dtype=np.uint16)
+    Image.fromarray(grey).save(data / "train/ant/0.png")
+    Image.fromarray(np.zeros((80, 96), np.uint16)).save(data / "train/ant/1.png")
+    report = look(data)
+    found = worrying(report)
+    assert found.get("few-bits") == (None if bits == 16 else {"train/ant/0.png"})
+    assert found["blank"] == {"train/ant/1.png"}
+    assert "dark" not in found
+    assert bits == 16 or any("rescale them to all 16" in each.text for each in report.findings)
 
 
 def test_unreadable_images_are_errors_with_their_reason(data):

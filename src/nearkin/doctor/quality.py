@@ -21,6 +21,7 @@ TINY = 32  # pixels of the short side, where the usual one is at least twice tha
 HUGE = 16_000_000  # pixels
 ODD_GREY = 0.5  # difference between the shares of grey images of two classes
 GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L")
+DEEP_MODES = ("I", "I;16", "I;16B", "I;16L")
 ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 
 
@@ -48,12 +49,24 @@ def quality_findings(inventory: Inventory, scan: Scan) -> Iterator[Finding]:
 
 
 def _looks(scan: Scan) -> Iterator[_Check]:
-    """Of one colour, dark, bright, with few shades, blurred: each image has one of these at most."""
+    """Of few bits, of one colour, dark, bright, with few shades, blurred: each image has one of these at most."""
     advice = "look, and delete what shows nothing of its class"
-    left = scan.readable & ~(blank := scan.readable & (scan.range < BLANK))
+    judged = _usual_side(scan) >= SMALL_SET
+    blank = scan.readable & (scan.range < BLANK)
+    deep = scan.readable & np.isin(scan.mode, DEEP_MODES) & (scan.range > 0)
+    deep &= (scan.dark < DARK) & (blank | judged)
+    yield _Check(
+        "few-bits",
+        deep,
+        "of 16-bit grey is almost black",
+        "of 16-bit grey are almost black",
+        "if they use fewer than 16 bits, as those of many cameras do, rescale them to all 16",
+    )
+    blank &= ~deep
     yield _Check("blank", blank, "has one colour only", "have one colour only", "delete them")
-    if _usual_side(scan) < SMALL_SET:
+    if not judged:
         return
+    left = scan.readable & ~blank & ~deep
     for code, scores, least, words in (
         ("dark", scan.dark, DARK, "very dark"),
         ("bright", scan.light, LIGHT, "very bright"),
