@@ -100,3 +100,13 @@ def test_validation_images_join_the_training(tmp_path):
     parts = resolve(str(table)).parts
     assert set(parts) == {"train", "test"}
     assert (len(parts["train"].labels), len(parts["test"].labels)) == (12, 6)
+
+
+def test_a_step_up_from_a_linked_folder_leads_where_the_system_leads(tmp_path):
+    for split in ("val", "train"):
+        write_classes(tmp_path / "far" / "photos" / split, each=3)
+    (tmp_path / "far" / "inner").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "inner")
+    table = tmp_path / "picked.csv"
+    assert with_validation_in_training(resolve(f"{tmp_path}/link/../photos"), table)
+    assert len(resolve(str(table)).parts["train"].labels) == 12

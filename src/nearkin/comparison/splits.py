@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,7 +61,7 @@ def with_limited_training(chosen: Dataset, table: Path) -> bool:
         return False
     rows = [
         (
-            os.path.abspath(files.path(row)),  # noqa: PTH100 - links stay as they are
+            str(Path(files.path(row)).absolute()),
             chosen.splits[split].classes[label],
             "train" if split == "val" else split,
         )
@@ -74,9 +73,8 @@ def with_limited_training(chosen: Dataset, table: Path) -> bool:
 
 
 def _images(part: ListedSplit) -> Iterator[tuple[str, str]]:
-    """Absolute path and class of each image. Raises DataError for images that are no files."""
+    """Absolute path and class of each image; links, and `..` behind them, stay as they are. Raises DataError for images that are no files."""
     if not isinstance(part.images, FileList):
         raise DataError("Only image files can be divided anew; built-in data keep their splits.")
     for row, label in enumerate(part.labels):
-        path = os.path.abspath(part.images.path(row))  # noqa: PTH100 - links stay as they are
-        yield path, part.classes[label]
+        yield str(Path(part.images.path(row)).absolute()), part.classes[label]
