@@ -73,7 +73,8 @@ def with_limited_training(chosen: Dataset, table: Path) -> bool:
 
 
 def _images(part: ListedSplit) -> Iterator[tuple[str, str]]:
-    """Absolute path and class of each image; links, and `..` behind them, stay as they are. Raises DataError for images that are no files."""
+    """Absolute path and class of each image; links, and `..` behind them, stay as they are. Raises DataError for images
+    that are no files."""
     if not isinstance(part.images, FileList):
         raise DataError("Only image files can be divided anew; built-in data keep their splits.")
     for row, label in enumerate(part.labels):
