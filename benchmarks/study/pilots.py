@@ -53,18 +53,12 @@ SETTINGS = {
     "ce, learning rate doubled": f"{CE} --lr 0.1",
     "ce, learning rate halved": f"{CE} --lr 0.025",
     "ce, head of cone": f"{CONE} {ALONE} --objective.consistency-weight 0",
-    "supcon": f"--epochs {EPOCHS // 2} --objective supcon",
     # The classifier reads the embedding.
-    "cone": CONE,
-    "no neighbour term": f"{CONE} {ALONE}",
     "own crop, consistency 1": OWN,
-    "own crop, consistency 1, no neighbour term": f"{OWN} {ALONE}",
     "own crop, consistency 1, averaged weights": f"{OWN} --ema 0.998",
     # The classifier reads the features.
-    "features": f"{CONE} --objective.classifier features",
     "features, own crop, consistency 1": FEATURES,
     "features, own crop, consistency 1, no neighbour term": f"{FEATURES} {ALONE}",
-    "features, own crop, consistency 1, averaged weights": f"{FEATURES} --ema 0.998",
     "features, own crop, consistency 2": f"{FEATURES} --objective.consistency-weight 2",
     "features, own crop, consistency 1, neighbour 1.5": f"{FEATURES} --objective.neighbour-weight 1.5",
     "features, own crop, consistency 1, teacher of 3 epochs": f"{FEATURES} --objective.teacher-horizon 3",
@@ -75,38 +69,46 @@ SETTINGS = {
     "features, own crop, consistency 1, lr doubled": f"{FEATURES} --lr 0.1",
     "features, own crop, consistency 1, lr halved": f"{FEATURES} --lr 0.025",
 }
-# Stage one of `attract-repulse` reads two crops of an image, stage two one: 235 epochs are 400 crops.
+# Stage one of `attract-repulse` reads two crops of an image, stage two one: with a share of 0.7, 235 epochs are 400
+# crops, with 0.3 it is 307.
 STRONG = "--augment strong --epochs 400"
-TWO_STAGES = "--objective attract-repulse --augment strong --epochs 235"
-ONE_STAGE = "--objective attract-repulse --augment strong --objective.contrast-share 0.995"
+TWO_STAGES = (  # as the defaults were
+    "--objective attract-repulse --augment strong --epochs 235 --objective.beta 1 --objective.repulse 1 "
+    "--objective.repulse-end 0.1 --objective.contrast-share 0.7 --objective.teacher-lr 0.1 "
+    "--objective.teacher-memory 0.028"
+)
+ONE_STAGE = f"{TWO_STAGES} --objective.contrast-share 0.995"
+NO_REPULSE = "--objective.repulse 0 --objective.repulse-end 0"
+# As many steps as `ce`, since a step of stage one reads two crops of an image.
+STEPS = f"{TWO_STAGES} --batch-size 32 --lr 0.05"
+PLAIN = f"{STEPS} --objective.beta 0 --objective.repulse 0.1 --objective.repulse-end 0"
+# The second stage at the learning rate of the first, its teacher a mean of 480 steps.
+WHOLE = f"{PLAIN} --objective.teacher-lr 1 --objective.teacher-memory 0.42"
+EARLY = f"{WHOLE} --objective.teacher-memory 0.14 --objective.contrast-share 0.3 --epochs 307"
 FEW_SETTINGS = {
     "ce, light": "--objective ce --augment light --epochs 400",
     "ce, strong": f"--objective ce {STRONG}",
     "ce, strong, averaged weights": f"--objective ce {STRONG} --ema 0.998",
+    "ce, strong, averaged weights, 32 images a step": (
+        f"--objective ce {STRONG} --ema 0.998 --batch-size 32 --lr 0.05"
+    ),
     "sce, strong": f"--objective sce {STRONG}",
     "cone, strong": f"{FEATURES} {STRONG}",
-    "supcon, strong": "--objective supcon --augment strong --epochs 200",
-    "attract-repulse": TWO_STAGES,
+    "as it was": TWO_STAGES,
     "its stage one alone": f"{ONE_STAGE} --epochs 165",
     "stage one with all crops": f"{ONE_STAGE} --epochs 200",
-    "no repulse": f"{TWO_STAGES} --objective.repulse 0 --objective.repulse-end 0",
     "no consistency": f"{TWO_STAGES} --objective.consistency 0",
-    "teacher of 20 epochs": f"{TWO_STAGES} --objective.teacher-horizon 20",
-    "second stage at lr 0.5": f"{TWO_STAGES} --objective.teacher-lr 0.5",
-    "second stage at lr 0.5, teacher of 20 epochs": (
-        f"{TWO_STAGES} --objective.teacher-lr 0.5 --objective.teacher-horizon 20"
+    "plain cross-entropy, no repulse": f"{TWO_STAGES} --objective.beta 0 {NO_REPULSE}",
+    "32 images a step": STEPS,
+    "32 images a step, plain cross-entropy, repulse 0.1": PLAIN,
+    "32 images a step, plain cross-entropy, no repulse": f"{PLAIN} {NO_REPULSE}",
+    "second stage at the full rate, with a long memory": WHOLE,
+    "that after 0.3 of the epochs": EARLY,
+    "that, no repulse": f"{EARLY} {NO_REPULSE}",
+    "that, consistency 5": f"{EARLY} --objective.consistency 5",
+    "that, beta 1 and repulse 1 to 0.1": (
+        f"{EARLY} --objective.beta 1 --objective.repulse 1 --objective.repulse-end 0.1"
     ),
-    "consistency 5": f"{TWO_STAGES} --objective.consistency 5",
-    # As many steps as `ce`, since a step reads two crops of an image.
-    "32 images a step": f"{TWO_STAGES} --batch-size 32 --lr 0.05",
-    "32 images a step, plain cross-entropy, repulse 0.1": (
-        f"{TWO_STAGES} --batch-size 32 --lr 0.05 --objective.beta 0 --objective.repulse 0.1 "
-        "--objective.repulse-end 0"
-    ),
-    "plain cross-entropy, no repulse": (
-        f"{TWO_STAGES} --objective.beta 0 --objective.repulse 0 --objective.repulse-end 0"
-    ),
-    "light": "--objective attract-repulse --augment light --epochs 235",
 }
 THRESHOLD, MOMENTUM = 0.3, 0.99
 
