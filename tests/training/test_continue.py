@@ -424,3 +424,12 @@ def test_torchrun_with_restarts_needs_out(torchrun, tmp_path, monkeypatch, capsy
     assert "give --out" in said
     assert said.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_more_validation_than_training_images_are_looked_at_less_often(tmp_path):
+    """20 and 143 images, 40 epochs of one step: every second epoch, and the last."""
+    options = {"images_per_class": 2, "batch_size": 20, "epochs": 41, "model": "test_resnet"}
+    run = nearkin.train("digits", "ce", threads=1, out=tmp_path / "run", **options).run
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    steps = [line["step"] for line in lines if line["kind"] == "validation"]
+    assert steps == [*range(2, 41, 2), 41]

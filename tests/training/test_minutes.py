@@ -12,6 +12,7 @@ from torch import nn
 
 from nearkin.config import RunConfig
 from nearkin.training import plan as plans
+from nearkin.training.loop import validation_interval
 from nearkin.training.plan import RESERVE, plan
 
 EVALUATED = 0.01  # seconds an image
@@ -175,3 +176,15 @@ def test_the_probe_takes_a_third_of_the_time(monkeypatch, each, minutes, images)
 def test_without_a_probe_every_stage_gets_an_epoch(planned):
     assert planned(6000.0, probe=False, stages=2)[0].settings.epochs == 2
     assert planned(300.0, probe=True, stages=2)[0].settings.epochs == 0
+
+
+def test_validations_are_rarer_where_they_would_take_the_time():
+    """Ten validation images for each training image: every tenth epoch, but twenty times in a run."""
+    assert [validation_interval(50, 500, epochs) for epochs in (400, 200, 100, 19)] == [
+        10,
+        10,
+        5,
+        1,
+    ]
+    assert validation_interval(500, 500, 400) == validation_interval(500, 499, 400) == 1
+    assert validation_interval(500, 0, 400) == 1

@@ -25,6 +25,7 @@ from nearkin.training.step import Stepper
 from nearkin.types import Batch, Loss, Progress
 
 REPLAY = "replay.json"
+CURVE = 20  # validations that a run has at least, if it has as many epochs
 PROBE = "probe"  # in the journal, the stage of the validation before the first step
 
 NO_IMAGES = (Stopped, WorkersDied, DataError)  # why the next images do not come
@@ -52,12 +53,18 @@ def legs(stages: tuple[Stage, ...], epochs: int, steps_per_epoch: int) -> list[L
     return result
 
 
+def validation_interval(train: int, val: int, epochs: int) -> int:
+    """Epochs from one validation to the next, so that more validation than training images do not take most of the
+    time: val / train, at most a twentieth of the epochs, at least 1. train, val: images."""
+    return max(1, min(val // max(1, train), epochs // CURVE))
+
+
 class Loop:
     """Trains the stages of a run from the start or from a snapshot.
 
     loader(stage, first, last): yields this process's blocks of the batches. listed(step): the images and labels of a
-    whole batch, by name. validate(): a record with `value`, or None
-    without a validation split. probed: whether the network as given is validated before the first step.
+    whole batch, by name. validate(): a record with `value`, or None without a validation split; interval: epochs from
+    one to the next, in each stage. probed: whether the network as given is validated before the first step.
     """
 
     def __init__(
@@ -72,12 +79,14 @@ class Loop:
         loader: Callable[[Stage, int, int], Iterator[Batch]],
         listed: Callable[[int], dict[str, list[int]]],
         validate: Callable[[], dict[str, Any] | None],
+        interval: int,
         probed: bool,
     ) -> None:
         self.settings, self.runtime, self.stepper = settings, runtime, stepper
         self.saver, self.journal, self.bar = saver, journal, bar
         self.route, self.steps = route, route[-1].last
-        self.loader, self.listed, self.validate, self.probed = loader, listed, validate, probed
+        self.loader, self.listed, self.validate = loader, listed, validate
+        self.interval, self.probed = interval, probed
         self.meters = Meters(runtime.device)
         self.flags = Flags(runtime)
         self.collapse = CollapseWatch()
@@ -158,11 +167,12 @@ class Loop:
             if ended:
                 self._check_last_step(step)
                 self._record_epoch(progress, step)
-                try:
-                    self._record_validation(progress, step)
-                except NO_IMAGES:
-                    self._save(leg, step, validated=False)
-                    raise
+                if step == leg.last or (progress.epoch + 1) % self.interval == 0:
+                    try:
+                        self._record_validation(progress, step)
+                    except NO_IMAGES:
+                        self._save(leg, step, validated=False)
+                        raise
             if stop:
                 self._check_last_step(step)
                 # The other processes must not end before the checkpoint is whole.

@@ -21,6 +21,7 @@ from nearkin.objectives import Objective
 from nearkin.settings import Settings
 from nearkin.training.batches import train_batches
 from nearkin.training.defaults import is_pretrained, warmup_epochs
+from nearkin.training.loop import validation_interval
 from nearkin.training.step import Stepper
 from nearkin.types import Progress
 
@@ -79,13 +80,14 @@ def plan(
     choose = config.blocks == "auto" and is_pretrained(settings)
     for blocks in _candidates(settings, built, choose):
         tried = settings.model_copy(update={"blocks": blocks})
-        epoch = _epoch(tried, built, dataset, runtime) + validation
+        epoch = _epoch(tried, built, dataset, runtime)
         gone = spent + time.monotonic() - started + after
         left = settings.minutes * 60 * (1 - RESERVE) - gone
-        epoch, left = runtime.share((epoch, left))
-        fitting = max(0, min(settings.epochs, int(left / epoch)))
+        epoch, validation, left = runtime.share((epoch, validation, left))
+        fitting = _fitting(epoch, validation, left, settings.epochs, dataset)
         if fitting < stages:
             fitting = 0 if settings.probe else stages
+        epoch += validation / _interval(dataset, fitting)
         chosen = {"epochs": fitting, "minutes": 0.0}
         if config.warmup_epochs == "auto":
             chosen["warmup_epochs"] = warmup_epochs(fitting)
@@ -117,6 +119,20 @@ def fix_parts(network: Network, settings: Settings) -> None:
         network.learn_blocks(settings.blocks)
     if settings.freeze_batchnorm:
         network.keep_statistics()
+
+
+def _interval(dataset: Dataset, epochs: int) -> int:
+    return validation_interval(_count(dataset, "train"), _count(dataset, "val"), epochs)
+
+
+def _fitting(training: float, validation: float, left: float, most: int, dataset: Dataset) -> int:
+    """The largest number of epochs that takes at most `left` seconds. training, validation: seconds of each."""
+
+    def fits(epochs: int) -> bool:
+        return epochs * (training + validation / _interval(dataset, epochs)) <= left
+
+    tried = range(min(most, max(0, int(left / training))), 0, -1)
+    return next(filter(fits, tried), 0)
 
 
 def _candidates(settings: Settings, built: Built, choose: bool) -> list[int | str]:

@@ -30,7 +30,7 @@ from nearkin.training.checkpoint.snapshot import Snapshot
 from nearkin.training.checkpoint.store import Store
 from nearkin.training.console import Bar
 from nearkin.training.loggers import Loggers
-from nearkin.training.loop import Loop, legs
+from nearkin.training.loop import Loop, legs, validation_interval
 from nearkin.training.metrics_log import Journal
 from nearkin.training.prepare import Prepared, origin
 from nearkin.training.probe import refit
@@ -89,6 +89,7 @@ class Trainer:
                 loader=self._loader,
                 listed=self._listed,
                 validate=self._validate,
+                interval=self._interval(),
                 probed=self.settings.probe,
             )
             self.runtime.failures.callback = self._record_end
@@ -98,6 +99,11 @@ class Trainer:
                 result = self._finish(self.loop.run(snapshot))
                 loggers.close(result.metrics)
             return result
+
+    def _interval(self) -> int:
+        val = self.dataset.splits.get("val")
+        held = 0 if val is None else len(val.labels)
+        return validation_interval(len(self.train_split.labels), held, self.settings.epochs)
 
     def _draw_first_batch(self, bar: Bar) -> None:
         try:
