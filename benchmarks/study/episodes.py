@@ -17,8 +17,7 @@ from pathlib import Path
 
 import nearkin
 from benchmarks.bench import append_row, read_rows
-from benchmarks.study.pieces import PIECES
-from nearkin.comparison.entries import parse
+from benchmarks.study.pieces import PIECES, finished_runs
 
 RESULTS = Path("docs/data/study-episodes.csv")
 FROZEN = "frozen"
@@ -50,12 +49,7 @@ def _networks(root: Path, name: str) -> list[tuple[str, int, Path]]:
         shutil.rmtree(frozen, ignore_errors=True)  # of a call that was killed
         options = piece.options | {"images_per_class": 5, "epochs": 0}
         nearkin.train(root / piece.data, out=frozen, report=False, **options)
-    found = [(FROZEN, 0, frozen)]
-    for entry in parse(piece.objectives.split(",")):
-        for run in sorted((place / "runs").glob(f"{entry.folder}-seed*")):
-            if (run / "model.safetensors").exists():
-                found.append((entry.name, int(run.name.rpartition("-seed")[2]), run))
-    return found
+    return [(FROZEN, 0, frozen), *finished_runs(root, name)]
 
 
 if __name__ == "__main__":

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
+
+from nearkin.comparison.entries import parse
 
 # 0.7 million weights, and half as fast again as the usual stem: it is narrow where the images are still whole.
 SMALL = {"model": "resnet10t", "model.channels": "[16,48,96,192]", "model.stem_width": "8"}
@@ -98,3 +102,11 @@ PIECES: dict[str, Piece] = {
         {"images_per_class": 100, "epochs": 25, "batch_size": 64, **SCRATCH},
     ),
 }
+
+
+def finished_runs(root: Path, name: str) -> Iterator[tuple[str, int, Path]]:
+    """Entry, seed and run folder of the finished runs of a piece, entry by entry. root: NEARKIN_BENCH_STUDY."""
+    for entry in parse(PIECES[name].objectives.split(",")):
+        for run in sorted((root / "runs" / name / "runs").glob(f"{entry.folder}-seed*")):
+            if (run / "model.safetensors").exists():
+                yield entry.name, int(run.name.rpartition("-seed")[2]), run
