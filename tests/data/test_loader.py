@@ -241,14 +241,19 @@ print("ended", flush=True)
 """
 
 
-def test_workers_do_not_keep_a_program_from_ending():
-    """They ignore SIGTERM from others, but must obey the process that made them."""
+def test_workers_do_not_keep_a_program_from_ending(tmp_path):
+    """They ignore SIGTERM from others, but must obey the process that made them. Nothing of theirs is left."""
     script = HOLDS_AN_UNFINISHED_LOADER.format(tests=os.fspath(Path(__file__).parent))
     done = subprocess.run(
-        [sys.executable, "-c", script], timeout=60, capture_output=True, text=True
+        [sys.executable, "-c", script],
+        timeout=60,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
     )
     assert done.stdout == "ended\n"
     assert done.returncode == 0, done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def fail(image):

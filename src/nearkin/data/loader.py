@@ -15,6 +15,7 @@ from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
 from multiprocessing.reduction import ForkingPickler
 from multiprocessing.synchronize import Event as EventType
+from multiprocessing.util import get_temp_dir
 from pathlib import Path
 from threading import Event, Thread, current_thread, main_thread
 from typing import Any, TypeVar
@@ -206,6 +207,8 @@ def _start(loader: DataLoader[T]) -> Iterator[T]:
     exit_if_importing_main()
     if SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free < 2**20:  # semaphores, too
         raise _no_room(loader.num_workers)
+    # Workers make their sockets there, and this process removes the folder at its end: they are killed, not ended.
+    get_temp_dir()
     in_main_thread = current_thread() is main_thread() and hasattr(signal, "SIGCHLD")
     handler = signal.getsignal(signal.SIGCHLD) if in_main_thread else None
     with stop_signals_blocked():
