@@ -11,7 +11,9 @@ from tests.pictures import write_classes, write_image
 
 import nearkin
 from nearkin.cli import run
+from nearkin.data.dataset import load_dataset
 from nearkin.errors import ConfigError, DataError, ModelError
+from nearkin.evaluation import features
 
 SMALL = {"ways": 2, "shots": 1, "queries": 2, "episodes": 20, "copies": 2}
 WORDS = [f"--{name}={value}" for name, value in SMALL.items()]
@@ -121,6 +123,23 @@ def test_shared_classes_are_warned_about(here, capsys, tmp_path):
     write_classes(tmp_path / "mixed", ("bee",), each=2)
     found, err = told(capsys, "flat", str(tmp_path / "mixed"))
     assert (found["shared"], found["classes"], found["eligible"], err) == ([], 3, 2, "")
+
+
+@pytest.mark.parametrize("seeds", [{"seed": 3}, {"seed": 3, "split_seed": 7}])
+def test_its_own_validation_images_are_those_that_it_held_out(here, tmp_path, monkeypatch, seeds):
+    run, drawn = tmp_path / "run", []
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in seeds.items()]
+    trained(str(run), "base", "--val-split", "0.3", *words)
+
+    def watched(bundle, split, rows, **options):
+        drawn.extend(split.images.name(row) for row in range(len(split.labels)))
+        return extract(bundle, split, rows, **options)
+
+    extract = features.extract
+    monkeypatch.setattr(features, "extract", watched)
+    nearkin.fewshot(run, "base", **SMALL)
+    held = load_dataset("base", val_split=0.3, **seeds).splits["val"]
+    assert drawn == [held.images.name(row) for row in range(len(held.labels))]
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,16 @@ def test_digits_give_their_splits_again():
     assert load_for_evaluation("digits", classes=dataset.classes, channels=1).split.name == "test"
 
 
+def test_a_seed_of_the_split_wins_over_that_of_the_run():
+    options = {"seed": 3, "split_seed": 7, "images_per_class": 9}
+    dataset = load_dataset("digits", **options)
+    for split in ("val", "train"):
+        found = load_for_evaluation(
+            "digits", classes=dataset.classes, channels=1, split=split, **options
+        )
+        assert names(found.split) == names(dataset.splits[split])
+
+
 def test_other_data_without_splits_are_one_test_split(tmp_path):
     folder(tmp_path, b=3, c=2)
     found = evaluate(tmp_path, ("a", "b", "c"), own=False)

@@ -158,6 +158,26 @@ def test_one_of_both_for_each_step_in_equal_parts():
     assert abs(cut.mean() - 0.5) < 0.08  # five deviations
 
 
+def test_of_both_each_has_its_own_strength():
+    from scipy.stats import beta, kstest
+
+    lam, cut = draws({"mixup": 0.2, "cutmix": 1.0}, steps=600).T
+    assert kstest(lam[cut == 0], beta(0.2, 0.2).cdf).pvalue > 1e-3
+    areas = box_areas(100_000)
+    deviation = areas.std() / np.sqrt(cut.sum())
+    assert (1 - lam[cut == 1]).mean() == pytest.approx(areas.mean(), abs=5 * deviation)
+
+
+def box_areas(count, size=40):
+    """Shares of the image in boxes of the share 1 - lam, clipped at its edges; lam is uniform. As in the paper's
+    code."""
+    rng = np.random.default_rng(0)
+    half = (size * np.sqrt(1 - rng.random(count))).astype(int) // 2
+    centres = rng.integers(size, size=(2, count))
+    sides = np.clip(centres + half, 0, size) - np.clip(centres - half, 0, size)
+    return sides.prod(0) / size**2
+
+
 def test_steps_and_seeds_differ(batch):
     base = mixed(batch, mixup=1.0)
     assert not torch.equal(mixed(batch, mixup=1.0, step=1)[0], base[0])

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nearkin.bank import NeighbourBank
-from nearkin.data.sampling import TrainOrder, balanced, drawing, repeated, weighted
+from nearkin.data.sampling import TrainOrder, balanced, drawing, repeated, shuffled, weighted
 
 SIZES = {
     "equal": [20] * 5,
@@ -162,6 +162,22 @@ def test_repeats_share_a_batch_and_differ_in_occurrence(batch, repeats):
         assert not earlier & copies.keys()
         earlier |= copies.keys()
     assert set(draws.rows.tolist()) != set(repeated(100, 0, 1, batch, repeats).rows.tolist())
+
+
+def test_the_options_choose_what_is_drawn():
+    labels = labels_of([30, 7, 1, 20])
+
+    def drawn(sampler, repeats=1):
+        draw = drawing(sampler, labels, seed=5, batch_size=12, per_class=4, repeats=repeats)
+        return [column.tolist() for column in draw(2)]
+
+    def lists(draws):
+        return [column.tolist() for column in draws]
+
+    assert drawn("weighted") == lists(weighted(labels, 5, 2))
+    assert drawn("balanced") == lists(balanced(labels, 5, 2, 12, 4))
+    assert drawn("shuffle", repeats=3) == lists(repeated(58, 5, 2, 12, 3))
+    assert drawn("shuffle") == lists(shuffled(58, 5, 2))
 
 
 def test_copies_of_an_image_are_not_side_by_side():

@@ -19,6 +19,7 @@ from torchvision.transforms import v2
 import nearkin
 from nearkin.cli import run as command
 from nearkin.data.transforms import EvalSpec, eval_transform
+from nearkin.distributed import Runtime
 from nearkin.errors import ConfigError, DivergedError, ModelError
 from nearkin.evaluation import ensemble as members
 from nearkin.evaluation.ensemble import likelihood_weights, mixed
@@ -108,6 +109,26 @@ def runs(tmp_path_factory):
         options = common | {"seed": seed, "epochs": epochs, "out": home / name}
         made[name] = nearkin.train("digits", objective, **options).run
     return made
+
+
+def test_a_run_finds_its_own_images_again(tmp_path):
+    """They depend on its seeds, and on how many of them it took."""
+    from nearkin.data.dataset import load_dataset
+
+    options = {"seed": 1, "split_seed": 0, "val_split": 0.2, "images_per_class": 9}
+    common = {"epochs": 0, "batch_size": 16, "model": "test_resnet", "threads": 1}
+    run = nearkin.train("digits", "ce", out=tmp_path / "run", **options, **common).run
+    splits = load_dataset("digits", **options).splits
+    with Runtime(device="cpu", precision="fp32") as runtime:
+        loaded = members.load_members([run], runtime.device)
+        ensemble = members.Ensemble(loaded, runtime, tta="none", workers=0, cache=False)
+        for name in ("val", "train"):
+            found = ensemble.predict(None, name).split
+            assert names(found) == names(splits[name])
+
+
+def names(split):
+    return [split.images.name(row) for row in range(len(split.labels))]
 
 
 def forget(*folders):
