@@ -32,6 +32,16 @@ def test_train_and_evaluate_give_the_same_numbers(tmp_path, precision):
     assert again.confusion_file == tmp_path / "run" / "confusion-test.csv"
 
 
+def test_the_averaged_weights_are_validated(tmp_path):
+    """They are what the run gives, so the journal has their log loss and not that of the trained ones."""
+    run = nearkin.train("digits", "ce", ema=0.999, epochs=2, out=tmp_path / "run", **COMMON).run
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    best = [line for line in lines if line["kind"] == "validation" and line["best"]][-1]
+    found = nearkin.evaluate(run, split="val", cache=False)
+    assert found.log_loss == pytest.approx(best["log_loss"], rel=1e-5)
+    assert found.top1 == best["top1"]
+
+
 def test_nothing_is_computed_under_autocast(tmp_path, monkeypatch):
     """Validation and test, in training with bf16."""
     from nearkin.evaluation import evaluator

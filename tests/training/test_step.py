@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 
 from nearkin.config import RunConfig
 from nearkin.distributed import Runtime
+from nearkin.training.checks import CollapseWatch
 from nearkin.training.loop import legs
+from nearkin.training.metrics_log import Meters
 from nearkin.training.prepare import prepare
-from nearkin.training.trainer import Trainer
+from nearkin.training.trainer import Trainer, balanced_weights
 from nearkin.types import Progress
 
 
-def session_of(tmp_path, config):
-    runtime = Runtime(device="cpu", precision="fp32")
+def session_of(tmp_path, config, precision="fp32"):
+    runtime = Runtime(device="cpu", precision=precision)
     small = {"model": "test_resnet", "epochs": 2, "batch_size": 32, "threads": 1}
     config = config.model_copy(update=small | {"images_per_class": 10})
     return Trainer(prepare(config, runtime), runtime, tmp_path, quiet=True)
@@ -58,6 +63,42 @@ def test_a_new_stage_averages_from_its_own_start(tmp_path):
             assert torch.allclose(mean[name], (start[name] + now) / 2, atol=1e-6), name
             moved += not torch.equal(now, start[name])
         assert moved > 0
+
+
+def test_a_stage_without_a_classifier_is_validated_by_its_training_images(tmp_path, monkeypatch):
+    config = RunConfig(objective="supcon", options={"mode": "two-stage"})
+    trainer = session_of(tmp_path, config)
+    trainer.stepper.begin(trainer.stages[0])
+    asked, knn = [], trainer.evaluator.knn
+    monkeypatch.setattr(trainer.evaluator, "knn", lambda *a: asked.append(a) or knn(*a))
+    trainer._validate()
+    ((network, train, split),) = asked
+    splits = trainer.dataset.splits
+    assert network is trainer.stepper.network
+    assert train is splits["train"]
+    assert split is splits["val"]
+
+
+def test_balanced_weights_are_the_inverse_of_the_images_of_a_class():
+    split = SimpleNamespace(labels=np.array([0, 0, 0, 2]))
+    assert balanced_weights(split, 3).tolist() == pytest.approx([4 / 9, 0, 4 / 3])
+
+
+def test_a_checkpoint_keeps_the_scale_of_the_gradient(tmp_path):
+    """Of fp16; a run that starts again at the first scale would skip steps."""
+    first, second = (
+        session_of(tmp_path / name, RunConfig(objective="ce"), "fp16") for name in "ab"
+    )
+    for trainer in (first, second):
+        trainer.stepper.begin(trainer.stages[0])
+    scaler = first.runtime.scaler
+    scaler.load_state_dict(scaler.state_dict() | {"scale": 128.0, "_growth_tracker": 7})
+    first.folder.mkdir()
+    meters, collapse = Meters(first.runtime.device), CollapseWatch()
+    assert first.saver.save(3, 0, meters, collapse) is None
+    second.saver.restore(first.store.load(3), meters, collapse)
+    assert second.runtime.scaler.state_dict() == scaler.state_dict()
+    assert second.runtime.scaler.get_scale() == 128
 
 
 def test_modules_are_put_into_training_mode_only_where_they_left_it(tmp_path, monkeypatch):
