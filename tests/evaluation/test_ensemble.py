@@ -18,6 +18,7 @@ from torchvision.transforms import v2
 
 import nearkin
 from nearkin.cli import run as command
+from nearkin.data.dataset import load_dataset
 from nearkin.data.transforms import EvalSpec, eval_transform
 from nearkin.distributed import Runtime
 from nearkin.errors import ConfigError, DivergedError, ModelError
@@ -113,8 +114,6 @@ def runs(tmp_path_factory):
 
 def test_a_run_finds_its_own_images_again(tmp_path):
     """They depend on its seeds, and on how many of them it took."""
-    from nearkin.data.dataset import load_dataset
-
     options = {"seed": 1, "split_seed": 0, "val_split": 0.2, "images_per_class": 9}
     common = {"epochs": 0, "batch_size": 16, "model": "test_resnet", "threads": 1}
     run = nearkin.train("digits", "ce", out=tmp_path / "run", **options, **common).run
@@ -141,18 +140,20 @@ def test_an_ensemble_is_the_mean_of_the_probabilities(runs):
     both = nearkin.evaluate([runs["a"], runs["c"]])
     kept = [next((runs[n] / "cache").iterdir()) for n in ("a", "c")]
     probabilities = sum(load_file(file)["probabilities"].double() for file in kept) / 2
-    labels = np.repeat(range(10), [row.support for row in both.per_class])
+    labels = load_dataset("digits").splits["test"].labels
     assert both.n == 360 == len(probabilities)
     assert [m.weight for m in both.members] == [0.5, 0.5]
     alone = nearkin.evaluate(runs["a"])
     assert both.members[0].top1 == alone.top1
     assert alone.members[0].cached
-    predicted = np.bincount(probabilities.argmax(1), minlength=10)
-    counts = Counter()
-    for row in both.confusion:
-        counts[int(row.predicted)] += row.images
-    assert predicted.tolist() == [counts[c] for c in range(10)]
-    assert sorted(labels.tolist()) == labels.tolist()
+    predicted = probabilities.argmax(1).tolist()
+    counts = {(int(row.true), int(row.predicted)): row.images for row in both.confusion}
+    assert counts == Counter(zip(labels.tolist(), predicted, strict=True))
+    assert both.log_loss == pytest.approx(log_loss(probabilities, labels), rel=1e-5)
+
+
+def log_loss(probabilities, labels):
+    return float(-np.log(probabilities.numpy()[np.arange(len(labels)), labels]).mean())
 
 
 def test_each_model_runs_once(runs, monkeypatch):
@@ -280,16 +281,18 @@ def test_data_are_read_once_for_all_members(runs, monkeypatch):
 def test_validation_chooses_the_weights_and_nothing_else(runs):
     forget(*runs.values())
     result = nearkin.evaluate([runs["a"], runs["b"]], weights="validation")
-    said = []
+    said = {143: [], 360: []}
     for name in ("a", "b"):
-        nearkin.evaluate(runs[name], split="val")
-        shapes = [load_file(f)["probabilities"] for f in (runs[name] / "cache").iterdir()]
-        said.append(next(p for p in shapes if len(p) == 143))
-    from nearkin.data.dataset import load_dataset
-
-    labels = torch.from_numpy(load_dataset("digits", seed=0).splits["val"].labels)
-    expected = weights_of(said, labels)
+        for file in (runs[name] / "cache").iterdir():
+            probabilities = load_file(file)["probabilities"]
+            said[len(probabilities)].append(probabilities)
+    splits = load_dataset("digits", seed=0).splits
+    expected = weights_of(said[143], torch.from_numpy(splits["val"].labels))
     assert [m.weight for m in result.members] == pytest.approx(expected)
+    wanted = log_loss(mixed(said[360], expected), splits["test"].labels)
+    assert result.log_loss == pytest.approx(wanted, rel=1e-5)
+    equal = log_loss(mixed(said[360], [0.5, 0.5]), splits["test"].labels)
+    assert wanted != pytest.approx(equal, rel=1e-3), "otherwise this test tells nothing"
     with pytest.raises(
         ConfigError, match="other images in their split val.*or use --weights equal"
     ):

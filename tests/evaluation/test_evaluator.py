@@ -20,7 +20,8 @@ from nearkin.errors import ModelError
 from nearkin.evaluation import evaluator as evaluator_module
 from nearkin.evaluation.evaluate import evaluate
 from nearkin.evaluation.evaluator import Evaluator
-from nearkin.evaluation.model import load_bundle
+from nearkin.evaluation.frozen import frozen_features
+from nearkin.evaluation.model import load_bundle, read_description
 from nearkin.evaluation.predict import predict
 
 
@@ -197,6 +198,39 @@ def test_views_read_every_image_once_and_need_no_larger_batch(counted, tta, view
     assert read == list(range(37))
     assert sum(passes) == views * 37
     assert max(passes) == 20
+
+
+def test_of_many_training_images_the_nearest_have_their_own_labels(counted, monkeypatch):
+    network, evaluator, split, *_ = counted
+    compared = []
+    monkeypatch.setattr(evaluator_module, "NEIGHBOURS", 40)
+    monkeypatch.setattr(evaluator_module, "knn_accuracy", lambda *given: compared.append(given))
+    train = load_dataset("digits").splits["train"].take(np.arange(100))
+    evaluator.knn(network, train, split)
+    ((keys, key_labels, embeddings, labels),) = compared
+    rows = range(0, 100, 3)  # 34; every second image would be 50
+    assert key_labels.tolist() == train.labels[rows].tolist()
+    assert torch.allclose(keys, evaluator.embeddings(network, train, range(100))[rows], atol=1e-5)
+    assert (len(embeddings), labels.tolist()) == (37, split.labels.tolist())
+
+
+def test_features_are_kept_for_the_weights_of_the_backbone(
+    counted, untrained, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("NEARKIN_CACHE_DIR", str(tmp_path))
+    network, evaluator, split, passes, _ = counted
+    runtime, spec = Runtime(device="cpu", precision="fp32"), read_description(untrained).spec
+    head = next(network.heads.parameters())
+    weight = next(network.backbone.parameters())
+    looks = []
+    for changed in (None, None, head, weight):
+        if changed is not None:
+            changed.data.view(-1)[0] += 1
+        passes.clear()
+        found = frozen_features(evaluator, runtime, network, split, spec)
+        looks.append(len(passes) > 0)
+        assert torch.equal(found, evaluator.features(network, split))
+    assert looks == [True, False, False, True]
 
 
 def test_a_model_that_is_not_finished(tmp_path):

@@ -13,6 +13,7 @@ import nearkin
 from nearkin.bank import NeighbourBank
 from nearkin.data.dataset import load_dataset
 from nearkin.errors import ModelError
+from nearkin.evaluation import kin as module
 from nearkin.evaluation.kin import FILE, Kin, distance, nearest, read_kin, unlike, write_kin
 from nearkin.functional import neighbour_nll
 from nearkin.objectives import get
@@ -115,6 +116,17 @@ def test_damage_is_refused(tmp_path, change):
 def test_a_missing_file_is_said(tmp_path):
     with pytest.raises(ModelError, match="is missing"):
         read_kin(tmp_path, 4)
+
+
+def test_of_many_training_images_each_one_kept_has_its_own_label(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MOST_KEYS", 50)
+    options = {"model": "test_resnet", "images_per_class": 20, "threads": 1, "workers": 0}
+    run = nearkin.train("digits", "ce", epochs=0, out=tmp_path / "run", **options).run
+    kin, train = read_kin(run, 10), load_dataset("digits", images_per_class=20).splits["train"]
+    names = [train.images.name(row) for row in range(200)]
+    known = dict(zip(names, train.labels.tolist(), strict=True))
+    assert kin.labels.tolist() == [known[name] for name in kin.names]
+    assert kin.labels.bincount().tolist() == [5] * 10
 
 
 @pytest.mark.parametrize("objective", ["ce", "cone"])

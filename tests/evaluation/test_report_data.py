@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tests.report import reports
 from tests.report.reports import report_data, small
 
 from nearkin.evaluation import report_data as module
@@ -68,6 +69,24 @@ def test_calibration_keeps_what_was_trained():
     plain = report_data(temperature=None)
     assert plain.calibrated is None
     assert plain.images.probability[:40] == pytest.approx(data.confidence)
+
+
+def test_probabilities_are_calibrated_and_distances_are_ranks_among_validation(monkeypatch):
+    given = []
+    gather = reports.gather
+    monkeypatch.setattr(reports, "gather", lambda *a, **k: given.extend(a) or gather(*a, **k))
+    images = report_data().images
+    _, seen, kin, _, temperature = given
+    powers = seen.probabilities.double().numpy() ** (1 / temperature)
+    calibrated = powers / powers.sum(1, keepdims=True)
+    rows = np.arange(40)
+    assert images.probability[:40] == pytest.approx(calibrated[rows, images.predicted[:40]])
+    assert images.own[:40] == pytest.approx(calibrated[rows, images.labels[:40]])
+    cosines = np.sort((seen.embeddings @ kin.embeddings.T).numpy())[:, -5:]
+    nearer = kin.typical.numpy() < 1 - cosines.mean(1, keepdims=True)
+    assert images.unlike[:40] == pytest.approx(nearer.mean(1))
+    assert 0 < images.unlike[:40].min() < images.unlike[:40].max()
+    assert np.isnan(images.unlike[40:]).all()
 
 
 def test_of_many_images_errors_and_kin_are_kept(monkeypatch):
