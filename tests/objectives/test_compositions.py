@@ -133,7 +133,10 @@ def test_triplet_and_orthogonal_projection_read_the_features():
     assert float(make("opl")(batch(), seen, None, NOW).total) == pytest.approx(plain + opl)
 
 
-@pytest.mark.parametrize(("name", "options"), [("cosface", {}), ("arcface", {"margin": 0.4})])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("cosface", {}), ("cosface", {"scale": 30.0}), ("arcface", {"margin": 0.4, "scale": 9.0})],
+)
 def test_margins_are_for_training_only(name, options):
     objective = make(name, **options)
     head = objective.heads["classifier"].module.double()
@@ -142,10 +145,10 @@ def test_margins_are_for_training_only(name, options):
         logits = head(features)
     weight = head.weight.detach()
     cosines = unit(features) @ unit(weight).T
-    np.testing.assert_allclose(logits.numpy(), 16 * cosines, rtol=1e-9)
-    margin = options.get("margin", 0.2)
+    scale, margin = options.get("scale", 16.0), options.get("margin", 0.2)
+    np.testing.assert_allclose(logits.numpy(), scale * cosines, rtol=1e-9)
     lowered = getattr(oracles, f"{name}_logits")(
-        unit(features), weight.numpy(), LABELS.numpy(), margin, 16.0
+        unit(features), weight.numpy(), LABELS.numpy(), margin, scale
     )
     found = objective(batch(), Outputs(features, features, None, logits), None, NOW)
     expected = mean(oracles.cross_entropy(np.asarray(lowered), LABELS.numpy()))
@@ -162,8 +165,9 @@ def test_sce_smooths_its_labels_and_follows_the_number_of_classes():
     assert (many.alpha, many.beta) == pytest.approx((1.0, 0.1 / 6))
 
 
-def test_gpaco_contrasts_with_this_batchs_keys_and_never_with_an_own_earlier_copy():
-    objective = make("gpaco", bank=12, projection=5)
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_gpaco_contrasts_with_this_batchs_keys_and_never_with_an_own_earlier_copy(smoothing):
+    objective = make("gpaco", bank=12, projection=5, smoothing=smoothing)
     student, teacher = outputs(8), outputs(8, seed=9)
     objective.update(batch(), student, outputs(8, seed=20))  # ids 0 to 7
     older = objective.bank.keys[:8].numpy()
@@ -178,7 +182,7 @@ def test_gpaco_contrasts_with_this_batchs_keys_and_never_with_an_own_earlier_cop
             np.concatenate([LABELS, LABELS]),
             0.05,
             0.2,
-            0.0,
+            smoothing,
             mask,
         )
     )
@@ -201,6 +205,14 @@ def test_mixed_images_count_for_both_classes_where_labels_are_hard():
     expected = share * a.value + torch.where(first == second, 0.0, 0.3).double() * b.value
     torch.testing.assert_close(both.value, expected)
     assert torch.equal(both.valid, a.valid | b.valid)
+
+
+@pytest.mark.parametrize("name", ["ce", "schane", "supcon", "opl", "triplet"])
+def test_labels_of_the_cross_entropy_are_smoothed(name):
+    seen = outputs(8)
+    found = make(name, smoothing=0.2)(batch(), seen, None, NOW).terms["ce"]
+    expected = mean(oracles.cross_entropy(seen.logits.numpy(), LABELS.numpy(), smoothing=0.2))
+    assert float(found) == pytest.approx(expected, rel=1e-6)
 
 
 def attract_repulse(stage, step, steps=100, epochs=10, **options):
@@ -232,6 +244,13 @@ def test_trust_in_the_teacher_rises_over_five_epochs(step, weight):
     divergence = mean(oracles.consistency_kl(seen.logits.numpy(), target.numpy()))
     sce = mean(oracles.symmetric_ce(seen.logits.numpy(), LABELS.numpy(), 1.0, 0.5))
     assert float(found.total) == pytest.approx(sce + weight * divergence, rel=1e-6)
+
+
+def test_attract_repulse_smooths_the_labels_that_attract():
+    found, seen, _ = attract_repulse("contrast", 0, smoothing=0.2, beta=0.5)
+    smooth = 0.8 * nn.functional.one_hot(LABELS.repeat(2), 4).double() + 0.2 / 4
+    sce = mean(oracles.symmetric_ce(seen.logits.numpy(), smooth.numpy(), 1.0, 0.5))
+    assert float(found.terms["sce"]) == pytest.approx(sce, rel=1e-6)
 
 
 def test_attract_repulse_reads_a_bank_of_teacher_keys_without_own_copies():

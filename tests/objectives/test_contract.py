@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Literal, get_args, get_origin
 
 import pytest
 import torch
@@ -353,3 +354,62 @@ def test_a_collapsed_bank_gives_its_mean_as_the_target():
     target = bench.objective.bank.probabilities.float().mean(1)
     divergence = (target * target.log()).sum() + target.sum() * math.log(CLASSES)
     assert torch.allclose(found.terms["consistency"], divergence, rtol=1e-4)
+
+
+# Options that leave the loss of a batch as it is, and what they do instead; every other option changes it.
+QUIET = {
+    "contrast_share": "epochs of the first stage",
+    "guard": "only of samples that the network is certain of (test_cone.py)",
+    "teacher_batchnorm": "of the teacher's policy",
+    "teacher_horizon": "of the teacher's policy",
+    "teacher_lr": "of the second stage",
+    "teacher_memory": "of the teacher's policy",
+    "teacher_momentum": "of the teacher's policy",
+    "teacher_schedule": "of the teacher's policy",
+}
+# Values that are tried where half the default, or another choice, would make no difference.
+TRIED = {"ramp_epochs": 8.0, "warmup_steps": 100, "within": 4}
+# Options without which another one has no effect.
+NEEDED = {("attract-repulse", "bank"): {"negatives": "bank"}}
+OPTIONS = [
+    (name, option)
+    for name in sorted(Objective.registry)
+    for option in Objective.registry[name].Config.model_fields
+]
+
+
+def another(kind, config, option):
+    """A value of the option that is not the one in `config`."""
+    annotation, value = kind.Config.model_fields[option].annotation, getattr(config, option)
+    if option in TRIED:
+        return TRIED[option]
+    if get_origin(annotation) is Literal:
+        return next(choice for choice in get_args(annotation) if choice not in ("auto", value))
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value // 2 if value > 1 else 2
+    return value / 2 if value else 0.1
+
+
+def losses(name, options):
+    """Of the usual batch, in every stage."""
+    found = []
+    for stage in range(len(made(name, options).stages())):
+        bench = Bench(name, options, stage)
+        found.append(bench.loss(bench.batch(LABELINGS["usual"])).total.item())
+    return found
+
+
+@pytest.mark.parametrize(("name", "option"), OPTIONS)
+def test_every_option_reaches_the_loss_or_is_said_not_to(name, option):
+    needed = NEEDED.get((name, option), {})
+    value = another(Objective.registry[name], made(name, needed).config, option)
+    before = losses(name, needed)
+    assert before == losses(name, needed)
+    assert (losses(name, needed | {option: value}) == before) == (option in QUIET)
+
+
+def test_options_that_are_said_not_to_reach_the_loss_exist():
+    assert set(QUIET) | set(TRIED) <= {option for _, option in OPTIONS}
+    assert set(NEEDED) <= set(OPTIONS)
