@@ -16,6 +16,7 @@ from nearkin import functional as F
 from nearkin.bank import NeighbourBank
 from nearkin.objectives import get
 from nearkin.objectives.base import per_class
+from nearkin.teacher import TeacherPolicy
 from nearkin.training.optim import parameter_groups
 from nearkin.types import Batch, Outputs, Progress
 
@@ -264,6 +265,40 @@ def test_attract_repulse_reads_a_bank_of_teacher_keys_without_own_copies():
         unit(student.projection), unit(teacher.projection), objective.bank.keys.numpy(), 0.2, mask
     )
     assert float(found.terms["repulse"]) == pytest.approx(mean(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "given", [("cosine", 2.0, 0.5, "average", "same"), ("constant", 0.7, 0.9, "own", "own")]
+)
+def test_cone_gives_its_teacher_the_options(given):
+    names = ("schedule", "horizon", "momentum", "batchnorm", "crop")
+    options = {f"teacher_{name}": value for name, value in zip(names, given, strict=True)}
+    (stage,) = make("cone", **options).stages()
+    assert stage.teacher == TeacherPolicy(**dict(zip(names, given, strict=True)))
+    assert stage.views == (2 if given[-1] == "own" else 1)
+
+
+@pytest.mark.parametrize("crop", ["same", "own"])
+def test_gpaco_gives_its_teacher_the_options(crop):
+    (stage,) = make("gpaco", teacher_horizon=2.0, teacher_crop=crop).stages()
+    assert stage.teacher == TeacherPolicy(horizon=2.0, crop=crop)
+    assert stage.views == (2 if crop == "own" else 1)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "ramped"])
+def test_attract_repulse_gives_its_teachers_the_options(schedule):
+    options = {"teacher_memory": 0.4, "teacher_schedule": schedule, "teacher_lr": 0.5}
+    contrast, averaged = make("attract-repulse", contrast_share=0.2, **options).stages()
+    assert contrast.teacher is None
+    assert averaged.teacher == TeacherPolicy(schedule, share=0.4, batchnorm="average", crop="own")
+    assert (contrast.share, averaged.share, averaged.lr) == (0.2, 0.8, 0.5)
+    keys, _ = make("attract-repulse", negatives="bank", **options).stages()
+    assert keys.teacher == TeacherPolicy(share=0.4, crop="own")
+
+
+def test_contrast_takes_its_share_of_the_epochs():
+    contrast, linear = make("supcon", mode="two-stage", contrast_share=0.25).stages()
+    assert (contrast.share, linear.share) == (0.25, 0.75)
 
 
 def test_the_mean_teacher_starts_from_the_best_weights_and_is_the_final_model(tmp_path):
