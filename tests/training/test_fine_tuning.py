@@ -357,6 +357,31 @@ def test_the_best_weights_so_far_may_be_those_of_the_probe(tmp_path):
     assert all(torch.equal(value, given[name]) for name, value in probe.items())
 
 
+def test_the_best_weights_so_far_may_be_those_of_an_earlier_epoch(tmp_path):
+    """Without a probe: of the two epochs of the first stage the first is better."""
+    values = {"objective": "attract-repulse", "objective.contrast_share": 0.67}
+    job = job_of(model="test_resnet", epochs=3, val_split=0.2, **values)
+    trainer = Trainer(job, Runtime(device="cpu", precision="fp32"), tmp_path, quiet=True)
+    begin, starts, validated = trainer.stepper.begin, [], []
+    found = iter([0.9, 0.8, 0.7])
+
+    def validate():
+        validated.append(_copied(trainer.stepper.eval_network()))
+        return {"metric": "top1", "value": next(found)}
+
+    def begun(stage):
+        starts.append((stage.name, _copied(trainer.stepper.network)))
+        begin(stage)
+
+    trainer._validate, trainer.stepper.begin = validate, begun
+    trainer.run()
+    (_, _), (name, given) = starts
+    best, last, _ = validated
+    assert name == "mean-teacher"
+    assert all(torch.equal(value, given[name]) for name, value in best.items())
+    assert not all(torch.equal(value, given[name]) for name, value in last.items())
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

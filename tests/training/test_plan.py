@@ -52,7 +52,9 @@ def test_teacher_momentum():
     share = TeacherPolicy(share=0.1)
     assert momentum_at(share, 5, 1000, steps_per_epoch=10) == 1 - 1 / 100
     assert momentum_at(share, 5, 20, steps_per_epoch=10) == 1 - 1 / 8
-    assert momentum_at(share._replace(schedule="ramped"), 5, 1000, 10) == 1 - 1 / 6
+    ramped = share._replace(schedule="ramped")
+    found = [momentum_at(ramped, step, 1000, 10) for step in (0, 3, 5, 500)]
+    assert found == [0, 0.75, 1 - 1 / 6, 1 - 1 / 100]
     cosine = TeacherPolicy(schedule="cosine")
     assert momentum_at(cosine, 0, 1000, 10) == pytest.approx(0.996)
     assert momentum_at(cosine, 500, 1000, 10) == pytest.approx(0.998)

@@ -10,9 +10,11 @@ import torch
 
 from nearkin.config import RunConfig
 from nearkin.distributed import Runtime
+from nearkin.teacher import TEACHER_SALT
 from nearkin.training.checks import CollapseWatch
 from nearkin.training.loop import legs
 from nearkin.training.metrics_log import Meters
+from nearkin.training.optim import lr_factor
 from nearkin.training.prepare import prepare
 from nearkin.training.trainer import Trainer, balanced_weights
 from nearkin.types import Progress
@@ -121,3 +123,72 @@ def test_modules_are_put_into_training_mode_only_where_they_left_it(tmp_path, mo
     assert norms
     assert not any(m.training for m in norms)
     assert network.backbone.training
+
+
+def begun(tmp_path, config, number=0):
+    """A trainer at the start of one of its stages, and the leg of that."""
+    trainer = session_of(tmp_path, config)
+    leg = legs(trainer.stages, 2, trainer.steps_per_epoch)[number]
+    trainer.stepper.begin(leg.stage)
+    return trainer, leg
+
+
+@pytest.mark.parametrize(("crop", "read"), [("own", 1), ("same", 0)])
+def test_a_teacher_reads_its_own_crop_or_that_of_the_student(tmp_path, crop, read):
+    config = RunConfig(objective="cone", options={"teacher_crop": crop}, seed=5)
+    trainer, leg = begun(tmp_path, config)
+    seen, stepper = {}, trainer.stepper
+
+    def note(name, network):
+        network.register_forward_pre_hook(
+            lambda module, args: seen.update({name: (args[0].clone(), module.key._key)})
+        )
+
+    note("teacher", stepper.teacher.network)
+    note("student", stepper.network)
+    (batch,) = trainer._loader(leg.stage, leg.first, leg.first + 1)
+    assert len(batch.images) == read + 1
+    stepper.step(batch, Progress(leg.stage.name, 0, leg.last, 0, 1), 0)
+    (theirs, salted), (ours, key) = seen["teacher"], seen["student"]
+    assert torch.equal(ours, batch.images[0])
+    assert torch.equal(theirs, batch.images[read])
+    assert read == 0 or not torch.equal(ours, theirs)
+    assert (key[0], salted[0]) == (5, 5 ^ TEACHER_SALT)
+    assert key[1:] == salted[1:]
+
+
+@pytest.mark.parametrize(("batchnorm", "trains"), [("own", True), ("average", False)])
+def test_the_teacher_of_a_stage_has_the_batchnorm_of_its_policy(tmp_path, batchnorm, trains):
+    trainer, _ = begun(
+        tmp_path, RunConfig(objective="cone", options={"teacher_batchnorm": batchnorm})
+    )
+    teacher = trainer.stepper.teacher
+    assert (teacher.batchnorm, teacher.network.training) == (batchnorm, trains)
+
+
+def test_the_momentum_of_a_teacher_follows_the_step_of_its_stage(tmp_path, monkeypatch):
+    """A ramp: 1 - 1 / (k + 1) before forward pass k of the stage."""
+    config = RunConfig(objective="attract-repulse", options={"teacher_schedule": "ramped"})
+    trainer, leg = begun(tmp_path, config, number=1)
+    given = []
+    monkeypatch.setattr(
+        trainer.stepper.teacher, "update", lambda _, momentum: given.append(momentum)
+    )
+    for done, batch in enumerate(trainer._loader(leg.stage, leg.first, leg.first + 3)):
+        progress = Progress(leg.stage.name, done, 200, 0, 1)
+        trainer.stepper.step(batch, progress, leg.first + done)
+    assert given == pytest.approx([1 / 2, 2 / 3, 3 / 4])
+
+
+def test_the_rate_warms_up_over_epochs_and_ends_at_its_floor(tmp_path):
+    config = RunConfig(objective="ce", lr=0.2, warmup_epochs=1.0, min_lr_ratio=0.25)
+    trainer, leg = begun(tmp_path, config)
+    epoch, steps = trainer.steps_per_epoch, leg.last
+    assert epoch > 1
+    for step in (0, epoch, steps - 1):
+        (batch,) = trainer._loader(leg.stage, step, step + 1)
+        trainer.stepper.step(batch, Progress("classify", step, steps, 0, 2), step)
+        factor = lr_factor(step, steps=steps, warmup=epoch, floor=0.25)
+        assert trainer.stepper.lr == pytest.approx(0.2 * factor)
+        assert trainer.stepper.optimizer.param_groups[0]["lr"] == trainer.stepper.lr
+    assert trainer.stepper.lr == pytest.approx(0.05)
