@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from tests.pictures import write_classes, write_image
@@ -19,10 +20,11 @@ from tests.pictures import write_classes, write_image
 import nearkin
 from nearkin import process
 from nearkin.cli import run as command
-from nearkin.comparison import api, launch
+from nearkin.comparison import api, launch, tuning
 from nearkin.comparison import run as comparison_run
 from nearkin.comparison.api import compare
 from nearkin.comparison.launch import Machine
+from nearkin.comparison.plan import Terms
 from nearkin.errors import ConfigError, DataError, ModelError, Stopped
 from nearkin.process import GPU_THREADS, SHARE, cores
 from nearkin.training.run_folder import stored_settings, stored_state
@@ -541,7 +543,31 @@ def test_equal_minutes(photos, tmp_path):
     assert [int(row["epochs"]) for row in rows] == [run.epochs for run in found.runs]
 
 
+def test_the_best_of_the_trials_is_taken(tmp_path, monkeypatch):
+    """Trials are stubs: the default learning rate, then others, the validation value a function of it."""
+    taken = []
+
+    def trial(search, each):
+        rate = each.suggest_float("lr", 0.01, 1.0, log=True)
+        taken.append((0.9 - abs(rate - 0.3), rate))
+        return taken[-1][0]
+
+    monkeypatch.setattr(tuning._Search, "_trial", trial)
+    entry = SimpleNamespace(name="ce", folder="ce", options={})
+    term = Terms(entry, {}, 1, (), 1, 1, SimpleNamespace(lr=0.1, options={}), "")
+    planned = SimpleNamespace(terms=[term], values={}, machine=lambda *_: Machine(1))
+    options = SimpleNamespace(budget="epochs", jobs=1, tune=6)
+    request = SimpleNamespace(options=options, seed=0)
+    (found,), (told,) = tuning.tuned(tmp_path, planned, request, quiet=True)
+    assert len(taken) == 6
+    assert taken[0][1] == pytest.approx(0.1)
+    value, rate = max(taken)
+    assert found.options == {"lr": pytest.approx(rate, rel=1e-3)}
+    assert f"the best on validation ({100 * value:.2f} %) of 6 trials" in told
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # eight short runs, whose processes start one after the other on a loaded machine
 def test_tune_gives_each_entry_as_many_trials_on_validation(photos, tmp_path):
     import optuna
     from optuna.storages import JournalStorage

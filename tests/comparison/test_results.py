@@ -9,6 +9,7 @@ import pytest
 
 from nearkin.comparison import results
 from nearkin.comparison.results import UNTRAINED, Run, Scores, collect, contrasts
+from nearkin.comparison.statistics import effect
 
 LABELS = ("a",) * 300 + ("b",) * 100
 
@@ -83,6 +84,27 @@ def test_entries_without_a_verdict_do_not_count_in_holm():
     assert found["cone"] == alone
     assert found["idle"].verdict == UNTRAINED
     assert found["few"].verdict.startswith("no verdict: 3 seeds")
+
+
+def test_of_two_entries_the_smaller_p_value_is_doubled():
+    """And the seeds that would decide are those for half the error (Holm)."""
+    by_run = {}
+    for seed, more in enumerate((0, 2, -2)):
+        by_run["ce", seed] = scores(240, 80, 0.6, seed)
+        by_run["near", seed] = scores(246 - 2 * more, 80, 0.6, seed + 70)
+        by_run["far", seed] = scores(250 + 3 * more, 80, 0.6, seed + 50)
+    found = {c.entry: c for c in contrasts(by_run, "ce") if c.measure == "top1"}
+    right = {
+        name: np.stack([by_run[name, seed].of("top1") for seed in range(3)])
+        for name in ("ce", "near", "far")
+    }
+    near, far = (effect(right["ce"], right[name]) for name in ("near", "far"))
+    assert far.p_value < near.p_value < 2 * near.p_value < 1
+    assert found["far"].p_value == pytest.approx(2 * far.p_value)
+    assert found["near"].p_value == pytest.approx(max(2 * far.p_value, near.p_value))
+    for name, one, error in (("near", near, 0.05), ("far", far, 0.025)):
+        more = one.seeds_to_decide(error, 0.005) - 3
+        assert found[name].verdict == f"undecided: about {more} more seeds would decide"
 
 
 def collected(folder):

@@ -214,6 +214,18 @@ def test_seeds_to_decide_are_the_least_that_are_enough():
     )  # 1.96 sqrt(0.02 / 1000) = 0.0088
 
 
+def test_more_comparisons_need_more_seeds():
+    """Of the same effect: alone, and as the smallest of five p values."""
+    found = effect(FIRST, SECOND)._replace(
+        difference=0.012, seeds=4, images=1000, between_seeds=0.12, between_images=0.18, rest=0.1
+    )
+    needed = {tests: found.seeds_to_decide(0.05 / tests) for tests in (1, 5)}
+    assert needed[1] < needed[5]
+    for tests, seeds in needed.items():
+        text = verdict(found, Adjusted(min(1, tests * found.p_value), tests), same=0.001, within="")
+        assert text == f"undecided: about {seeds - 4} more seeds would decide"
+
+
 def test_few_images_have_few_degrees_of_freedom_with_any_number_of_seeds():
     """Eight images: t has 7 degrees of freedom and its quantile is 2.36, not 1.96."""
     error = math.sqrt(0.08 / 8)  # 0.1 of the mean, by the images alone
