@@ -567,7 +567,9 @@ def test_the_best_of_the_trials_is_taken(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # eight short runs, whose processes start one after the other on a loaded machine
+@pytest.mark.timeout(
+    900
+)  # eight short runs, whose processes start one after the other on a loaded machine
 def test_tune_gives_each_entry_as_many_trials_on_validation(photos, tmp_path):
     import optuna
     from optuna.storages import JournalStorage

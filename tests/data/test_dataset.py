@@ -146,7 +146,7 @@ def test_held_out_images_leave_train(tmp_path):
     st.floats(0.01, 0.99),
     st.integers(0, 2**63 - 1),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_stratification(labels, fraction, seed):
     labels = np.array(labels)
     held = stratified(labels, fraction, seed)

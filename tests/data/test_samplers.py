@@ -33,7 +33,7 @@ def per_batch(labels, rows, batch):
     return [Counter(labels[rows[i : i + batch]].tolist()) for i in range(0, len(rows), batch)]
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     sizes=st.lists(st.integers(1, 4) | st.integers(1, 40), min_size=1, max_size=25),
     per_class=st.integers(1, 5),

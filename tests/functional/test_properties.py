@@ -10,8 +10,6 @@ from nearkin import functional as F
 
 some = settings(
     max_examples=16,
-    deadline=None,
-    derandomize=True,
     suppress_health_check=[HealthCheck.differing_executors],
 )
 hard = st.lists(st.integers(0, CLASSES - 1), min_size=1, max_size=9)

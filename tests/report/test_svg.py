@@ -8,7 +8,7 @@ from itertools import pairwise
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from nearkin.report import svg
@@ -71,7 +71,6 @@ def bar_values(root: ElementTree.Element) -> list[float]:
     ]
 
 
-@settings(deadline=None)
 @given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6), st.integers(2, 8))
 def test_ticks_are_round_and_inside(low, size, most):
     high = low + size
@@ -83,7 +82,6 @@ def test_ticks_are_round_and_inside(low, size, most):
     assert len(found) < 2 or float(f"{step:.3e}"[0]) in (1, 2, 5)
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(-1e4, 1e4), max_size=6))
 def test_a_scale_holds_its_values_in_their_order(values):
     along = scale(values, 10, 350)

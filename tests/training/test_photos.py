@@ -87,8 +87,13 @@ def test_a_run_says_that_no_epoch_did_better_than_the_probe(photos, tmp_path, mo
     assert "the result is the probe" in (result.run / "train.log").read_text()
 
 
-def test_a_refitted_classifier_is_kept_where_validation_is_better(photos, tmp_path):
-    plain = nearkin.train(photos, epochs=1, out=tmp_path / "plain", **QUICK)
+@pytest.fixture(scope="module")
+def plain(photos, tmp_path_factory):
+    """A run without a refit."""
+    return nearkin.train(photos, epochs=1, out=tmp_path_factory.mktemp("plain") / "run", **QUICK)
+
+
+def test_a_refitted_classifier_is_kept_where_validation_is_better(photos, plain, tmp_path):
     found = nearkin.train(photos, epochs=1, refit=True, out=tmp_path / "run", **QUICK)
     (record,) = (r for r in read_metrics(found.run / "metrics.jsonl") if r["kind"] == "refit")
     assert record["before"] == max(r["value"] for r in validations(found.run))
@@ -100,7 +105,7 @@ def test_a_refitted_classifier_is_kept_where_validation_is_better(photos, tmp_pa
     assert val == pytest.approx(max(record["before"], record["value"]))
 
 
-def test_a_refit_that_is_worse_on_validation_is_not_kept(photos, tmp_path, monkeypatch):
+def test_a_refit_that_is_worse_on_validation_is_not_kept(photos, plain, tmp_path, monkeypatch):
     fitted = trainer.refit
 
     def planted(network, *rest, **options):
@@ -110,7 +115,6 @@ def test_a_refit_that_is_worse_on_validation_is_not_kept(photos, tmp_path, monke
         return probe
 
     monkeypatch.setattr(trainer, "refit", planted)
-    plain = nearkin.train(photos, epochs=1, out=tmp_path / "plain", **QUICK)
     found = nearkin.train(photos, epochs=1, refit=True, out=tmp_path / "run", **QUICK)
     (record,) = (r for r in read_metrics(found.run / "metrics.jsonl") if r["kind"] == "refit")
     assert record["kept"] is False
