@@ -30,6 +30,9 @@ def test_the_page_is_drawn_from_the_files(tmp_path, monkeypatch):
         assert (tmp_path / name).read_text() == page.with_name(name).read_text()
 
 
+LONG = "attract-repulse:contrast_share=0.3:teacher_lr=1"
+
+
 @pytest.mark.parametrize("piece", PIECES.values(), ids=PIECES)
 def test_the_options_of_a_piece_are_options(piece):
     entries = parse(piece.objectives.split(","))
@@ -59,8 +62,9 @@ def test_every_row_of_the_pilots_has_the_options_of_today():
 
 def test_ensembles_are_of_all_seeds_and_computed_once(tmp_path, monkeypatch):
     name, called = "few-cifar", []
-    for entry, seed in (("ce", 0), ("ce", 1), ("attract-repulse", 0)):
-        run = tmp_path / "runs" / name / "runs" / f"{entry}-seed{seed}"
+    folders = {entry.name: entry.folder for entry in parse(PIECES[name].objectives.split(","))}
+    for entry, seed in (("ce", 0), ("ce", 1), (LONG, 0)):
+        run = tmp_path / "runs" / name / "runs" / f"{folders[entry]}-seed{seed}"
         run.mkdir(parents=True)
         (run / "model.safetensors").touch()
     (tmp_path / "runs" / name / "runs" / "ce+ema-seed0").mkdir()  # not finished
@@ -76,13 +80,13 @@ def test_ensembles_are_of_all_seeds_and_computed_once(tmp_path, monkeypatch):
     ensembles.main()
     ensembles.main()
     both = ("ce-seed0", "ce-seed1")
-    singles = [(each,) for each in ("ce-seed0", "ce-seed1", "attract-repulse-seed0")]
+    singles = [(each,) for each in ("ce-seed0", "ce-seed1", f"{folders[LONG]}-seed0")]
     assert sorted(called) == sorted(
         (runs, tta) for runs in (*singles, both) for tta in ("none", "tencrop")
     )
     assert [(entry, seed) for entry, seed, _ in finished_runs(tmp_path, name)] == [
         ("ce", 0),
         ("ce", 1),
-        ("attract-repulse", 0),
+        (LONG, 0),
     ]
     assert Path(tmp_path / "rows.csv").read_text().count("\n") == 1 + 8

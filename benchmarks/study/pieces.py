@@ -29,7 +29,7 @@ class Piece(NamedTuple):
 # `ce` smooths its labels by 0.1 in fine-tuning (docs/defaults.md), so `ce+ls` would be the same.
 TUNED = "ce,ce+ema,supcon,supcon:weight=1,sincere,cone,schane:mix=0.5:views=1:temperature=0.1"
 TRAINED = "ce,ce+ls,ce+ema,supcon,gpaco,cone,cone:neighbour_weight=0"
-FEW = "ce,ce+ema,attract-repulse"
+FEW = "ce,ce+ema,attract-repulse:contrast_share=0.3:teacher_lr=1"
 STRONG = {"augment": "strong", "batch_size": 32, "lr": 0.05, "val_split": 0.0, **SCRATCH}
 PIECES: dict[str, Piece] = {
     # Fine-tuning of packaged ImageNet weights.

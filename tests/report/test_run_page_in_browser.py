@@ -299,9 +299,7 @@ def test_what_is_copied(browser, tmp_path):
         with opened(browser, path.as_uri()) as page:
             page.context.grant_permissions(["clipboard-read", "clipboard-write"])
             page.locator("#kin [data-copy]").click()
-            page.wait_for_function(
-                "document.querySelector('#kin [data-copy]').textContent === 'Copied'"
-            )
+            page.locator("#kin [data-copy]", has_text="Copied").wait_for()  # the page forbids eval
             copied = page.evaluate("navigator.clipboard.readText()")
             assert copied.startswith(expected)
 

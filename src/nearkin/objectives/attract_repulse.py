@@ -67,7 +67,7 @@ class AttractRepulse(Objective, name="attract-repulse"):
         head_norm: Norm = option("batch", "in the projection: batch, layer or none")
         attach: Attach = attach_option()
         contrast_share: float = option(
-            0.3, "share of the epochs before the Mean Teacher", gt=0, lt=1
+            0.7, "share of the epochs before the Mean Teacher", gt=0, lt=1
         )
         consistency: float = option(1.0, "weight of the teacher's targets", ge=0)
         ramp_epochs: float = option(
@@ -79,7 +79,7 @@ class AttractRepulse(Objective, name="attract-repulse"):
         teacher_schedule: Literal["constant", "ramped"] = option(
             "constant", "its momentum constant, or ramped up from 0 as in Mean Teacher"
         )
-        teacher_lr: float = option(1.0, "peak of the second stage, as a share of --lr", gt=0, le=1)
+        teacher_lr: float = option(0.1, "peak of the second stage, as a share of --lr", gt=0, le=1)
 
         def resolve(self, facts: Facts) -> Self:
             return self.fill(bank=default_bank(facts), attach=default_attach(facts))
