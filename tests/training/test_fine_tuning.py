@@ -387,12 +387,12 @@ def test_the_best_weights_so_far_may_be_those_of_an_earlier_epoch(tmp_path):
     [
         (
             {"objective": "supcon", "objective.projection": 64, "objective.head_norm": "none"},
-            "--objective.projection, --objective.head-norm has no effect where the features are contrasted",
+            "nothing reads --objective.projection, --objective.head-norm where the features are contrasted",
         ),
-        ({"objective": "ce", "per_class": 8}, "--per-class has no effect with --sampler shuffle"),
+        ({"objective": "ce", "per_class": 8}, "nothing reads --per-class with --sampler shuffle"),
         (
             {"objective": "attract-repulse", "objective.bank": 64},
-            "--objective.bank has no effect with --objective.negatives batch",
+            "nothing reads --objective.bank with --objective.negatives batch",
         ),
     ],
 )
@@ -402,4 +402,14 @@ def test_options_without_effect_are_told(tmp_path, capsys, given, said):
     job_of(quiet=False, weights=run, **given)
     assert f"note: {said}" in capsys.readouterr().err
     job_of(quiet=False, weights=run, objective="supcon")
-    assert "has no effect" not in capsys.readouterr().err
+    assert "nothing reads" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["supcon", "attract-repulse", "ce"])
+def test_stored_settings_are_no_options_without_effect(tmp_path, capsys, name):
+    """Every option is in them, whoever chose it."""
+    run = run_of(tmp_path / "run", model="test_resnet").run
+    stored = job_of(weights=run, objective=name).settings.flat()
+    capsys.readouterr()
+    prepare(validate(RunConfig, stored), Runtime(device="cpu", precision="fp32"), quiet=False)
+    assert "nothing reads" not in capsys.readouterr().err

@@ -180,11 +180,27 @@ def test_without_a_probe_every_stage_gets_an_epoch(planned):
 
 def test_validations_are_rarer_where_they_would_take_the_time():
     """Ten validation images for each training image: every tenth epoch, but twenty times in a run."""
-    assert [validation_interval(50, 500, epochs) for epochs in (400, 200, 100, 19)] == [
-        10,
-        10,
-        5,
-        1,
-    ]
-    assert validation_interval(500, 500, 400) == validation_interval(500, 499, 400) == 1
-    assert validation_interval(500, 0, 400) == 1
+
+    def interval(train, val, epochs):
+        counts = {"train": train} | ({"val": val} if val else {})
+        splits = {name: SimpleNamespace(labels=np.zeros(n)) for name, n in counts.items()}
+        return validation_interval(SimpleNamespace(splits=splits), epochs)
+
+    assert [interval(50, 500, epochs) for epochs in (400, 200, 100, 19)] == [10, 10, 5, 1]
+    assert interval(500, 500, 400) == interval(500, 499, 400) == 1
+    assert interval(500, 0, 400) == 1
+
+
+def test_a_plan_counts_rare_validations():
+    """An epoch and a validation take a second each; 500 validation images and 50 to train on."""
+    splits = {
+        name: SimpleNamespace(labels=np.zeros(n)) for name, n in (("train", 50), ("val", 500))
+    }
+    dataset = SimpleNamespace(splits=splits)
+
+    def seconds(epochs):
+        return epochs * (1 + 1 / max(1, min(10, epochs // 20)))
+
+    for left in (0.5, 30.0, 65.0, 400.0):
+        expected = max(epochs for epochs in range(401) if seconds(epochs) <= left)
+        assert plans._fitting(1.0, 1.0, left, 400, dataset) == expected

@@ -55,16 +55,17 @@ def check_built(settings: Settings, built: Built) -> None:
 
 
 def without_effect(settings: Settings, config: RunConfig) -> Iterator[tuple[str, str]]:
-    """Options that were given and are read by nothing, and why."""
+    """Options that were given and that nothing reads, and why. Of stored settings, in which every option is given,
+    nothing is said that follows from another option."""
     options, given = settings.options, config.options
-    if options.get("attach") == "features":
-        unread = [name for name in PROJECTION if name in given]
-        if unread:
-            names = ", ".join(f"--objective.{name.replace('_', '-')}" for name in unread)
-            yield names, "where the features are contrasted; --objective.attach projection has one"
-    if options.get("negatives") == "batch" and "bank" in given:
+    unread = [name for name in PROJECTION if name in given]
+    if unread and options.get("attach") == "features" and "attach" not in given:
+        names = ", ".join(f"--objective.{name.replace('_', '-')}" for name in unread)
+        yield names, "where the features are contrasted; --objective.attach projection has one"
+    if options.get("negatives") == "batch" and "bank" in given and "negatives" not in given:
         yield "--objective.bank", "with --objective.negatives batch"
-    if settings.sampler == "shuffle" and "per_class" in config.model_fields_set:
+    usual = type(config).model_fields["per_class"].default
+    if settings.sampler == "shuffle" and settings.per_class != usual:
         yield "--per-class", "with --sampler shuffle"
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from nearkin.data.dataset import Dataset
 from nearkin.data.loader import WorkersDied
 from nearkin.distributed import Flags, Runtime
 from nearkin.errors import DataError, DivergedError, Stopped
@@ -53,9 +54,13 @@ def legs(stages: tuple[Stage, ...], epochs: int, steps_per_epoch: int) -> list[L
     return result
 
 
-def validation_interval(train: int, val: int, epochs: int) -> int:
+def validation_interval(dataset: Dataset, epochs: int) -> int:
     """Epochs from one validation to the next, so that more validation than training images do not take most of the
-    time: val / train, at most a twentieth of the epochs, at least 1. train, val: images."""
+    time: validation images / training images, at most a twentieth of `epochs`, those of the run, at least 1."""
+    train, val = (
+        len(dataset.splits[name].labels) if name in dataset.splits else 0
+        for name in ("train", "val")
+    )
     return max(1, min(val // max(1, train), epochs // CURVE))
 
 

@@ -87,7 +87,7 @@ def plan(
         fitting = _fitting(epoch, validation, left, settings.epochs, dataset)
         if fitting < stages:
             fitting = 0 if settings.probe else stages
-        epoch += validation / _interval(dataset, fitting)
+        epoch += validation / validation_interval(dataset, fitting)
         chosen = {"epochs": fitting, "minutes": 0.0}
         if config.warmup_epochs == "auto":
             chosen["warmup_epochs"] = warmup_epochs(fitting)
@@ -121,15 +121,11 @@ def fix_parts(network: Network, settings: Settings) -> None:
         network.keep_statistics()
 
 
-def _interval(dataset: Dataset, epochs: int) -> int:
-    return validation_interval(_count(dataset, "train"), _count(dataset, "val"), epochs)
-
-
 def _fitting(training: float, validation: float, left: float, most: int, dataset: Dataset) -> int:
     """The largest number of epochs that takes at most `left` seconds. training, validation: seconds of each."""
 
     def fits(epochs: int) -> bool:
-        return epochs * (training + validation / _interval(dataset, epochs)) <= left
+        return epochs * (training + validation / validation_interval(dataset, epochs)) <= left
 
     tried = range(min(most, max(0, int(left / training))), 0, -1)
     return next(filter(fits, tried), 0)

@@ -114,7 +114,7 @@ def _say_doubts(settings: Settings, config: RunConfig, quiet: bool) -> None:
         text = "starts from random weights, which takes many images and hours; --pretrained takes timm's weights"
         say(f"note: {settings.model} {text}, --from-scratch leaves this note out.", quiet)
     for names, reason in checks.without_effect(settings, config):
-        say(f"note: {names} has no effect {reason}.", quiet)
+        say(f"note: nothing reads {names} {reason}.", quiet)
 
 
 def _tuned(

@@ -89,7 +89,7 @@ class Trainer:
                 loader=self._loader,
                 listed=self._listed,
                 validate=self._validate,
-                interval=self._interval(),
+                interval=validation_interval(self.dataset, self.settings.epochs),
                 probed=self.settings.probe,
             )
             self.runtime.failures.callback = self._record_end
@@ -99,11 +99,6 @@ class Trainer:
                 result = self._finish(self.loop.run(snapshot))
                 loggers.close(result.metrics)
             return result
-
-    def _interval(self) -> int:
-        val = self.dataset.splits.get("val")
-        held = 0 if val is None else len(val.labels)
-        return validation_interval(len(self.train_split.labels), held, self.settings.epochs)
 
     def _draw_first_batch(self, bar: Bar) -> None:
         try:
