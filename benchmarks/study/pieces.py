@@ -66,7 +66,7 @@ PIECES: dict[str, Piece] = {
     # From scratch, few images, strong augmentation, 400 crops of each image; the last epoch gives the model.
     "few-cifar": Piece(
         "Which objective helps from scratch, with 50 images of each of 10 classes, trained long?",
-        "cifar10-without-val",  # validating 5 000 images after each epoch of 500 would take most of the time
+        "cifar10-without-val",  # whose 5 000 are ten times the training images
         FEW,
         {"images_per_class": 50, "epochs": 400, **STRONG},
     ),
