@@ -45,7 +45,7 @@ PUBLISHED = (  # but for the sizes
 CONE = f"--epochs {EPOCHS} {PUBLISHED}"  # of an option that is given twice, the last counts
 OWN = f"{CONE} --objective.teacher-crop own --objective.consistency-weight 1"
 FEATURES = f"{OWN} --objective.classifier features"
-ALONE = "--objective.neighbour-weight 0"
+ALONE, TWICE = "--objective.neighbour-weight 0", "--objective.neighbour-weight 2"
 SETTINGS = {
     "ce": CE,
     "ce, smoothing 0.1": f"{CE} --objective.smoothing 0.1",
@@ -63,8 +63,9 @@ SETTINGS = {
     "features, own crop, consistency 1, neighbour 1.5": f"{FEATURES} --objective.neighbour-weight 1.5",
     "features, own crop, consistency 1, teacher of 3 epochs": f"{FEATURES} --objective.teacher-horizon 3",
     "features, own crop, consistency 1, whole set in the bank": f"{FEATURES} --objective.bank 5000",
-    "features, own crop, consistency 1, the anchor's share": f"--trust teacher {FEATURES}",
-    "features, own crop, consistency 1, the mean share": f"--trust mean {FEATURES}",
+    # Twice the weight, since the shares are about a half.
+    "features, own crop, consistency 1, neighbour 2, the anchor's share": f"--trust teacher {FEATURES} {TWICE}",
+    "features, own crop, consistency 1, neighbour 2, the mean share": f"--trust mean {FEATURES} {TWICE}",
     "features, own crop, consistency 1, from a share of 0.3": f"--trust threshold {FEATURES}",
     "features, own crop, consistency 1, lr doubled": f"{FEATURES} --lr 0.1",
     "features, own crop, consistency 1, lr halved": f"{FEATURES} --lr 0.025",
@@ -85,13 +86,17 @@ PLAIN = f"{STEPS} --objective.beta 0 --objective.repulse 0.1 --objective.repulse
 # The second stage at the learning rate of the first, its teacher a mean of 480 steps.
 WHOLE = f"{PLAIN} --objective.teacher-lr 1 --objective.teacher-memory 0.42"
 EARLY = f"{WHOLE} --objective.teacher-memory 0.14 --objective.contrast-share 0.3 --epochs 307"
+STRONG_CE = "--objective ce --augment strong --ema 0.998 --batch-size 32 --lr 0.05"
 FEW_SETTINGS = {
     "ce, light": "--objective ce --augment light --epochs 400",
     "ce, strong": f"--objective ce {STRONG}",
     "ce, strong, averaged weights": f"--objective ce {STRONG} --ema 0.998",
-    "ce, strong, averaged weights, 32 images a step": (
-        f"--objective ce {STRONG} --ema 0.998 --batch-size 32 --lr 0.05"
-    ),
+    "ce, strong, averaged weights, 32 images a step": f"{STRONG_CE} --epochs 400",
+    # A quarter of the crops, and 3.75 times as many.
+    "ce, light, 100 crops": "--objective ce --augment light --epochs 100",
+    "ce, light, 1500 crops": "--objective ce --augment light --epochs 1500",
+    "ce, strong, averaged weights, 32 images a step, 100 crops": f"{STRONG_CE} --epochs 100",
+    "ce, strong, averaged weights, 32 images a step, 1500 crops": f"{STRONG_CE} --epochs 1500",
     "sce, strong": f"--objective sce {STRONG}",
     "cone, strong": f"{FEATURES} {STRONG}",
     "as it was": TWO_STAGES,
@@ -104,6 +109,8 @@ FEW_SETTINGS = {
     "32 images a step, plain cross-entropy, no repulse": f"{PLAIN} {NO_REPULSE}",
     "second stage at the full rate, with a long memory": WHOLE,
     "that after 0.3 of the epochs": EARLY,
+    "that, 100 crops": f"{EARLY} --epochs 77",
+    "that, 1500 crops": f"{EARLY} --epochs 1152",
     "that, no repulse": f"{EARLY} {NO_REPULSE}",
     "that, consistency 5": f"{EARLY} --objective.consistency 5",
     "that, beta 1 and repulse 1 to 0.1": (
