@@ -44,7 +44,7 @@ def test_the_options_of_a_piece_are_options(piece):
 @pytest.mark.parametrize("name", [*SETTINGS, *FEW_SETTINGS])
 def test_the_options_of_a_setting_are_options(name):
     words = (SETTINGS | FEW_SETTINGS)[name].split()
-    if "--trust" in words:
+    if "--change" in words:
         words = words[2:]
     for cell in CELLS.values() if name in SETTINGS else [FEW_CELL]:
         given = parser().read([*cell.options.split(), *words])

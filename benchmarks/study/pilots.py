@@ -2,12 +2,13 @@
 
     NEARKIN_BENCH_STUDY=FOLDER python -m benchmarks.study.pilots [NAME ...]
 
-Each run is one row of docs/data/study-pilots.csv. Those whose options begin with `--trust` change the
+Each run is one row of docs/data/study-pilots.csv. Those whose options begin with `--change` change the
 neighbour term of CoNe in ways that nearkin has no option for:
 
 - teacher: the term of an anchor is multiplied by the share of its class in its target, without a gradient;
 - mean: all are multiplied by the running mean of that share;
-- threshold: there is no neighbour term until that mean passes 0.3.
+- threshold: there is no neighbour term until that mean passes 0.3;
+- copies: an anchor's own earlier copies in the bank are neighbours like all others.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from benchmarks.search import Cell, Search
@@ -45,6 +47,7 @@ PUBLISHED = (  # but for the sizes
 CONE = f"--epochs {EPOCHS} {PUBLISHED}"  # of an option that is given twice, the last counts
 OWN = f"{CONE} --objective.teacher-crop own --objective.consistency-weight 1"
 FEATURES = f"{OWN} --objective.classifier features"
+DEFAULT = f"--epochs {EPOCHS} --objective cone"
 ALONE, TWICE = "--objective.neighbour-weight 0", "--objective.neighbour-weight 2"
 SETTINGS = {
     "ce": CE,
@@ -64,11 +67,24 @@ SETTINGS = {
     "features, own crop, consistency 1, teacher of 3 epochs": f"{FEATURES} --objective.teacher-horizon 3",
     "features, own crop, consistency 1, whole set in the bank": f"{FEATURES} --objective.bank 5000",
     # Twice the weight, since the shares are about a half.
-    "features, own crop, consistency 1, neighbour 2, the anchor's share": f"--trust teacher {FEATURES} {TWICE}",
-    "features, own crop, consistency 1, neighbour 2, the mean share": f"--trust mean {FEATURES} {TWICE}",
-    "features, own crop, consistency 1, from a share of 0.3": f"--trust threshold {FEATURES}",
+    "features, own crop, consistency 1, neighbour 2, the anchor's share": f"--change teacher {FEATURES} {TWICE}",
+    "features, own crop, consistency 1, neighbour 2, the mean share": f"--change mean {FEATURES} {TWICE}",
+    "features, own crop, consistency 1, from a share of 0.3": f"--change threshold {FEATURES}",
     "features, own crop, consistency 1, lr doubled": f"{FEATURES} --lr 0.1",
     "features, own crop, consistency 1, lr halved": f"{FEATURES} --lr 0.025",
+    # What each of its choices does, with the defaults for ten classes: 2 000 entries, 500 neighbours.
+    "default": DEFAULT,
+    "default, bank of 500": f"{DEFAULT} --objective.bank 500",
+    "default, 32 neighbours": f"{DEFAULT} --objective.topk 32",
+    "default, 128 neighbours": f"{DEFAULT} --objective.topk 128",
+    "default, neighbour temperature 0.05": f"{DEFAULT} --objective.neighbour-temperature 0.05",
+    "default, neighbour temperature 0.2": f"{DEFAULT} --objective.neighbour-temperature 0.2",
+    "default, consistency temperature 0.035": f"{DEFAULT} --objective.consistency-temperature 0.035",
+    "default, consistency temperature 0.14": f"{DEFAULT} --objective.consistency-temperature 0.14",
+    "default, no consistency": f"{DEFAULT} --objective.consistency-weight 0",
+    "default, teacher of 3 epochs": f"{DEFAULT} --objective.teacher-horizon 3",
+    "default, teacher of 8 steps": f"{DEFAULT} --objective.teacher-horizon 0.01",
+    "default, own copies": f"--change copies {DEFAULT}",
 }
 # Stage one of `attract-repulse` reads two crops of an image, stage two one: with a share of 0.7, 235 epochs are 400
 # crops, with 0.3 it is 307.
@@ -120,14 +136,25 @@ FEW_SETTINGS = {
 THRESHOLD, MOMENTUM = 0.3, 0.99
 
 
-class Trust:
-    """A factor of the neighbour term, from the share of the anchors' own classes in their targets."""
+class Change:
+    """`bank_attention`, changed."""
 
-    def __init__(self, kind: str) -> None:
-        self.kind, self.mean = kind, 0.0
+    def __init__(self, kind: str, attention: Callable[..., Any]) -> None:
+        self.kind, self.attention, self.mean = kind, attention, 0.0
+
+    def __call__(
+        self, query: Tensor, key: Tensor, labels: Tensor, ids: Tensor, *rest: Any, **options: Any
+    ) -> Any:
+        """ids: `[N]` or `[N, 2]`, of the anchors' images."""
+        if self.kind == "copies":
+            # -1: of no image.
+            return self.attention(query, key, labels, torch.full_like(ids, -1), *rest, **options)
+        (value, valid), target = self.attention(query, key, labels, ids, *rest, **options)
+        share = target.detach().gather(1, labels[:, None])[:, 0].to(value.dtype)
+        return PerAnchor(value * self.factor(share), valid), target
 
     def factor(self, share: Tensor) -> Tensor | float:
-        """share: `[N]`."""
+        """share: `[N]`, of the anchors' own classes in their targets."""
         self.mean += (1 - MOMENTUM) * (float(share.mean()) - self.mean)
         factors: dict[str, Tensor | float] = {
             "teacher": share,
@@ -135,16 +162,6 @@ class Trust:
             "threshold": float(self.mean > THRESHOLD),
         }
         return factors[self.kind]
-
-    def around(self, attention: Callable[..., Any]) -> Callable[..., Any]:
-        """`bank_attention` with the factor."""
-
-        def changed(query: Tensor, key: Tensor, labels: Tensor, *rest: Any, **options: Any) -> Any:
-            (value, valid), target = attention(query, key, labels, *rest, **options)
-            share = target.detach().gather(1, labels[:, None])[:, 0].to(value.dtype)
-            return PerAnchor(value * self.factor(share), valid), target
-
-        return changed
 
 
 def main() -> None:
@@ -158,14 +175,14 @@ def main() -> None:
 
 
 def _train(words: list[str]) -> int:
-    """`nearkin train` with `--trust KIND`."""
+    """`nearkin train` with `--change KIND`."""
     from nearkin.cli import run
     from nearkin.cli.streams import prepare_streams
 
     prepare_streams()
-    if "--trust" in words:
-        place = words.index("--trust")
-        cone.bank_attention = Trust(words[place + 1]).around(cone.bank_attention)  # type: ignore[attr-defined]
+    if "--change" in words:
+        place = words.index("--change")
+        cone.bank_attention = Change(words[place + 1], cone.bank_attention)  # type: ignore[attr-defined]
         words = words[:place] + words[place + 2 :]
     return run(words)
 
