@@ -17,10 +17,12 @@ from nearkin.errors import ConfigError
 def folders(tmp_path, monkeypatch):
     """a and b are runs, half one that has not ended, photos holds none."""
     monkeypatch.chdir(tmp_path)
-    for name, file in (("a", "model.json"), ("b", "model.json"), ("half", "config.yaml")):
+    for name, file in (("a", "model.json"), ("b", "model.json"), ("half", "status.json")):
         (tmp_path / name).mkdir()
         (tmp_path / name / file).write_text("{}")
+    (tmp_path / "half" / "config.yaml").write_text("{}")
     (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "config.yaml").write_text("{}")  # of another program
 
 
 @pytest.mark.parametrize(

@@ -197,6 +197,15 @@ def test_embed_says_why_there_are_no_labels(run, here, capsys):
     assert command(["embed", run, "data", "--out", "e.npz"]) == 0
     assert "data: 1 image outside the class folders: no labels" in capsys.readouterr().err
     assert "labels" not in np.load("e.npz")
+    for split in ("train", "training"):
+        write_classes(here / "twice" / split, each=3)
+    assert command(["embed", run, "twice", "--out", "e.npz"]) == 0
+    assert "two folders for the split train" in capsys.readouterr().err
+    assert command(["embed", run, "new/00.png", "new/02.png", "--out", "e.npz"]) == 0
+    shutil.copytree("new", "flat")
+    Path("flat/01.png").unlink()
+    assert command(["embed", run, "flat", "--out", "e.npz"]) == 0
+    assert "labels" not in capsys.readouterr().err
 
 
 def test_out_is_refused_before_anything_is_computed(run, here, capsys):
@@ -263,6 +272,18 @@ def test_a_sheet_for_each_image_that_can_be_read(run, here, capsys):
         assert picture.size[0] == 960
     assert command(["predict", run, "new/00.png", "--explain", "why", "--sets", "0.9"]) == 0
     assert sheets("why") == ["1-00.jpg"], "those of the earlier call are gone"
+
+
+def test_sheets_of_an_earlier_call_are_no_images(run, here, capsys):
+    Path("new/01.png").unlink()
+    words = ["predict", run, "new", "--explain", "new/why"]
+    for note in ("", "note: 4 sheets of an earlier call in new/why left out"):
+        assert command(words) == 0
+        shown = capsys.readouterr()
+        assert len(rows_of(shown.out)) == 4
+        assert note in shown.err
+    refused(capsys, 3, "All 4 images are sheets", *words[:2], "new/why", *words[3:])
+    assert len(sheets("new/why")) == 4
 
 
 def test_a_folder_of_others_is_refused_and_untouched(run, here, capsys):

@@ -278,5 +278,24 @@ def test_embed_gives_what_the_classifier_reads(model, outputs):
     rows = model.embed(some_digits(30)[0])
     assert rows.dtype == np.float32
     assert np.allclose(rows, outputs.embedding.numpy(), atol=1e-5)
+    (one,) = model.embed(some_digits(1)[0][0])
+    assert np.allclose(one, rows[0], atol=1e-5)
     with pytest.raises(DataError, match="floating-point"):
         model.embed([some_digits(1)[0][0], Image.new("F", (8, 8))])
+
+
+def test_embed_takes_a_path_for_one_image(model, tmp_path):
+    """A str is a sequence of characters, of which "/" is a folder."""
+    write_digits(tmp_path, 2)
+    path = sorted(tmp_path.iterdir())[0]
+    assert np.array_equal(model.embed(str(path)), model.embed([path]))
+    assert np.array_equal(model.embed(path), model.embed([path]))
+
+
+def test_a_class_that_is_called_unknown_is_told(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    described = json.loads((run / "model.json").read_text())
+    described["spec"]["classes"][3] = "unknown"
+    (tmp_path / "run" / "model.json").write_text(json.dumps(described))
+    assert any("class unknown" in note for note in nearkin.load(tmp_path / "run", reject=0.5).notes)
+    assert nearkin.load(tmp_path / "run").notes == ()

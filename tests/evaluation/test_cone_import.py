@@ -9,12 +9,15 @@ from collections import Counter
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from tests.evaluation.cone_checkpoint import Published, pictures, save
+from tests.pictures import write_classes
 from torchvision.transforms.v2 import functional as pixels
 
 import nearkin
 from nearkin.cli import run
+from nearkin.errors import DataError
 from nearkin.evaluation.model import ModelSpec, build, load_bundle
 from nearkin.evaluation.predict import predict
 from nearkin.files import SaveFailed
@@ -171,6 +174,28 @@ def test_its_own_data_are_named_but_not_made_up(imported, tmp_path, monkeypatch,
     assert "imagenet" in capsys.readouterr().err
     assert run(["train", "--resume", str(imported)]) == 0
     assert "finished" in capsys.readouterr().err
+
+
+def test_nothing_is_said_of_what_the_authors_did(imported, tmp_path, monkeypatch):
+    """A folder of that name may hold other images, and the licence is theirs."""
+    from nearkin.export.api import export
+
+    monkeypatch.chdir(tmp_path)
+    write_classes(tmp_path / "imagenet", NAMES, each=10)
+    found = nearkin.evaluate(imported, "imagenet")
+    assert (found.split, found.n) == ("test", 10 * len(NAMES))
+    assert not any("was trained on" in note for note in found.notes)
+    with pytest.raises(DataError, match="with other images"):
+        nearkin.evaluate(imported)
+    made = export(imported, "torch", data="imagenet", out=tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert made is not None
+    assert "imported by nearkin" in card
+    assert "Trained on unknown data" in card
+    assert "licence is not known here and holds for this model" in card
+    config = yaml.safe_load((imported / "config.yaml").read_text())
+    assert config["objective"]["classifier"] == "embedding"
+    assert config["objective"]["bank"] == "auto"
 
 
 def test_training_can_start_from_it(imported):

@@ -102,15 +102,18 @@ def test_too_few_classes_are_an_error_whose_advice_helps(labels):
     def ask(**options):
         return eligible(labels, EpisodeOptions(**{"ways": 5, "shots": 2} | options))
 
-    with pytest.raises(DataError, match=r"5 classes with 17 images .* 2 of 7 .* --queries 6,"):
+    with pytest.raises(DataError, match=r"5 classes with 17 images .* 2 of 7 .* --queries 6 or"):
         ask(queries=15)
     assert ask(queries=6).tolist() == [0, 2, 3, 5, 6]
     with pytest.raises(DataError):
         ask(queries=7)
-    with pytest.raises(DataError, match=r"use fewer --shots, fewer --ways"):
+    with pytest.raises(DataError, match=r"use fewer --shots or fewer --ways or other data"):
         ask(shots=8)
     with pytest.raises(DataError, match=r"use fewer --ways or other data"):
         ask(ways=8, queries=1)
+    smallest = {"ways": 2, "shots": 1, "queries": 1}
+    with pytest.raises(DataError, match=r"have them; use other data\.$"):
+        eligible(np.arange(6), EpisodeOptions(**smallest))
 
 
 def newton(x, y, ways, strength=1.0, steps=60):

@@ -79,6 +79,43 @@ def test_a_folder_of_that_name_elsewhere_is_another(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "elsewhere")
     write_classes(tmp_path / "elsewhere" / "photos", each=3)
     assert nearkin.evaluate(run, "photos").split == "test"
+    with pytest.raises(DataError, match="photos is another place .* with other images"):
+        nearkin.evaluate(run)
+    from nearkin.export.api import export
+    from nearkin.training.report import report
+
+    with pytest.raises(DataError, match="with other images"):
+        report(run)
+    with pytest.raises(DataError, match="with other images.* --data"):
+        export(run, "torch", out=tmp_path / "exported")
+
+
+def test_a_copy_that_is_found_from_another_folder_is_evaluated(run, tmp_path, monkeypatch):
+    expected = nearkin.evaluate(run)
+    shutil.copytree(tmp_path / "photos", tmp_path / "elsewhere" / "photos")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert nearkin.evaluate(run).top1 == expected.top1
+
+
+def test_training_images_that_cannot_be_compared_are_told(run, tmp_path, monkeypatch):
+    """A note that is missing would say that none of these images was trained on."""
+    write_classes(tmp_path / "others", suffix=".bmp")
+    assert nearkin.evaluate(run, "others").notes == ()
+    monkeypatch.chdir(tmp_path.parent)
+    (note,) = nearkin.evaluate(run, tmp_path / "others").notes
+    assert "cannot be read, so these images were not compared with them" in note
+
+
+def test_validation_weighs_an_ensemble_from_any_folder(run, tmp_path, monkeypatch):
+    nearkin.train("photos", out="b", batch_size=8, workers=0, report=False, **OPTIONS)
+    write_classes(tmp_path / "others", each=4)
+    runs = [run, tmp_path / "b"]
+    here = nearkin.evaluate(runs, "photos", weights="validation")
+    monkeypatch.chdir(tmp_path.parent)
+    there = nearkin.evaluate(runs, tmp_path / "photos", weights="validation")
+    assert [one.weight for one in there.members] == [one.weight for one in here.members]
+    with pytest.raises(DataError, match="--weights validation needs the validation images of the"):
+        nearkin.evaluate(runs, tmp_path / "others", weights="validation")
 
 
 def test_an_ensemble_of_which_one_was_trained_on_the_images(run, tmp_path):

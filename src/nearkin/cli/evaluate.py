@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 USAGE = "nearkin evaluate RUN... [DATA] [--split NAME] [--tta NAME] [--weights NAME] [--json]"
 
-MARKS = ("model.json", "config.yaml")  # an unfinished run is a RUN, too, and gives an error
+MARKS = ("model.json", "status.json")  # an unfinished run is a RUN, too, and gives an error
 KEPT = "not run again: its predictions were kept (--no-cache runs it)"
 SHOWN = 20  # classes up to which everything is shown, and lines shown of more
 

@@ -56,6 +56,7 @@ def main(given: dict[str, Any]) -> int:
 def _write(imported: Imported, out: Path | None, name: str) -> Path:
     """The run folder, whole or not at all."""
     from nearkin.evaluation.model import save_bundle
+    from nearkin.evaluation.own_data import Origin
     from nearkin.training import run_folder
     from nearkin.training.metrics_log import Journal
 
@@ -63,7 +64,9 @@ def _write(imported: Imported, out: Path | None, name: str) -> Path:
     run = run_folder.create(out, data=name, objective=config.objective)
     try:
         run_folder.describe(run, config, description.spec.classes)
-        run_folder.write_origin(run, config, identity={})
+        # The digest of no folder: whatever has the name of config.data is not known to be what the authors had.
+        unknown = Origin(names="", sizes="", place="")
+        run_folder.write_origin(run, config, identity=unknown.record())
         save_bundle(run, description, weights)
         Journal(run).status(
             "finished", step=0, steps=0, epoch=0, message="imported, not trained here"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nearkin.cli.arguments import Parser, number, whole_number
-from nearkin.errors import ConfigError, DataError, ModelError, printable
+from nearkin.errors import ConfigError, DataError, ModelError, counted, printable
 
 if TYPE_CHECKING:
     from nearkin.evaluation.classifier import Classifier
@@ -70,6 +70,8 @@ def main(given: dict[str, Any]) -> int:
 
         check_folder(Path(explain))
     files, notes = image_files(given["images"])
+    if explain is not None:
+        files, notes = _without_sheets(files, notes, Path(explain))
     for note in notes:
         _say(f"note: {note}")
     model = load(run, **options)
@@ -87,6 +89,21 @@ def main(given: dict[str, Any]) -> int:
         sys.stdout.flush()
         raise DataError(f"{rows.bad} of {len(files)} files could not be read; their rows say why.")
     return 0
+
+
+def _without_sheets(
+    files: list[str], notes: list[str], folder: Path
+) -> tuple[list[str], list[str]]:
+    """Without the sheets of an earlier call among the images, and a note of them."""
+    from nearkin.report.sheet_folder import without_sheets
+
+    kept = without_sheets(files, folder)
+    sheets, shown = len(files) - len(kept), printable(str(folder))
+    if not kept:
+        raise DataError(f"All {len(files)} images are sheets in {shown}; give other images.")
+    if sheets:
+        notes = [*notes, f"{counted(sheets, 'sheet')} of an earlier call in {shown} left out"]
+    return kept, notes
 
 
 class _Counted:

@@ -35,16 +35,13 @@ DEPTHS: dict[tuple[tuple[int, ...], bool], str] = {
     ((3, 4, 23, 3), True): "resnet101",
     ((3, 8, 36, 3), True): "resnet152",
 }
-# Inference needs no bank: one slot costs nothing.
 PUBLISHED = {
     "classifier": "embedding",
     "neighbour_weight": 0.7,
     "consistency_weight": 0.4,
     "teacher_crop": "same",
-    "bank": 1,
-    "topk": 1,
-    "warmup_steps": 0,
 }
+NO_BANK = {"bank": 1, "topk": 1, "warmup_steps": 0}  # inference needs none: one slot costs nothing
 LARGEST_LIST = 16 << 20
 
 
@@ -73,13 +70,14 @@ def read_cone_checkpoint(file: Path, classes: tuple[str, ...] | None = None) -> 
     model = _resnet(given, file)
     hidden, _ = _matrix(given, "heads.projection.0.weight", file)
     count, embedding = _matrix(given, "heads.classifier.weight", file)
+    sizes = {"hidden": hidden, "embedding": embedding}
     spec = ModelSpec(
         model=model,
         channels=3,
         image_size=224,
         stem="default",
         objective=CoNe.name,
-        options=PUBLISHED | {"hidden": hidden, "embedding": embedding},
+        options=PUBLISHED | NO_BANK | sizes,
         classes=_names(classes, count, file),
     )
     built = build(spec)
@@ -92,9 +90,10 @@ def read_cone_checkpoint(file: Path, classes: tuple[str, ...] | None = None) -> 
         spec=built.spec,
         transform=EvalSpec(image_size=224, resize=256, channels=3),
         heads=tuple(built.network.active),
+        imported=True,
     )
     shared = spec.model_dump(include={"objective", "model", "image_size", "channels", "stem"})
-    options = CoNe.Config(hidden=hidden, embedding=embedding).model_dump(mode="json")
+    options = CoNe.Config.model_validate(PUBLISHED | sizes).model_dump(mode="json")
     config = RunConfig(data="imagenet", epochs=0, options=options, **shared)
     return Imported(description, weights, config)
 

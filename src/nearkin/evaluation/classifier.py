@@ -118,15 +118,18 @@ class Classifier:
         if not os.path.lexists(path):
             raise DataError(f"{shown} does not exist; give an image file.")
 
-    def embed(self, images: Sequence[Picture]) -> NDArray[np.float32]:
-        """The embeddings `[N, e]` of N images: the features, or of `cone` from scratch the projection.
+    def embed(self, images: Picture | Sequence[Picture]) -> NDArray[np.float32]:
+        """The embeddings `[N, e]` of N images, or `[1, e]` of one: the features, or of `cone` from scratch the
+        projection.
 
         They are of any length, so compare by cosine.
 
         Raises BadImage (a DataError) for an image that cannot be read.
         """
         rows = []
-        for read, embeddings in self.embeddings(_found(images)):
+        many: Sequence[Picture]
+        many = images if isinstance(images, Sequence) and not isinstance(images, str) else [images]
+        for read, embeddings in self.embeddings(_found(many)):
             for one in read:
                 if one.error is not None:
                     raise BadImage(one.name, one.error)
@@ -277,25 +280,29 @@ def load_classifier(
                 f"--{asked} needs validation images, and {shown} was trained without any; train it with --val-split."
             )
         chosen_sets = Sets.calibrated(known.scores, sets) if sets else None
-        notes += _few(len(known.scores), reject, sets)
+        notes += _few(len(known.scores), reject, chosen_sets)
         placed: dict[str, Any] = {
             name: value.to(chosen)
             for name, value in known._asdict().items()
             if isinstance(value, Tensor)
         }
         known = known._replace(**placed)
+    if reject and UNKNOWN in bundle.classes:
+        notes.append(
+            f"{shown} has a class {UNKNOWN} of its own: where label and guess are both {UNKNOWN}, it may be either"
+        )
     return Classifier(
         bundle, known, run, most=kin, reject=reject, sets=chosen_sets, tta=tta, notes=notes
     )
 
 
-def _few(images: int, reject: float | None, sets: float | None) -> Iterator[str]:
+def _few(images: int, reject: float | None, sets: Sets | None) -> Iterator[str]:
     """What so few validation images mean."""
     count = counted(images, "validation image")
     if reject and images * reject < 1 - CLOSE:
         yield f"with {count} --reject {reject:g} means: farther than all of them"
-    if sets and 1 / (images + 1) >= 1 - sets:
-        yield f"with {count} sets of {100 * sets:g} % hold every class"
+    if sets and sets.limit == float("inf"):
+        yield f"with {count} sets of {100 * sets.confidence:g} % hold every class"
 
 
 def _found(images: Iterable[Picture]) -> Iterator[Picture]:

@@ -56,8 +56,11 @@ def as_data(word: str) -> tuple[Listing | None, list[str]]:
         return None, []
     try:
         listing = resolve(word)
-    except DataError:  # images without classes
-        return None, []
+    except DataError as error:
+        names = [os.path.relpath(file, word) for file in find_images(word).files]
+        if not any(os.path.dirname(name) for name in names):  # noqa: PTH120
+            return None, []  # images without classes
+        return None, [f"{error} So no labels are written."]
     beside = len(find_images(word).files) - sum(len(p.labels) for p in listing.parts.values())
     if beside:
         text = f"{counted(beside, 'image')} outside the class folders: no labels are written"

@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -30,7 +30,7 @@ from nearkin.evaluation.evaluator import Evaluator, Probabilities, gathered
 from nearkin.evaluation.metrics import reduced
 from nearkin.evaluation.model import FORMAT, WEIGHTS, Bundle, load_bundle
 from nearkin.evaluation.options import DESCRIPTION, BadPolicy, Tta
-from nearkin.evaluation.own_data import PLACE, explaining_place, is_own, stored_origin
+from nearkin.evaluation.own_data import is_own, own_listing, stored_origin
 from nearkin.files import SaveFailed, own_folder, sha256, write_atomic
 from nearkin.network import read_safetensors
 from nearkin.process import launched
@@ -274,12 +274,20 @@ class Ensemble:
             return True, []
         if "test" in data.parts and split in (None, "test"):
             return False, []
-        trained = [
+        trained = self._trained(data)
+        return len(trained) == len(self.members), trained
+
+    def is_own(self, data: Listing) -> bool:
+        """Whether all members were trained on `data`."""
+        return len(self._trained(data)) == len(self.members)
+
+    def _trained(self, data: Listing) -> list[str]:
+        """The members that were trained on `data`."""
+        return [
             str(member.run)
             for member in self.members
             if is_own(data, member.config.data, stored_origin(member.run))
         ]
-        return len(trained) == len(self.members), trained
 
     def probabilities(self, split: str) -> tuple[Split, Iterator[Probabilities]]:
         """The first member's own images of `split` and their probabilities, batch by batch. Raises DataError."""
@@ -328,13 +336,12 @@ class Ensemble:
         }
         if self._bad is not None:
             options["bad_images"] = self._bad
-        source = data or member.config.data
-        key = (data.data if data else source, *options.items())
+        key = (data.data if data else member.config.data, *options.items())
         if key not in self._loaded:
             collect = self.runtime.collect
             ranks = Ranks.on_node(self.runtime.rank, launched().per_node, collect)
-            with explaining_place(member.config.data, PLACE) if data is None else nullcontext():
-                found = load_for_evaluation(source, classes=self.classes, ranks=ranks, **options)
+            source = data or own_listing(member.config.data, origin)
+            found = load_for_evaluation(source, classes=self.classes, ranks=ranks, **options)
             self._loaded[key] = found, images_digest(found.split)
         return self._loaded[key]
 

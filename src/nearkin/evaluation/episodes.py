@@ -48,11 +48,16 @@ def eligible(labels: Rows, protocol: EpisodeOptions) -> Rows:
         f"A {protocol.ways}-way episode needs {protocol.ways} classes with {protocol.needed} images "
         f"({protocol.shots} labelled, {protocol.queries} queries), but {len(found)} of {len(classes)} have them"
     )
-    if len(classes) < protocol.ways:
-        raise DataError(f"{problem}; use fewer --ways or other data.")
-    spare = int(np.sort(counts)[-protocol.ways]) - protocol.shots
-    advice = f"--queries {spare}" if spare > 0 else "fewer --shots"
-    raise DataError(f"{problem}; use {advice}, fewer --ways or other data.")
+    advice, largest = list[str](), np.sort(counts)[::-1]
+    if len(classes) >= protocol.ways:
+        least = int(largest[protocol.ways - 1])
+        if least > protocol.shots:
+            advice.append(f"--queries {least - protocol.shots}")
+        elif least > 1:
+            advice.append("fewer --shots")
+    if protocol.ways > 2 and sum(largest > 1) > 1:
+        advice.append("fewer --ways")
+    raise DataError(f"{problem}; use {' or '.join([*advice, 'other data'])}.")
 
 
 def draw(labels: Rows, classes: Rows, protocol: EpisodeOptions) -> Iterator[Episode]:

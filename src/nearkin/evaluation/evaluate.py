@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nearkin.data.sources.resolve import resolve
-from nearkin.errors import ConfigError, printable
+from nearkin.errors import ConfigError, DataError, printable
 from nearkin.evaluation.options import BadPolicy, Device, Tta, Weights, check_choice, check_run
 from nearkin.evaluation.own_data import is_own, stored_origin, trained_on
 from nearkin.evaluation.results import Evaluation, MemberMetrics
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from nearkin.config import Auto
     from nearkin.data.dataset import Split
     from nearkin.data.sources.listing import Listing
-    from nearkin.evaluation.ensemble import Ensemble, Member
+    from nearkin.evaluation.ensemble import Ensemble, EnsemblePredictions, Member
 
 ONE_VALIDATION = (
     "train them on the same data with one --split-seed and --val-split, or use --weights equal"
@@ -91,7 +91,7 @@ def _measure(
     notes: list[str] = []
     shares, validation, files = [1 / len(runs)] * len(runs), None, None
     if weights == "validation" and len(runs) > 1:
-        validation = ensemble.predict(None, "val", advice=ONE_VALIDATION)
+        validation = _validation(ensemble, data)
         shares = likelihood_weights([member.own for member in validation.members])
         notes += validation.notes
     found = ensemble.predict(data, split, shares)
@@ -123,18 +123,37 @@ def _measure(
     )
 
 
+def _validation(ensemble: Ensemble, data: Listing | None) -> EnsemblePredictions:
+    """Of the validation images of the training, or of `data` where those are not found and these are the same."""
+    try:
+        return ensemble.predict(None, "val", advice=ONE_VALIDATION)
+    except DataError as error:
+        if data is None:
+            raise
+        if ensemble.is_own(data):
+            return ensemble.predict(data, "val", advice=ONE_VALIDATION)
+        raise DataError(
+            f"--weights validation needs the validation images of the training: {error}"
+        ) from None
+
+
 def _trained_on(members: Sequence[Member], data: Listing, split: Split) -> list[str]:
     """What a person should know of members that were trained on other data, but on files of this split."""
     notes, total = [], len(split.labels)
     for member in members:
-        if is_own(data, member.config.data, stored_origin(member.run)):
+        origin, shown = stored_origin(member.run), printable(str(member.run))
+        if is_own(data, member.config.data, origin):
             continue  # it is known, and the split was chosen by it
-        count = len(trained_on(split.images, member.config) or ())
-        if count:
-            which = f"{count} of these {total} images" if count < total else "all of these images"
+        both = trained_on(split.images, member.config, origin)
+        if both is None:
+            gone = printable(member.config.data)
             notes.append(
-                f"{printable(str(member.run))} was trained on {which}, so the numbers are too good"
+                f"the training data of {shown}, {gone}, cannot be read, so these images were not compared with them"
             )
+        elif both:
+            all_of_them = len(both) == total
+            which = "all of these images" if all_of_them else f"{len(both)} of these {total} images"
+            notes.append(f"{shown} was trained on {which}, so the numbers are too good")
     return notes
 
 

@@ -23,7 +23,7 @@ from nearkin.device import choose_device, without_tf32
 from nearkin.errors import DataError, ModelError, counted, listed, printable
 from nearkin.evaluation.episodes import accuracy, draw, eligible, estimate
 from nearkin.evaluation.model import Bundle, load_bundle
-from nearkin.evaluation.own_data import is_own, stored_origin, trained_on
+from nearkin.evaluation.own_data import Origin, is_own, stored_origin, trained_on
 from nearkin.evaluation.results import FewShot
 from nearkin.evaluation.tta import tta_views
 from nearkin.types import Batch
@@ -168,16 +168,18 @@ def _unseen(
     )
     if not own and tuple(data.parts) == ("train",):
         split = split._replace(name="all")
-    return split, names, notes + _refuse_trained(split, config, run)
+    return split, names, notes + _refuse_trained(split, config, run, origin)
 
 
-def _refuse_trained(split: Split, config: RunConfig, run: Path) -> tuple[str, ...]:
+def _refuse_trained(
+    split: Split, config: RunConfig, run: Path, origin: Origin | None
+) -> tuple[str, ...]:
     """Raises DataError when the run was trained on a file of `split`, under any path.
 
     Returns a note when the run's own data no longer exist.
     """
     shown = printable(str(run))
-    both = trained_on(split.images, config)
+    both = trained_on(split.images, config, origin)
     if both is None:
         gone = printable(config.data)
         return (

@@ -43,7 +43,8 @@ class ModelSpec(BaseModel):
 class Description(BaseModel):
     """`model.json`. metrics: totals of the final evaluation; tables are in files beside it. temperature: divides the
     logits of probabilities that are shown as such (see `evaluation.calibration`); None where it is not known. digests:
-    name -> SHA-256 of the files that belong to the model; empty in runs from before these were kept."""
+    name -> SHA-256 of the files that belong to the model; empty in runs from before these were kept. imported: the
+    weights were not trained here."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -55,6 +56,7 @@ class Description(BaseModel):
     metrics: dict[str, Any] = {}
     temperature: float | None = Field(default=None, gt=0)
     digests: dict[str, str] = {}
+    imported: bool = False
 
 
 class Built(NamedTuple):

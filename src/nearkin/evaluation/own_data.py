@@ -31,6 +31,10 @@ class Origin(NamedTuple):
     sizes: str
     place: str
 
+    def record(self) -> dict[str, str]:
+        """As identity.json has it."""
+        return {"origin": self.names, "origin_sizes": self.sizes, "place": self.place}
+
 
 @contextmanager
 def explaining_place(data: str, advice: str) -> Iterator[None]:
@@ -39,7 +43,9 @@ def explaining_place(data: str, advice: str) -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        if os.path.isabs(data) or os.path.exists(data):  # noqa: PTH117, PTH110 - any bytes may come
+        from nearkin.data.sources.builtin import BUILTIN
+
+        if data in BUILTIN or os.path.isabs(data) or os.path.exists(data):  # noqa: PTH117, PTH110 - any bytes may come
             raise
         raise DataError(
             f"{error} The run stores this path relative to the folder that it was started in, and this is "
@@ -47,12 +53,32 @@ def explaining_place(data: str, advice: str) -> Iterator[None]:
         ) from None
 
 
+def own_listing(data: str, origin: Origin | None, advice: str = PLACE) -> Listing:
+    """The images that a run was trained on, in the place `data` that it stores. Raises DataError where they are
+    missing, and as `check_place`."""
+    from nearkin.data.sources.resolve import resolve
+
+    with explaining_place(data, advice):
+        listing = resolve(data)
+    check_place(listing, data, origin, advice)
+    return listing
+
+
+def check_place(listing: Listing, data: str, origin: Origin | None, advice: str) -> None:
+    """Raises DataError with `advice` where the path `data` that a run stores leads to another place than that of its
+    training, with other images than those of `origin`."""
+    if origin is not None and not is_own(listing, data, origin):
+        raise DataError(
+            f"{printable(data)} is another place than that of the training, with other images: the run stores this "
+            f"path relative to the folder that it was started in, and this is {printable(os.getcwd())}; {advice}."  # noqa: PTH109
+        )
+
+
 def described(listing: Listing) -> dict[str, str]:
     """What identity.json says of DATA."""
     from nearkin.data.dataset import names_of, sizes_of
 
-    names, sizes = names_of(listing), sizes_of(listing)
-    return {"origin": names, "origin_sizes": sizes, "place": place_of(listing.data)}
+    return Origin(names_of(listing), sizes_of(listing), place_of(listing.data)).record()
 
 
 def place_of(data: str) -> str:
@@ -89,9 +115,9 @@ def is_own(data: Listing, trained: str, origin: Origin | None) -> bool:
     return names_of(data) == origin.names and sizes_of(data) == origin.sizes
 
 
-def trained_on(images: ImageSource, config: RunConfig) -> list[str] | None:
+def trained_on(images: ImageSource, config: RunConfig, origin: Origin | None) -> list[str] | None:
     """The names of those image files that a run of this configuration was trained on, under any path; None where the
-    run's data cannot be read any more."""
+    run's data cannot be read any more, or are others now."""
     from nearkin.data.dataset import load_dataset
     from nearkin.data.sources.builtin import BUILTIN
 
@@ -102,7 +128,8 @@ def trained_on(images: ImageSource, config: RunConfig) -> list[str] | None:
         include={"channels", "val_split", "split_seed", "seed", "images_per_class"}
     )
     try:  # without a check: of an unreadable file only the name is compared
-        trained = load_dataset(config.data, check=None, **options).splits["train"]
+        listing = own_listing(config.data, origin)
+        trained = load_dataset(listing, check=None, **options).splits["train"]
     except DataError:
         return None
     return [given[node] for node in _inodes(trained.images) if node in given]

@@ -5,7 +5,7 @@ The same validation images choose the best epoch and fit the temperature, so the
 
 from __future__ import annotations
 
-from bisect import bisect_left
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,22 +32,12 @@ class Sets(NamedTuple):
     def calibrated(cls, scores: Tensor, confidence: float) -> Sets:
         """From the rising `[V]` 1 - p(label) of the validation images.
 
-        A class of score s has the conformal p-value (1 + #{scores >= s}) / (V + 1) and belongs where it is at least
-        1 - confidence (Vovk et al. 2005). It falls with s, so the limit is the largest score that belongs. It is
-        found once: crepes compares every class of every image with every validation image in a loop of Python.
+        A class of score s has the conformal p-value (1 + #{scores >= s}) / (V + 1) and belongs where it is above
+        1 - confidence (Vovk et al. 2005). So the limit is the k-th smallest score, k = ceil((V + 1) confidence).
         """
-        from crepes import ConformalClassifier
-
-        calibrated = ConformalClassifier().fit(scores.numpy())
-
-        def is_outside(row: int) -> bool:
-            alone = scores[row : row + 1].numpy()
-            return float(calibrated.predict_p(alone, smoothing=False)[0]) < 1 - confidence
-
-        inside = bisect_left(range(len(scores)), True, key=is_outside)
-        if inside == len(scores) and 1 / (len(scores) + 1) >= 1 - confidence:
-            return cls(confidence, float("inf"))
-        return cls(confidence, float(scores[inside - 1]) if inside else -1.0)
+        # 100 * 0.55 is 55.00000000000001.
+        rank = math.ceil((len(scores) + 1) * confidence - 1e-9)
+        return cls(confidence, float(scores[rank - 1]) if rank <= len(scores) else math.inf)
 
     def members(self, probabilities: Tensor, top: Tensor) -> Tensor:
         """Boolean `[N, C]`: which classes belong. probabilities: `[N, C]`, scaled. top: `[N]` the most probable."""

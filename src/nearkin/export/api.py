@@ -17,6 +17,7 @@ from nearkin.config import CONFIG_FILE, RunConfig, stored
 from nearkin.data.sources.resolve import resolve
 from nearkin.errors import ConfigError, DataError, ModelError, counted, printable, to_install
 from nearkin.evaluation.options import BadPolicy, check_choice, check_run
+from nearkin.evaluation.own_data import check_place, stored_origin
 from nearkin.export.manifest import (
     CHECK,
     VERSION,
@@ -88,7 +89,7 @@ def export(
     _check_packages(format)
     options = run / CONFIG_FILE
     config = stored(RunConfig, options) if options.is_file() else None
-    listing = resolve(str(data)) if data is not None else _own_data(config)
+    listing = resolve(str(data)) if data is not None else _own_data(run, config)
     import torch
 
     from nearkin.evaluation.model import load_bundle
@@ -140,15 +141,17 @@ def _check_packages(format: Format) -> None:
         )
 
 
-def _own_data(config: RunConfig | None) -> Listing:
+def _own_data(run: Path, config: RunConfig | None) -> Listing:
     """The data that a run was trained on. Raises DataError when they are not known or no longer there."""
     advice = "give labelled images to compare on with --data"
     if config is None:
         raise DataError(f"The run has no {CONFIG_FILE} that names its images; {advice}.")
     try:
-        return resolve(config.data)
+        listing = resolve(config.data)
     except DataError as error:
         raise DataError(f"{str(error).rstrip('.')}; put them back, or {advice}.") from None
+    check_place(listing, config.data, stored_origin(run), advice)
+    return listing
 
 
 def _split(
@@ -163,7 +166,6 @@ def _split(
     """The images to compare on: validation, else test, else training images; and notes. Where the validation images of
     the run cannot be told from its training images any more, the others."""
     from nearkin.data.dataset import load_for_evaluation, names_of
-    from nearkin.evaluation.own_data import stored_origin
 
     options: dict[str, Any] = {}
     if config is not None:

@@ -35,8 +35,13 @@ def escaped(text: str) -> str:
     return SPECIAL.sub(r"\\\1", plain)
 
 
-def origin(config: RunConfig | None, model: str) -> Origin:
+def origin(config: RunConfig | None, model: str, *, imported: bool) -> Origin:
     """Where the weights of a run come from. config: None where the run has none that can be read."""
+    if imported:
+        return Origin(
+            "The weights are those of a file of others. Their licence is not known here and holds for this model.",
+            None,
+        )
     if config is None:
         return Origin(
             "It is not known which weights the training started from, nor their licence.", None
@@ -72,12 +77,15 @@ def origin(config: RunConfig | None, model: str) -> Origin:
 def card(description: Description, manifest: Manifest, config: RunConfig | None) -> str:
     """The Markdown text. Nothing in it comes from outside of the run, and every name is escaped."""
     spec = description.spec
-    came = origin(config, spec.model)
-    data = escaped(os.path.basename(config.data.rstrip("/\\"))) if config else "unknown data"  # noqa: PTH119
+    came = origin(config, spec.model, imported=description.imported)
+    made = "imported" if description.imported else "trained"
+    data = "unknown data"
+    if config is not None and not description.imported:
+        data = escaped(os.path.basename(config.data.rstrip("/\\")))  # noqa: PTH119
     count = counted(len(spec.classes), "class", "classes")
     sections = [
         f"# {escaped(spec.model)} for {count} of {data}",
-        f"An image classifier, trained by nearkin {escaped(description.nearkin)} with the objective "
+        f"An image classifier, {made} by nearkin {escaped(description.nearkin)} with the objective "
         f"{escaped(spec.objective)}.",
         "## Use\n\n" + _use(manifest),
         f"## Data\n\nTrained on {data}. Classes, in the order of the outputs: {_classes(spec.classes)}.",
@@ -158,6 +166,9 @@ def _limits(description: Description, manifest: Manifest) -> str:
         lines.append(
             f"Most often confused: {escaped(worst['true'])}, taken for {escaped(worst['predicted'])} ({images})."
         )
+    lines.append(
+        "nearkin lays transparent pixels on white and scales 16 bits per channel to 8; the lines above do not."
+    )
     if description.temperature is None:
         lines.append("No temperature was fitted, so the probabilities may be too sure.")
     return "\n".join(f"- {line}" for line in lines)

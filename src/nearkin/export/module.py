@@ -36,7 +36,7 @@ class Exported(nn.Module):
         heads = (network.heads[name] for name in network.chain("logits"))
         self.heads = nn.Sequential(*map(deepcopy, heads))  # the network may be float64
         self.temperature = temperature(bundle)
-        self.float().eval()
+        self.float().eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
         if self.preprocess is None:

@@ -47,6 +47,12 @@ def check_folder(folder: Path) -> list[str]:
     return earlier
 
 
+def without_sheets(files: Sequence[str], folder: Path) -> list[str]:
+    """`files` but for the sheets of an earlier call in `folder`, which `open_folder` deletes."""
+    earlier = {os.path.realpath(folder / name) for name in check_folder(folder)}
+    return [file for file in files if not earlier or os.path.realpath(file) not in earlier]
+
+
 def open_folder(folder: Path, names: Sequence[str]) -> None:
     """Make `folder`, or delete the sheets of an earlier call in it, and note the `names` of the new ones.
 

@@ -6,7 +6,6 @@ import csv
 import json
 import os
 from collections.abc import Sequence
-from contextlib import nullcontext
 from heapq import nlargest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,10 +54,10 @@ def report(
     from nearkin.evaluation.evaluator import Evaluator
     from nearkin.evaluation.kin import read_kin
     from nearkin.evaluation.model import load_bundle
-    from nearkin.evaluation.own_data import PLACE, explaining_place, stored_origin
+    from nearkin.evaluation.own_data import own_listing, stored_origin
     from nearkin.evaluation.report_data import gather, see
 
-    settings = stored_settings(run)
+    settings, origin = stored_settings(run), stored_origin(run)
     with Runtime(device=choose_device(device), precision="fp32") as runtime:
         bundle = load_bundle(run, runtime.device)
         kin = read_kin(run, len(bundle.classes))
@@ -66,15 +65,14 @@ def report(
             include={"val_split", "split_seed", "seed", "images_per_class", "bad_images"}
         )
         options: dict[str, Any] = own | {
-            "origin": None if (origin := stored_origin(run)) is None else origin.names,
+            "origin": None if origin is None else origin.names,
             "classes": bundle.classes,
             "channels": bundle.description.spec.channels,
         }
         if bad_images is not None:
             options["bad_images"] = bad_images
-        source = settings.data if data is None else data
-        with explaining_place(settings.data, PLACE) if data is None else nullcontext():
-            train = load_for_evaluation(source, split="train", **options).split
+        source = own_listing(settings.data, origin) if data is None else str(data)
+        train = load_for_evaluation(source, split="train", **options).split
         split = load_for_evaluation(source, **options).split
         evaluator = Evaluator(runtime, bundle.description.transform, batch_size=BATCH, workers=0)
         predictions, seen = see(evaluator, bundle.network, split)

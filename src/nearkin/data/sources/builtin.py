@@ -55,9 +55,10 @@ _DIGITS_TEST = (
 )
 
 
-def list_builtin(name: str) -> Listing:
-    """The data set `name` of `BUILTIN`. Raises DataError when it cannot be had."""
-    return _digits() if name == "digits" else _torchvision(name)
+def list_builtin(name: str, *, download: bool = True) -> Listing:
+    """The data set `name` of `BUILTIN`. Raises DataError when it cannot be had, or would have to be downloaded and
+    `download` is false."""
+    return _digits() if name == "digits" else _torchvision(name, download)
 
 
 def _digits() -> Listing:
@@ -81,18 +82,18 @@ def _digits() -> Listing:
     return Listing("digits", parts)
 
 
-def _torchvision(name: str) -> Listing:
+def _torchvision(name: str, download: bool) -> Listing:
     source = _TORCHVISION[name]
     folder = cache_folder()
     parts = {
-        split: _part(_fetch(name, source.kind, folder, arguments), f"{name}-{split}")
+        split: _part(_fetch(name, source.kind, folder, download, arguments), f"{name}-{split}")
         for split, arguments in source.splits.items()
     }
     return Listing(name, parts)
 
 
-def _fetch(name: str, kind: str, folder: Path, arguments: dict[str, Any]) -> Any:
-    """The torchvision data set, from the cache or else downloaded. What it prints goes to stderr."""
+def _fetch(name: str, kind: str, folder: Path, download: bool, arguments: dict[str, Any]) -> Any:
+    """The torchvision data set, from the cache or else, with `download`, downloaded. What it prints goes to stderr."""
     from torchvision import datasets
 
     make = getattr(datasets, kind)
@@ -100,6 +101,8 @@ def _fetch(name: str, kind: str, folder: Path, arguments: dict[str, Any]) -> Any
         # How torchvision says that nothing is there yet, or that a file is damaged: then it is downloaded again.
         with contextlib.suppress(*_DAMAGED):
             return make(folder, download=False, **arguments)
+        if not download:
+            raise DataError(f"{name} is not in {printable(str(folder))}.")
         try:
             return make(folder, download=True, **arguments)
         except _DAMAGED as error:
