@@ -33,6 +33,13 @@ def test_words_become_values():
     assert validate(RunConfig, {"epochs": "auto"}).epochs == "auto"
 
 
+def test_none_undoes_an_option_that_may_be_none():
+    given = {"clip_grad": "none", "images_per_class": "none", "weights": "none", "log": "none"}
+    config = validate(RunConfig, given)
+    assert [getattr(config, name) for name in given] == [None] * 4
+    assert "should be" in refused({"epochs": "none"})
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [

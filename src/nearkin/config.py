@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -343,9 +343,16 @@ class CompareOptions(BaseModel):
 def validate(model: type[BaseModel], values: Mapping[str, Any], prefix: str = "") -> Any:
     """`model(**values)`, or one ConfigError that names the option, what is wrong with it, and what is allowed."""
     try:
-        return model.model_validate(dict(values))
+        return model.model_validate({k: _given(model, k, value) for k, value in values.items()})
     except ValidationError as error:
         raise ConfigError(_sentence(error, model, values, prefix)) from None
+
+
+def _given(model: type[BaseModel], name: str, value: Any) -> Any:
+    """The word `none` is None for an option that may be None, so that a command line can undo a file."""
+    field = model.model_fields.get(name)
+    optional = field is not None and type(None) in get_args(field.annotation)
+    return None if value == "none" and optional else value
 
 
 def _sentence(

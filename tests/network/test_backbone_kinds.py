@@ -5,7 +5,7 @@ import timm
 import torch
 from torch import nn
 
-from nearkin.network import default_memory_format, prefers_adamw
+from nearkin.network import RandomKey, default_memory_format, key_randomness, prefers_adamw
 
 SGD = """
     test_byobnet cs3darknet_focus_s cspnext_tiny densenet121 dla46x_c dpn48b test_efficientnet fastvit_t8 ghostnet_050
@@ -49,6 +49,19 @@ OTHERS = {
 def on_meta(model):
     with torch.device("meta"):
         return timm.create_model(model, num_classes=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [*SGD, *ADAMW])
+def test_three_images_pass_through_a_model_of_each_module_in_training(model):
+    """Each dropout knows which image an entry belongs to, or that it belongs to none."""
+    key, size = RandomKey(), on_meta(model).pretrained_cfg["input_size"]
+    with torch.device("meta"):
+        backbone = timm.create_model(model, num_classes=0, drop_rate=0.1)
+    key_randomness(backbone, key).train()
+    key.set(0, 0, 0, 1)
+    key.begin(3)
+    assert len(backbone(torch.empty(3, *size, device="meta"))) == 3
 
 
 def test_the_table_has_a_model_of_each_module_of_timm():

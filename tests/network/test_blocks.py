@@ -3,6 +3,7 @@
 from copy import deepcopy
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -112,6 +113,14 @@ def test_no_graph_is_kept_for_what_does_not_learn():
     network.key.set(0, 0, 0, 1)
     network.train()(torch.rand(2, 3, 32, 32))
     assert seen == [False]
+
+
+def test_a_backbone_without_coarse_groups_has_its_fine_ones():
+    with torch.device("meta"):
+        backbone = timm.create_model("rdnet_tiny", num_classes=0)
+    with pytest.raises(AssertionError):
+        backbone.group_matcher(coarse=True)
+    assert blocks_below_heads(backbone)["stem.0.weight"] > 3
 
 
 def test_a_backbone_without_named_layers_is_refused():

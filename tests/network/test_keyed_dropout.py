@@ -49,6 +49,14 @@ def test_draws_equal_an_oracle(seed, step, offset, views):
             assert int(drawn[row].flatten()[element]) & WORD == expected
 
 
+def test_a_shared_draw_depends_on_the_step_alone():
+    for step in (5, 6):
+        drawn = key(7, step, offset=24, views=2, rows=6).draw(3, (5, 2), CPU, shared=True)
+        state = splitmix(splitmix(0, 7), step)
+        expected = [splitmix(state, (3 << 32) + element) for element in range(10)]
+        assert [int(value) & WORD for value in drawn.flatten()] == expected
+
+
 def test_the_finaliser_is_the_published_one():
     # First outputs of splitmix64 seeded with 0: state 0, then state = increment.
     assert splitmix(0, 0) == 0xE220A8397B1DCDAF
@@ -230,7 +238,15 @@ def swin():
     )
 
 
-@pytest.mark.parametrize("build", [vit, swin])
+def relative():
+    """A dropout on the table of relative positions, which has no rows of images."""
+    model = timm.create_model("test_vit_relpos", num_classes=0, img_size=32, drop_path_rate=0.3)
+    for parameter in model.parameters():  # its blocks start at almost nothing
+        nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("build", [vit, swin, relative])
 def test_a_timm_model_is_keyed_throughout(build):
     torch.manual_seed(0)
     model, made = build(), RandomKey()
@@ -240,7 +256,8 @@ def test_a_timm_model_is_keyed_throughout(build):
     assert [m.number for m in keyed.values()] == list(range(len(dropping)))
     assert all(m.key is made for m in keyed.values())
     assert not any(type(m).__name__ in ("Dropout", "DropPath") for m in model.modules())
-    assert {m.fused_attn for m in model.modules() if hasattr(m, "fused_attn")} == {False}
+    if build is not relative:  # which drops no attention
+        assert {m.fused_attn for m in model.modules() if hasattr(m, "fused_attn")} == {False}
 
     images = torch.randn(8, 3, 32, 32)
 
@@ -254,6 +271,7 @@ def test_a_timm_model_is_keyed_throughout(build):
     halves = torch.cat([run(images[:4]), run(images[4:], offset=4)])
     assert torch.allclose(halves, whole, atol=1e-5)
     assert not torch.allclose(run(images, step=1), whole, atol=1e-2)
+    assert run(images[:3]).shape == (3, model.num_features), "any number of images"
     model.eval()
     assert not torch.allclose(run(images), whole, atol=1e-2)
 

@@ -29,7 +29,7 @@ def test_a_timm_file_fills_the_backbone(tmp_path, timm_weights, suffix):
     assert same(network, timm_weights, "backbone.")
     assert len(report.loaded) == len(timm_weights) - 2
     assert sorted(report.unexpected) == ["backbone.fc.bias", "backbone.fc.weight"]
-    assert report.missing == ("mean", "std", "heads.classifier.weight", "heads.classifier.bias")
+    assert report.missing == ("heads.classifier.weight", "heads.classifier.bias")
     assert report.mismatched == {}
     assert torch.equal(network.heads["classifier"].weight, head)
     text = str(report)
@@ -59,6 +59,15 @@ def test_wrappers_and_prefixes(tmp_path, timm_weights, wrap):
     report = load_weights(network, write(tmp_path / "w.pth", wrap(timm_weights)))
     assert len(report.loaded) == len(timm_weights) - 2
     assert same(network, timm_weights, "backbone.")
+
+
+def test_a_file_from_before_the_counters_fills_the_backbone(tmp_path, timm_weights):
+    """Nothing reads BatchNorm's counters, so BatchNorm may keep the statistics of the file."""
+    older = {n: t for n, t in timm_weights.items() if not n.endswith("num_batches_tracked")}
+    assert len(older) < len(timm_weights)
+    report = load_weights(make(), write(tmp_path / "w.pth", older))
+    assert report.whole_backbone
+    assert report.missing == ("heads.classifier.weight", "heads.classifier.bias")
 
 
 def test_a_legacy_file_is_read(tmp_path, timm_weights):

@@ -22,14 +22,14 @@ def settings(
     device="cpu",
     *,
     files=False,
-    layered=True,
+    layers=9,
     probed=True,
     positives=False,
     parameters=11_000_000,
     cores=2,
     **options,
 ):
-    """What a run on `images` images of `side` pixels would use; `parameters`, `cores`, `layered`, `probed` and
+    """What a run on `images` images of `side` pixels would use; `parameters`, `cores`, `layers`, `probed` and
     `positives` are said of its network and its objective."""
     config = data_settings(images, side, files=files, device=device, **options)
     with torch.device("meta"):
@@ -37,7 +37,7 @@ def settings(
     facts = NetworkFacts(
         images=images,
         parameters=parameters,
-        layered=layered,
+        layers=layers,
         prefers_adamw=prefers_adamw(backbone),
         memory_format=default_memory_format(backbone, device, config.image_size),
         stem="default",

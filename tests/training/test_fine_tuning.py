@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.pictures import write_classes
 from tests.training.settings_cases import settings
 
 from nearkin.cli import run as command
@@ -45,8 +46,30 @@ def test_layer_decay_is_for_what_starts_from_weights_with_adamw(tmp_path, monkey
     assert settings().layer_decay == 1.0
     assert settings(model="vit_tiny_patch16_224").layer_decay == 1.0
     assert settings(pretrained=True, optimizer="sgd").layer_decay == 1.0
-    assert settings(pretrained=True, layered=False).layer_decay == 1.0
+    assert settings(pretrained=True, layers=0).layer_decay == 1.0
     assert settings(optimizer="sgd", layer_decay=0.5).layer_decay == 0.5
+
+
+@pytest.mark.parametrize("layers", [14, 49, 100])
+def test_the_lowest_of_many_layers_learns_as_that_of_a_transformer_of_12_blocks(layers):
+    decay = settings(pretrained=True, layers=layers).layer_decay
+    assert decay**layers == pytest.approx(0.75**13)
+
+
+def test_a_classifier_for_as_many_other_classes_starts_afresh(tmp_path, capsys):
+    """Its rows would be those of the other classes."""
+    for root, names in (("old", "abc"), ("new", "xyz")):
+        write_classes(tmp_path / root, tuple(names), each=6)
+    own = {"model": "test_resnet", "image_size": 16, "batch_size": 8, "workers": 0, "epochs": 0}
+    run = run_of(tmp_path / "run", data=str(tmp_path / "old"), seed=1, **own).run
+    capsys.readouterr()
+    for root, fresh in (("old", False), ("new", True)):
+        config = config_of(data=str(tmp_path / root), weights=run, probe=False, **own)
+        made = prepare(config, Runtime(device="cpu", precision="fp32"), quiet=False).built.network
+        said = "2 left as initialised, since for other classes (heads.classifier."
+        assert (said in capsys.readouterr().err) == fresh
+        stored = load_file(run / "model.safetensors")["heads.classifier.weight"]
+        assert torch.equal(made.heads["classifier"].weight, stored) != fresh
 
 
 @pytest.mark.parametrize(
@@ -275,7 +298,7 @@ def test_weights_of_which_some_are_missing_are_checked_like_options(tmp_path):
     """BatchNorm of such a backbone learns, and parts of a batch are not exact with it."""
     file = run_of(tmp_path / "run", model="test_resnet").run / "model.safetensors"
     weights = load_file(file)
-    del weights[next(name for name in weights if name.startswith("backbone."))]
+    del weights[next(n for n in weights if n.startswith("backbone.") and n.endswith(".weight"))]
     save_file(weights, file)
     parts = {"weights": file, "objective": "supcon", "accumulate": 2}
     with pytest.raises(ConfigError, match="--accumulate 2 cannot be exact for supcon"):
@@ -393,6 +416,14 @@ def test_the_best_weights_so_far_may_be_those_of_an_earlier_epoch(tmp_path):
         (
             {"objective": "attract-repulse", "objective.bank": 64},
             "nothing reads --objective.bank with --objective.negatives batch",
+        ),
+        (
+            {"objective": "cone", "objective.teacher_momentum": 0.9},
+            "nothing reads --objective.teacher-momentum with --objective.teacher-schedule constant",
+        ),
+        (
+            {"objective": "supcon", "objective.contrast_share": 0.5},
+            "nothing reads --objective.contrast-share with --objective.mode joint",
         ),
     ],
 )

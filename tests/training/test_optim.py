@@ -73,6 +73,14 @@ def test_matrices_decay_and_norms_biases_and_exempt_ones_do_not():
     assert names(net, everything) == {n for n, _ in net.named_parameters()}
 
 
+def test_a_model_may_name_exempt_ones_by_a_pattern():
+    net = network()
+    net.backbone.no_weight_decay = lambda: {"4.*"}
+    decayed, _ = groups_of(net)
+    assert "backbone.2.weight" in names(net, decayed)
+    assert "backbone.4.weight" not in names(net, decayed)
+
+
 def test_frozen_weights_are_not_optimised():
     net = network()
     net.activate(("projection",), freeze_backbone=True)

@@ -240,7 +240,7 @@ def test_photos_start_from_pretrained_weights_unless_from_scratch(monkeypatch):
     whole = {"model": "resnet18", "image_size": 224, "blocks": "all", "layer_decay": 0.7}
     resnet = {"model": "resnet18", "pretrained": True}
     assert photo_defaults(**resnet) == tuned | whole
-    assert photo_defaults(**resnet, layered=False) == tuned | whole | {"layer_decay": 1}
+    assert photo_defaults(**resnet, layers=0) == tuned | whole | {"layer_decay": 1}
     assert photo_defaults(**resnet, optimizer="sgd") == tuned | whole | of_sgd | {"layer_decay": 1}
     scratch = {
         "model": "resnet18",

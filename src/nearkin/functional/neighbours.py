@@ -58,8 +58,9 @@ def neighbour_nll(
     with a_ij = sum_c y_ic y_jc, 1 or 0 when labels are hard.
 
     query: `[N, d]` and bank: `[K, d]` rows of unit length. labels: `[N]` integers or `[N, C]` rows that sum to 1.
-    bank_labels: `[K]` integers or `SoftPairs`; -1 is an empty slot. mask: `[N, K]` or `[K]`, True where an entry may be
-    used. temperature > 0. topk >= 1; more than there are usable entries means all of them.
+    bank_labels: `[K]` integers or `SoftPairs`; -1 is an entry of no class. mask: `[N, K]` or `[K]`, True where an entry
+    may be used; without it empty slots take a share of the attention. temperature > 0. topk >= 1; more than there are
+    usable entries means all of them.
     Invalid: an anchor to which the mask leaves no entry. One without a positive neighbour is valid with value 0.
     Raises ValueError when temperature, topk or a shape is wrong.
     Source: CoNe, arXiv 2308.10761, and its code, without soft labels and mask.
@@ -92,8 +93,9 @@ def neighbour_target(
 
         d_i = sum_j softmax_j( key_i . b_j / temperature ) p_j
 
-    key: `[N, d]` and bank: `[K, d]` rows of unit length. bank_probs: `[K, C]` rows that sum to 1.
-    mask: `[N, K]` or `[K]`, True where an entry may be used. temperature > 0.
+    key: `[N, d]` and bank: `[K, d]` rows of unit length. bank_probs: `[K, C]` rows that sum to 1, or to 0 in empty
+    slots. mask: `[N, K]` or `[K]`, True where an entry may be used; without it empty slots take a share of the
+    attention. temperature > 0.
     Raises ValueError when temperature or a shape is wrong.
     A sample to which the mask leaves no entry gets a row of
     zeros, for which `consistency_kl` is 0 with gradient 0 (a uniform row would pull towards uniform predictions).

@@ -17,7 +17,7 @@ from nearkin.network.heads import (
     projection_sizes,
 )
 from nearkin.network.keyed_dropout import KeyedDropout, KeyedDropPath, RandomKey, key_randomness
-from nearkin.network.layers import blocks_below_heads, layer_scales, names_layers
+from nearkin.network.layers import blocks_below_heads, count_layers, layer_scales, names_layers
 from nearkin.network.network import Network
 from nearkin.network.packaged import PACKAGED
 from nearkin.network.tensor_files import read_safetensors, read_tensors
@@ -39,6 +39,7 @@ __all__ = [
     "blocks_below_heads",
     "build_backbone",
     "check_eval_size",
+    "count_layers",
     "default_memory_format",
     "key_randomness",
     "layer_scales",

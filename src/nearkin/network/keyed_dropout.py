@@ -36,7 +36,7 @@ class RandomKey:
     def __init__(self) -> None:
         self._key: tuple[int, int, int, int] | None = None
         self._rows = 0
-        self._state: Tensor | None = None
+        self._state: tuple[Tensor, Tensor] | None = None
 
     def set(self, seed: int, step: int, offset: int, views: int) -> None:
         """Call before each forward pass in training. offset: position of the first image in the global batch."""
@@ -52,19 +52,24 @@ class RandomKey:
         if self._key is not None:
             self._words(device)
 
-    def draw(self, number: int, shape: Sequence[int], device: torch.device) -> Tensor:
+    def draw(
+        self, number: int, shape: Sequence[int], device: torch.device, *, shared: bool = False
+    ) -> Tensor:
         """Uniform int64 of `shape` for module `number`.
 
         shape[0] is a multiple of the rows of the pass, and the entries of one image are contiguous, as in windowed
-        attention. Raises ValueError for another shape[0], or when no key was set.
+        attention. shared: of a tensor that all images share, of any shape. Raises ValueError for another shape[0], or
+        when no key was set.
         """
-        if self._rows == 0 or shape[0] % self._rows:
-            raise ValueError(f"A mask of {tuple(shape)} does not divide among {self._rows} images.")
-        elements = torch.arange(math.prod(shape) // self._rows, device=device) + (number << 32)
-        return _absorb(self._words(device)[:, None], elements).view(*shape)
+        rows = 1 if shared else self._rows
+        if rows == 0 or shape[0] % rows:
+            raise ValueError(f"A mask of {tuple(shape)} does not divide among {rows} images.")
+        of_rows, of_all = self._words(device)
+        elements = torch.arange(math.prod(shape) // rows, device=device) + (number << 32)
+        return _absorb((of_all if shared else of_rows)[:, None], elements).view(*shape)
 
-    def _words(self, device: torch.device) -> Tensor:
-        """`[rows]`, one mixed 64-bit word per row; computed once per pass."""
+    def _words(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Mixed 64-bit words: `[rows]`, one per row, and `[1]` for all of them; computed once per pass."""
         if self._state is not None:
             return self._state
         if self._key is None:
@@ -76,26 +81,37 @@ class RandomKey:
             raise ValueError(f"{self._rows} images are not {views} views of the same number.")
         row = torch.arange(self._rows, device=device)
         size = self._rows // views
-        state = torch.zeros_like(row)
-        for word in (torch.full_like(row, seed), torch.full_like(row, step), row // size):
-            state = _absorb(state, word)
-        self._state = _absorb(state, row % size + offset)
+        state = row.new_zeros(1)
+        for number in (seed, step):
+            state = _absorb(state, torch.full_like(state, number))
+        of_rows = _absorb(_absorb(state, row // size), row % size + offset)
+        self._state = of_rows, state
         return self._state
 
 
 class KeyedDropout(nn.Module):
     """x * keep / (1 - p), keep ~ Bernoulli(1 - p) per element, or per channel with `channels`; evaluation: x.
 
-    p: in [0, 1]. number: index of the module in the network, unique.
+    p: in [0, 1]. number: index of the module in the network, unique. shared: x is no batch, but the same for all
+    images.
     """
 
-    def __init__(self, p: float, key: RandomKey, number: int, *, channels: bool = False) -> None:
+    def __init__(
+        self,
+        p: float,
+        key: RandomKey,
+        number: int,
+        *,
+        channels: bool = False,
+        shared: bool = False,
+    ) -> None:
         super().__init__()
-        self.p, self.key, self.number, self.channels = p, key, number, channels
+        self.p, self.key, self.number = p, key, number
+        self.channels, self.shared = channels, shared
 
     def forward(self, x: Tensor) -> Tensor:
         shape = x.shape[:2] if self.channels else x.shape
-        return _dropped(self, x, shape, self.p, 1.0 - self.p)
+        return _dropped(self, x, shape, self.p, 1.0 - self.p, shared=self.shared)
 
 
 class KeyedDropPath(nn.Module):
@@ -122,6 +138,7 @@ def key_randomness(module: nn.Module, key: RandomKey) -> nn.Module:
     from timm.layers.drop import DropPath
 
     replacements: dict[nn.Module, nn.Module] = {}
+    tables = _of_tables(module)
     for part in module.modules():
         kind, number = type(part).__name__, len(replacements)
         rate = getattr(part, UNKEYED.get(kind, ""), None)
@@ -131,7 +148,9 @@ def key_randomness(module: nn.Module, key: RandomKey) -> nn.Module:
             )
         if isinstance(part, nn.modules.dropout._DropoutNd):
             channels = isinstance(part, nn.Dropout1d | nn.Dropout2d | nn.Dropout3d)
-            replacements[part] = KeyedDropout(part.p, key, number, channels=channels)
+            replacements[part] = KeyedDropout(
+                part.p, key, number, channels=channels, shared=part in tables
+            )
         elif isinstance(part, DropPath):
             by_keep = bool(part.scale_by_keep)
             replacements[part] = KeyedDropPath(float(part.drop_prob), key, number, by_keep)
@@ -143,15 +162,31 @@ def key_randomness(module: nn.Module, key: RandomKey) -> nn.Module:
     return swap_modules(module, replacements)
 
 
+def _of_tables(module: nn.Module) -> set[nn.Module]:
+    """The parts of timm's networks of a few layers that compute a table of relative positions, the same for all images:
+    those of `RelPosMlp`, and of Swin V2's `meta_mlp`."""
+    found: set[nn.Module] = set()
+    for name, part in module.named_modules():
+        if type(part).__name__ == "RelPosMlp" or name.rpartition(".")[2] == "meta_mlp":
+            found.update(part.modules())
+    return found
+
+
 def _dropped(
-    module: KeyedDropout | KeyedDropPath, x: Tensor, shape: Sequence[int], p: float, share: float
+    module: KeyedDropout | KeyedDropPath,
+    x: Tensor,
+    shape: Sequence[int],
+    p: float,
+    share: float,
+    *,
+    shared: bool = False,
 ) -> Tensor:
     if not module.training or p == 0.0:
         return x
     if p >= 1.0:
         return x * 0.0
     threshold = min(round(p * 2**64) - 2**63, 2**63 - 1)
-    keep = module.key.draw(module.number, shape, x.device) >= threshold
+    keep = module.key.draw(module.number, shape, x.device, shared=shared) >= threshold
     scale = keep.to(x.dtype) / share
     return x * scale.view(*shape, *[1] * (x.dim() - len(shape)))
 

@@ -13,6 +13,11 @@ from nearkin.errors import ConfigError
 HEADS = "\0heads"  # a name that no matcher knows is put into the topmost layer
 
 
+def count_layers(backbone: nn.Module) -> int:
+    """Layers below the heads, as `layer_scales` counts them; 0 for a backbone that does not name its layers."""
+    return max(_depths(backbone, coarse=False).values()) if names_layers(backbone) else 0
+
+
 def names_layers(backbone: nn.Module) -> bool:
     """Whether a backbone says which layer each parameter belongs to."""
     return callable(getattr(backbone, "group_matcher", None))
@@ -48,9 +53,12 @@ def _depths(backbone: nn.Module, *, coarse: bool) -> dict[str, int]:
             "This --model does not name its layers; leave out --layer-decay and --blocks."
         )
     names = [HEADS, *(name for name, _ in backbone.named_parameters())]
-    matcher = _without_closing(backbone.group_matcher(coarse=coarse))  # type: ignore[operator]
+    try:
+        matcher: Any = backbone.group_matcher(coarse=coarse)  # type: ignore[operator]
+    except AssertionError:  # RDNet has no coarse groups
+        matcher = backbone.group_matcher(coarse=False)  # type: ignore[operator]
     layers: Mapping[str, int] = group_with_matcher(
-        ((name, name) for name in names), matcher, reverse=True
+        ((name, name) for name in names), _without_closing(matcher), reverse=True
     )
     return {name: layers[HEADS] - layers[name] for name in names[1:]}
 

@@ -24,7 +24,7 @@ class LoadReport(NamedTuple):
     """Names of the tensors that were loaded, adapted or skipped.
 
     adapted: those of `loaded` that were fitted to another image size or number of channels.
-    adapted, mismatched: name -> its shape in the file and in the network.
+    adapted, mismatched: name -> its shape in the file and in the network. foreign: of a classifier for other classes.
     """
 
     file: Path
@@ -33,6 +33,7 @@ class LoadReport(NamedTuple):
     unexpected: tuple[str, ...]
     mismatched: dict[str, str]
     adapted: dict[str, str]
+    foreign: tuple[str, ...] = ()
 
     @property
     def whole_backbone(self) -> bool:
@@ -50,19 +51,21 @@ class LoadReport(NamedTuple):
             _listed("adapted to this image size or number of channels", adapted),
             _listed("left as initialised, since not in the file", self.missing),
             _listed("left as initialised, since of another shape", mismatched),
+            _listed("left as initialised, since for other classes", self.foreign),
             _listed("in the file but not used", self.unexpected),
         ]
         return "; ".join(part for part in parts if part)
 
 
-def load_weights(module: nn.Module, file: Path) -> LoadReport:
+def load_weights(module: nn.Module, file: Path, *, foreign: tuple[str, ...] = ()) -> LoadReport:
     """Load into `module` the tensors of `file` that fit, and report the others.
 
     file: `.safetensors` (or a run folder, for its model), or `.pth`, `.pt`, `.bin` of a state dict, bare or inside
     a training script's checkpoint. Names are those of timm or nearkin, with or without a prefix `module.` or
     `backbone.`. In a `Network`, position embeddings for another image size and a first
     convolution for another number of channels are adapted as timm does it for its own weights. Other tensors of
-    another shape, like a classifier for other classes, are skipped.
+    another shape, like a classifier for another number of classes, are skipped. foreign: how the names of tensors begin
+    that are skipped in any case.
 
     Raises ModelError when the file is no checkpoint or holds more than tensors and plain values, when no parameter fits
     or one is not finite; the module is then unchanged.
@@ -70,7 +73,8 @@ def load_weights(module: nn.Module, file: Path) -> LoadReport:
     file = file / WEIGHTS if file.is_dir() else file
     own = module.state_dict(keep_vars=True)
     given = _renamed(read_file(file), own.keys())
-    shared = [name for name in own if name in given]
+    skipped = tuple(name for name in given if foreign and name.startswith(foreign))
+    shared = [name for name in own if name in given and name not in skipped]
     other = {
         name: f"{_shape(given[name])} in the file, {_shape(own[name])} here"
         for name in shared
@@ -95,11 +99,18 @@ def load_weights(module: nn.Module, file: Path) -> LoadReport:
     return LoadReport(
         file,
         loaded,
-        missing=tuple(name for name in own if name not in given),
+        missing=tuple(name for name in own if name not in given and not _known(name)),
         unexpected=tuple(name for name in given if name not in own),
         mismatched={name: shapes for name, shapes in other.items() if name not in loaded},
         adapted={name: shapes for name, shapes in other.items() if name in loaded},
+        foreign=skipped,
     )
+
+
+def _known(name: str) -> bool:
+    """Of what a file may lack: mean and deviation of the pixels are the model's own, and BatchNorm's counter, which
+    torch before 0.4.1 did not store, is read by nothing at a momentum that is not None."""
+    return name in ("mean", "std") or name.endswith(".num_batches_tracked")
 
 
 def _adapted(

@@ -24,6 +24,15 @@ if TYPE_CHECKING:
 
 # Options that only a projection has.
 PROJECTION = ("projection", "embedding", "hidden", "head_norm")
+# Options that nothing reads where another, which was not given, has this value.
+UNREAD = {
+    "bank": ("negatives", "batch"),
+    "contrast_share": ("mode", "joint"),
+    "weight": ("mode", "two-stage"),
+    "teacher_momentum": ("teacher_schedule", "constant"),
+    "teacher_horizon": ("teacher_schedule", "cosine"),
+    "repulse_end": ("trade_off", "constant"),
+}
 
 
 def check_built(settings: Settings, built: Built) -> None:
@@ -62,8 +71,10 @@ def without_effect(settings: Settings, config: RunConfig) -> Iterator[tuple[str,
     if unread and options.get("attach") == "features" and "attach" not in given:
         names = ", ".join(f"--objective.{name.replace('_', '-')}" for name in unread)
         yield names, "where the features are contrasted; --objective.attach projection has one"
-    if options.get("negatives") == "batch" and "bank" in given and "negatives" not in given:
-        yield "--objective.bank", "with --objective.negatives batch"
+    for name, (other, value) in UNREAD.items():
+        if name in given and options.get(other) == value and other not in given:
+            shown, reason = name.replace("_", "-"), other.replace("_", "-")
+            yield f"--objective.{shown}", f"with --objective.{reason} {value}"
     usual = type(config).model_fields["per_class"].default
     if settings.sampler == "shuffle" and settings.per_class != usual:
         yield "--per-class", "with --sampler shuffle"

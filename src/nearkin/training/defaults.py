@@ -30,7 +30,10 @@ PROBE_IMAGES = 20_000  # more take minutes and change the weights little
 TUNED_BLOCKS = (
     4  # of the photo model, all with one learning rate; other models learn whole, with TUNED_DECAY
 )
-TUNED_DECAY = 0.75
+TUNED_DECAY, USUAL_LAYERS = (
+    0.75,
+    13,
+)  # of a ViT of 12 blocks; the lowest of more layers learns at the same rate
 NARROW: dict[str, Any] = {"channels": [48, 96, 192, 384], "stem_width": 24}  # 2.8 M weights
 
 
@@ -53,7 +56,7 @@ class DataFacts(NamedTuple):
 class NetworkFacts(NamedTuple):
     """What is known once the network is built and the processes have started.
 
-    images: training images. parameters: of the backbone, their number. layered: whether it names its layers.
+    images: training images. parameters: of the backbone, their number. layers: that it names, or 0.
     prefers_adamw, memory_format: see `nearkin.network`. stem, options: of the backbone and the objective, resolved.
     probed: whether the classifier reads the features. positives: whether the objective needs other images of the
     class. device, precision: of the runtime. cores: for this process. files: whether each batch is decoded from files.
@@ -61,7 +64,7 @@ class NetworkFacts(NamedTuple):
 
     images: int
     parameters: int
-    layered: bool
+    layers: int
     prefers_adamw: bool
     memory_format: Literal["contiguous", "channels_last"]
     stem: Literal["default", "small"]
@@ -135,7 +138,7 @@ def resolve(config: DataSettings, facts: NetworkFacts) -> Settings:
     optimizer = config.optimizer if config.optimizer != "auto" else ("adamw" if adam else "sgd")
     sgd = optimizer == "sgd"
     photo_model = config.model == PHOTO_MODEL
-    decays = pretrained and facts.layered and optimizer == "adamw" and not photo_model
+    decays = pretrained and facts.layers > 0 and optimizer == "adamw" and not photo_model
     # Where contrast needs other images of the class, they must meet in a batch.
     # A number that was given and does not fit is an error below.
     asked = config.per_class != RunConfig.model_fields["per_class"].default
@@ -154,7 +157,7 @@ def resolve(config: DataSettings, facts: NetworkFacts) -> Settings:
         "freeze_batchnorm": pretrained and not (config.pretrained and facts.stem == "small"),
         "sampler": "balanced" if grouped else "shuffle",
         "weight_decay": (5e-4 if facts.images < 100_000 else 1e-4) if sgd else 0.05,
-        "layer_decay": TUNED_DECAY if decays else 1.0,
+        "layer_decay": TUNED_DECAY ** min(1.0, USUAL_LAYERS / facts.layers) if decays else 1.0,
         "warmup_epochs": warmup_epochs(config.epochs),
         "memory_format": facts.memory_format,
         "device": facts.device,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,20 +42,21 @@ def parameter_groups(
     """Weight decay for matrices and filters, none for norms and biases; with `decay_all` for everything.
 
     head_lr: learning rate of all that is not in the backbone, as a multiple of the last layer's.
-    A backbone may name further parameters that never decay (`no_weight_decay`, e.g. position embeddings).
+    A backbone may name further parameters that never decay (`no_weight_decay`: patterns, e.g. of position embeddings).
     layer_decay: below 1 there are two such groups per layer, each with its `lr_scale`: see `layer_scales`.
 
     Raises ConfigError for a `layer_decay` below 1 and a backbone that does not name its layers.
     """
     backbone = getattr(network, "backbone", network)
     exempt = getattr(backbone, "no_weight_decay", None)
-    names = {f"backbone.{name}" for name in (exempt() if callable(exempt) else ())}
+    patterns = [f"backbone.{name}" for name in (exempt() if callable(exempt) else ())]
     scales = layer_scales(backbone, layer_decay) if layer_decay < 1.0 else {}
     scaled = layer_decay < 1.0 or head_lr != 1.0
     groups: dict[tuple[float, bool], list[Tensor]] = {}
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
-            decays = decay_all or (parameter.dim() > 1 and name not in names)
+            named = any(fnmatchcase(name, pattern) for pattern in patterns)
+            decays = decay_all or (parameter.dim() > 1 and not named)
             bare = name.removeprefix("backbone.")
             head = backbone is not network and bare == name
             scale = head_lr if head else scales.get(bare, 1.0)

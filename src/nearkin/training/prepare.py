@@ -23,9 +23,9 @@ from nearkin.evaluation.evaluator import Evaluator
 from nearkin.evaluation.model import DESCRIPTION, WEIGHTS, Built, ModelSpec, build, read_description
 from nearkin.network import (
     PACKAGED,
+    count_layers,
     default_memory_format,
     load_weights,
-    names_layers,
     prefers_adamw,
 )
 from nearkin.objectives import Objective, get
@@ -188,7 +188,11 @@ def _resolve(
 def _with_weights(settings: Settings, built: Built, config: RunConfig, quiet: bool) -> Settings:
     """Load the weights that are given. BatchNorm of a backbone with new layers must learn its statistics."""
     assert settings.weights is not None
-    loaded = load_weights(built.network, settings.weights)
+    source, network = _source(settings.weights), built.network
+    foreign: tuple[str, ...] = ()
+    if source is not None and source.classes != built.spec.classes and network.classifies:
+        foreign = (f"heads.{network.chain('logits')[-1]}.",)
+    loaded = load_weights(network, settings.weights, foreign=foreign)
     say(str(loaded), quiet)
     if config.freeze_batchnorm != "auto" or loaded.whole_backbone:
         return settings
@@ -240,7 +244,7 @@ def network_facts(
     return defaults.NetworkFacts(
         images=images,
         parameters=sum(p.numel() for p in backbone.parameters()),
-        layered=names_layers(backbone),
+        layers=count_layers(backbone),
         prefers_adamw=prefers_adamw(backbone),
         memory_format=default_memory_format(backbone, device, config.image_size),
         stem="small" if built.spec.stem == "small" else "default",
