@@ -341,18 +341,15 @@ class CompareOptions(BaseModel):
 
 
 def validate(model: type[BaseModel], values: Mapping[str, Any], prefix: str = "") -> Any:
-    """`model(**values)`, or one ConfigError that names the option, what is wrong with it, and what is allowed."""
+    """`model(**values)`, or one ConfigError that names the option, what is wrong with it, and what is allowed. The word
+    `none` is None for an option that may be None, so that a command line can undo a file."""
+    fields = model.model_fields.items()
+    optional = [name for name, field in fields if type(None) in get_args(field.annotation)]
+    none = {name: None for name in optional if values.get(name) == "none"}
     try:
-        return model.model_validate({k: _given(model, k, value) for k, value in values.items()})
+        return model.model_validate(dict(values) | none)
     except ValidationError as error:
         raise ConfigError(_sentence(error, model, values, prefix)) from None
-
-
-def _given(model: type[BaseModel], name: str, value: Any) -> Any:
-    """The word `none` is None for an option that may be None, so that a command line can undo a file."""
-    field = model.model_fields.get(name)
-    optional = field is not None and type(None) in get_args(field.annotation)
-    return None if value == "none" and optional else value
 
 
 def _sentence(
@@ -368,8 +365,8 @@ def _sentence(
     wanted = " or ".join(dict.fromkeys(_wanted(p) for p in same))
     value = str(values.get(name))
     allowed = re.findall("'([^']+)'", " ".join(str(p.get("ctx", {}).get("expected")) for p in same))
-    hint = value_hint(name, value, allowed)
-    return f"{printable(option)} {printable(value)!r} is not valid: {wanted}.{hint}"
+    shown, hint = printable(option), value_hint(name, value, allowed)
+    return f"{shown} {printable(value)!r} is not valid: {wanted}.{hint}"
 
 
 def _wanted(problem: Any) -> str:
@@ -379,19 +376,7 @@ def _wanted(problem: Any) -> str:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The flat options of a YAML file. Raises ConfigError when it is missing, too large or no mapping."""
-    return _flatten(load_yaml(path), path)
-
-
-def stored(model: type[Options], path: Path) -> Options:
-    """The options in a file of a run folder. Raises ModelError when it is missing or damaged."""
-    try:
-        options: Options = validate(model, read_yaml(path))
-    except ConfigError as error:
-        raise ModelError(f"{printable(str(path))} is damaged: {error}") from None
-    return options
-
-
-def _flatten(loaded: Any, path: Path) -> dict[str, Any]:
+    loaded: Any = load_yaml(path)
     shown = printable(str(path))
     if not isinstance(loaded, dict):
         raise ConfigError(f"{shown} holds no options; write lines like `epochs: 30`.")
@@ -401,6 +386,15 @@ def _flatten(loaded: Any, path: Path) -> dict[str, Any]:
             raise ConfigError(f"{shown} gives {printable(name)} twice; give it once.")
         flat[name] = value
     return flat
+
+
+def stored(model: type[Options], path: Path) -> Options:
+    """The options in a file of a run folder. Raises ModelError when it is missing or damaged."""
+    try:
+        options: Options = validate(model, read_yaml(path))
+    except ConfigError as error:
+        raise ModelError(f"{printable(str(path))} is damaged: {error}") from None
+    return options
 
 
 def _named(loaded: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
