@@ -166,9 +166,10 @@ def _limits(description: Description, manifest: Manifest) -> str:
         lines.append(
             f"Most often confused: {escaped(worst['true'])}, taken for {escaped(worst['predicted'])} ({images})."
         )
-    lines.append(
-        "nearkin lays transparent pixels on white and scales 16 bits per channel to 8; the lines above do not."
-    )
+    if manifest.kind == "timm" or not manifest.raw:
+        lines.append(
+            "nearkin lays transparent pixels on white and scales 16 bits per channel to 8; the lines above do not."
+        )
     if description.temperature is None:
         lines.append("No temperature was fitted, so the probabilities may be too sure.")
     return "\n".join(f"- {line}" for line in lines)
