@@ -66,7 +66,7 @@ SETTINGS = {
     "features, own crop, consistency 1, neighbour 1.5": f"{FEATURES} --objective.neighbour-weight 1.5",
     "features, own crop, consistency 1, teacher of 3 epochs": f"{FEATURES} --objective.teacher-horizon 3",
     "features, own crop, consistency 1, whole set in the bank": f"{FEATURES} --objective.bank 5000",
-    # Twice the weight, since the shares are about a half.
+    # A larger weight, since a share is below 1.
     "features, own crop, consistency 1, neighbour 2, the anchor's share": f"--change teacher {FEATURES} {TWICE}",
     "features, own crop, consistency 1, neighbour 2, the mean share": f"--change mean {FEATURES} {TWICE}",
     "features, own crop, consistency 1, from a share of 0.3": f"--change threshold {FEATURES}",

@@ -30,10 +30,8 @@ PROBE_IMAGES = 20_000  # more take minutes and change the weights little
 TUNED_BLOCKS = (
     4  # of the photo model, all with one learning rate; other models learn whole, with TUNED_DECAY
 )
-TUNED_DECAY, USUAL_LAYERS = (
-    0.75,
-    13,
-)  # of a ViT of 12 blocks; the lowest of more layers learns at the same rate
+TUNED_DECAY = 0.75
+USUAL_LAYERS = 13  # of a ViT of 12 blocks; in deeper networks the lowest layer learns at the rate of its lowest
 NARROW: dict[str, Any] = {"channels": [48, 96, 192, 384], "stem_width": 24}  # 2.8 M weights
 
 
