@@ -90,6 +90,33 @@ def test_a_folder_of_that_name_elsewhere_is_another(run, tmp_path, monkeypatch):
         export(run, "torch", out=tmp_path / "exported")
 
 
+def test_a_report_shows_the_images_of_its_run_only(run, tmp_path):
+    from nearkin.training.report import report
+
+    report(run)
+    before = (run / "report.html").read_bytes()
+    shutil.copytree(tmp_path / "photos", tmp_path / "moved")
+    assert report(run, data="moved", out=tmp_path / "page.html").is_file()
+    write_classes(tmp_path / "others", suffix=".png")
+    write_image(tmp_path / "others" / "cat" / "3.png", number=99)
+    with pytest.raises(DataError, match="others has other training images than those of"):
+        report(run, data="others")
+    assert (run / "report.html").read_bytes() == before
+
+
+def test_runs_from_other_folders_have_no_images_in_common_by_a_relative_path(
+    run, tmp_path, monkeypatch
+):
+    from nearkin.training.report import facts
+
+    shutil.copytree(tmp_path / "photos", tmp_path / "elsewhere" / "photos")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    nearkin.train("photos", out="run", batch_size=8, workers=0, report=False, **OPTIONS)
+    assert facts(run).root != facts(tmp_path / "elsewhere" / "run").root == "photos"
+    monkeypatch.chdir(tmp_path)
+    assert facts(run).root == "photos"
+
+
 def test_a_copy_that_is_found_from_another_folder_is_evaluated(run, tmp_path, monkeypatch):
     expected = nearkin.evaluate(run)
     shutil.copytree(tmp_path / "photos", tmp_path / "elsewhere" / "photos")

@@ -31,7 +31,7 @@ def test_the_lists_are_in_order():
     data = small()
     images = data.images
     wrong = np.flatnonzero(images.labels[:40] != images.predicted[:40])
-    assert data.worst.tolist() == sorted(wrong, key=lambda place: images.own[place])
+    assert data.worst.tolist() == sorted(wrong, key=lambda place: -images.probability[place])
     assert len(data.uncertain) == 24
     assert (np.diff(images.probability[data.uncertain]) >= 0).all()
     assert data.mislabelled == 2
@@ -107,19 +107,19 @@ def test_of_many_errors_those_that_the_network_is_most_sure_of_are_kept(monkeypa
     monkeypatch.setattr(module, "MOST_IMAGES", 20)
     some, every = report_data(errors=0.8), module_of_all(errors=0.8)
     images = some.images
-    kept = images.own[:20][images.labels[:20] != images.predicted[:20]]
+    kept = images.probability[:20][images.labels[:20] != images.predicted[:20]]
     assert len(kept) == 10
-    assert sorted(kept) == sorted(every)[:10]
+    assert sorted(kept) == sorted(every)[-10:]
 
 
 def module_of_all(**options):
-    """What the labels of all errors got."""
+    """What the wrong classes of all errors got."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "MOST_IMAGES", 1000)
         data = report_data(**options)
     count = data.images.evaluated
     wrong = data.images.labels[:count] != data.images.predicted[:count]
-    return data.images.own[:count][wrong].tolist()
+    return data.images.probability[:count][wrong].tolist()
 
 
 def test_a_large_set_without_suspicious_labels(monkeypatch):
@@ -163,3 +163,17 @@ def test_a_second_map_by_tsne():
     data = report_data(30, 30, with_tsne=True)
     assert data.images.other_places.shape == (60, 2)
     assert report_data(30, 30).images.other_places is None
+
+
+def test_a_map_by_tsne_of_many_images_has_both_kinds_and_all_errors(monkeypatch):
+    pytest.importorskip("openTSNE")
+    monkeypatch.setattr(module, "MOST_TSNE", 60)
+    data = report_data(100, 90, with_tsne=True)
+    images = data.images
+    there = np.isfinite(images.other_places[:, 0])
+    assert there[:100].sum() == there[100:].sum() == 30
+    assert there[:100][images.labels[:100] != images.predicted[:100]].all()
+    assert there[data.suspicious].all()
+    few = report_data(100, 20, with_tsne=True).images.other_places
+    assert np.isfinite(few[:100, 0]).sum() == 40
+    assert np.isfinite(few[100:]).all()

@@ -130,6 +130,16 @@ def test_a_cell_shows_its_images(browser, addresses):
         assert shown in [data.images.names[place] for place in pair.examples]
 
 
+def test_on_a_phone_a_cell_shows_its_images_and_no_panel_over_them(browser, addresses):
+    with opened(browser, addresses["small"], width=390) as page:
+        page.locator(".matrix .miss").first.click()
+        assert page.evaluate("document.activeElement.id") == "pair-title"
+        box = page.locator("#pair-images .pick").first.bounding_box()
+        middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+        page.mouse.click(*middle)
+        assert page.locator("#kin").is_visible()
+
+
 @pytest.mark.parametrize("width", [390, 1440])
 def test_the_keyboard_is_enough(browser, addresses, width):
     data = small()
@@ -290,6 +300,22 @@ def test_marks_of_another_page_stay(browser, tmp_path):
         (row,) = marked(page).decode().splitlines()[1:]
         assert data.images.names[worst] in row
         assert '"leave out"' in row
+
+
+def test_marks_of_two_tabs_are_kept(browser, tmp_path):
+    data = report_data()
+    path = tmp_path / "page.html"
+    path.write_text(run_page(data, facts(data)), "utf-8")
+    with opened(browser, path.as_uri()) as page:
+        second = page.context.new_page()
+        second.goto(path.as_uri())
+        for tab, place in ((page, data.worst[0]), (second, data.worst[1])):
+            tab.locator(f".cards [data-of='{place}'][data-mark='leave out']").first.click()
+            tab.locator("#marks-save").wait_for()
+        for tab in (page, second):
+            tab.locator("#marks-count", has_text="2 images marked").wait_for()
+        page.reload()
+        assert page.locator("#marks-count").inner_text() == "2 images marked"
 
 
 def test_what_is_copied(browser, tmp_path):

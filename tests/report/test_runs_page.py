@@ -38,7 +38,24 @@ def test_images_are_the_same_by_their_data_or_their_path(images, roots, prefix, 
 def test_an_image_with_another_label_is_not_the_same():
     relabelled = {(name, "cat"): True for name, _ in HITS}
     text = runs_page([finished("first", HITS), finished("second", relabelled)])
-    assert "second is not shown to differ from first: +50.0 points" in text
+    assert "second is not shown to differ from first on the 2 images that both have: +50.0" in text
+
+
+def test_the_number_of_compared_images_is_told_where_it_is_not_all():
+    other = {("cat/1.jpg", "cat"): True, ("cat/9.jpg", "cat"): False}
+    text = runs_page([finished("first", HITS), finished("second", other)])
+    assert "differ from first on the 1 image that both have: 0.0 points" in text
+    assert ", on the 1 image that both have" in text
+    assert "that both have" not in runs_page([finished("first", HITS), finished("second", HITS)])
+
+
+def test_runs_are_named_without_the_folder_of_all():
+    place = "/home/someone/projects/photos/runs"
+    found = [finished(f"{place}/photos-20260101-{k}", HITS) for k in (1, 2)]
+    text = runs_page(found)
+    assert f"2 runs in {place}, compared with photos-20260101-1" in text
+    assert text.count(place) == 1
+    assert ">photos-20260101-2<" in text
 
 
 def test_curves_go_on_over_the_stages():

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests.pictures import write_classes, write_image
 
+import nearkin
+from nearkin.errors import DataError
+from nearkin.evaluation.originals import Originals
 from nearkin.evaluation.results import KinImage, Prediction
 from nearkin.report.sheet_folder import NAME, sheet_names
-from nearkin.report.sheets import LARGE, SMALL, Card, draw_sheet, fitted
+from nearkin.report.sheets import LARGE, SMALL, Card, Sheets, draw_sheet, fitted
 
 RED, GREEN = (200, 0, 0), (0, 200, 0)
 
@@ -38,6 +45,54 @@ def test_shows_the_image_its_kin_and_the_probabilities():
     plain = draw_sheet(Image.new("RGB", (9, 9), RED), prediction(), [])
     assert pixels(plain, RED) == 81
     assert plain.height < sheet.height
+
+
+def test_a_sheet_of_many_kin_can_be_saved(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_classes(tmp_path / "photos")
+    run = nearkin.train(
+        "photos",
+        out="run",
+        model="test_resnet",
+        image_size=16,
+        objective="ce",
+        epochs=0,
+        report=False,
+    ).run
+    sheets = Sheets(tmp_path / "sheets", ["photos/cat/0.png"], run)
+    assert sheets.missing is None
+    near = (KinImage("cat/0.png", "cat", 0.9),) * 2000
+    sheets.write(0, replace(prediction(near), path="photos/cat/0.png"))
+    with Image.open(tmp_path / "sheets" / "1-0.jpg") as sheet:
+        assert sheet.height < 3000
+
+
+def test_kin_have_no_pictures_where_data_leads_to_other_images(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_classes(tmp_path / "photos")
+    run = nearkin.train(
+        "photos",
+        out="run",
+        model="test_resnet",
+        image_size=16,
+        objective="ce",
+        epochs=0,
+        report=False,
+    ).run
+    name = "cat/0.png"
+    expected = Originals(tmp_path / run).read(name)
+    for place, change in (("copy", False), ("others", True)):
+        shutil.copytree(tmp_path / "photos", tmp_path / place / "photos")
+        if change:
+            write_image(tmp_path / place / "photos" / name, number=99)
+        monkeypatch.chdir(tmp_path / place)
+        originals = Originals(tmp_path / run)
+        if change:
+            assert "with other images" in originals.missing
+            with pytest.raises(DataError, match="with other images"):
+                originals.read(name)
+        else:
+            assert torch.equal(originals.read(name), expected)
 
 
 @pytest.mark.parametrize("name", ["x" * 500, "\u202e\n\x1b[31m", "狗" * 90, "<svg onload=x>"])

@@ -10,6 +10,7 @@ from scipy.stats import binomtest, fisher_exact
 from tests.report.reports import facts, report_data, small
 
 from nearkin.report.browser import percent
+from nearkin.report.run import run_page
 from nearkin.report.words import (
     before_tile,
     candidates,
@@ -18,6 +19,7 @@ from nearkin.report.words import (
     headline,
     look_first,
     probe_tile,
+    weakest,
 )
 
 
@@ -80,6 +82,8 @@ def test_what_is_counted_and_not_shown_is_said():
     ):
         (text,) = (e.text for e in look_first(each) if e.where == "worst")
         assert words in text
+    several = replace(whole, worst=data.worst[:3])
+    assert "See 3 of them" in [each.link for each in look_first(several)]
 
 
 def test_what_to_look_at_first():
@@ -130,6 +134,7 @@ def test_a_class_is_called_weak_when_chance_does_not_explain_it(right, support, 
     texts = [each.text for each in look_first(replace(data, metrics=metrics))]
     expected = f"{weak.name} is recognised less often than the rest, beyond chance: {right} of {support} images."
     assert (expected in texts) == said
+    assert (weakest(metrics) is weak) == said
 
 
 def test_equal_classes_are_rarely_called_weak():
@@ -157,6 +162,15 @@ def test_fine_tuning_is_compared_with_the_probe():
     lines = [dict(line) for line in facts(small()).lines]
     lines[0]["top1"] = 0.9  # no epoch reaches it, so the probe was kept
     assert probe_tile(lines).value == "nothing gained"
+
+
+def test_a_classifier_that_was_fitted_anew_is_the_one_that_is_told():
+    lines = list(facts(small()).lines)
+    fit = {"kind": "refit", "stage": "all", "step": 30, "epoch": 0, "before": 0.85, "value": 0.95}
+    assert probe_tile([*lines, fit | {"kept": True}]).text.endswith("to 95.0 %.")
+    assert probe_tile([*lines, fit | {"kept": False}]).text.endswith("to 85.0 %.")
+    text = run_page(small(), facts(small())._replace(lines=(*lines, fit | {"kept": True})))
+    assert "its weights were kept. Then the classifier was fitted anew: 95.0 %." in text
 
 
 def test_only_the_last_stage_and_the_probe_gave_weights_to_choose_from():

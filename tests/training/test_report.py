@@ -119,7 +119,8 @@ def test_several_runs_are_compared(runs, capsys):
     assert capsys.readouterr().out == f"page {page}\n"
     text = page.read_text("utf-8")
     assert "<script" not in text
-    assert str(runs / "second") in text
+    assert f"2 runs in {runs}, compared with first" in text
+    assert "second is" in text
     assert "<code>seed</code>" in text  # an option that differs
     assert "<code>epochs</code>" not in text
 

@@ -83,6 +83,8 @@ def main(given: dict[str, Any]) -> int:
         from nearkin.report.sheets import Sheets
 
         sheets = Sheets(Path(explain), files, model.run)
+        if sheets.missing is not None:
+            _say(f"note: the sheets have no pictures of kin: {sheets.missing}")
     rows = _Counted(_predictions(model, files, sheets, quiet=out is None and _is_terminal()))
     write_rows(rows, run, chosen, out)
     if rows.bad:

@@ -15,18 +15,29 @@ from nearkin.data.images import Arrays
 from nearkin.data.sources.builtin import BUILTIN, list_builtin
 from nearkin.data.sources.listing import ArrayList, Listing
 from nearkin.errors import DataError
+from nearkin.evaluation.own_data import own_listing, place_of, stored_origin
 
 
 class Originals:
-    """Reads training images from the run's DATA, as its config.yaml names them."""
+    """Reads training images from the run's DATA, as its config.yaml names them. missing: why there are none, None
+    where they are looked for."""
 
     def __init__(self, run: Path) -> None:
         """Raises ModelError when the run has no config.yaml."""
-        config = stored(RunConfig, run / CONFIG_FILE)
-        self._data = config.data
+        self._data = stored(RunConfig, run / CONFIG_FILE).data
+        self.missing: str | None = None
+        origin = stored_origin(run)
+        if self._data in BUILTIN or origin is None or place_of(self._data) == origin.place:
+            return
+        try:  # in another folder a relative path may lead to other images
+            own_listing(self._data, origin, "call nearkin there to see them")
+        except DataError as error:
+            self.missing = str(error)
 
     def read(self, name: str) -> Tensor:
-        """uint8 `[3, H, W]` of a training image. Raises DataError where it is no longer there."""
+        """uint8 `[3, H, W]` of a training image. Raises DataError where it is not there."""
+        if self.missing is not None:
+            raise DataError(self.missing)
         if self._data not in BUILTIN:
             return decoded(os.path.join(self._root, name), 3)  # noqa: PTH118 - a Path would normalise it
         if self._listing is None:

@@ -160,10 +160,11 @@ def gather(
     doubt = suspects(kin.embeddings, kin.labels.numpy(), len(train.classes))
     listed = _suspicious(doubt)
     kept, place, related, with_kin = _training(kin, seen, listed)
-    images, variance = _images(seen, said, kin, kept, doubt, with_tsne=with_tsne)
+    early = np.concatenate([np.flatnonzero(~said.correct), place[listed]]) if with_tsne else None
+    images, variance = _images(seen, said, kin, kept, doubt, early)
     pairs = _pairs(metrics, images)
     uncertain = _smallest(said.calibrated, np.ones(len(seen.rows), dtype=bool))
-    lists = _smallest(said.own, ~said.correct), uncertain, place[listed]
+    lists = _smallest(-said.calibrated, ~said.correct), uncertain, place[listed]
     first = np.concatenate([*lists, *(pair.examples for pair in pairs)]).astype(np.int64)
     wanted = _order(images, related, with_kin, first, said.correct)[:pictures]
     return ReportData(
@@ -237,7 +238,7 @@ def _limited(seen: Seen, said: _Said) -> tuple[Seen, _Said]:
     if len(seen.rows) <= MOST_IMAGES:
         return seen, said
     wrong, right = np.flatnonzero(~said.correct), np.flatnonzero(said.correct)
-    wrong = wrong[np.argsort(said.own[wrong], kind="stable")[: MOST_IMAGES // 2]]
+    wrong = wrong[np.argsort(-said.calibrated[wrong], kind="stable")[: MOST_IMAGES // 2]]
     right = right[_spread(len(right), MOST_IMAGES - len(wrong))]
     some = np.sort(np.concatenate([wrong, right]))
     kept = Seen(seen.split, seen.rows[some], seen.embeddings[some], seen.probabilities[some])
@@ -270,11 +271,11 @@ def _training(kin: Kin, seen: Seen, listed: Ints) -> tuple[Ints, Ints, Kinship, 
 
 
 def _images(
-    seen: Seen, said: _Said, kin: Kin, kept: Ints, doubt: Suspects, *, with_tsne: bool
+    seen: Seen, said: _Said, kin: Kin, kept: Ints, doubt: Suspects, first: Ints | None
 ) -> tuple[Images, float]:
-    """The images, and the share of the variance that their map shows."""
+    """The images, and the share of the variance that their map shows. first: as for `_map`."""
     unlikely = unlike(kin, distance(nearest(kin, seen.embeddings, most=CLOSEST)))
-    places, other, variance = _map(seen.embeddings, kin.embeddings[kept], with_tsne)
+    places, other, variance = _map(seen.embeddings, kin.embeddings[kept], first)
     unknown = np.full(len(seen.rows), np.nan, np.float32)
     nothing = np.full(len(kept), np.nan, np.float32)
     images = Images(
@@ -298,22 +299,36 @@ def _images(
     return images, variance
 
 
-def _map(seen: Tensor, kept: Tensor, with_tsne: bool) -> tuple[Floats, Floats | None, float]:
-    """Places by PCA, by t-SNE where it is installed, and the share of the variance in the first."""
+def _map(seen: Tensor, kept: Tensor, first: Ints | None) -> tuple[Floats, Floats | None, float]:
+    """Places by PCA, by t-SNE where it is installed, and the share of the variance in the first. first: places that
+    t-SNE takes before others; None: no t-SNE."""
     rows = torch.cat([F.normalize(seen.float(), dim=1), kept]).numpy()
     found, share = pca(rows)
     other = None
-    if with_tsne and has_tsne() and len(rows) >= 20:
-        some = _spread(len(seen), MOST_TSNE)
-        room = MOST_TSNE - len(some)
-        if room > 0:
-            some = np.concatenate([some, len(seen) + _spread(len(kept), room)])
+    if first is not None and has_tsne() and len(rows) >= 20:
+        some = _for_tsne(len(seen), len(kept), first)
         other = np.full((len(rows), 2), np.nan, np.float32)
         found_there = tsne(rows[some])
         if not np.isfinite(found_there).all():  # as for equal embeddings
             return unit_square(found), None, share
         other[some] = unit_square(found_there)
     return unit_square(found), other, share
+
+
+def _for_tsne(seen: int, kept: int, first: Ints) -> Ints:
+    """The places that t-SNE shows, rising: of more than MOST_TSNE, half of each kind where both have as many; of each,
+    those in `first`, then others evenly."""
+    half = MOST_TSNE // 2
+    found = []
+    for start, count, most in (
+        (0, seen, max(half, MOST_TSNE - kept)),
+        (seen, kept, max(half, MOST_TSNE - seen)),
+    ):
+        every = np.arange(start, start + count)
+        wanted, others = every[np.isin(every, first)], every[~np.isin(every, first)]
+        wanted = wanted[_spread(len(wanted), most)]
+        found += [wanted, others[_spread(len(others), most - len(wanted))]]
+    return np.sort(np.concatenate(found))
 
 
 def _smallest(values: Floats, among: NDArray[np.bool_]) -> Ints:
@@ -332,7 +347,7 @@ def _pairs(metrics: Metrics, images: Images) -> tuple[Pair, ...]:
     for pair in wrong[:PAIRS]:
         same = (images.labels == numbers[pair.true]) & (images.predicted == numbers[pair.predicted])
         places = np.flatnonzero(same)
-        most_sure = np.argsort(images.own[places], kind="stable")[:EXAMPLES]
+        most_sure = np.argsort(-images.probability[places], kind="stable")[:EXAMPLES]
         found.append(Pair(*pair, places[most_sure]))
     return tuple(found)
 

@@ -65,12 +65,16 @@ def text_width(text: str) -> float:
 
 
 def shortened(text: str, room: float) -> str:
-    """`text`, cut and with an ellipsis where it is wider than `room`."""
+    """`text`; where it is wider than `room`, without its middle: names often differ at their end."""
     if text_width(text) <= room:
         return text
-    while text and text_width(f"{text}…") > room:
-        text = text[:-1]
-    return f"{text}…"
+    start, end = text[: len(text) // 2], text[len(text) // 2 :]
+    while (start or end) and text_width(f"{start}…{end}") > room:
+        if len(start) > len(end):
+            start = start[:-1]
+        else:
+            end = end[1:]
+    return f"{start}…{end}"
 
 
 def shown(value: float, decimals: int, *, sign: bool = False) -> str:

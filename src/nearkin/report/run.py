@@ -33,8 +33,9 @@ class Before(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What the files of a run say. lines: of metrics.jsonl. right: as in `Before`. options: all, flat.
-    images: equal for runs on equal images; None where not known. root: the folder of the images' names."""
+    """What the files of a run say. lines: of metrics.jsonl. right: as in `Before`. options: all, flat. images: equal
+    for runs on equal images; None where not known. root: the folder of the images' names; where that is not known, a
+    text that runs on the same folder share."""
 
     run: str
     lines: tuple[dict[str, Any], ...]
@@ -126,11 +127,12 @@ def _map_note(data: ReportData) -> str:
         if len(data.classes) > COLOURS
         else ""
     )
-    tsne = (
-        " t-SNE keeps near images near, and distances between groups mean little."
-        if data.images.other_places is not None
-        else ""
-    )
+    tsne = ""
+    if data.images.other_places is not None:
+        tsne = " t-SNE keeps near images near, and distances between groups mean little."
+        there = int(np.isfinite(data.images.other_places[:, 0]).sum())
+        if there < len(data.images.names):
+            tsne += f" It shows {there} of the {len(data.images.names)} images, PCA all of them."
     return (
         f"Squares are training images, circles images of {data.split}.{repeat} {shares}{tsne} "
         "After a click on the map the wheel zooms."
@@ -164,7 +166,8 @@ def _pairs(data: ReportData) -> list[dict[str, Any]]:
 def _class_bars(data: ReportData) -> list[Picture]:
     """Recall of the worst classes, in as many pictures as are readable."""
     known = [each for each in data.metrics.per_class if each.support]
-    known.sort(key=lambda each: (each.recall, each.name))
+    named = words.weakest(data.metrics)
+    known.sort(key=lambda each: (each is not named, each.recall, each.name))
     rows = []
     for each in known[:MOST_BARS]:
         low, high = wilson(each.recall, each.support)
@@ -273,13 +276,11 @@ def _curves(lines: Sequence[Mapping[str, Any]]) -> list[Picture]:
             y_label="accuracy in %",
         )
         best = 100 * max(words.candidates(lines))
-        found.append(
-            Picture(
-                "Validation accuracy",
-                drawn,
-                f"The best is {shown(best, 1)} %; its weights were kept.",
-            )
-        )
+        note = f"The best is {shown(best, 1)} %; its weights were kept."
+        fitted = words.refitted(lines)
+        if fitted is not None:
+            note += f" Then the classifier was fitted anew: {shown(100 * fitted, 1)} %."
+        found.append(Picture("Validation accuracy", drawn, note))
     terms: dict[str, list[tuple[float, float]]] = {}
     for line in lines:
         if line.get("kind") == "train":
@@ -294,7 +295,7 @@ def _curves(lines: Sequence[Mapping[str, Any]]) -> list[Picture]:
             title="Loss and its terms",
             description=f"Curves of {', '.join(drawn_terms)} over the steps of the training",
             x_label="steps",
-            y_label="loss in nats",
+            y_label="loss",
         )
         found.append(
             Picture(

@@ -25,18 +25,41 @@ class Finished(NamedTuple):
 
 def runs_page(runs: Sequence[Finished]) -> str:
     """One HTML file without scripts. The first run is what the others are compared with."""
+    runs, place = _named(runs)
     first, *others = runs
     found = [_difference(each.facts, first.facts) for each in others]
     return render(
         "runs.html",
         first=first.facts.run,
+        place=place,
         headline=_headline(runs, found),
-        rows=[_row(first, None, 0), *map(_row, others, found, range(1, len(runs)))],
+        rows=[
+            _row(first, None, "", 0),
+            *(
+                _row(each, one, "" if one is None else _common(each, first, one), style)
+                for style, (each, one) in enumerate(zip(others, found, strict=True), start=1)
+            ),
+        ],
         intervals=_intervals(first, others, found),
         curves=_curves(runs),
         options=_options(runs),
         names=[each.facts.run for each in runs],
     )
+
+
+def _named(runs: Sequence[Finished]) -> tuple[list[Finished], str]:
+    """The runs without the folder in which all of them are, and that folder, empty where there is none."""
+    names = [each.facts.run for each in runs]
+    try:
+        place = os.path.commonpath([os.path.dirname(name) for name in names])  # noqa: PTH120
+    except ValueError:  # of absolute and relative paths
+        place = ""
+    if place:
+        names = [os.path.relpath(name, place) for name in names]
+    return [
+        each._replace(facts=each.facts._replace(run=name))
+        for each, name in zip(runs, names, strict=True)
+    ], place
 
 
 def _difference(mine: Facts, other: Facts) -> Difference | None:
@@ -69,13 +92,21 @@ def _headline(runs: Sequence[Finished], found: Sequence[Difference | None]) -> l
             if one.verdict == "undecided"
             else f"is {one.verdict} than"
         )
+        common = _common(each, runs[0], one)
         sentences.append(
-            f"{each.facts.run} {text} {first}: {by} points (95 % interval {low} to {high})."
+            f"{each.facts.run} {text} {first}{common and ' ' + common}: {by} points (95 % interval {low} to {high})."
         )
     return sentences
 
 
-def _row(each: Finished, found: Difference | None, style: int) -> dict[str, Any]:
+def _common(mine: Finished, other: Finished, found: Difference) -> str:
+    """How many images are compared, where those are not all of both runs."""
+    if found.images == len(mine.facts.right) == len(other.facts.right):
+        return ""
+    return f"on the {counted(found.images, 'image')} that both have"
+
+
+def _row(each: Finished, found: Difference | None, common: str, style: int) -> dict[str, Any]:
     metrics, facts = each.metrics, each.facts
     count = int(metrics.get("n", 0))
     ends = wilson(metrics["top1"], count) if count else (0.0, 0.0)
@@ -99,7 +130,7 @@ def _row(each: Finished, found: Difference | None, style: int) -> dict[str, Any]
     low, high = (shown(100 * end, 2, sign=True) for end in (found.low, found.high))
     return row | {
         "difference": shown(100 * found.value, 2, sign=True),
-        "ends": f"{low} to {high}",
+        "ends": f"{low} to {high}{common and ', ' + common}",
         "alone": f"{found.better} / {found.worse}",
         "p": "< 0.001" if found.p < 0.001 else shown(found.p, 3),
     }

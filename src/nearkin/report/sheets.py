@@ -22,6 +22,7 @@ from nearkin.report.sheet_folder import open_folder, sheet_names
 
 WIDTH, MARGIN, LINE = 960, 24, 26
 LARGE, SMALL, ACROSS = 300, 168, 5  # sides of the image and of its kin; kin in a row
+MOST_KIN = 50  # on a sheet; a JPEG ends at 65 535 pixels
 INK, FAINT, PAPER, BAR, SAME, OTHER = "#1b1b1b", "#6a6a6a", "white", "#3b6ea5", "#2e7d32", "#b3261e"
 # Of systems, for letters that Pillow's own font lacks.
 FONTS = ("NotoSansCJK-Regular.ttc", "DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf")
@@ -38,12 +39,14 @@ class Card(NamedTuple):
 
 
 class Sheets:
-    """The sheets of the files of one call, in `folder`, which is made or, after an earlier call, emptied."""
+    """The sheets of the files of one call, in `folder`, which is made or, after an earlier call, emptied. missing: why
+    the kin have no pictures, None where they should have."""
 
     def __init__(self, folder: Path, files: Sequence[str], run: Path) -> None:
         """Raises ConfigError and SaveFailed as `open_folder`."""
         self._folder, self._names = folder, sheet_names(files)
         originals = Originals(run)
+        self.missing = originals.missing
         open_folder(folder, self._names)
 
         @lru_cache(maxsize=512)  # neighbours come again
@@ -64,7 +67,7 @@ class Sheets:
             return
         cards = [
             Card(self._kin_picture(k.path), k.label, k.similarity, k.path, k.label == found.guess)
-            for k in found.kin
+            for k in found.kin[:MOST_KIN]
         ]
         sheet = io.BytesIO()
         draw_sheet(picture, found, cards).save(sheet, "JPEG", quality=88)
@@ -97,7 +100,10 @@ def draw_sheet(picture: Image.Image, found: Prediction, kin: Sequence[Card]) -> 
         top += round(1.35 * size)
     _bars(pen, found, left, top + 8)
     if kin:
-        _write(pen, (MARGIN, below), "nearest training images", 17, INK, WIDTH - 2 * MARGIN)
+        title = "nearest training images"
+        if len(found.kin) > len(kin):
+            title += f", the first {len(kin)} of {len(found.kin)}"
+        _write(pen, (MARGIN, below), title, 17, INK, WIDTH - 2 * MARGIN)
     for place, card in enumerate(kin):
         x = MARGIN + place % ACROSS * (SMALL + 18)
         y = below + LINE + MARGIN // 2 + place // ACROSS * (SMALL + 3 * LINE)

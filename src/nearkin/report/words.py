@@ -13,7 +13,7 @@ from nearkin.report.browser import percent
 
 if TYPE_CHECKING:
     from nearkin.evaluation.report_data import ReportData
-    from nearkin.evaluation.results import ClassMetrics
+    from nearkin.evaluation.results import ClassMetrics, Metrics
 
 SURE = 0.99  # probability from which an error is worth a sentence
 SURPRISE = 0.05  # chance that the weakest class is named although all are equal
@@ -111,6 +111,14 @@ def candidates(lines: Sequence[Mapping[str, Any]]) -> list[float]:
     return [float(line["top1"]) for line in found if line.get("stage") in stages]
 
 
+def refitted(lines: Sequence[Mapping[str, Any]]) -> float | None:
+    """The accuracy of the classifier that was fitted anew at the end; None where the trained one was kept."""
+    found = [line for line in lines if line.get("kind") == "refit"]
+    return (
+        float(found[-1]["value"]) if found and found[-1]["kept"] and "value" in found[-1] else None
+    )
+
+
 def probe_tile(lines: Sequence[Mapping[str, Any]]) -> Tile | None:
     """The validation accuracy of the probe, and of the model that was kept."""
     found = validations(lines)
@@ -123,7 +131,9 @@ def probe_tile(lines: Sequence[Mapping[str, Any]]) -> Tile | None:
             f"{shown(100 * before, 1)} %",
             "on validation; nothing was trained after it.",
         )
-    best, start = max(after), f"{shown(100 * before, 1)} % (logistic regression on frozen features)"
+    fitted = refitted(lines)
+    best = max(after) if fitted is None else fitted
+    start = f"{shown(100 * before, 1)} % (logistic regression on frozen features)"
     if best <= before:
         text = f"on validation: no epoch was better than {start}, the best had {shown(100 * best, 1)} %."
         return Tile("Fine-tuning, against the probe", "nothing gained", text)
@@ -187,23 +197,28 @@ def _mislabelled(data: ReportData) -> Iterator[First]:
         yield First(text, several, "suspicious")
 
 
-def _worst_class(data: ReportData) -> Iterator[First]:
+def weakest(metrics: Metrics) -> ClassMetrics | None:
     """The class that would least likely have so few right answers if the errors were spread over the images by chance
-    (Fisher's exact test); nothing where that is no surprise among so many classes (Bonferroni, 5 %)."""
+    (Fisher's exact test); None where that is no surprise among so many classes (Bonferroni, 5 %)."""
     from scipy.stats import hypergeom
 
-    n, classes = data.metrics.n, data.metrics.per_class
-    correct = round(n * data.metrics.top1)
+    n, classes = metrics.n, metrics.per_class
+    correct = round(n * metrics.top1)
 
     def chance(each: ClassMetrics) -> float:
         right = round(each.recall * each.support)
         return float(hypergeom.cdf(right, n, correct, each.support))
 
     worst = min(classes, key=chance, default=None)
-    if worst is not None and len(classes) * chance(worst) <= SURPRISE:
+    return None if worst is None or len(classes) * chance(worst) > SURPRISE else worst
+
+
+def _worst_class(data: ReportData) -> Iterator[First]:
+    worst = weakest(data.metrics)
+    if worst is not None:
         right = f"{round(worst.recall * worst.support)} of {counted(worst.support, 'image')}"
         text = f"{worst.name} is recognised less often than the rest, beyond chance: {right}."
-        yield First(text, "See all classes", "classes")
+        yield First(text, "See the worst classes", "classes")
 
 
 def _sure(data: ReportData) -> Iterator[First]:
@@ -219,4 +234,5 @@ def _sure(data: ReportData) -> Iterator[First]:
             f"{counted(number, 'error')}{where} {verb} made with a probability of {percent(SURE)} or more: the label "
             "or the model is badly wrong."
         )
-        yield First(text, "See them", "worst")
+        some = number > len(data.worst)
+        yield First(text, f"See {len(data.worst)} of them" if some else "See them", "worst")

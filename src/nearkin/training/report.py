@@ -10,7 +10,9 @@ from heapq import nlargest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nearkin.errors import DataError, printable
 from nearkin.evaluation.options import IDENTITY, check_run
+from nearkin.evaluation.own_data import place_of, stored_origin
 from nearkin.files import write_atomic
 from nearkin.report.run import Before, Facts, run_page
 from nearkin.report.runs import Finished, runs_page
@@ -48,13 +50,14 @@ def report(
     """
     check_run(run)
     from nearkin.data.dataset import load_for_evaluation
+    from nearkin.data.sources.resolve import resolve
     from nearkin.device import choose_device
     from nearkin.distributed import Runtime
     from nearkin.evaluation.ensemble import BATCH
     from nearkin.evaluation.evaluator import Evaluator
     from nearkin.evaluation.kin import read_kin
     from nearkin.evaluation.model import load_bundle
-    from nearkin.evaluation.own_data import own_listing, stored_origin
+    from nearkin.evaluation.own_data import is_own, own_listing, stored_origin
     from nearkin.evaluation.report_data import gather, see
 
     settings, origin = stored_settings(run), stored_origin(run)
@@ -71,7 +74,15 @@ def report(
         }
         if bad_images is not None:
             options["bad_images"] = bad_images
-        source = own_listing(settings.data, origin) if data is None else str(data)
+        if data is None:
+            source = own_listing(settings.data, origin)
+        else:
+            source = resolve(str(data))
+            if origin is not None and not is_own(source, settings.data, origin):
+                raise DataError(
+                    f"{printable(str(data))} has other training images than those of {printable(str(run))}, which a "
+                    f"report shows; nearkin evaluate measures a run on other images."
+                )
         train = load_for_evaluation(source, split="train", **options).split
         split = load_for_evaluation(source, **options).split
         evaluator = Evaluator(runtime, bundle.description.transform, batch_size=BATCH, workers=0)
@@ -96,8 +107,11 @@ def report_several(runs: Sequence[Path], out: Path | None = None) -> Path:
 def facts(folder: Path) -> Facts:
     """What the files of a run say about its training. Raises ModelError when one is damaged."""
     lines = read_metrics(folder / METRICS) if (folder / METRICS).is_file() else []
-    settings = stored_settings(folder)
+    settings, origin = stored_settings(folder), stored_origin(folder)
     data = Path(settings.data)
+    root = str(data.parent if data.is_file() else data)
+    if origin is not None and place_of(settings.data) != origin.place:  # relative to another folder
+        root = f"images of {origin.place}"
     return Facts(
         run=str(folder),
         lines=tuple(lines),
@@ -105,7 +119,7 @@ def facts(folder: Path) -> Facts:
         options=settings.flat(),
         environment=_json(folder / "environment.json"),
         images=stored_images(folder),
-        root=str(data.parent if data.is_file() else data),
+        root=root,
     )
 
 

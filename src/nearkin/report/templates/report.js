@@ -270,11 +270,13 @@
   /** An image by its split, name and label: its place in the page may change. @param {number} place */
   const keyOf = (place) => JSON.stringify([splitOf(place), rawName(place), rawClass(data.label[place])]);
 
-  /** Marks of an earlier visit; some browsers keep nothing for files. */
+  /** Marks of an earlier visit or another tab; some browsers keep nothing for files. */
   function remembered() {
     try {
-      const stored = JSON.parse(localStorage.getItem(STORE) || "[]");
-      if (!stored.length) return;
+      const stored = JSON.parse(localStorage.getItem(STORE) || "null");
+      if (!stored) return;
+      marks.clear();
+      absent = [];
       const places = new Map(data.base.map((_, place) => [keyOf(place), place]));
       const classes = new Map(data.classes.map((_, label) => [rawClass(label), label]));
       for (const [key, mark, right] of stored) {
@@ -294,6 +296,13 @@
     if (select instanceof HTMLSelectElement) select.value = String(marks.get(chosen)?.[1] ?? -1);
     element("marks").hidden = marks.size === 0;
     element("marks-count").textContent = marks.size === 1 ? "1 image marked" : `${marks.size} images marked`;
+  }
+
+  /** Changes what is remembered, which another tab may have changed. @param {() => void} change */
+  function mark(change) {
+    remembered();
+    change();
+    showMarks();
     try {
       const kept = [...marks].map(([place, [mark, label]]) => [keyOf(place), mark, label < 0 ? null : rawClass(label)]);
       localStorage.setItem(STORE, JSON.stringify([...kept, ...absent]));
@@ -360,7 +369,7 @@
     for (let place = 0; place < data.evaluated; place++) {
       if (data.label[place] === label && data.predicted[place] === predicted) places.push(place);
     }
-    places.sort((a, b) => data.own[a] - data.own[b]);
+    places.sort(label === predicted ? (a, b) => data.own[a] - data.own[b] : (a, b) => data.probability[b] - data.probability[a]);
     const text = label === predicted
       ? `${data.classes[label]}, recognised`
       : `${data.classes[label]}, taken for ${data.classes[predicted]}`;
@@ -372,7 +381,13 @@
     element("pair").hidden = false;
     for (const old of document.querySelectorAll("[data-pair][aria-current]")) old.removeAttribute("aria-current");
     for (const same of document.querySelectorAll(`[data-pair="${pair}"]`)) same.setAttribute("aria-current", "true");
-    if (places.length) choose(places[0], from);
+    if (narrow.matches) { // a panel over the page would hide the images
+      element("pair").scrollIntoView();
+      element("pair-title").focus({ preventScroll: true });
+    } else if (places.length) {
+      choose(places[0], from);
+      element("pair").scrollIntoView({ block: "nearest" });
+    }
   }
 
   // ---- The map ----
@@ -692,7 +707,7 @@
     const byKey = event.detail === 0 || narrow.matches; // then the focus moves to what was asked for
     const place = target.getAttribute("data-place");
     const pair = target.getAttribute("data-pair");
-    const mark = target.getAttribute("data-mark");
+    const asked = target.getAttribute("data-mark");
     const copied = target.getAttribute("data-copy");
     if (place !== null) {
       const inside = panel.contains(target); // the focused button is replaced
@@ -701,20 +716,22 @@
     }
     if (pair !== null) showPair(pair, Number(target.getAttribute("data-count")), byKey ? target : null);
     if (copied !== null) copy(Number(copied), target);
-    if (mark !== null) {
-      const of = Number(target.getAttribute("data-of"));
-      if (marks.get(of)?.[0] === mark) marks.delete(of);
-      else marks.set(of, [mark, -1]);
-      showMarks();
+    if (asked !== null) {
+      const of = Number(target.getAttribute("data-of")), pressed = target.getAttribute("aria-pressed") === "true";
+      mark(() => pressed ? marks.delete(of) : marks.set(of, [asked, -1]));
     }
     if (target.id === "kin-close") back();
     if (target.id === "marks-save") save();
-    if (target.id === "marks-clear") { marks.clear(); absent = []; showMarks(); }
+    if (target.id === "marks-clear") mark(() => { marks.clear(); absent = []; });
   });
   document.addEventListener("change", (event) => {
     const select = event.target;
     if (!(select instanceof HTMLSelectElement) || !select.hasAttribute("data-right")) return;
-    marks.set(Number(select.getAttribute("data-right")), [MARKS[0], Number(select.value)]);
+    mark(() => marks.set(Number(select.getAttribute("data-right")), [MARKS[0], Number(select.value)]));
+  });
+  window.addEventListener("storage", (event) => {
+    if (event.key !== STORE) return;
+    remembered();
     showMarks();
   });
   document.addEventListener("keydown", (event) => {
