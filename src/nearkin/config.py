@@ -160,7 +160,7 @@ class RunConfig(BaseModel):
         False, "start from pretrained weights (auto for --model auto on photos)"
     )
     from_scratch: bool = option(False, "start from random weights, on photos too")
-    weights: Path | None = option(None, "start from the weights in this file")
+    weights: Path | None = option(None, "start from the weights in this file or run folder")
     probe: bool | Auto = option(
         "auto", "start the classifier from a logistic regression on the frozen features"
     )

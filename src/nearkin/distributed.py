@@ -80,6 +80,7 @@ class Runtime:
     """The processes, the device and the precision of one run.
 
     A context manager: an exception that leaves the block on any process ends all processes of the run within seconds.
+    Afterwards torch has the threads and the random numbers of the caller again.
     """
 
     def __init__(self, *, device: str, precision: Precision) -> None:
@@ -89,11 +90,12 @@ class Runtime:
         self.world_size = launch.world_size
         self.is_main = launch.rank == 0
         self.device = torch.device(device)
-        self._threads = torch.get_num_threads()
+        self._threads, self._random = torch.get_num_threads(), torch.get_rng_state()
         if device == "cuda":
             self.device = torch.device("cuda", gpu_of(launch, torch.cuda.device_count()))
             torch.cuda.set_device(self.device)
             torch.set_num_threads(min(GPU_THREADS, self._threads))
+            self._random_there = torch.cuda.get_rng_state(self.device)
         self._set_precision(precision)
         self.failures = Failures(launch)
         if self.world_size > 1:
@@ -120,19 +122,25 @@ class Runtime:
         if error is None:
             self.close()
             return
-        torch.set_num_threads(self._threads)
+        self._give_back()
         cause = named(error)
         self.failures.report(cause, own=cause is error)
         if cause is not error:
             raise cause from error
 
     def close(self) -> None:
-        """Leave the process group, so that a second run in this process can start its own; give torch the threads back
-        that it had."""
+        """Leave the process group, so that a second run in this process can start its own."""
         self.failures.stop_watching()
-        torch.set_num_threads(self._threads)
+        self._give_back()
         if self.world_size > 1:
             dist.destroy_process_group()
+
+    def _give_back(self) -> None:
+        """Of the process that called."""
+        torch.set_num_threads(self._threads)
+        torch.set_rng_state(self._random)
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(self._random_there, self.device)
 
     @property
     def dtype(self) -> torch.dtype:

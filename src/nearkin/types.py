@@ -92,7 +92,8 @@ class Result:
 
 
 class Progress(NamedTuple):
-    """Position inside the current stage. Steps are optimiser steps; both counters start at 0."""
+    """Position inside the current stage, by the name that it has in `Objective.stages()`. Steps are optimiser steps;
+    both counters start at 0."""
 
     stage: str
     step: int

@@ -5,13 +5,15 @@ from __future__ import annotations
 import shutil
 
 import pytest
+import torch
 from tests.pictures import write_classes, write_image
 
 import nearkin
 from nearkin.data.dataset import names_of, sizes_of
 from nearkin.data.sources.resolve import resolve
-from nearkin.errors import DataError
+from nearkin.errors import ConfigError, DataError, ModelError
 from nearkin.evaluation.own_data import Origin, is_own, place_of, stored_origin
+from nearkin.objectives import CrossEntropy, Objective
 
 OPTIONS = {"objective": "ce", "epochs": 1, "model": "test_resnet", "image_size": 16}
 
@@ -99,7 +101,7 @@ def test_a_report_shows_the_images_of_its_run_only(run, tmp_path):
     assert report(run, data="moved", out=tmp_path / "page.html").is_file()
     write_classes(tmp_path / "others", suffix=".png")
     write_image(tmp_path / "others" / "cat" / "3.png", number=99)
-    with pytest.raises(DataError, match="others has other training images than those of"):
+    with pytest.raises(DataError, match="others has other training images than"):
         report(run, data="others")
     assert (run / "report.html").read_bytes() == before
 
@@ -168,6 +170,39 @@ def test_a_run_that_knows_only_the_place(run, tmp_path):
     assert is_own(resolve("photos"), "photos", None)
     shutil.copytree(tmp_path / "photos", tmp_path / "moved")
     assert not is_own(resolve("moved"), "photos", None)
+
+
+def test_the_callers_random_numbers_go_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_classes(tmp_path / "photos")
+
+    def drawn(act):
+        torch.manual_seed(3)
+        act()
+        return float(torch.rand(()))
+
+    expected = drawn(lambda: None)
+    quick = {"out": "run", "batch_size": 8, "workers": 0, "report": False, **OPTIONS}
+    assert drawn(lambda: nearkin.train("photos", seed=9, **quick)) == expected
+    assert drawn(lambda: nearkin.load("run")) == expected
+    assert drawn(lambda: nearkin.evaluate("run")) == expected
+
+
+def test_a_class_of_ones_own_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Objective, "registry", dict(Objective.registry))
+    write_classes(tmp_path / "photos")
+
+    class Own(CrossEntropy, name="own"):
+        pass
+
+    own = {**OPTIONS, "objective": "own"}
+    nearkin.train("photos", out="run", batch_size=8, workers=0, report=False, **own)
+    with pytest.raises(ConfigError, match="which do not have own; install the package"):
+        nearkin.compare("photos", "ce,own")
+    del Objective.registry["own"]
+    with pytest.raises(ModelError, match="import its module first"):
+        nearkin.load("run")
 
 
 def test_a_built_in_name_is_no_folder(tmp_path, monkeypatch):

@@ -200,11 +200,23 @@ def test_evaluation_and_the_ends_of_p():
     assert torch.equal(KeyedDropout(1.0, key(), 0)(x), torch.zeros_like(x))
 
 
-def test_a_forgotten_key_and_odd_rows_are_errors():
-    unset = RandomKey()
-    unset.begin(8)
-    with pytest.raises(ValueError, match="key.set"):
-        KeyedDropout(0.5, unset, 0)(torch.ones(8, 2))
+def test_without_a_key_each_pass_has_masks_of_torchs_generator():
+    unset, x = RandomKey(), torch.ones(64, 50)
+
+    def passed(seed=None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        unset.begin(64)
+        return KeyedDropout(0.5, unset, 0)(x), KeyedDropPath(0.5, unset, 1)(x)
+
+    first, second, again = passed(3), passed(), passed(3)
+    assert all(map(torch.equal, first, again))
+    assert not any(map(torch.equal, first, second))
+    assert float(first[0].mean()) == pytest.approx(1, abs=0.1)
+    assert len(first[0].unique(dim=0)) == 64
+
+
+def test_odd_rows_are_errors():
     with pytest.raises(ValueError, match="does not divide"):
         KeyedDropout(0.5, key(rows=8), 0)(torch.ones(12, 2))
     with pytest.raises(ValueError, match="views"):

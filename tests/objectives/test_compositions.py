@@ -151,7 +151,8 @@ def test_margins_are_for_training_only(name, options):
     lowered = getattr(oracles, f"{name}_logits")(
         unit(features), weight.numpy(), LABELS.numpy(), margin, scale
     )
-    found = objective(batch(), Outputs(features, features, None, logits), None, NOW)
+    now = NOW._replace(stage="classify")
+    found = objective(batch(), Outputs(features, features, None, logits), None, now)
     expected = mean(oracles.cross_entropy(np.asarray(lowered), LABELS.numpy()))
     assert float(found.total) == pytest.approx(expected, rel=1e-6)
 
@@ -160,7 +161,7 @@ def test_sce_smooths_its_labels_and_follows_the_number_of_classes():
     seen = outputs(8)
     smooth = 0.8 * nn.functional.one_hot(LABELS, 4).double() + 0.2 / 4
     expected = mean(oracles.symmetric_ce(seen.logits.numpy(), smooth.numpy(), 0.1, 1.0))
-    found = make("sce", smoothing=0.2)(batch(), seen, None, NOW)
+    found = make("sce", smoothing=0.2)(batch(), seen, None, NOW._replace(stage="classify"))
     assert float(found.total) == pytest.approx(expected, rel=1e-6)
     many = get("sce")(dim=6, classes=100).config
     assert (many.alpha, many.beta) == pytest.approx((1.0, 0.1 / 6))
@@ -211,7 +212,9 @@ def test_mixed_images_count_for_both_classes_where_labels_are_hard():
 @pytest.mark.parametrize("name", ["ce", "schane", "supcon", "opl", "triplet"])
 def test_labels_of_the_cross_entropy_are_smoothed(name):
     seen = outputs(8)
-    found = make(name, smoothing=0.2)(batch(), seen, None, NOW).terms["ce"]
+    objective = make(name, smoothing=0.2)
+    now = NOW._replace(stage=objective.stages()[0].name)
+    found = objective(batch(), seen, None, now).terms["ce"]
     expected = mean(oracles.cross_entropy(seen.logits.numpy(), LABELS.numpy(), smoothing=0.2))
     assert float(found) == pytest.approx(expected, rel=1e-6)
 

@@ -315,6 +315,64 @@ def test_every_objective_knows_its_value_for_constant_embeddings(name):
         assert float(found.terms[term]) == pytest.approx(value, rel=1e-4), term
 
 
+@pytest.mark.parametrize("name", sorted(Objective.registry))
+@pytest.mark.parametrize(
+    ("labels", "text"),
+    [
+        (torch.tensor([0, 1, CLASSES]), r"labels\[2\] is 4 but must be in \[0, 4\)"),
+        (torch.tensor([-1, 0, 1]), r"labels\[0\] is -1"),
+        (torch.full((3, CLASSES), 1.0), r"labels\[0\] sums to 4"),
+        (torch.full((3, CLASSES + 1), 0.2), "5 columns but there are 4 classes"),
+    ],
+    ids=["from one", "negative", "several", "too many"],
+)
+def test_labels_of_no_class_are_refused(name, labels, text):
+    """Their rows would be without a label, and the loss finite."""
+    bench = Bench(name, {}, 0)
+    with pytest.raises(ValueError, match=text):
+        bench.loss(bench.batch(labels))
+
+
+@pytest.mark.parametrize("name", sorted(Objective.registry))
+def test_a_stage_of_another_objective_is_refused(name):
+    bench = Bench(name, {}, 0)
+    bench.progress = bench.progress._replace(stage="pretrain")
+    with pytest.raises(ValueError, match=f"has no stage 'pretrain'; it has {bench.stage.name}"):
+        bench.loss(bench.batch(LABELINGS["usual"]))
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in sorted(Objective.registry) if made(n, {}).stages()[0].teacher]
+)
+def test_a_missing_teacher_is_an_error(name):
+    bench = Bench(name, {}, 0)
+    batch, student, _ = bench.seen(bench.batch(LABELINGS["usual"]))
+    with pytest.raises(ValueError, match="does the stage have a teacher"):
+        bench.objective(batch, student, None, bench.progress)
+
+
+def test_options_of_another_objective_are_refused():
+    kinds = Objective.registry
+    for wrong in ({"temperature": 1.0}, kinds["cone"].Config()):
+        with pytest.raises(TypeError, match=r"must be a SupCon\.Config"):
+            kinds["supcon"](wrong, **SIZES)
+
+
+def test_a_name_belongs_to_one_class(monkeypatch):
+    monkeypatch.setattr(Objective, "registry", dict(Objective.registry))
+    with pytest.raises(TypeError, match="ce is the name of CrossEntropy already"):
+
+        class Mine(Objective, name="ce"):
+            pass
+
+    for _ in range(2):  # a cell of a notebook that runs again
+
+        class Own(Objective, name="own"):
+            pass
+
+    assert Objective.registry["own"] is Own
+
+
 def test_heads_are_made_by_build():
     """A method of the name that the heads are kept under would never be called."""
     with pytest.raises(TypeError, match="`build` makes the heads"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -70,9 +71,13 @@ def parse(names: Sequence[str]) -> tuple[Entry, ...]:
 def _entry(word: str) -> Entry:
     head, *settings = word.split(":")
     objective, plus, rival = head.partition("+")
-    if (
-        objective not in objectives()
-    ):  # runs are processes of their own, which know no class of the caller
+    if objective not in objectives():
+        loaded = sys.modules.get("nearkin.objectives")
+        if loaded is not None and objective in loaded.Objective.registry:
+            raise ConfigError(
+                f"The runs of a comparison are processes of their own, which do not have {printable(objective)}; "
+                "install the package that defines it, with an entry point in nearkin.objectives."
+            )
         raise unknown_objective(objective, objectives())
     if plus and (rival not in RIVALS or objective != BASELINE):
         raise ConfigError(

@@ -326,7 +326,7 @@ def _check(image: Any) -> None:
             return
         shape = " x ".join(map(str, image.shape))
         raise DataError(
-            f"An array of an image is uint8 H x W x 3, not {image.dtype} {shape}; convert it first."
+            f"An array of an image is uint8 H x W x 3 (grey: H x W), not {image.dtype} {shape}; convert it first."
         )
     from PIL.Image import Image
 

@@ -164,9 +164,14 @@ def load_bundle(run: Path, device: torch.device) -> Bundle:
     """
     description = read_description(run)
     try:
-        built = build(description.spec)
+        with torch.random.fork_rng(devices=[]):  # first weights are drawn, and replaced
+            built = build(description.spec)
     except ConfigError as error:
-        raise ModelError(f"The model of {printable(str(run))} cannot be built: {error}") from None
+        own = description.spec.objective not in Objective.registry
+        advice = " If it is one of your own, import its module first." if own else ""
+        raise ModelError(
+            f"The model of {printable(str(run))} cannot be built: {error}{advice}"
+        ) from None
     check_digest(run, description, WEIGHTS)
     tensors = read_safetensors(run / WEIGHTS)
     if any(tensor.dtype == torch.float64 for tensor in tensors.values()):

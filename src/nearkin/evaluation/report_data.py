@@ -160,8 +160,7 @@ def gather(
     doubt = suspects(kin.embeddings, kin.labels.numpy(), len(train.classes))
     listed = _suspicious(doubt)
     kept, place, related, with_kin = _training(kin, seen, listed)
-    early = np.concatenate([np.flatnonzero(~said.correct), place[listed]]) if with_tsne else None
-    images, variance = _images(seen, said, kin, kept, doubt, early)
+    images, variance = _images(seen, said, kin, kept, doubt, place[listed] if with_tsne else None)
     pairs = _pairs(metrics, images)
     uncertain = _smallest(said.calibrated, np.ones(len(seen.rows), dtype=bool))
     lists = _smallest(-said.calibrated, ~said.correct), uncertain, place[listed]
@@ -271,10 +270,12 @@ def _training(kin: Kin, seen: Seen, listed: Ints) -> tuple[Ints, Ints, Kinship, 
 
 
 def _images(
-    seen: Seen, said: _Said, kin: Kin, kept: Ints, doubt: Suspects, first: Ints | None
+    seen: Seen, said: _Said, kin: Kin, kept: Ints, doubt: Suspects, listed: Ints | None
 ) -> tuple[Images, float]:
-    """The images, and the share of the variance that their map shows. first: as for `_map`."""
+    """The images, and the share of the variance that their map shows. listed: places of the training images in a list,
+    which a map by t-SNE has; None without that map."""
     unlikely = unlike(kin, distance(nearest(kin, seen.embeddings, most=CLOSEST)))
+    first = None if listed is None else np.concatenate([np.flatnonzero(~said.correct), listed])
     places, other, variance = _map(seen.embeddings, kin.embeddings[kept], first)
     unknown = np.full(len(seen.rows), np.nan, np.float32)
     nothing = np.full(len(kept), np.nan, np.float32)

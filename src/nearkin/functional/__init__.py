@@ -1,4 +1,5 @@
-"""The losses: pure functions of tensors that return one value per anchor. Imports torch and jaxtyping only.
+"""The losses: pure functions of tensors that return one value per anchor (`PerAnchor`; `orthogonal_projection` one of
+the batch), and their targets and logits. Imports torch and jaxtyping only.
 
 validate: all losses check the values of their arguments unless validate=False, and raise ValueError with the row:
 integer labels must be in [0, C), or not negative where C is unknown; soft labels must be finite, not negative and sum

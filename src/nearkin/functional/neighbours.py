@@ -1,4 +1,5 @@
-"""CoNe: attention of a sample over its nearest neighbours in a bank."""
+"""CoNe: attention of a sample over its nearest neighbours in a bank. These are its equations one by one; training takes
+both terms at once from `_bank_attention`, which is faster and tested to be equal."""
 
 from __future__ import annotations
 

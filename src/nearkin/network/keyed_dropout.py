@@ -27,7 +27,8 @@ UNKEYED = {
 
 
 class RandomKey:
-    """Key of the masks of a forward pass; one object for all modules of a network.
+    """Key of the masks of a forward pass; one object for all modules of a network. Without a key torch's generator
+    draws one for each pass, and equal runs need its seed.
 
     A row is identified by (seed, step, view, position in the global batch); row v * b + i of a forward pass over
     `rows` images is view v of position offset + i, where b = rows / views.
@@ -49,8 +50,7 @@ class RandomKey:
     def prepare(self, device: torch.device) -> None:
         """Compute the words of the rows before the first draw. Compiled code then reads a tensor; the numbers of the
         key differ in each step and would cause a new compilation."""
-        if self._key is not None:
-            self._words(device)
+        self._words(device)
 
     def draw(
         self, number: int, shape: Sequence[int], device: torch.device, *, shared: bool = False
@@ -58,8 +58,7 @@ class RandomKey:
         """Uniform int64 of `shape` for module `number`.
 
         shape[0] is a multiple of the rows of the pass, and the entries of one image are contiguous, as in windowed
-        attention. shared: of a tensor that all images share, of any shape. Raises ValueError for another shape[0], or
-        when no key was set.
+        attention. shared: of a tensor that all images share, of any shape. Raises ValueError for another shape[0].
         """
         rows = 1 if shared else self._rows
         if rows == 0 or shape[0] % rows:
@@ -72,14 +71,14 @@ class RandomKey:
         """Mixed 64-bit words: `[rows]`, one per row, and `[1]` for all of them; computed once per pass."""
         if self._state is not None:
             return self._state
+        row = torch.arange(self._rows, device=device)
         if self._key is None:
-            raise ValueError(
-                "Dropout needs network.key.set(seed, step, offset, views) before training."
-            )
+            drawn = torch.randint(1 << 62, (1,), device=device)
+            self._state = _absorb(drawn, row), drawn
+            return self._state
         seed, step, offset, views = self._key
         if self._rows % views:
             raise ValueError(f"{self._rows} images are not {views} views of the same number.")
-        row = torch.arange(self._rows, device=device)
         size = self._rows // views
         state = row.new_zeros(1)
         for number in (seed, step):

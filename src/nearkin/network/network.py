@@ -77,7 +77,8 @@ class Network(nn.Module):
         """Run and train these heads, in this order.
 
         The other heads, and the backbone with `freeze_backbone`, get no gradient and stay in eval mode, also after
-        `train()`. Raises ModelError for a head that the network does not have.
+        `train()`. Everything else learns that was not frozen when the network was made, nor by `learn_blocks`. Raises
+        ModelError for a head that the network does not have.
         """
         unknown = [name for name in heads if name not in self._slots]
         if unknown:

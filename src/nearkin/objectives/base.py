@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nearkin.bank import NeighbourBank
 from nearkin.config import AutoShare, option
 from nearkin.functional import PerAnchor, cross_entropy, mean_valid, soft_pairs
+from nearkin.functional._checks import check_labels
 from nearkin.functional._common import class_rows
 from nearkin.network import Head
 from nearkin.teacher import TeacherPolicy
@@ -79,9 +80,10 @@ class Objective(nn.Module):
     `heads` belong to the network (`Network(backbone, objective.heads, ...)`), and so do their weights. The objective
     itself has no state but its bank.
 
-    A subclass registers itself: `class CoNe(Objective, name="cone")`. Without a name it is a base class of others.
-    The first line of its docstring is shown by `nearkin list objectives`. Its nested frozen `Config` declares the
-    options with defaults, ranges and descriptions, from which the command line, YAML and docs are made.
+    A subclass registers itself: `class CoNe(Objective, name="cone")`; it may be defined again. Without a name it is a
+    base class of others. The first line of its docstring is shown by `nearkin list objectives`. Its nested frozen
+    `Config` declares the options with defaults, ranges and descriptions, from which the command line, YAML and docs are
+    made.
     """
 
     registry: ClassVar[dict[str, type[Objective]]] = {}
@@ -112,6 +114,9 @@ class Objective(nn.Module):
         if "heads" in cls.__dict__:
             raise TypeError(f"{cls.__name__}.heads would be overwritten: `build` makes the heads.")
         if name:
+            old = Objective.registry.get(name, cls)
+            if (old.__module__, old.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise TypeError(f"{name} is the name of {old.__qualname__} already; take another.")
             cls.name = name
             Objective.registry[name] = cls
 
@@ -129,7 +134,13 @@ class Objective(nn.Module):
         super().__init__()
         facts = Facts(dim, classes, images, batch_size, device, pretrained)
         smoothing = 0.1 if pretrained else 0.0
+        if not isinstance(config, self.Config | None):
+            raise TypeError(
+                f"The options of {type(self).__name__} must be a {type(self).__name__}.Config, not a "
+                f"{type(config).__qualname__}."
+            )
         self.config = (config or self.Config()).fill(smoothing=smoothing).resolve(facts)
+        self.classes = classes
         self.register_buffer("class_weights", None, persistent=False)
         self.heads = self.build(dim, classes)
 
@@ -167,10 +178,24 @@ class Objective(nn.Module):
         """The stages of training, in order. Default: one that classifies one crop of each image."""
         return (Stage("classify", 1.0, heads=("classifier",)),)
 
+    def __call__(
+        self, batch: Batch, student: Outputs, teacher: Outputs | None, progress: Progress
+    ) -> Loss:
+        """`forward`, for labels in [0, C) or rows that sum to 1, and a stage of `stages()`. Raises ValueError for
+        others, from which a loss would follow that trains something else; on a GPU it is an assertion for labels."""
+        check_labels(batch.labels, len(batch.labels), classes=self.classes, validate=True)
+        names = [stage.name for stage in self.stages()]
+        if progress.stage not in names:
+            raise ValueError(
+                f"{type(self).__name__} has no stage {progress.stage!r}; it has {', '.join(names)}."
+            )
+        loss: Loss = super().__call__(batch, student, teacher, progress)
+        return loss
+
     def forward(
         self, batch: Batch, student: Outputs, teacher: Outputs | None, progress: Progress
     ) -> Loss:
-        """The loss of a gathered global batch. Pure: changes no state.
+        """The loss of a gathered global batch. Pure: changes no state. Called by `objective(...)`.
 
         batch.labels and batch.index have B rows, the outputs `student_views * B` (view after view).
         """

@@ -146,7 +146,7 @@ class CoNe(Objective, name="cone"):
     ) -> Loss:
         logits = required(student.logits)
         ce = self.classify(logits, batch.labels)
-        if progress.step < self.config.warmup_steps or teacher is None:
+        if progress.step < self.config.warmup_steps:
             loss = combine(ce=(1.0, ce))
             if student.embedding is not None:
                 # Where the classifier reads the features: several processes wait for each weight's gradient.
@@ -155,7 +155,7 @@ class CoNe(Objective, name="cone"):
             return loss._replace(terms=loss.terms | {"neighbour": zero, "consistency": zero})
         neighbour, target = bank_attention(
             unit(student.embedding),
-            unit(teacher.embedding),
+            unit(required(teacher, "embedding")),
             batch.labels,
             batch.index,
             self.bank.memory,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from nearkin.errors import DataError, printable
 from nearkin.evaluation.options import IDENTITY, check_run
-from nearkin.evaluation.own_data import place_of, stored_origin
+from nearkin.evaluation.own_data import is_own, own_listing, place_of, stored_origin
 from nearkin.files import write_atomic
 from nearkin.report.run import Before, Facts, run_page
 from nearkin.report.runs import Finished, runs_page
@@ -21,6 +21,7 @@ from nearkin.training.metrics_log import METRICS, read_metrics
 from nearkin.training.run_folder import REPORT, STATUS, stored_images, stored_settings
 
 if TYPE_CHECKING:
+    from nearkin.data.sources.listing import Listing
     from nearkin.evaluation.report_data import ReportData
 
 FILE_OF_SEVERAL = "runs.html"
@@ -50,14 +51,12 @@ def report(
     """
     check_run(run)
     from nearkin.data.dataset import load_for_evaluation
-    from nearkin.data.sources.resolve import resolve
     from nearkin.device import choose_device
     from nearkin.distributed import Runtime
     from nearkin.evaluation.ensemble import BATCH
     from nearkin.evaluation.evaluator import Evaluator
     from nearkin.evaluation.kin import read_kin
     from nearkin.evaluation.model import load_bundle
-    from nearkin.evaluation.own_data import is_own, own_listing, stored_origin
     from nearkin.evaluation.report_data import gather, see
 
     settings, origin = stored_settings(run), stored_origin(run)
@@ -74,21 +73,29 @@ def report(
         }
         if bad_images is not None:
             options["bad_images"] = bad_images
-        if data is None:
-            source = own_listing(settings.data, origin)
-        else:
-            source = resolve(str(data))
-            if origin is not None and not is_own(source, settings.data, origin):
-                raise DataError(
-                    f"{printable(str(data))} has other training images than those of {printable(str(run))}, which a "
-                    f"report shows; nearkin evaluate measures a run on other images."
-                )
+        source = _own(run, settings.data, data)
         train = load_for_evaluation(source, split="train", **options).split
         split = load_for_evaluation(source, **options).split
         evaluator = Evaluator(runtime, bundle.description.transform, batch_size=BATCH, workers=0)
         predictions, seen = see(evaluator, bundle.network, split)
         found = gather(predictions, seen, kin, train, bundle.description.temperature)
         return write_report(run, found, out)
+
+
+def _own(run: Path, trained: str, given: str | None) -> Listing:
+    """The images of the run, in the place `given`, else where they were. Raises DataError for others."""
+    from nearkin.data.sources.resolve import resolve
+
+    origin = stored_origin(run)
+    if given is None:
+        return own_listing(trained, origin)
+    found = resolve(str(given))
+    if origin is not None and not is_own(found, trained, origin):
+        raise DataError(
+            f"{printable(str(given))} has other training images than {printable(str(run))} was trained on, which a "
+            f"report shows; nearkin evaluate measures a run on other images."
+        )
+    return found
 
 
 def report_several(runs: Sequence[Path], out: Path | None = None) -> Path:

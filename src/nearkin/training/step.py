@@ -130,7 +130,7 @@ class Stepper:
         block = block._replace(student=microbatch.leaves(block.student))
         whole = self._gather(block)
         loss = self.objective(*whole, progress)
-        loss.total.backward()
+        torch.autograd.backward(loss.total)
         images = len(block.batch.labels)
         for number, piece in enumerate(pieces):
             with self.runtime.accumulating(self._wrapped, unfinished=number < len(pieces) - 1):
