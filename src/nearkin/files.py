@@ -8,6 +8,7 @@ import errno
 import hashlib
 import io
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -97,8 +98,10 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     The temporary file is in the same folder, since a rename is atomic inside one file system only. Of several writers
     one wins. Raises `SaveFailed`, also from writing to the file.
     """
-    # A part of the name: with more, the longest names that a file system allows would be too long.
-    temporary = path.with_name(f".tmp-{path.name[:50]}-{os.getpid()}")
+    # A part of the name: with more, the longest names that a file system allows would be too long. The sum tells names
+    # apart that begin alike: threads write them at once.
+    number = zlib.crc32(os.fsencode(path.name))
+    temporary = path.with_name(f".tmp-{path.name[:40]}-{number:08x}-{os.getpid()}")
     failure = f"{printable(str(path))} could not be written"
     try:
         with reporting(failure):

@@ -25,7 +25,9 @@ from nearkin.comparison import run as comparison_run
 from nearkin.comparison.api import compare
 from nearkin.comparison.launch import Machine
 from nearkin.comparison.plan import Terms
+from nearkin.config import CompareOptions
 from nearkin.errors import ConfigError, DataError, ModelError, Stopped
+from nearkin.files import SaveFailed
 from nearkin.process import GPU_THREADS, SHARE, cores
 from nearkin.training.run_folder import stored_settings, stored_state
 
@@ -194,8 +196,30 @@ def test_a_comparison_that_was_killed_before_its_first_run_goes_on(done, photos,
 def test_changed_images_are_not_mixed_with_earlier_runs(done, photos, tmp_path):
     more = shutil.copytree(photos, tmp_path / "photos")
     write_image(more / "cat" / "new.png", 0, 99)
-    with pytest.raises(ConfigError, match="images in .* are not those of the runs"):
-        again(done, more, tmp_path / "out")
+    out = shutil.copytree(done.folder, tmp_path / "out")
+    with pytest.raises(ConfigError, match="images in .*photos are not those of the runs in"):
+        again(done, more, out)
+    # What the runs test on has not changed either.
+    assert (out / "split.csv").read_bytes() == (done.folder / "split.csv").read_bytes()
+
+
+def test_what_is_decoded_is_no_term(done, photos, tmp_path):
+    """Less room in memory, where automatic caches are, changes no result."""
+    out = shutil.copytree(done.folder, tmp_path / "out")
+    for path in (out / "runs").glob("*.yaml"):
+        assert "cache" not in path.read_text()
+        path.write_text(f"{path.read_text()}cache: ram\n")  # of an earlier version
+    assert [run.state for run in again(done, photos, out).runs] == ["finished"] * 4
+
+
+def test_a_number_of_runs_at_a_time_is_kept_where_minutes_are_equal(tmp_path):
+    values = {"data": "digits", "minutes": 1.0}
+    for number, expected in ((3, 3), (5, 3)):
+        options = CompareOptions(budget="minutes")
+        folder, _ = api._folder(tmp_path / "out", "digits", api.Request(options, (), values, 0))
+        planned = SimpleNamespace(machine=lambda *_, number=number: Machine(number))
+        found = api._with_jobs(folder, planned, api.Request(options, (), values, 0))
+        assert found.options.jobs == expected
 
 
 @pytest.mark.parametrize("content", ["", "garbage\n", "path,label\na,b\n"])
@@ -244,11 +268,15 @@ def test_few_test_images_are_refused_before_anything_runs(tmp_path):
         ({"log_every": 3}, "--log-every is not for compare"),
         ({"submit": "ray2"}, "submit"),
         ({"seeds": 0}, "seeds"),
+        (
+            {"pick": True, "images_per_class": 5, "data": "digits"},
+            "needs image files, not built-in",
+        ),
     ],
 )
 def test_bad_options_are_refused_before_anything_runs(photos, tmp_path, options, message):
     asked = {k: v for k, v in options.items() if k in ("budget", "submit", "seeds", "pick")}
-    values = {k: v for k, v in options.items() if k not in asked} | {"data": str(photos)}
+    values = {"data": str(photos)} | {k: v for k, v in options.items() if k not in asked}
     values["out"] = tmp_path / "out"
     with pytest.raises(ConfigError, match=message):
         api.compare_options(asked, values, quiet=True)
@@ -543,6 +571,15 @@ def test_equal_minutes(photos, tmp_path):
     assert [int(row["epochs"]) for row in rows] == [run.epochs for run in found.runs]
 
 
+def searched(tune, at_once=1):
+    """What a search is asked for: so many trials of the learning rate of one entry."""
+    entry = SimpleNamespace(name="ce", folder="ce", options={})
+    term = Terms(entry, {}, 1, (), 1, 1, SimpleNamespace(lr=0.1, options={}), "")
+    planned = SimpleNamespace(terms=[term], values={}, machine=lambda *_: Machine(at_once))
+    options = SimpleNamespace(budget="epochs", jobs=1, tune=tune)
+    return planned, SimpleNamespace(options=options, seed=0)
+
+
 def test_the_best_of_the_trials_is_taken(tmp_path, monkeypatch):
     """Trials are stubs: the default learning rate, then others, the validation value a function of it."""
     taken = []
@@ -553,17 +590,40 @@ def test_the_best_of_the_trials_is_taken(tmp_path, monkeypatch):
         return taken[-1][0]
 
     monkeypatch.setattr(tuning._Search, "_trial", trial)
-    entry = SimpleNamespace(name="ce", folder="ce", options={})
-    term = Terms(entry, {}, 1, (), 1, 1, SimpleNamespace(lr=0.1, options={}), "")
-    planned = SimpleNamespace(terms=[term], values={}, machine=lambda *_: Machine(1))
-    options = SimpleNamespace(budget="epochs", jobs=1, tune=6)
-    request = SimpleNamespace(options=options, seed=0)
-    (found,), (told,) = tuning.tuned(tmp_path, planned, request, quiet=True)
+    (found,), (told,) = tuning.tuned(tmp_path, *searched(6), quiet=True)
     assert len(taken) == 6
     assert taken[0][1] == pytest.approx(0.1)
     value, rate = max(taken)
     assert found.options == {"lr": pytest.approx(rate, rel=1e-3)}
     assert f"the best on validation ({100 * value:.2f} %) of 6 trials" in told
+
+
+@pytest.mark.parametrize("tune", [2, 4])
+def test_a_search_that_is_stopped_does_not_go_on_with_what_it_has(tmp_path, monkeypatch, tune):
+    """Two trials at a time: Optuna drops what the last ones raise."""
+
+    def trial(search, each):
+        each.suggest_float("lr", 0.01, 1.0, log=True)
+        if each.number >= tune - 2:
+            search.stop.set()
+            raise Stopped("stopped")
+        return 0.5
+
+    monkeypatch.setattr(tuning._Search, "_trial", trial)
+    search = searched(tune, 2)
+    with pytest.raises(Stopped):
+        tuning.tuned(tmp_path, *search, quiet=True)
+
+
+def test_a_trial_that_cannot_be_saved_ends_the_search(tmp_path, monkeypatch):
+    def trial(search, each):
+        if each.number == 2:
+            raise SaveFailed("no room")
+        return each.suggest_float("lr", 0.01, 1.0, log=True)
+
+    monkeypatch.setattr(tuning._Search, "_trial", trial)
+    with pytest.raises(SaveFailed, match="no room"):
+        tuning.tuned(tmp_path, *searched(3, 2), quiet=True)
 
 
 @pytest.mark.slow

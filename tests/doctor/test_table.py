@@ -55,6 +55,19 @@ def test_the_verb_lists_findings_and_files(data, tmp_path, capsys):
     assert "2 errors, 0 warnings" in shown.err
 
 
+def test_what_training_would_refuse_is_an_error(tmp_path, monkeypatch, capsys):
+    """One image of each class: none can be held out."""
+    monkeypatch.chdir(tmp_path)
+    for seed, kind in enumerate(("ant", "bee", "cat")):
+        (tmp_path / "data" / kind).mkdir(parents=True)
+        photo(seed).save(tmp_path / "data" / kind / "0.png")
+    assert doctor("data", "--objective", "ce", "--write-table", "t.csv", forecast=True) == 3
+    shown = capsys.readouterr()
+    assert re.search(r"error +objective +training would not start: No class has two", shown.out)
+    assert "it cannot be trained on: No class has two training images" in shown.err
+    assert "next: nearkin train" not in shown.err
+
+
 def test_json_and_out(data, tmp_path, capsys):
     (tmp_path / "here").mkdir()
     assert doctor(data, "--json", "--out", tmp_path / "here") == 3

@@ -101,8 +101,13 @@ def test_a_report_shows_the_images_of_its_run_only(run, tmp_path):
     assert report(run, data="moved", out=tmp_path / "page.html").is_file()
     write_classes(tmp_path / "others", suffix=".png")
     write_image(tmp_path / "others" / "cat" / "3.png", number=99)
-    with pytest.raises(DataError, match="others has other training images than"):
+    with pytest.raises(DataError, match="Training images in others have other sizes"):
         report(run, data="others")
+    assert report(run, data="others", out=tmp_path / "page.html", bad_images="skip").is_file()
+    write_image(tmp_path / "others" / "cat" / "99.png")
+    for policy in ("error", "skip"):
+        with pytest.raises(DataError, match="others has other training images than"):
+            report(run, data="others", bad_images=policy)
     assert (run / "report.html").read_bytes() == before
 
 

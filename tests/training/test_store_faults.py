@@ -9,8 +9,11 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 import warnings
+import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -302,10 +305,29 @@ def test_an_atomic_write_refused_or_not_leaves_no_temporary(tmp_path: Path) -> N
 
 def test_an_atomic_write_does_not_follow_a_link_that_someone_left(tmp_path: Path) -> None:
     (tmp_path / "theirs").write_bytes(b"theirs")
-    (tmp_path / f".tmp-status.json-{os.getpid()}").symlink_to(tmp_path / "theirs")
+    number = zlib.crc32(b"status.json")
+    left = tmp_path / f".tmp-status.json-{number:08x}-{os.getpid()}"
+    left.symlink_to(tmp_path / "theirs")
     write_atomic(tmp_path / "status.json", b"ours")
+    assert not left.is_symlink()
     assert (tmp_path / "theirs").read_bytes() == b"theirs"
     assert (tmp_path / "status.json").read_bytes() == b"ours"
+
+
+def test_threads_write_files_whose_long_names_begin_alike(tmp_path: Path) -> None:
+    """As the options of trials that start at the same time."""
+    paths = [tmp_path / f"{'x' * 60}-{number}.yaml" for number in range(8)]
+    together = threading.Barrier(len(paths))
+
+    def write(path: Path) -> None:
+        for _ in range(20):
+            together.wait()
+            write_atomic(path, path.name.encode())
+
+    with ThreadPoolExecutor(len(paths)) as pool:
+        list(pool.map(write, paths))
+    assert [path.read_text() for path in paths] == [path.name for path in paths]
+    assert names(tmp_path) == sorted(path.name for path in paths)
 
 
 def test_nothing_is_saved_or_removed_through_a_link(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from nearkin.cli import show
 from nearkin.cli.arguments import Parser, whole_number
 from nearkin.doctor.findings import FILE, check_target, concerned, summary, write_findings
-from nearkin.errors import ConfigError, counted, listed, printable
+from nearkin.errors import ConfigError, DataError, counted, listed, printable
 from nearkin.process import launched
 
 if TYPE_CHECKING:
@@ -132,6 +132,17 @@ def _table(name: str, findings: Path) -> Path:
     return table
 
 
+def _refused(table: Path) -> list[str]:
+    """Why a training with this table would not start: a validation split may need more images."""
+    from nearkin.data.dataset import load_dataset
+
+    try:
+        load_dataset(str(table), check=None)
+    except DataError as error:
+        return [str(error).rstrip(".")]
+    return []
+
+
 def _write(table: Path, report: Report) -> str:
     """Write the table, and say what it leaves out."""
     from nearkin.doctor.classes import class_findings
@@ -146,7 +157,7 @@ def _write(table: Path, report: Report) -> str:
         finding.text
         for finding in class_findings(inventory.without(report.superfluous | marked))
         if finding.level == "error"
-    ]
+    ] or _refused(table)
     then = (
         f"; it cannot be trained on: {'; '.join(errors)}"
         if errors

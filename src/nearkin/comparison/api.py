@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Unpack
 import yaml
 
 from nearkin.comparison.entries import REFUSED, Entry, parse
-from nearkin.config import Auto, CompareOptions, RunConfig, read_yaml, to_yaml, validate
+from nearkin.config import (
+    CONFIG_FILE,
+    Auto,
+    CompareOptions,
+    RunConfig,
+    read_yaml,
+    to_yaml,
+    validate,
+)
+from nearkin.data.sources.builtin import BUILTIN
 from nearkin.errors import ConfigError, Stopped, counted, printable, to_install
 from nearkin.files import write_atomic
 from nearkin.process import exit_if_importing_main, launched
@@ -95,6 +104,7 @@ def compare_options(
             if not known:  # nothing has run in it
                 shutil.rmtree(folder, ignore_errors=True)
             raise
+        request = _with_jobs(folder, planned, request)
         try:
             return _compare(folder, config, planned, request, quiet)
         except Stopped as error:
@@ -110,7 +120,7 @@ def _compare(
 
         found_terms, told = tuned(folder, planned, request, quiet=quiet)
         planned = planned._replace(terms=found_terms, notes=(*planned.notes, *told))
-    from nearkin.comparison.plan import jobs
+    from nearkin.comparison.plan import equal, jobs
     from nearkin.comparison.results import collect
     from nearkin.comparison.tables import write
 
@@ -129,7 +139,7 @@ def _compare(
         planned.terms,
         every,
         data=config.data,
-        equal=_equal(request, planned.terms),
+        equal=equal(planned.terms, request.options.budget, request.values.get("minutes")),
         notes=planned.notes,
     )
     write(found)  # before the winner trains, which may fail
@@ -168,11 +178,17 @@ def _plan(
 
     from nearkin.comparison.launch import visible_gpus
     from nearkin.comparison.plan import terms, unequal
-    from nearkin.comparison.splits import with_test
+    from nearkin.comparison.splits import other_images, rows_with_test, write_table
+    from nearkin.comparison.tuning import OTHER_SEED
 
     (folder / RUNS).mkdir(exist_ok=True)
     table, values, notes = folder / SPLIT, request.values, tuple[str, ...]()
-    if listing is not None and with_test(listing, table):
+    rows = None if listing is None else rows_with_test(listing)
+    if rows is not None:
+        begun = any((folder / RUNS).glob(f"*/{CONFIG_FILE}"))
+        if begun and other_images(table, rows):  # what the runs test on may not change
+            raise _other_images(config.data, folder)
+        write_table(table, rows)
         values = values | {"data": str(table)}
         note = (
             f"{config.data} has no test split: a fifth of its training images is held out ({SPLIT})"
@@ -184,7 +200,7 @@ def _plan(
             request.entries,
             values,
             budget=request.options.budget,
-            seeds=request.seeds,
+            seeds=[*request.seeds, *([request.seed + OTHER_SEED] if request.options.tune else [])],
             runtime=runtime,
             quiet=quiet,
         )
@@ -198,6 +214,29 @@ def _plan(
         if gpus:
             torch.cuda.empty_cache()  # of this process, which waits while the runs train
         return Planned(found, values, device, gpus, notes)
+
+
+def _with_jobs(folder: Path, planned: Planned, request: Request) -> Request:
+    """The request with the number for `--jobs auto`, where it is part of the terms: the memory that is free later would
+    give another one."""
+    from nearkin.comparison.launch import MANY
+
+    options = request.options
+    if options.budget != "minutes" or options.jobs != "auto" or options.submit != "no":
+        return request
+    number = read_yaml(folder / REQUEST)["jobs"]
+    if number == "auto":
+        number = planned.machine("auto", MANY).number
+    request = request._replace(options=options.model_copy(update={"jobs": number}))
+    _write_request(folder, request)
+    return request
+
+
+def _other_images(data: str, folder: Path) -> ConfigError:
+    return ConfigError(
+        f"The images in {printable(data)} are not those of the runs in {printable(str(folder))} (names, sizes or "
+        "classes differ); put them back, or give another --out."
+    )
 
 
 def _request(asked: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[Request, Path | None]:
@@ -226,13 +265,17 @@ def _request(asked: Mapping[str, Any], values: Mapping[str, Any]) -> tuple[Reque
         raise ConfigError(f"--tune needs Optuna; {to_install('tune')}.")
     if options.submit == "ray" and find_spec("ray") is None:
         raise ConfigError(f"--submit ray needs Ray; {to_install('ray')}.")
+    if options.pick and config.images_per_class is not None and config.data in BUILTIN:
+        raise ConfigError(
+            "--pick trains on the images that --images-per-class chose and those of validation, which needs image "
+            "files, not built-in data; leave one of the two out."
+        )
     entries = parse(options.objectives.split(","))
     return Request(options, entries, own, config.seed), config.out
 
 
 def _check_validation(data: str) -> None:
     """Raises ConfigError where there is no validation split to pick by."""
-    from nearkin.data.sources.builtin import BUILTIN
     from nearkin.data.sources.resolve import resolve
 
     if data in BUILTIN or "val" not in resolve(data).parts:
@@ -250,6 +293,8 @@ def _folder(out: Path | None, data: str, request: Request) -> tuple[Path, bool]:
         raise ConfigError(f"{shown} exists and holds no comparison; give another --out.")
     usual = CompareOptions().model_dump()  # of options that came later
     stored, now = usual | _plain(read_yaml(out / REQUEST)), _plain(_described(request))
+    if request.options.budget == "minutes" and now["jobs"] == "auto":
+        now["jobs"] = stored["jobs"]
     changed = [name for name in stored | now if stored.get(name) != now.get(name)]
     # How many runs share the machine is part of what they get in equal minutes.
     free = set(FREE) - ({"jobs"} if request.options.budget == "minutes" else set())
@@ -291,17 +336,15 @@ def _write_jobs(folder: Path, jobs: Sequence[Job], planned: Planned, request: Re
         path, run = folder / f"{job.name}.yaml", folder / job.name
         text = to_yaml(job.config, given=True)
         if run.exists() and path.exists():
-            if _without_data(path) != yaml.safe_load(text) | {"data": None}:
+            stored, now = (_plain_terms(each) for each in (path.read_text(encoding="utf-8"), text))
+            if stored != now:
                 raise ConfigError(
                     f"The terms of {printable(job.entry.name)} are no longer those of the runs in {where}; give "
                     "another --out."
                 )
             alike = job.seed == request.seed or job.config.images_per_class is None
             if alike and run_folder.stored_images(run) not in (None, planned.terms[0].images):
-                raise ConfigError(
-                    f"The images in {printable(job.config.data)} are not those of the runs in {where} (names, sizes or "
-                    "classes differ); put them back, or give another --out."
-                )
+                raise _other_images(job.config.data, folder.parent)
         write_atomic(path, text.encode())
 
 
@@ -310,8 +353,9 @@ def _others(folder: Path, names: Sequence[str]) -> int:
     return len({path.parent.name for path in folder.glob("*/config.yaml")} - set(names))
 
 
-def _without_data(path: Path) -> Any:
-    return yaml.safe_load(path.read_text(encoding="utf-8")) | {"data": None}
+def _plain_terms(text: str) -> Any:
+    """Without the place of the images, and of what is decoded, which changes no pixel."""
+    return yaml.safe_load(text) | {"data": None, "cache": None}
 
 
 def _run_all(
@@ -352,34 +396,3 @@ def _run_all(
         launch.ray(runs.absolute(), names, end)
     else:
         launch.local(runs, names, machine, end)
-
-
-def _equal(request: Request, terms: Sequence[Terms]) -> dict[str, str]:
-    """What was the same for all, in words."""
-    first, options = terms[0].settings, request.options
-    if options.budget == "crops":
-        epochs = terms[0].epochs or 0
-        budget = f"{terms[0].crops(epochs):,} crops through the network ({counted(epochs, 'epoch')} of ce)"
-    else:
-        budget = f"{request.values['minutes']} minutes"
-    from nearkin.training.prepare import origin
-
-    sampler = terms[0].options.get("sampler", first.sampler)
-    given = dict[str, str]()
-    for each in terms:
-        if named := each.entry.of_the_run:
-            words = ", ".join(f"{name} {value}" for name, value in named.items())
-            given[f"except {each.entry.name}"] = words
-    if first.images_per_class is not None:
-        given["training images"] = f"{first.images_per_class} of each class, others at another seed"
-    return given | {
-        "budget": budget,
-        "network": f"{first.model}, {origin(first)}, the same weights at the same seed",
-        "images": f"{first.image_size} px to train, {first.eval_size} px to evaluate, batches of {first.batch_size}",
-        "augmentation": f"{first.augment}, the same draws at the same seed",
-        "order": f"{sampler}, the same at the same seed",
-        "test": "never looked at before the end of a run",
-        "validation": "chose the best epoch of each run"
-        if first.val_split > 0
-        else "as in the data, if there is any",
-    }

@@ -17,7 +17,7 @@ from nearkin.objectives import Stage
 from nearkin.settings import Settings
 from nearkin.training.console import say
 from nearkin.training.loop import legs
-from nearkin.training.prepare import Prepared, prepare
+from nearkin.training.prepare import Prepared, origin, prepare
 
 Budget = Literal["crops", "minutes"]
 UNLIMITED = 100_000  # epochs; the minutes decide
@@ -29,7 +29,7 @@ ALIKE = (
     *("model", "model_options", "pretrained", "stem", "image_size", "channels", "blocks"),
     *("freeze_batchnorm", "batch_size", "augment", "crop_scale", "randaugment", "jitter"),
     *("jitter_prob", "grey_prob", "erasing", "flip", "mixup", "cutmix", "eval_size", "eval_crop"),
-    *("cache", "decode", "per_class", "repeats", "probe_images"),
+    *("decode", "per_class", "repeats", "probe_images"),
 )
 
 
@@ -84,7 +84,7 @@ def terms(
     entry that is the same as cross-entropy here is left out with a note.
 
     The images are looked at and the probe's features computed before the runs, so that none of equal minutes pays for
-    all. Raises what `prepare` raises.
+    all. seeds: of the runs and trials that will train. Raises what `prepare` raises.
     """
     free = {"minutes": 0.0}  # what a stopwatch says is no term: each run plans its own minutes
     seed = seeds[0]
@@ -239,6 +239,35 @@ def jobs(found: Sequence[Terms], options: Mapping[str, Any], seeds: Sequence[int
         for seed in seeds
         for each in found
     ]
+
+
+def equal(terms: Sequence[Terms], budget: Budget, minutes: float | None) -> dict[str, str]:
+    """What was the same for all, in words. minutes: of each run, where they are the budget."""
+    first = terms[0].settings
+    if budget == "crops":
+        epochs = terms[0].epochs or 0
+        amount = f"{terms[0].crops(epochs):,} crops through the network ({counted(epochs, 'epoch')} of ce)"
+    else:
+        amount = f"{minutes} minutes"
+    sampler = terms[0].options.get("sampler", first.sampler)
+    given = dict[str, str]()
+    for each in terms:
+        if named := each.entry.of_the_run:
+            words = ", ".join(f"{name} {value}" for name, value in named.items())
+            given[f"except {each.entry.name}"] = words
+    if first.images_per_class is not None:
+        given["training images"] = f"{first.images_per_class} of each class, others at another seed"
+    return given | {
+        "budget": amount,
+        "network": f"{first.model}, {origin(first)}, the same weights at the same seed",
+        "images": f"{first.image_size} px to train, {first.eval_size} px to evaluate, batches of {first.batch_size}",
+        "augmentation": f"{first.augment}, the same draws at the same seed",
+        "order": f"{sampler}, the same at the same seed",
+        "test": "never looked at before the end of a run",
+        "validation": "chose the best epoch of each run"
+        if first.val_split > 0
+        else "as in the data, if there is any",
+    }
 
 
 def _config(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import csv
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from nearkin.data.dataset import Dataset, stratified
@@ -13,14 +14,14 @@ from nearkin.files import write_csv
 TEST_SHARE = 0.2  # of the training images of each class
 
 
-def with_test(listing: Listing, table: Path) -> bool:
-    """Write `table` with a fifth of the training images as a test split where the data have none: the same ones as long
-    as the images are the same. Returns whether it was written.
+Row = tuple[str, str, str]  # path, label, split
 
-    Raises DataError where no image can be spared, SaveFailed when the table cannot be written.
-    """
+
+def rows_with_test(listing: Listing) -> list[Row] | None:
+    """The images with a fifth of the training images as a test split where the data have none: the same ones as long as
+    the images are the same; None where they have one. Raises DataError where no image can be spared."""
     if "test" in listing.parts:
-        return False
+        return None
     train = listing.parts["train"]
     held = set(stratified(train.labels, TEST_SHARE, seed=0).tolist())
     if not held:
@@ -28,13 +29,25 @@ def with_test(listing: Listing, table: Path) -> bool:
             f"No class of {printable(listing.data)} has two training images, so none can be held out to test; "
             "give more images, or a test split."
         )
-    rows = [
+    return [
         (path, label, "test" if split == "train" and place in held else split)
         for split, part in listing.parts.items()
         for place, (path, label) in enumerate(_images(part))
     ]
+
+
+def other_images(table: Path, rows: Sequence[Row]) -> bool:
+    """Whether `table` is there and has other rows."""
+    try:
+        with table.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+            return [tuple(row) for row in csv.reader(file)][1:] != list(rows)
+    except (OSError, csv.Error):
+        return False
+
+
+def write_table(table: Path, rows: Sequence[Row]) -> None:
+    """Raises SaveFailed."""
     write_csv(table, ("path", "label", "split"), rows)
-    return True
 
 
 def with_validation_in_training(listing: Listing, table: Path) -> bool:
@@ -50,7 +63,7 @@ def with_validation_in_training(listing: Listing, table: Path) -> bool:
         for split, part in listing.parts.items()
         for path, label in _images(part)
     ]
-    write_csv(table, ("path", "label", "split"), rows)
+    write_table(table, rows)
     return True
 
 
@@ -68,7 +81,7 @@ def with_limited_training(chosen: Dataset, table: Path) -> bool:
         for split, files in chosen.files.items()
         for row, label in enumerate(chosen.splits[split].labels)
     ]
-    write_csv(table, ("path", "label", "split"), rows)
+    write_table(table, rows)
     return True
 
 

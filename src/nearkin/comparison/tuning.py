@@ -6,6 +6,7 @@ import shutil
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -76,7 +77,9 @@ def tuned(
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(
+        optuna.logging.ERROR
+    )  # its warnings are tracebacks of what is raised here
     place = folder / FOLDER
     place.mkdir(exist_ok=True)
     storage = JournalStorage(JournalFileBackend(str(place / JOURNAL)))
@@ -123,6 +126,7 @@ class _Search:
     ) -> None:
         self.folder, self.term, self.values = folder, term, values
         self.request, self.machine, self.stop = request, machine, stop
+        self.errors: list[Exception] = []
         self.places: SimpleQueue[int] = SimpleQueue()
         for place in range(machine.number):
             self.places.put(place)
@@ -162,7 +166,12 @@ class _Search:
         done = len(study.get_trials(deepcopy=False, states=ended))
         missing = self.request.options.tune - done
         if missing > 0:
-            study.optimize(self._trial, n_trials=missing, n_jobs=self.machine.number)
+            with suppress(Exception):  # of several at a time Optuna raises some
+                study.optimize(self._caught, n_trials=missing, n_jobs=self.machine.number)
+        if self.stop.is_set():
+            raise Stopped(launch.STOPPED)
+        if self.errors:
+            raise self.errors[0]
         if study.best_value < 0:
             raise ConfigError(
                 f"Every trial of {printable(self.term.entry.name)} failed; its errors are in "
@@ -185,6 +194,19 @@ class _Search:
             name: min(max(float(values[name]), each.low), each.high)
             for name, each in self.ranges.items()
         }
+
+    def _caught(self, trial: Trial) -> float:
+        """As `_trial`; what it raises, but for a trial that is given up, is kept."""
+        from optuna import TrialPruned
+
+        try:
+            return self._trial(trial)
+        except TrialPruned:
+            raise
+        except Exception as error:
+            self.errors.append(error)
+            trial.study.stop()
+            raise
 
     def _trial(self, trial: Trial) -> float:
         """The best validation value of a run with the options of this trial; -1 where it fails."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,10 @@ def diagnose(
     remaining = seen.without(marked.out)
     findings += quality_findings(inventory, remaining)
     compared, out = _compared(inventory, seen, remaining, described)
-    findings += (*compared, *outlook)
+    findings += compared
+    if count(findings, "error"):  # then the reason is there already
+        outlook = [replace(each, level="ok") for each in outlook]
+    findings += outlook
     return Report(str(data), tuple(findings), inventory, marked, out | set(remaining.reasons))
 
 

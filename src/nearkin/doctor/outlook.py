@@ -58,9 +58,7 @@ def objective_findings(listing: Listing, config: RunConfig) -> Iterator[Finding]
             # As if it were continued: then no weights are loaded, which would not change anything here.
             prepared = prepare(config, runtime, listing=listing, begun=True, look=False)
         except DataError as error:
-            yield Finding(
-                "ok", "objective", f"not forecast, since training would not start: {error}"
-            )
+            yield Finding("error", "objective", f"training would not start: {error}".rstrip("."))
             return
         found = outlook(prepared)
     yield from _findings(prepared, found, automatic=config.sampler == "auto")

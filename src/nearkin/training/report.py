@@ -73,7 +73,7 @@ def report(
         }
         if bad_images is not None:
             options["bad_images"] = bad_images
-        source = _own(run, settings.data, data)
+        source = _own(run, settings.data, data, bad_images)
         train = load_for_evaluation(source, split="train", **options).split
         split = load_for_evaluation(source, **options).split
         evaluator = Evaluator(runtime, bundle.description.transform, batch_size=BATCH, workers=0)
@@ -82,18 +82,28 @@ def report(
         return write_report(run, found, out)
 
 
-def _own(run: Path, trained: str, given: str | None) -> Listing:
-    """The images of the run, in the place `given`, else where they were. Raises DataError for others."""
+def _own(run: Path, trained: str, given: str | None, bad_images: str | None) -> Listing:
+    """The images of the run, in the place `given`, else where they were. Raises DataError for others; files of other
+    sizes, as where some broke, need `bad_images` skip."""
+    from nearkin.data.dataset import names_of
     from nearkin.data.sources.resolve import resolve
 
     origin = stored_origin(run)
     if given is None:
         return own_listing(trained, origin)
     found = resolve(str(given))
-    if origin is not None and not is_own(found, trained, origin):
+    if origin is None or is_own(found, trained, origin):
+        return found
+    where, of = printable(str(given)), printable(str(run))
+    if "train" not in found.parts or names_of(found) != origin.names:
         raise DataError(
-            f"{printable(str(given))} has other training images than {printable(str(run))} was trained on, which a "
-            f"report shows; nearkin evaluate measures a run on other images."
+            f"{where} has other training images than {of} was trained on, which a report shows; nearkin evaluate "
+            "measures a run on other images."
+        )
+    if bad_images != "skip":
+        raise DataError(
+            f"Training images in {where} have other sizes than those of {of}; if they are the same images, "
+            "--bad-images skip takes them, without those that cannot be read."
         )
     return found
 
