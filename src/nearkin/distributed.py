@@ -122,18 +122,19 @@ class Runtime:
         if error is None:
             self.close()
             return
-        self._give_back()
         cause = named(error)
         self.failures.report(cause, own=cause is error)
+        with suppress(RuntimeError):  # of a GPU that has failed
+            self._give_back()
         if cause is not error:
             raise cause from error
 
     def close(self) -> None:
         """Leave the process group, so that a second run in this process can start its own."""
         self.failures.stop_watching()
-        self._give_back()
         if self.world_size > 1:
             dist.destroy_process_group()
+        self._give_back()
 
     def _give_back(self) -> None:
         """Of the process that called."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import shutil
@@ -194,11 +195,12 @@ def test_a_comparison_that_was_killed_before_its_first_run_goes_on(done, photos,
 
 
 def test_changed_images_are_not_mixed_with_earlier_runs(done, photos, tmp_path):
-    more = shutil.copytree(photos, tmp_path / "photos")
-    write_image(more / "cat" / "new.png", 0, 99)
+    new = photos / "cat" / "new.png"
+    write_image(new, 0, 99)
     out = shutil.copytree(done.folder, tmp_path / "out")
     with pytest.raises(ConfigError, match="images in .*photos are not those of the runs in"):
-        again(done, more, out)
+        again(done, photos, out)
+    new.unlink()
     # What the runs test on has not changed either.
     assert (out / "split.csv").read_bytes() == (done.folder / "split.csv").read_bytes()
 
@@ -596,6 +598,26 @@ def test_the_best_of_the_trials_is_taken(tmp_path, monkeypatch):
     value, rate = max(taken)
     assert found.options == {"lr": pytest.approx(rate, rel=1e-3)}
     assert f"the best on validation ({100 * value:.2f} %) of 6 trials" in told
+
+
+def test_a_journal_that_cannot_be_written_ends_the_search(tmp_path, monkeypatch):
+    from optuna.storages.journal import JournalFileBackend
+
+    append = JournalFileBackend.append_logs
+    calls = []
+
+    def full(self, logs):
+        calls.append(logs)
+        if len(calls) > 12:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append(self, logs)
+
+    monkeypatch.setattr(
+        tuning._Search, "_trial", lambda _, trial: trial.suggest_float("lr", 0.01, 1)
+    )
+    monkeypatch.setattr(JournalFileBackend, "append_logs", full)
+    with pytest.raises(OSError, match="No space"):
+        tuning.tuned(tmp_path, *searched(6), quiet=True)
 
 
 @pytest.mark.parametrize("tune", [2, 4])

@@ -68,6 +68,13 @@ def test_what_training_would_refuse_is_an_error(tmp_path, monkeypatch, capsys):
     assert "next: nearkin train" not in shown.err
 
 
+def test_a_broken_image_hides_no_warning_of_the_forecast(data, capsys):
+    words = ["--objective", "supcon", "--objective.views", "1", "--batch-size", "2"]
+    words += ["--sampler", "shuffle"]
+    assert doctor(data, *words, forecast=True) == 3
+    assert re.search(r"warning +no-positives", capsys.readouterr().out)
+
+
 def test_json_and_out(data, tmp_path, capsys):
     (tmp_path / "here").mkdir()
     assert doctor(data, "--json", "--out", tmp_path / "here") == 3

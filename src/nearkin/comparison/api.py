@@ -234,8 +234,8 @@ def _with_jobs(folder: Path, planned: Planned, request: Request) -> Request:
 
 def _other_images(data: str, folder: Path) -> ConfigError:
     return ConfigError(
-        f"The images in {printable(data)} are not those of the runs in {printable(str(folder))} (names, sizes or "
-        "classes differ); put them back, or give another --out."
+        f"The images in {printable(data)} are not those of the runs in {printable(str(folder))} (names, sizes, "
+        "classes or folders differ); put them back, or give another --out."
     )
 
 

@@ -114,7 +114,9 @@ def terms(
         _check_order(entry, own)
         one = _without_epochs(entry, own, found, first)
         if budget == "minutes":
-            made.append(one._replace(options=own | {"epochs": UNLIMITED}))
+            # Decoding counts among the minutes, so that nobody gets a cache of his own.
+            alike = {"cache": first.settings.cache, **own, "epochs": UNLIMITED}
+            made.append(one._replace(options=alike))
         else:
             made.append(_with_epochs(one, (made or [one])[0], first))
     if len(made) < 2:

@@ -6,7 +6,6 @@ import shutil
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -166,8 +165,10 @@ class _Search:
         done = len(study.get_trials(deepcopy=False, states=ended))
         missing = self.request.options.tune - done
         if missing > 0:
-            with suppress(Exception):  # of several at a time Optuna raises some
+            try:
                 study.optimize(self._caught, n_trials=missing, n_jobs=self.machine.number)
+            except Exception as error:  # of several trials at a time Optuna raises some
+                self.errors.append(error)
         if self.stop.is_set():
             raise Stopped(launch.STOPPED)
         if self.errors:

@@ -79,6 +79,8 @@ def diagnose(
     outlook = [] if config is None else list(objective_findings(listing, config))
     inventory = inventory.relabelled(marked.labels)
     findings = [*class_findings(inventory.without(marked.out)), *folder_findings(listing)]
+    if count(findings, "error"):  # which say why training would not start
+        outlook = [replace(e, level="ok") if e.level == "error" else e for e in outlook]
     seen = scan(inventory, quiet=quiet)
     described = None
     if labels and seen.readable.any():
@@ -88,10 +90,7 @@ def diagnose(
     remaining = seen.without(marked.out)
     findings += quality_findings(inventory, remaining)
     compared, out = _compared(inventory, seen, remaining, described)
-    findings += compared
-    if count(findings, "error"):  # then the reason is there already
-        outlook = [replace(each, level="ok") for each in outlook]
-    findings += outlook
+    findings += (*compared, *outlook)
     return Report(str(data), tuple(findings), inventory, marked, out | set(remaining.reasons))
 
 

@@ -67,11 +67,15 @@ def own_listing(data: str, origin: Origin | None, advice: str = PLACE) -> Listin
 def check_place(listing: Listing, data: str, origin: Origin | None, advice: str) -> None:
     """Raises DataError with `advice` where the path `data` that a run stores leads to another place than that of its
     training, with other images than those of `origin`."""
-    if origin is not None and not is_own(listing, data, origin):
-        raise DataError(
-            f"{printable(data)} is another place than that of the training, with other images: the run stores this "
-            f"path relative to the folder that it was started in, and this is {printable(os.getcwd())}; {advice}."  # noqa: PTH109
-        )
+    if origin is None or is_own(listing, data, origin):
+        return
+    found = f"{printable(data)} is another place than that of the training, with other images"
+    if os.path.isabs(data):  # noqa: PTH117 - any bytes may come
+        raise DataError(f"{found}; put those of the training back.")
+    raise DataError(
+        f"{found}: the run stores this path relative to the folder that it was started in, and this is "
+        f"{printable(os.getcwd())}; {advice}."  # noqa: PTH109
+    )
 
 
 def described(listing: Listing) -> dict[str, str]:

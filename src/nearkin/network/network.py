@@ -24,8 +24,8 @@ class Network(nn.Module):
     pixels in [0, 1]; they are buffers, so that they are saved with the weights.
     drop_rate: dropout of the pooled features, in [0, 1).
 
-    All dropout and stochastic depth, also of the heads, is drawn from `key`: set it before each forward pass in
-    training. A deep copy has its own key.
+    All dropout and stochastic depth, also of the heads, is drawn from `key`, which is set before each forward pass in
+    training, or never: see `RandomKey`. A deep copy has its own key.
     """
 
     mean: Tensor

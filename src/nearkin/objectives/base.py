@@ -115,7 +115,8 @@ class Objective(nn.Module):
             raise TypeError(f"{cls.__name__}.heads would be overwritten: `build` makes the heads.")
         if name:
             old = Objective.registry.get(name, cls)
-            if (old.__module__, old.__qualname__) != (cls.__module__, cls.__qualname__):
+            places = {old.__module__, cls.__module__} - {"__main__", "__mp_main__"}  # of one script
+            if old.__qualname__ != cls.__qualname__ or len(places) > 1:
                 raise TypeError(f"{name} is the name of {old.__qualname__} already; take another.")
             cls.name = name
             Objective.registry[name] = cls
@@ -182,7 +183,8 @@ class Objective(nn.Module):
         self, batch: Batch, student: Outputs, teacher: Outputs | None, progress: Progress
     ) -> Loss:
         """`forward`, for labels in [0, C) or rows that sum to 1, and a stage of `stages()`. Raises ValueError for
-        others, from which a loss would follow that trains something else; on a GPU it is an assertion for labels."""
+        others, from which a loss would follow that trains something else; on a GPU it is an assertion for labels. A
+        loop that knows its labels may call `forward`, which does not look at them."""
         check_labels(batch.labels, len(batch.labels), classes=self.classes, validate=True)
         names = [stage.name for stage in self.stages()]
         if progress.stage not in names:

@@ -135,7 +135,8 @@ def probe_tile(lines: Sequence[Mapping[str, Any]]) -> Tile | None:
     best = max(after) if fitted is None else fitted
     start = f"{shown(100 * before, 1)} % (logistic regression on frozen features)"
     if best <= before:
-        text = f"on validation: no epoch was better than {start}, the best had {shown(100 * best, 1)} %."
+        which = "no epoch was" if fitted is None else "the new classifier is not"
+        text = f"on validation: {which} better than {start}, the best had {shown(100 * best, 1)} %."
         return Tile("Fine-tuning, against the probe", "nothing gained", text)
     gain = shown(100 * (best - before), 1, sign=True)
     text = f"on validation: from {start} to {shown(100 * best, 1)} %."

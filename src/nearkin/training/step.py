@@ -113,7 +113,7 @@ class Stepper:
             with self.runtime.accumulating(self._wrapped, unfinished=number < len(pieces) - 1):
                 part = self._forward(piece, step, number)
                 whole = self._gather(part)
-                loss = self.objective(*whole, progress)
+                loss = self.objective.forward(*whole, progress)  # labels of a data set are in range
                 self.runtime.backward(loss.total / len(pieces))
             parts.append(part)
             losses.append(loss)
@@ -129,7 +129,7 @@ class Stepper:
             block = microbatch.join(parts)
         block = block._replace(student=microbatch.leaves(block.student))
         whole = self._gather(block)
-        loss = self.objective(*whole, progress)
+        loss = self.objective.forward(*whole, progress)
         torch.autograd.backward(loss.total)
         images = len(block.batch.labels)
         for number, piece in enumerate(pieces):
