@@ -86,6 +86,9 @@ def test_torch_has_few_threads_beside_a_gpu_and_its_own_afterwards(monkeypatch):
     before = torch.get_num_threads()
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    given, back = torch.tensor([3]), []
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda _: given)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, _: back.append(state))
     torch.set_num_threads(6)
     try:
         with Runtime(device="cuda", precision="fp32"):
@@ -97,6 +100,7 @@ def test_torch_has_few_threads_beside_a_gpu_and_its_own_afterwards(monkeypatch):
         with pytest.raises(ConfigError), Runtime(device="cuda", precision="fp32"):
             raise ConfigError("no")
         assert torch.get_num_threads() == 6
+        assert [state is given for state in back] == [True, True]
     finally:
         torch.set_num_threads(before)
 

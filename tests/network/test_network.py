@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -152,6 +153,13 @@ def test_an_unknown_head_is_named():
     ):
         network.activate(("nonsense",), freeze_backbone=False)
     assert network.active == ("projection", "contrast", "classifier")
+
+
+def test_a_backbone_with_its_classifier_is_refused(images):
+    backbone = timm.create_model("test_resnet")
+    network = Network(backbone, {}, dim=backbone.num_features, mean=[0.5] * 3, std=[0.5] * 3)
+    with pytest.raises(ValueError, match=r"gives \[4, 1000\], not pooled features .*num_classes=0"):
+        network(torch.rand(4, 3, 32, 32))
 
 
 def test_dropout_of_the_features_is_keyed(images):

@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+from nearkin.functional import PerAnchor
 from nearkin.network import Network
 from nearkin.objectives import Objective
+from nearkin.objectives.base import combine
 from nearkin.types import Batch, Outputs, Progress
 
 DIM, CLASSES, SIZE = 12, 4, 16
@@ -356,6 +358,20 @@ def test_options_of_another_objective_are_refused():
     for wrong in ({"temperature": 1.0}, kinds["cone"].Config()):
         with pytest.raises(TypeError, match=r"must be a SupCon\.Config"):
             kinds["supcon"](wrong, **SIZES)
+
+
+def test_losses_without_a_weight_are_refused():
+    losses = PerAnchor(torch.ones(3), torch.ones(3, dtype=torch.bool))
+    with pytest.raises(TypeError, match=r"write ce=\(1\.0, losses\)"):
+        combine(ce=losses)
+
+
+def test_a_config_is_one_of_an_objective():
+    with pytest.raises(TypeError, match=r"Bare\.Config must be a subclass of Objective\.Config"):
+
+        class Bare(Objective):
+            class Config:
+                weight = 1.0
 
 
 def test_a_name_belongs_to_one_class(monkeypatch):

@@ -114,9 +114,8 @@ def terms(
         _check_order(entry, own)
         one = _without_epochs(entry, own, found, first)
         if budget == "minutes":
-            # Decoding counts among the minutes, so that nobody gets a cache of his own.
-            alike = {"cache": first.settings.cache, **own, "epochs": UNLIMITED}
-            made.append(one._replace(options=alike))
+            alike = {"cache": first.settings.cache}  # decoding takes time
+            made.append(one._replace(options=alike | own | {"epochs": UNLIMITED}))
         else:
             made.append(_with_epochs(one, (made or [one])[0], first))
     if len(made) < 2:

@@ -79,9 +79,9 @@ def diagnose(
     outlook = [] if config is None else list(objective_findings(listing, config))
     inventory = inventory.relabelled(marked.labels)
     findings = [*class_findings(inventory.without(marked.out)), *folder_findings(listing)]
-    if count(findings, "error"):  # which say why training would not start
-        outlook = [replace(e, level="ok") if e.level == "error" else e for e in outlook]
     seen = scan(inventory, quiet=quiet)
+    if count(findings, "error") or not seen.readable.any():  # then it is told why
+        outlook = [replace(e, level="ok") if e.level == "error" else e for e in outlook]
     described = None
     if labels and seen.readable.any():
         # With the marked images: the features of a whole split are kept for the next time.

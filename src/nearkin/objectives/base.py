@@ -113,6 +113,8 @@ class Objective(nn.Module):
         super().__init_subclass__(**kwargs)
         if "heads" in cls.__dict__:
             raise TypeError(f"{cls.__name__}.heads would be overwritten: `build` makes the heads.")
+        if not issubclass(cls.Config, Objective.Config):
+            raise TypeError(f"{cls.__name__}.Config must be a subclass of Objective.Config.")
         if name:
             old = Objective.registry.get(name, cls)
             places = {old.__module__, cls.__module__} - {"__main__", "__mp_main__"}  # of one script
@@ -138,7 +140,7 @@ class Objective(nn.Module):
         if not isinstance(config, self.Config | None):
             raise TypeError(
                 f"The options of {type(self).__name__} must be a {type(self).__name__}.Config, not a "
-                f"{type(config).__qualname__}."
+                f"{type(config).__qualname__} of another class or of its earlier definition."
             )
         self.config = (config or self.Config()).fill(smoothing=smoothing).resolve(facts)
         self.classes = classes
@@ -242,7 +244,11 @@ def attached(attach: Attach, projection: nn.Module) -> nn.Module:
 
 
 def combine(**terms: tuple[float | Tensor, PerAnchor | Tensor]) -> Loss:
-    """total = sum of weight * mean over the valid anchors, for `name=(weight, losses)`; a Tensor is a mean already."""
+    """total = sum of weight * mean over the valid anchors, for `name=(weight, losses)`; a Tensor is a mean already.
+    Raises TypeError for losses without a weight."""
+    bare = [name for name, term in terms.items() if isinstance(term, PerAnchor)]
+    if bare:  # a pair as well, which would be taken for a weight and its losses
+        raise TypeError(f"{bare[0]} has no weight; write {bare[0]}=(1.0, losses).")
     means = {n: x if isinstance(x, Tensor) else mean_valid(x) for n, (_, x) in terms.items()}
     total = torch.stack([weight * means[name] for name, (weight, _) in terms.items()]).sum()
     return Loss(total, {name: value.detach() for name, value in means.items()})
