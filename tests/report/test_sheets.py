@@ -47,18 +47,16 @@ def test_shows_the_image_its_kin_and_the_probabilities():
     assert plain.height < sheet.height
 
 
-def test_a_sheet_of_many_kin_can_be_saved(tmp_path, monkeypatch):
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A run on `photos`, from whose folder everything is called."""
     monkeypatch.chdir(tmp_path)
     write_classes(tmp_path / "photos")
-    run = nearkin.train(
-        "photos",
-        out="run",
-        model="test_resnet",
-        image_size=16,
-        objective="ce",
-        epochs=0,
-        report=False,
-    ).run
+    options = {"model": "test_resnet", "image_size": 16, "objective": "ce", "epochs": 0}
+    return tmp_path / nearkin.train("photos", out="run", report=False, **options).run
+
+
+def test_a_sheet_of_many_kin_can_be_saved(run, tmp_path):
     sheets = Sheets(tmp_path / "sheets", ["photos/cat/0.png"], run)
     assert sheets.missing is None
     near = (KinImage("cat/0.png", "cat", 0.9),) * 2000
@@ -67,26 +65,15 @@ def test_a_sheet_of_many_kin_can_be_saved(tmp_path, monkeypatch):
         assert sheet.height < 3000
 
 
-def test_kin_have_no_pictures_where_data_leads_to_other_images(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_classes(tmp_path / "photos")
-    run = nearkin.train(
-        "photos",
-        out="run",
-        model="test_resnet",
-        image_size=16,
-        objective="ce",
-        epochs=0,
-        report=False,
-    ).run
+def test_kin_have_no_pictures_where_data_leads_to_other_images(run, tmp_path, monkeypatch):
     name = "cat/0.png"
-    expected = Originals(tmp_path / run).read(name)
+    expected = Originals(run).read(name)
     for place, change in (("copy", False), ("others", True)):
         shutil.copytree(tmp_path / "photos", tmp_path / place / "photos")
         if change:
             write_image(tmp_path / place / "photos" / name, number=99)
         monkeypatch.chdir(tmp_path / place)
-        originals = Originals(tmp_path / run)
+        originals = Originals(run)
         if change:
             assert "with other images" in originals.missing
             with pytest.raises(DataError, match="with other images"):
