@@ -157,7 +157,7 @@ class Network(nn.Module):
         plain = self._compiled and not self.training
         backbone = self.backbone.forward if plain else self.backbone
         features = self.dropout(backbone(self._normalise(images)))
-        if features.ndim != 2 or features.shape[1] != self.dim:
+        if features.shape[1] != self.dim:
             raise ValueError(
                 f"The backbone gives {list(features.shape)}, not pooled features [N, {self.dim}]; a model of timm does "
                 "with num_classes=0."
