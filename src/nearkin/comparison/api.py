@@ -187,7 +187,7 @@ def _plan(
     if rows is not None:
         begun = any((folder / RUNS).glob(f"*/{CONFIG_FILE}"))
         if begun and other_images(table, rows):  # what the runs test on may not change
-            raise _other_images(config.data, folder)
+            raise _images_changed(config.data, folder)
         write_table(table, rows)
         values = values | {"data": str(table)}
         note = (
@@ -232,7 +232,7 @@ def _with_jobs(folder: Path, planned: Planned, request: Request) -> Request:
     return request
 
 
-def _other_images(data: str, folder: Path) -> ConfigError:
+def _images_changed(data: str, folder: Path) -> ConfigError:
     return ConfigError(
         f"The images in {printable(data)} are not those of the runs in {printable(str(folder))} (names, sizes, "
         "classes or folders differ); put them back, or give another --out."
@@ -344,7 +344,7 @@ def _write_jobs(folder: Path, jobs: Sequence[Job], planned: Planned, request: Re
                 )
             alike = job.seed == request.seed or job.config.images_per_class is None
             if alike and run_folder.stored_images(run) not in (None, planned.terms[0].images):
-                raise _other_images(job.config.data, folder.parent)
+                raise _images_changed(job.config.data, folder.parent)
         write_atomic(path, text.encode())
 
 

@@ -11,10 +11,8 @@ from nearkin.data.sources.listing import FileList, ListedSplit, Listing
 from nearkin.errors import DataError, printable
 from nearkin.files import write_csv
 
-TEST_SHARE = 0.2  # of the training images of each class
-
-
 Row = tuple[str, str, str]  # path, label, split
+TEST_SHARE = 0.2  # of the training images of each class
 
 
 def rows_with_test(listing: Listing) -> list[Row] | None:

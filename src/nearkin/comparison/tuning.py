@@ -76,9 +76,8 @@ def tuned(
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
-    optuna.logging.set_verbosity(
-        optuna.logging.ERROR
-    )  # its warnings are tracebacks of what is raised here
+    # Its warnings are tracebacks of what is raised here.
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     place = folder / FOLDER
     place.mkdir(exist_ok=True)
     storage = JournalStorage(JournalFileBackend(str(place / JOURNAL)))

@@ -30,7 +30,7 @@ class Originals:
         if self._data in BUILTIN or origin is None or place_of(self._data) == origin.place:
             return
         try:  # in another folder a relative path may lead to other images
-            own_listing(self._data, origin, "so the training images are not shown")
+            own_listing(self._data, origin, "call nearkin there to see them")
         except DataError as error:
             self.missing = str(error)
 
