@@ -31,8 +31,8 @@ class Pictures:
     def name(self, row):
         return self.names[row]
 
-    def identity(self, row):
-        return repr(self.names[row]).encode()
+    def identities(self):
+        return (repr(name).encode() for name in self.names)
 
     def read(self, row):
         generator = torch.Generator().manual_seed(self.seed + row)

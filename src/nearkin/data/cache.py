@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from importlib.metadata import version
 from itertools import chain
@@ -25,9 +25,10 @@ from torch import Tensor
 from nearkin.data.dataset import Dataset
 from nearkin.data.decode import decoder, quiet_pillow
 from nearkin.data.images import Files
-from nearkin.data.look import SAMPLE, Examined, examine, in_threads
+from nearkin.data.look import SAMPLE, Examined, examine
 from nearkin.data.remembered import Remembered
 from nearkin.data.sources.listing import Rows
+from nearkin.data.threads import in_threads, statuses
 from nearkin.data.transforms import ResizeShortSide
 from nearkin.errors import ConfigError, printable
 from nearkin.files import cache_folder, write_atomic
@@ -106,8 +107,8 @@ class Packed:
     def name(self, row: int) -> str:
         return self.files.name(row)
 
-    def identity(self, row: int) -> bytes:
-        return self.files.identity(row)
+    def identities(self) -> Iterable[bytes]:
+        return self.files.identities()
 
     def take(self, rows: Rows) -> Self:
         index = np.asarray(rows, dtype=np.int64)
@@ -158,9 +159,8 @@ class Contents:
         what decodes and shrinks them."""
         digest = hashlib.sha256(json.dumps([FORMAT, self.side, self.channels]).encode())
         digest.update(decoder() + version("torchvision").encode())
-        for path in self.paths:
-            with contextlib.suppress(OSError):
-                status = os.stat(path)  # noqa: PTH116 - called once per image
+        for path, status in zip(self.paths, statuses(self.paths), strict=True):
+            if status is not None:
                 digest.update(b"%d %d " % (status.st_size, status.st_mtime_ns))
             digest.update(path + b"\0")
         return digest.hexdigest()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -115,9 +115,9 @@ class Dataset(NamedTuple):
         each access: it asks the file system for the size of every file."""
         digest = hashlib.sha256()
         for split in self.splits.values():
-            for row, label in enumerate(split.labels.tolist()):
+            for label, image in zip(split.labels.tolist(), split.images.identities(), strict=True):
                 label_name = self.classes[label].encode("utf-8", "surrogateescape")
-                digest.update(framed(split.name.encode(), split.images.identity(row), label_name))
+                digest.update(framed(split.name.encode(), image, label_name))
         return digest.hexdigest()
 
 
@@ -198,22 +198,27 @@ def framed(*fields: bytes) -> bytes:
 def names_of(listing: Listing) -> str:
     """SHA-256 of the names and classes of the training images as they are listed, in order. Which of them are held out
     for validation, or kept by `images_per_class`, is the same as long as this is."""
-    return _digest(listing, lambda images, row: images.name(row).encode("utf-8", "surrogateescape"))
+    return _digest(
+        listing,
+        lambda images: (
+            images.name(row).encode("utf-8", "surrogateescape") for row in range(len(images))
+        ),
+    )
 
 
 def sizes_of(listing: Listing) -> str:
     """As `names_of`, with the sizes of the files, for which it asks the file system; of arrays with their pixels."""
-    return _digest(listing, lambda images, row: images.identity(row))
+    return _digest(listing, lambda images: images.identities())
 
 
-def _digest(listing: Listing, field: Callable[[ImageSource, int], bytes]) -> str:
+def _digest(listing: Listing, field: Callable[[ImageSource], Iterable[bytes]]) -> str:
     digest = hashlib.sha256()
     if "train" in listing.parts:
         part = listing.parts["train"]
         images = open_images(part.images, "auto")
-        for row, label in enumerate(part.labels.tolist()):
+        for label, image in zip(part.labels.tolist(), field(images), strict=True):
             kind = part.classes[label].encode("utf-8", "surrogateescape")
-            digest.update(framed(field(images, row), kind))
+            digest.update(framed(image, kind))
     return digest.hexdigest()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, Protocol, Self
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from nearkin.data.decode import check_channels, decoded
 from nearkin.data.sources.listing import ArrayList, FileList, Rows
+from nearkin.data.threads import statuses
 
 
 class ImageSource(Protocol):
@@ -34,8 +36,8 @@ class ImageSource(Protocol):
     def name(self, row: int) -> str:
         """The name to show for a row, unique in the source."""
 
-    def identity(self, row: int) -> bytes:
-        """Bytes that identify the image: path and size of a file, the pixels in an array."""
+    def identities(self) -> Iterable[bytes]:
+        """Bytes that identify each image, in order: path and size of a file, the pixels in an array."""
 
     def take(self, rows: Rows) -> Self:
         """The source with only `rows`, in that order."""
@@ -71,13 +73,15 @@ class Files:
     def read(self, row: int) -> Tensor:
         return decoded(self.path(row), self.channels, least=self.least)
 
-    def identity(self, row: int) -> bytes:
-        """The relative path and the size of the file; a size of -1 if there is none."""
-        try:
-            size = os.stat(self.path(row)).st_size  # noqa: PTH116 - called once per image
-        except (OSError, ValueError):
-            size = -1
-        return self.files.encoded(row) + b"\0%d" % size
+    def statuses(self) -> Iterable[tuple[bytes, os.stat_result | None]]:
+        """The relative path of each file, and what the file system says of it now; None if there is none."""
+        encoded = map(self.files.encoded, range(len(self)))
+        return zip(encoded, statuses(self.files), strict=True)
+
+    def identities(self) -> Iterable[bytes]:
+        """The relative path and the size of each file; a size of -1 if there is none."""
+        for path, status in self.statuses():
+            yield path + b"\0%d" % (-1 if status is None else status.st_size)
 
     def take(self, rows: Rows) -> Self:
         return type(self)(self.files.take(rows), self.channels, self.least)
@@ -125,8 +129,8 @@ class Arrays:
         grey = (image.int() * weights[:, None, None]).sum(0, keepdim=True) + (1 << 15)
         return (grey >> 16).to(torch.uint8)
 
-    def identity(self, row: int) -> bytes:
-        return bytes(self._array[row].tobytes())
+    def identities(self) -> Iterable[bytes]:
+        return (image.tobytes() for image in self._array)
 
     def take(self, rows: Rows) -> Self:
         index = np.asarray(rows, dtype=np.int64)

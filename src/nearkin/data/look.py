@@ -6,13 +6,10 @@ import os
 import statistics
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import closing, suppress
 from itertools import chain, islice
 from pathlib import Path
-from threading import Event
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from torch import Tensor
@@ -20,17 +17,14 @@ from torch import Tensor
 from nearkin.data.decode import BadImage, Header, inspect, quiet_pillow
 from nearkin.data.images import Files, ImageSource
 from nearkin.data.remembered import Fact, Remembered
+from nearkin.data.threads import CHUNK, in_threads, status, statuses
 from nearkin.errors import DataError, printable
 from nearkin.files import write_csv
 from nearkin.process import agreed, cores
 
-S = TypeVar("S")
-T = TypeVar("T")
 C = TypeVar("C", bound=Sized)
 Check = Literal["auto", "full", "headers"]
 MOST_DECODED = 100_000  # files that are not yet known, up to which `auto` decodes them
-CHUNK = 64  # files per query and per task of a thread, which hides the cost of these
-AHEAD = 16  # tasks that may wait to be taken in, at least; a transaction takes some milliseconds
 QUIET_SECONDS = 2.0  # before a bar is shown
 SAMPLE = 200  # images whose size is read to find the usual one
 NAMED = 3
@@ -149,16 +143,17 @@ def _compare(
 ) -> int:
     """How many files are not as they were at an earlier look, or not known well enough; they are added to `new`, and
     so is what was bad then, which has to be decoded."""
-    chunks = ([files.key(row) for row in rows] for files, rows in share)
+    chunks = ([files.key(row) for row in rows] for files, rows in share)  # one query each
     total = sum(len(rows) for _, rows in share)
-    for paths in shown(chunks, total, "images compared with the last look", quiet):
-        known = remembered.known(paths)
-        for path in paths:
-            fact = known.get(path)
-            if fact is None or not fact.holds(path) or (check == "full" and not fact.full):
-                new[path] = False
-            elif fact.reason is not None:
-                new[path] = True
+    with closing(statuses(files.key(row) for files, rows in share for row in rows)) as found:
+        for paths in shown(chunks, total, "images compared with the last look", quiet):
+            known = remembered.known(paths)
+            for path, now in zip(paths, found, strict=False):  # `found` goes on in the next chunk
+                fact = known.get(path)
+                if fact is None or not fact.holds(now) or (check == "full" and not fact.full):
+                    new[path] = False
+                elif fact.reason is not None:
+                    new[path] = True
     return len(new) - sum(new.values())
 
 
@@ -192,18 +187,18 @@ def _learn(
 def examine(path: bytes, channels: int, full: bool, least: int = 0) -> Examined:
     """Open an image file (see `inspect`)."""
     try:
-        status = os.stat(path)  # noqa: PTH116 - before the file is read: a later change is noticed
+        found = os.stat(path)  # noqa: PTH116 - before the file is read: a later change is noticed
         image, header = inspect(os.fsdecode(path), channels=channels, full=full, least=least)
     except BadImage as error:
         reason = printable(error.reason)
         if isinstance(error.__cause__, OSError) and error.__cause__.errno is not None:
             return Examined(None, None, reason)
-        return Examined(None, Fact(status.st_size, status.st_mtime_ns, 1, 0, 0, 0, reason), reason)
+        return Examined(None, Fact(found.st_size, found.st_mtime_ns, 1, 0, 0, 0, reason), reason)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         return Examined(None, None, printable(reason.lower()))
     full = image is not None
-    fact = Fact(status.st_size, status.st_mtime_ns, full, *header[:3], None)
+    fact = Fact(found.st_size, found.st_mtime_ns, full, *header[:3], None)
     return Examined(image, fact, None, header)
 
 
@@ -223,7 +218,7 @@ def usual_side(images: ImageSource) -> int:
         """0 where the image cannot be read."""
         path = images.key(row)
         fact = known.get(path)
-        if fact is None or fact.reason is not None or not fact.holds(path):
+        if fact is None or fact.reason is not None or not fact.holds(status(path)):
             fact = examine(path, images.channels, full=False).fact
         return 0 if fact is None else min(fact.width, fact.height)
 
@@ -235,36 +230,6 @@ def usual_side(images: ImageSource) -> int:
             f"None of the {count} images can be read, such as {printable(images.name(0))}."
         )
     return int(statistics.median(sides))
-
-
-def in_threads(
-    work: Callable[[S], T], items: Iterable[S], workers: int, chunk: int = CHUNK
-) -> Generator[list[T]]:
-    """The results of `work` for all items, some at a time, in order, computed a little ahead in `workers` threads.
-
-    Decoding releases Python's lock, so threads run side by side. When the caller leaves early, as by Ctrl-C, each
-    thread ends after its present item.
-    """
-    stopped = Event()
-    remaining = iter(items)
-
-    def some(chosen: list[S]) -> list[T]:
-        return [work(item) for item in chosen if not stopped.is_set()]
-
-    pool = ThreadPoolExecutor(max(1, workers))
-    waiting: deque[Future[list[T]]] = deque()
-    try:
-        while True:
-            while len(waiting) < max(AHEAD, 2 * workers) and (
-                chosen := list(islice(remaining, chunk))
-            ):
-                waiting.append(pool.submit(some, chosen))
-            if not waiting:
-                return
-            yield waiting.popleft().result()
-    finally:
-        stopped.set()
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def shown(chunks: Iterable[C], total: int, what: str, quiet: bool) -> Iterator[C]:

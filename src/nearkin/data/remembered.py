@@ -35,13 +35,9 @@ class Fact(NamedTuple):
     channels: int
     reason: str | None
 
-    def holds(self, path: bytes) -> bool:
-        """Whether the file has still the size and the time of change of this fact."""
-        try:
-            status = os.stat(path)  # noqa: PTH116 - called once per image
-        except (OSError, ValueError):
-            return False
-        return (status.st_size, status.st_mtime_ns) == (self.size, self.mtime)
+    def holds(self, status: os.stat_result | None) -> bool:
+        """Whether the file has still the size and the time of change of this fact. status: of the file, if there."""
+        return status is not None and (status.st_size, status.st_mtime_ns) == self[:2]
 
     def checksum(self, path: bytes) -> int:
         """CRC-32 of the row in the database: a damaged row, or one that another decoder wrote, is ignored."""

@@ -20,8 +20,9 @@ from torch.utils.data import Dataset
 from nearkin.data.decode import TURNS, Header, quiet_pillow
 from nearkin.data.images import Files
 from nearkin.data.loader import WorkersDied, in_processes
-from nearkin.data.look import examine, in_threads, shown
+from nearkin.data.look import examine, shown
 from nearkin.data.remembered import Fact, Remembered
+from nearkin.data.threads import in_threads
 from nearkin.doctor.inventory import Inventory
 from nearkin.errors import ConfigError
 from nearkin.process import cores

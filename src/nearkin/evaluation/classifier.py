@@ -17,7 +17,7 @@ from torch import Tensor
 from nearkin.data.decode import BadImage, decoded, from_pillow
 from nearkin.data.images import Arrays
 from nearkin.data.loader import stacked
-from nearkin.data.look import in_threads
+from nearkin.data.threads import in_threads
 from nearkin.device import choose_device, without_tf32
 from nearkin.errors import DataError, ModelError, counted, printable
 from nearkin.evaluation.calibration import scaled

@@ -7,7 +7,6 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -74,16 +73,14 @@ def images_digest(split: Split) -> str:
     two files may have one name and one size."""
     digest = hashlib.sha256()
     images = split.images.files if isinstance(split.images, Packed) else split.images
-    if isinstance(images, Files):
-        digest.update(os.fsencode(os.path.realpath(images.files.root)))
-    for row in range(len(split.labels)):
-        parts = [images.identity(row)]
-        if isinstance(images, Files):
-            changed = -1
-            with suppress(OSError, ValueError):
-                changed = os.stat(images.path(row)).st_mtime_ns  # noqa: PTH116 - called once per image
-            parts.append(b"%d" % changed)
-        digest.update(framed(*parts))
+    if not isinstance(images, Files):
+        for image in images.identities():
+            digest.update(framed(image))
+        return digest.hexdigest()
+    digest.update(os.fsencode(os.path.realpath(images.files.root)))
+    for path, status in images.statuses():
+        size, changed = (-1, -1) if status is None else (status.st_size, status.st_mtime_ns)
+        digest.update(framed(path + b"\0%d" % size, b"%d" % changed))
     return digest.hexdigest()
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -146,8 +146,7 @@ def _inodes(images: ImageSource) -> dict[tuple[int, int], str]:
     found: dict[tuple[int, int], str] = {}
     if not isinstance(images, Files):
         return found
-    for row in range(len(images)):
-        with suppress(OSError, ValueError):
-            status = os.stat(images.path(row))  # noqa: PTH116 - a Path would normalise it
-            found[status.st_dev, status.st_ino] = images.name(row)
+    for path, status in images.statuses():
+        if status is not None:
+            found[status.st_dev, status.st_ino] = os.fsdecode(path)
     return found
