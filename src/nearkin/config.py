@@ -303,8 +303,8 @@ class EpisodeOptions(BaseModel):
     copies: Natural = option(5, "augmented copies of a labelled image; 0 = the image itself, once")
     split: str | None = option(None, "train, val or test; default test, else val, else all")
     seed: Seed = option(0, "seed of episodes and copies")
-    bad_images: Literal["error", "skip"] = option(
-        "error", "unreadable images stop or go (RUN's own data: as in its training)"
+    bad_images: Literal["error", "skip"] | None = option(
+        None, "unreadable images stop or go; default error, for RUN's own data as in its training"
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = option("auto", "where to compute features")
     workers: Natural = option(0, "processes that load images")
@@ -393,7 +393,8 @@ def stored(model: type[Options], path: Path) -> Options:
     try:
         options: Options = validate(model, read_yaml(path))
     except ConfigError as error:
-        raise ModelError(f"{printable(str(path))} is damaged: {error}") from None
+        what = "is damaged" if path.exists() else "is missing, copy it from the run"
+        raise ModelError(f"{printable(str(path))} {what}: {error}") from None
     return options
 
 

@@ -194,7 +194,7 @@ def test_too_few_images(here, capsys):
     refused(capsys, 3, ["flat", "new"], "16 images", "0 of 4", "fewer --ways")
     refused(capsys, 3, ["flat", "new", "--ways", "3"], "--queries 4")
     refused(capsys, 3, ["flat", "new", "--ways", "3", "--shots", "5"], "fewer --shots")
-    refused(capsys, 3, ["flat", "new", "--split", "val"], "no split val")
+    refused(capsys, 3, ["flat", "new", "--split", "val"], "leave out --split")
 
 
 def test_bad_words(here, capsys):
@@ -223,6 +223,24 @@ def test_unreadable_images_stop_or_go(here, capsys, tmp_path):
     found, err = told(capsys, "flat", str(tmp_path / "bad"), "--bad-images", "skip")
     assert found["eligible"] == 3
     assert "1 unreadable image left out" in err
+
+
+def test_unreadable_images_of_its_own_data_can_be_left_out(here, capsys, tmp_path):
+    shutil.copytree(here / "split", tmp_path / "again")
+    spoiled = tmp_path / "again" / "test" / "ant" / "0.png"
+    spoiled.write_bytes(bytes(spoiled.stat().st_size))
+    again = str(tmp_path / "again")
+    assert run(["fewshot", "splits", again, *WORDS]) == 3
+    assert "--bad-images skip" in capsys.readouterr().err
+    assert told(capsys, "splits", again, "--bad-images", "skip")[0]["split"] == "test"
+
+
+def test_data_without_splits_are_all(here, capsys):
+    assert told(capsys, "flat", "new", "--split", "all")[0]["split"] == "all"
+    assert run(["fewshot", "flat", "new", *WORDS, "--split", "val"]) == 3
+    assert "have no splits; leave out --split" in capsys.readouterr().err
+    assert run(["fewshot", "flat", "split", *WORDS, "--split", "all"]) == 3
+    assert "no split all, only train, test" in capsys.readouterr().err
 
 
 def test_help_loads_no_torch(capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import tracemalloc
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -159,6 +160,35 @@ def test_sixteen_bit_grey_keeps_its_range_and_its_colour_key(tmp_path):
     write(tmp_path / "x.png", encoded(Image.fromarray(values), "PNG"))
     expected = [[round(v / 257) for v in row] for row in values.tolist()]
     assert decoded(tmp_path / "x.png", channels=1).tolist() == [expected]
+
+
+def tiff(values: np.ndarray, bits: int, white_is_zero: bool) -> bytes:
+    """TIFF 6.0, grey, one strip; 12-bit samples are packed, the most significant bits first."""
+    if bits == 12:
+        packed = "".join(f"{value:012b}" for value in values.flatten().tolist())
+        strip = bytes(int(packed[at : at + 8], 2) for at in range(0, len(packed), 8))
+    else:
+        strip = values.astype("<u2").tobytes()
+    height, width = values.shape
+    photometric = 0 if white_is_zero else 1
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 0, 277: 1}
+    tags |= {278: height, 279: len(strip)}
+    tags[273] = 8 + 2 + 12 * len(tags) + 4
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + strip
+
+
+# Pillow opens no file of 12 bits whose white is 0.
+@pytest.mark.parametrize(("bits", "white_is_zero"), [(12, False), (16, False), (16, True)])
+def test_grey_tiffs_keep_their_range_whatever_their_bits_and_their_white(
+    tmp_path, bits, white_is_zero
+):
+    most = 2**bits - 1
+    values = np.array([[0, most // 4, most // 2, most // 2 + 9], [9, most - 9, most - 1, most]])
+    write(tmp_path / "x.tif", tiff(values, bits, white_is_zero))
+    shares = 1 - values / most if white_is_zero else values / most
+    found = decoded(tmp_path / "x.tif", channels=1)[0].numpy()
+    assert np.abs(found - 255 * shares).max() <= 0.5 + 1e-9
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])

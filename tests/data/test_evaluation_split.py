@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 
 import pytest
 from image_files import folder, write
@@ -102,7 +103,6 @@ def test_data_without_train_can_be_evaluated(tmp_path):
     [
         ({"split": "test"}, "train, val"),
         ({"split": "val", "val_split": 0}, "train"),
-        ({"split": "val", "own": False}, "test"),
         ({"split": "dev"}, "train, val"),
     ],
 )
@@ -110,6 +110,8 @@ def test_a_missing_split_names_those_there(tmp_path, options, there):
     folder(tmp_path, a=5, b=5)
     with pytest.raises(DataError, match=rf"no split {options['split']}, only {there}\."):
         evaluate(tmp_path, ("a", "b"), **options)
+    with pytest.raises(DataError, match="have no splits; leave out --split"):
+        evaluate(tmp_path, ("a", "b"), split="val", own=False)
 
 
 def test_nothing_held_out_leaves_nothing_to_judge(tmp_path):
@@ -124,6 +126,15 @@ def test_a_class_that_the_model_does_not_know(tmp_path):
         evaluate(tmp_path, ("a", "b"))
     (tmp_path / "test" / "y" / "000.png").unlink()
     assert evaluate(tmp_path, ("a", "b")).split.labels.tolist() == [0]  # train is not looked at
+
+
+@pytest.mark.parametrize(
+    ("trained", "found"), [("Cat", "cat"), ("Müll", unicodedata.normalize("NFD", "Müll"))]
+)
+def test_a_class_that_differs_in_case_or_unicode_form_only_is_named(tmp_path, trained, found):
+    folder(tmp_path, **{f"train/{trained}": 2, "train/b": 2, f"test/{found}": 1})
+    with pytest.raises(DataError, match=f"{trained} in the training differs only in case"):
+        load_dataset(str(tmp_path), val_split=0)
 
 
 def test_bad_images_follow_the_policy(tmp_path):

@@ -83,6 +83,25 @@ def test_two_folders_for_one_split_are_refused(tmp_path):
         resolve(str(tmp_path))
 
 
+@pytest.mark.parametrize("second", ["train_2021", "Train 2021", "more_training"])
+def test_a_second_folder_for_a_split_is_not_left_out(tmp_path, second):
+    inside = {f"{name}/{kind}": 1 for name in ("train_2020", "test_2020", second) for kind in "ab"}
+    folder(tmp_path, **inside)
+    with pytest.raises(
+        DataError, match=f"two folders for the split train, train_2020 and {second}"
+    ):
+        resolve(str(tmp_path))
+    (tmp_path / second).rename(tmp_path / "extra")
+    assert set(contents(tmp_path)) == {"train", "test"}
+
+
+def test_images_of_a_split_without_class_folders_are_not_called_none(tmp_path):
+    folder(tmp_path, **{"train/a": 1, "train/b": 1, "test": 3})
+    assert set(contents(tmp_path)) == {"train"}
+    told = "1 split has images but no class folders, and is ignored; predict takes them: test"
+    assert told in notes(tmp_path)
+
+
 def test_other_folders_beside_the_splits_are_said_to_be_ignored(tmp_path):
     folder(tmp_path, **{"train/a": 1, "test/a": 1, "extra/a": 1})
     assert set(contents(tmp_path)) == {"train", "test"}

@@ -159,6 +159,22 @@ WRONG = {
         "line 2 and line 3",
         "twice",
     ),
+    "a file twice, once from the root": (
+        "path,label\nimages/a.png,cat\nROOT/images/a.png,cat\n",
+        "line 2 and line 3",
+        "named twice",
+    ),
+    "a space before a quote": (
+        'path,label\nimages/a.png, "cat"\n',
+        "line 2",
+        "a space before a quotation mark",
+    ),
+    "the same in the header": (
+        '"path", "label"\n"images/a.png", "cat"\n',
+        "line 1",
+        "space before a quotation mark",
+    ),
+    "semicolons": ("path;label\nimages/a.png;cat\n", "line 1", "semicolons"),
     "an open quote": ('path,label\nimages/a.png,"cat\n', "line 2", "not valid CSV"),
     "an endless line": ("path,label\nimages/a.png,cat\n" + "x" * 2**21, "line 3", "longer than"),
     "a long field": ("path,label\nimages/a.png," + "x" * 200_000, "line 2", "field larger"),
@@ -166,9 +182,11 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_the_line_to_blame_is_named(root, case):
+def test_the_line_to_blame_is_named(root, case, monkeypatch):
     text, where, what = WRONG[case]
-    message = refused(table(root, text))
+    monkeypatch.chdir(root)  # a table that is named by a relative path
+    table(root, text.replace("ROOT", str(root)))
+    message = refused("table.csv")
     assert where in message
     assert what in message
     assert "table.csv" in message

@@ -12,10 +12,8 @@ from PIL import Image
 from tests.doctor.photos import one_colour, photo, write_photos
 
 from nearkin.cli import run
-from nearkin.cli.doctor import main
 from nearkin.data.sources.resolve import resolve
 from nearkin.doctor.findings import COLUMNS
-from nearkin.errors import ConfigError
 from nearkin.files import SaveFailed
 
 
@@ -394,11 +392,14 @@ def test_data_and_run_that_are_not_there(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
 
 
-def test_several_processes_are_refused(data, tmp_path, monkeypatch):
+def test_several_processes_are_refused(data, tmp_path, monkeypatch, capsys):
     launch = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
     launch |= {"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     for name, value in launch.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match="without torchrun"):
-        main({"data": str(data)})
+    monkeypatch.setattr("nearkin.distributed.report_failure", lambda error: None)
+    for verb in ("doctor", "predict", "embed", "export", "report", "fewshot", "import-cone"):
+        assert run([verb, str(data)]) == 2
+        said = f"nearkin {verb} is one process; start it without torchrun"
+        assert said in capsys.readouterr().err
     assert not (tmp_path / "doctor.csv").exists()

@@ -37,6 +37,29 @@ def test_its_own_images_are_evaluated_as_they_were_split(run, tmp_path):
         assert any("was trained on these data: their split val" in note for note in found.notes)
 
 
+@pytest.mark.parametrize("place", ["own", "copy"])
+def test_training_images_are_not_held_out_where_the_runs_own_val_is_gone(
+    tmp_path, monkeypatch, place
+):
+    """A run with a val folder trained on all of train, of which no share judges it afterwards."""
+    monkeypatch.chdir(tmp_path)
+    write_classes(tmp_path / "own" / "train")
+    write_classes(tmp_path / "own" / "val", each=4)
+    nearkin.train("own", out="run", batch_size=8, workers=0, report=False, **OPTIONS)
+    assert nearkin.evaluate("run").n == 8
+    if place == "own":
+        shutil.rmtree(tmp_path / "own" / "val")
+    else:
+        shutil.copytree(tmp_path / "own" / "train", tmp_path / "copy" / "train")
+    with pytest.raises(DataError, match="neither a test nor a val split"):
+        nearkin.evaluate("run", place)
+    with pytest.raises(DataError, match="no split val"):
+        nearkin.evaluate("run", place, split="val")
+    assert nearkin.evaluate("run", place, split="train").n == 24
+    with pytest.raises(DataError, match="trained on all images"):
+        nearkin.fewshot("run", place, ways=2, shots=1, queries=1, episodes=2, copies=0)
+
+
 def test_other_images_are_a_test(run, tmp_path):
     """Though they have the same names."""
     write_classes(tmp_path / "others", suffix=".png")

@@ -56,6 +56,8 @@ VERBS = {
     "import-cone": "import_cone",
     "list": "list_",
 }
+# Those that several processes would each do for themselves.
+ALONE = frozenset(("doctor", "predict", "embed", "export", "report", "fewshot", "import-cone"))
 # What other tools call them.
 OTHERS = {
     **dict.fromkeys(("fit", "finetune", "fine-tune"), "train"),
@@ -119,14 +121,16 @@ def _run(argv: list[str]) -> int:
 
         sys.stdout.write(f"nearkin {__version__}\n")
         return 0
+    from nearkin.errors import ConfigError
+
     verb, *rest = argv
     if verb not in VERBS:
-        from nearkin.errors import ConfigError, nearest, printable
+        from nearkin.errors import nearest, printable
 
         meant = OTHERS.get(verb.casefold())
         hint = f" Did you mean {meant}?" if meant else nearest(verb, VERBS)
         raise ConfigError(f"Unknown verb {printable(verb)}.{hint} See nearkin --help.")
-    from nearkin.process import interrupt, stop_handler
+    from nearkin.process import interrupt, launched, stop_handler
 
     with stop_handler(interrupt):  # so that what was begun is removed
         module = import_module(f"nearkin.cli.{VERBS[verb]}")
@@ -135,6 +139,8 @@ def _run(argv: list[str]) -> int:
         if given.pop("help", False):
             sys.stdout.write(parser.help(given))
             return 0
+        if verb in ALONE and launched().world_size > 1:
+            raise ConfigError(f"nearkin {verb} is one process; start it without torchrun or srun.")
         code: int = module.main(given)
         return code
 

@@ -10,7 +10,6 @@ from nearkin.cli import show
 from nearkin.cli.arguments import Parser, whole_number
 from nearkin.doctor.findings import FILE, check_target, concerned, summary, write_findings
 from nearkin.errors import ConfigError, DataError, counted, listed, printable
-from nearkin.process import launched
 
 if TYPE_CHECKING:
     from nearkin.doctor.diagnose import Report
@@ -54,8 +53,6 @@ def parser() -> Parser:
 def main(given: dict[str, Any]) -> int:
     if not given.get("data"):
         raise ConfigError("Examine which data? Give a folder, a table or a built-in name.")
-    if launched().world_size > 1:
-        raise ConfigError("nearkin doctor is one process; start it without torchrun or srun.")
     options = _options(given)
     target = check_target(Path(given.get("out", ".")))
     table = _table(given["write_table"], target) if "write_table" in given else None

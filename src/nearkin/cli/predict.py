@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
+from threading import Timer
 from typing import TYPE_CHECKING, Any
 
 from nearkin.cli.arguments import Parser, number, whole_number
@@ -140,14 +141,22 @@ def _is_terminal() -> bool:
     return False
 
 
+QUIET_SECONDS = 2.0  # of measuring, before it is said
+
+
 def _say_coverage(model: Classifier, sets: float | None) -> None:
     if sets is None:
         return
+    words = "the sets are measured on the run's test images, once ..."
+    slow = Timer(QUIET_SECONDS, _say, [words])
+    slow.start()
     try:
         found = model.coverage()
     except (ConfigError, DataError, ModelError) as error:
         _say(f"note: sets of {100 * sets:g} %: coverage not measured: {error}")
         return
+    finally:
+        slow.cancel()
     if found is not None:
         _say(
             f"sets of {100 * sets:g} %: measured coverage {100 * found.share:.1f} % on {found.images} test images, "

@@ -40,12 +40,17 @@ def class_remarks(splits: Mapping[str, Split], classes: tuple[str, ...]) -> Iter
         yield remark._replace(classes=tuple(single))
     alike: dict[str, list[str]] = {}
     for name in classes:
-        alike.setdefault(unicodedata.normalize("NFC", name.strip()).casefold(), []).append(name)
+        alike.setdefault(folded(name), []).append(name)
     for names in alike.values():
         if len(names) > 1:
             what = f"class names that differ only in case, spaces or Unicode form: {listed(names)}"
             yield Remark("colliding-names", what, "; put their images into one folder")
     yield from _imbalance(counts, classes)
+
+
+def folded(name: str) -> str:
+    """The same for names that differ only in case, spaces around them or Unicode form."""
+    return unicodedata.normalize("NFC", name.strip()).casefold()
 
 
 def short(remarks: Iterable[Remark]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from nearkin.data.classes import class_remarks, missing_classes, short
+from nearkin.data.classes import class_remarks, folded, missing_classes, short
 from nearkin.data.decode import BadImage
 from nearkin.data.images import Files, ImageSource, open_images
 from nearkin.data.look import ALONE, BadImages, Check, Ranks, look
@@ -304,9 +304,17 @@ def to_split(part: Split, classes: tuple[str, ...]) -> Split:
     places = {known: place for place, known in enumerate(classes)}
     unknown = [known for known in part.present() if known not in places]
     if unknown:
+        near = {folded(known): known for known in classes}
+        meant = next((near[folded(known)] for known in unknown if folded(known) in near), None)
+        advice = "a model can only tell the classes it was trained on"
+        if meant is not None:
+            advice = (
+                f"{printable(meant)} in the training differs only in case, spaces or Unicode form; "
+                "give both the same name"
+            )
         raise DataError(
             f"The split {part.name} has {counted(len(unknown), 'class', 'classes')} that the training has not: "
-            f"{listed(unknown)}; a model can only tell the classes it was trained on."
+            f"{listed(unknown)}; {advice}."
         )
     table = np.array([places.get(known, -1) for known in part.classes], dtype=np.int64)
     return part._replace(labels=table[part.labels], classes=classes)
@@ -372,7 +380,7 @@ def load_for_evaluation(
     """
     listing = resolve(data) if isinstance(data, str) else data
     if not own and tuple(listing.parts) == ("train",):
-        listing = listing._replace(parts={"test": listing.parts["train"]})
+        listing = _as_test(listing, split)
     carved = own and "val" not in listing.parts and "train" in listing.parts and val_split > 0
     there = [name for name in SPLITS if name in listing.parts or (carved and name == "val")]
     name = _choose(split, there, listing.data)
@@ -389,6 +397,13 @@ def load_for_evaluation(
     found = to_split(chosen.splits[name], classes)
     absent = (remark.text for remark in missing_classes(found, classes))
     return EvaluationSplit(found, (*chosen.notes, *absent), chosen.bad)
+
+
+def _as_test(listing: Listing, split: str | None) -> Listing:
+    """Data without splits as one split, test. Raises DataError where another is asked for."""
+    if split not in (None, "test"):
+        raise DataError(f"The data {printable(listing.data)} have no splits; leave out --split.")
+    return listing._replace(parts={"test": listing.parts["train"]})
 
 
 def _check_origin(listing: Listing, origin: str | None) -> None:

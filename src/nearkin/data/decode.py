@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 # Raise it with every change that accepts or refuses other files than before (see `decoder`).
-DECODER = 2
+DECODER = 3
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 64 * 2**20
@@ -47,6 +47,7 @@ OPAQUE = {"1": "L", "L": "L"} | dict.fromkeys(("P", "RGB", "RGBX", "CMYK", "YCbC
 # Modes whose images can all be converted; whether others (F, I) can depends on the pixels.
 MODES = frozenset(OPAQUE) | {"LA", "PA", "RGBA", "LAB", "I;16", "I;16B", "I;16L"}
 END_MARKS = {"JPEG": b"\xff\xd9", "PNG": b"\0\0\0\0IEND\xaeB`\x82", "GIF": b";"}
+BITS, PHOTOMETRIC = 258, 262  # tags of TIFF
 TIFF_PARTS = ((273, 279), (324, 325))  # tags of the offsets and lengths of strips and of tiles
 
 
@@ -317,10 +318,21 @@ def _turned(pixels: Tensor, orientation: int) -> Tensor:
 
 
 @cache
-def _greys() -> NDArray[np.uint8]:
-    """v / 257, rounded, of every 16-bit grey v."""
-    greys: NDArray[np.uint8] = ((np.arange(65536) + 128) // 257).astype(np.uint8)
-    return greys
+def _greys(bits: int) -> NDArray[np.uint8]:
+    """255 v / (2^bits - 1), rounded and at most 255, of every 16-bit grey v."""
+    most = (1 << bits) - 1
+    scaled = (255 * np.arange(65536) + most // 2) // most
+    return np.minimum(scaled, 255).astype(np.uint8)
+
+
+def _tiff_grey(image: Image) -> tuple[int, bool]:
+    """Bits of a pixel and whether white is 0, of a grey image of more than 8 bits. Only TIFF has others than 16 and no,
+    and Pillow leaves these to the caller."""
+    if image.format != "TIFF":
+        return 16, False
+    tags = image.tag_v2  # type: ignore[attr-defined]  # of TiffImageFile
+    bits = tags.get(BITS, (16,))[0]
+    return (bits if 8 < bits < 16 else 16), tags.get(PHOTOMETRIC) == 0
 
 
 def _eight_bit(image: Image) -> Image:
@@ -332,7 +344,10 @@ def _eight_bit(image: Image) -> Image:
         values = np.asarray(image)  # Pillow's own conversion would clip at 255
         if values.dtype.itemsize > 2 and (values.min() < 0 or values.max() > 65535):
             raise _Refused("its 32-bit pixels do not fit 16 bits; save it with 8 or 16 bits")
-        grey = _greys()[values]
+        bits, inverted = _tiff_grey(image)
+        grey = _greys(bits)[values]
+        if inverted:
+            grey = 255 - grey
         if "transparency" in image.info:
             grey[values == image.info["transparency"]] = 255
         return PIL.Image.fromarray(grey)

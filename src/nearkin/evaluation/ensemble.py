@@ -29,7 +29,7 @@ from nearkin.evaluation.evaluator import Evaluator, Probabilities, gathered
 from nearkin.evaluation.metrics import reduced
 from nearkin.evaluation.model import FORMAT, WEIGHTS, Bundle, load_bundle
 from nearkin.evaluation.options import DESCRIPTION, BadPolicy, Tta
-from nearkin.evaluation.own_data import is_own, own_listing, stored_origin
+from nearkin.evaluation.own_data import is_own, own_listing, split_options, stored_origin
 from nearkin.files import SaveFailed, own_folder, sha256, write_atomic
 from nearkin.network import read_safetensors
 from nearkin.process import launched
@@ -323,9 +323,10 @@ class Ensemble:
         self, member: Member, data: Listing | None, split: str | None, *, own: bool
     ) -> tuple[EvaluationSplit, str]:
         """The split for a member and its `images_digest`, read once for all members that need the same."""
-        kept = ("val_split", "split_seed", "seed", "images_per_class") if own else ()
         origin = stored_origin(member.run)
-        options = member.config.model_dump(include={"bad_images", *kept}) | {
+        kept = split_options(member.config, origin) if own else {}
+        options = kept | {
+            "bad_images": member.config.bad_images,
             "channels": member.bundle.description.spec.channels,
             "split": split,
             "own": own,

@@ -23,11 +23,18 @@ from nearkin.device import choose_device, without_tf32
 from nearkin.errors import DataError, ModelError, counted, listed, printable
 from nearkin.evaluation.episodes import accuracy, draw, eligible, estimate
 from nearkin.evaluation.model import Bundle, load_bundle
-from nearkin.evaluation.own_data import Origin, is_own, stored_origin, trained_on
+from nearkin.evaluation.own_data import (
+    Origin,
+    is_own,
+    split_options,
+    stored_origin,
+    trained_on,
+)
 from nearkin.evaluation.results import FewShot
 from nearkin.evaluation.tta import tta_views
 from nearkin.types import Batch
 
+ALL = "all"  # the split of data without splits
 BATCH = 64  # images that pass through the network at once
 
 
@@ -145,29 +152,31 @@ def _unseen(
     """
     origin = stored_origin(run)
     own = is_own(data, config.data, origin)
+    options = split_options(config, origin)
     if own:
         shown = printable(config.data)
-        if not {"val", "test"} & set(data.parts) and config.val_split == 0:
+        if not {"val", "test"} & set(data.parts) and options["val_split"] == 0:
             raise DataError(f"The run was trained on all images of {shown}; give other data.")
         if protocol.split == "train":
             raise DataError(
                 f"The run was trained on the split train of {shown}, so its images do not measure accuracy on new "
                 "ones; leave out --split, or give other data."
             )
+    whole = not own and tuple(data.parts) == ("train",)
     present = {name for part in data.parts.values() for name in part.present()}
     names = bundle.classes if own else tuple(by_bytes(present))
     split, notes, _ = load_for_evaluation(
         data,
         classes=names,
-        split=protocol.split,
+        split=None if whole and protocol.split == ALL else protocol.split,
         own=own,
-        bad_images=config.bad_images if own else protocol.bad_images,
+        bad_images=protocol.bad_images or (config.bad_images if own else "error"),
         origin=None if origin is None else origin.names,
-        **config.model_dump(include={"val_split", "split_seed", "seed", "images_per_class"}),
+        **options,
         channels=bundle.description.spec.channels,
     )
-    if not own and tuple(data.parts) == ("train",):
-        split = split._replace(name="all")
+    if whole:
+        split = split._replace(name=ALL)
     return split, names, notes + _refuse_trained(split, config, run, origin)
 
 

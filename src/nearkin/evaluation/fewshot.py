@@ -21,7 +21,7 @@ class EpisodeKeywords(TypedDict, total=False):
     copies: int
     split: str | None
     seed: int
-    bad_images: Literal["error", "skip"]
+    bad_images: Literal["error", "skip"] | None
     device: Device
     workers: int
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nearkin.errors import DataError, printable
 from nearkin.evaluation.options import IDENTITY
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from nearkin.config import RunConfig
     from nearkin.data.images import ImageSource
     from nearkin.data.sources.listing import Listing
+    from nearkin.settings import Settings
 
 
 # Advice of `explaining_place`.
@@ -25,15 +26,21 @@ PLACE = "do it there, or give DATA to nearkin evaluate, --data DATA to nearkin r
 
 class Origin(NamedTuple):
     """names: digest of the names and classes of the training images as they were listed, in order. sizes: that with
-    the sizes of the files. place: `place_of` DATA."""
+    the sizes of the files. place: `place_of` DATA. splits: the names of those that DATA had, joined by spaces."""
 
     names: str
     sizes: str
     place: str
+    splits: str = ""
 
     def record(self) -> dict[str, str]:
         """As identity.json has it."""
-        return {"origin": self.names, "origin_sizes": self.sizes, "place": self.place}
+        return {
+            "origin": self.names,
+            "origin_sizes": self.sizes,
+            "place": self.place,
+            "splits": self.splits,
+        }
 
 
 @contextmanager
@@ -82,7 +89,8 @@ def described(listing: Listing) -> dict[str, str]:
     """What identity.json says of DATA."""
     from nearkin.data.dataset import names_of, sizes_of
 
-    return Origin(names_of(listing), sizes_of(listing), place_of(listing.data)).record()
+    names, sizes, place = names_of(listing), sizes_of(listing), place_of(listing.data)
+    return Origin(names, sizes, place, " ".join(listing.parts)).record()
 
 
 def place_of(data: str) -> str:
@@ -98,7 +106,8 @@ def stored_origin(run: Path) -> Origin | None:
     """Of the data that the run was trained on; None where that is not known."""
     try:
         found = json.loads((run / IDENTITY).read_text(encoding="utf-8"))
-        return Origin(str(found["origin"]), str(found["origin_sizes"]), str(found["place"]))
+        names, sizes, place = (str(found[name]) for name in ("origin", "origin_sizes", "place"))
+        return Origin(names, sizes, place, str(found.get("splits", "")))
     except (OSError, ValueError, LookupError, TypeError):
         return None
 
@@ -119,6 +128,16 @@ def is_own(data: Listing, trained: str, origin: Origin | None) -> bool:
     return names_of(data) == origin.names and sizes_of(data) == origin.sizes
 
 
+def split_options(config: RunConfig | Settings, origin: Origin | None) -> dict[str, Any]:
+    """The options of a run that give its very splits again (see `load_dataset` and `load_for_evaluation`). Where it had
+    a val split of its own, nothing is held out of the training images, also when that split is missing now."""
+    chosen = {"val_split", "split_seed", "seed", "images_per_class"}
+    options: dict[str, Any] = config.model_dump(include=chosen)
+    if origin is not None and "val" in origin.splits.split():
+        options["val_split"] = 0.0
+    return options
+
+
 def trained_on(images: ImageSource, config: RunConfig, origin: Origin | None) -> list[str] | None:
     """The names of those image files that a run of this configuration was trained on, under any path; None where the
     run's data cannot be read any more, or are others now."""
@@ -128,12 +147,11 @@ def trained_on(images: ImageSource, config: RunConfig, origin: Origin | None) ->
     given = _inodes(images)
     if not given or config.data in BUILTIN:
         return []
-    options = config.model_dump(
-        include={"channels", "val_split", "split_seed", "seed", "images_per_class"}
-    )
     try:  # without a check: of an unreadable file only the name is compared
         listing = own_listing(config.data, origin)
-        trained = load_dataset(listing, check=None, **options).splits["train"]
+        trained = load_dataset(
+            listing, check=None, channels=config.channels, **split_options(config, origin)
+        ).splits["train"]
     except DataError:
         return None
     return [given[node] for node in _inodes(trained.images) if node in given]

@@ -70,5 +70,7 @@ def coverage(
             inside = sets.members(scaled(raw, temperature), raw.argmax(1))
             held += int(inside.gather(1, labels[:, None]).sum())
             size += int(inside.sum())
+        shares = runtime.collect((held, size))  # each process has some of the images
+    held, size = (sum(counts) for counts in zip(*shares, strict=True))
     images = len(split.labels)
     return Coverage(held / images, images, size / images)

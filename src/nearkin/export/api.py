@@ -17,7 +17,7 @@ from nearkin.config import CONFIG_FILE, RunConfig, stored
 from nearkin.data.sources.resolve import resolve
 from nearkin.errors import ConfigError, DataError, ModelError, counted, printable, to_install
 from nearkin.evaluation.options import BadPolicy, check_choice, check_run
-from nearkin.evaluation.own_data import check_place, stored_origin
+from nearkin.evaluation.own_data import check_place, split_options, stored_origin
 from nearkin.export.manifest import (
     CHECK,
     VERSION,
@@ -168,14 +168,14 @@ def _split(
     from nearkin.data.dataset import load_for_evaluation, names_of
 
     options: dict[str, Any] = {}
+    origin = stored_origin(run) if own else None
     if config is not None:
-        kept = ("val_split", "split_seed", "seed", "images_per_class") if own else ()
-        options = config.model_dump(include={"bad_images", *kept})
+        options = split_options(config, origin) if own else {}
+        options["bad_images"] = config.bad_images
     if bad_images is not None:
         options["bad_images"] = bad_images
     carved = own and "train" in listing.parts and options.get("val_split", 0) > 0
-    origin = stored_origin(run) if carved else None
-    if origin is not None and origin.names != names_of(listing):
+    if carved and origin is not None and origin.names != names_of(listing):
         carved = False
         options |= {"val_split": 0.0, "images_per_class": None}
     there = ["val"] if carved else []

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from nearkin.errors import DataError, printable
 from nearkin.evaluation.options import IDENTITY, check_run
-from nearkin.evaluation.own_data import is_own, own_listing, place_of, stored_origin
+from nearkin.evaluation.own_data import is_own, own_listing, place_of, split_options, stored_origin
 from nearkin.files import write_atomic
 from nearkin.report.run import Before, Facts, run_page
 from nearkin.report.runs import Finished, runs_page
@@ -63,10 +63,8 @@ def report(
     with Runtime(device=choose_device(device), precision="fp32") as runtime:
         bundle = load_bundle(run, runtime.device)
         kin = read_kin(run, len(bundle.classes))
-        own = settings.model_dump(
-            include={"val_split", "split_seed", "seed", "images_per_class", "bad_images"}
-        )
-        options: dict[str, Any] = own | {
+        options: dict[str, Any] = split_options(settings, origin) | {
+            "bad_images": settings.bad_images,
             "origin": None if origin is None else origin.names,
             "classes": bundle.classes,
             "channels": bundle.description.spec.channels,

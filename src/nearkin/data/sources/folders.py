@@ -11,7 +11,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nearkin.data.sources.listing import FileList, ListedSplit, Listing, by_bytes, split_words
+from nearkin.data.sources.listing import (
+    FileList,
+    ListedSplit,
+    Listing,
+    by_bytes,
+    split_word,
+    split_words,
+)
 from nearkin.errors import DataError, counted, listed, printable, to_install
 
 IMAGE_SUFFIXES = frozenset(
@@ -80,6 +87,13 @@ def list_folder(root: str) -> Listing:
             extra, "folder beside the splits is ignored", "folders beside the splits are ignored"
         )
         empty = [folder for split, folder in splits.items() if split not in parts]
+        flat = [folder for folder in empty if walk.holds_images(folder)]
+        walk.note(
+            flat,
+            "split has images but no class folders, and is ignored; predict takes them",
+            "splits have images but no class folders, and are ignored; predict takes them",
+        )
+        empty = [folder for folder in empty if folder not in flat]
         walk.note(empty, "split without images is ignored", "splits without images are ignored")
     if not parts:
         raise DataError(
@@ -98,16 +112,22 @@ def _splits(walk: _Walk, top: list[str]) -> dict[str, str]:
     splits: dict[str, str] = {}
     for name, split in named.items():
         if split in splits:
-            raise DataError(
-                f"{printable(walk.root)} has two folders for the split {split}, "
-                f"{printable(splits[split])} and {printable(name)}; keep one."
-            )
+            raise DataError(_twice(walk, split, splits[split], name))
         splits[split] = name
+    for name in set(top) - set(named):
+        meant = split_word(name)
+        if meant in splits and set(walk.folders(name)) & set(walk.folders(splits[meant])):
+            raise DataError(_twice(walk, meant, splits[meant], name))
     for split, name in splits.items():
         if walk.folders(name) == [name] and not walk.holds_images(name):
             # An archive was unpacked into a folder of its own name.
             splits[split] = os.path.join(name, name)  # noqa: PTH118
     return splits
+
+
+def _twice(walk: _Walk, split: str, *names: str) -> str:
+    first, second = map(printable, names)
+    return f"{printable(walk.root)} has two folders for the split {split}, {first} and {second}; keep one."
 
 
 class _Walk:

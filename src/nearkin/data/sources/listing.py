@@ -40,6 +40,12 @@ def split_words(names: Iterable[str]) -> dict[str, str]:
     return related[0] if len(related) == 1 else {}
 
 
+def split_word(name: str) -> str | None:
+    """The split whose word is in the name of a folder, such as train of `train_2021`."""
+    word = _SPLIT_WORD.search(name.lower())
+    return None if word is None else SPLIT_NAMES[word.group()]
+
+
 class FileList:
     """Paths of image files under a folder, packed: a Python string each would take three times the memory and,
     touched by every loader worker, make each worker copy it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
 COLUMNS = ("path", "label", "split")
 MARKED = {*COLUMNS, "mark", "correct"}  # the columns of the marks that a report saves
 LONGEST_LINE = 2**20
+QUOTED = re.compile(r"\s+\".*\"\s*", re.DOTALL)
 
 
 class _Row(NamedTuple):
@@ -102,6 +104,9 @@ def text_table(path: str) -> Iterator[tuple[str, list[str]]]:
                 if len(fields) != len(header):
                     what = f"{counted(len(fields), 'field')} instead of {len(header)}"
                     raise _fail(path, where, what)
+                if any(QUOTED.fullmatch(field) for field in fields):
+                    what = "there is a space before a quotation mark; leave it out"
+                    raise _fail(path, where, what)
                 yield where, fields
         except csv.Error as error:
             raise _fail(path, f"line {reader.line_num}", f"not valid CSV, {error}") from None
@@ -123,7 +128,12 @@ def _places(path: str, where: str, header: Sequence[str]) -> dict[str, int]:
         if header.count(name) > 1:
             raise _fail(path, where, f"the column {name} occurs twice")
     if "path" not in header or "label" not in header:
-        raise _fail(path, where, "there must be a header with the columns path,label[,split]")
+        what = "there must be a header with the columns path,label[,split]"
+        if len(header) == 1 and ";" in header[0]:
+            what += "; here they are separated by semicolons, save the table with commas"
+        elif any(name.startswith('"') for name in header):
+            what += "; leave out the space before a quotation mark"
+        raise _fail(path, where, what)
     return {name: header.index(name) for name in COLUMNS if name in header}
 
 
@@ -202,7 +212,7 @@ def _check_files(path: str, root: str, rows: Sequence[_Row]) -> None:
     first: dict[str, _Row] = {}
     for row in rows:
         file = os.path.join(root, row.path)  # noqa: PTH118
-        earlier = first.setdefault(os.path.normpath(file), row)
+        earlier = first.setdefault(os.path.abspath(file), row)  # noqa: PTH100 - any bytes
         if earlier is not row:
             same = earlier.label == row.label
             labels = f"{printable(earlier.label)} and {printable(row.label)}"
