@@ -25,6 +25,10 @@ def neighbours(mask):
     return F.neighbour_nll(X.features, X.labels, X.bank, X.bank_labels, mask=mask, **bank())
 
 
+def margin(function, **settings):
+    return function(X.features, X.weight, X.labels, **settings)
+
+
 def gpaco(**changes):
     settings = {"alpha": 0.1, "temperature": 0.1, "smoothing": 0.0} | changes
     return F.gpaco(X.features, X.labels, X.logits, X.bank, X.bank_labels, **settings)
@@ -73,6 +77,17 @@ def test_imports_torch_and_jaxtyping_only():
             lambda: F.neighbour_target(X.features, X.bank, X.bank_probs, temperature=0.0),
             "temperature is 0.0",
         ),
+        (
+            lambda: F.supcon_out(X.features, X.labels, temperature=float("inf")),
+            "temperature is inf",
+        ),
+        (lambda: F.symmetric_ce(X.logits, X.labels, alpha=-1.0, beta=0.0), "alpha is -1.0"),
+        (lambda: F.symmetric_ce(X.logits, X.labels, alpha=1.0, beta=float("nan")), "beta is nan"),
+        (lambda: F.orthogonal_projection(X.features, X.labels, gamma=-1.0), "gamma is -1.0"),
+        (lambda: margin(F.cosface_logits, margin=float("nan"), scale=1.0), "margin is nan"),
+        (lambda: margin(F.arcface_logits, margin=-0.1, scale=1.0), "margin is -0.1"),
+        (lambda: margin(F.arcface_logits, margin=0.1, scale=-16.0), "scale is -16.0"),
+        (lambda: F.cosine_logits(X.features, X.weight, scale=0.0), "scale is 0.0"),
     ],
 )
 def test_a_setting_out_of_range(call, message):

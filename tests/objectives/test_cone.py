@@ -126,6 +126,15 @@ def test_warms_up_on_cross_entropy_until_the_bank_is_full():
     assert after.total > before.total
 
 
+def test_half_precision_does_not_overflow_in_the_warm_up():
+    """Of many wide rows the sum is above 65 504, the largest float16."""
+    objective = CoNe(CoNe.Config(bank=256, warmup_steps=5), dim=2048, classes=3, pretrained=True)
+    rows = torch.rand(128, 2048, generator=torch.Generator().manual_seed(0)).half()
+    student = Outputs(rows, rows, None, rows[:, :3])
+    made = batch(0, [0, 1, 2, 0] * 32)
+    assert torch.isfinite(objective(made, student, student, PROGRESS._replace(step=0)).total)
+
+
 @pytest.mark.parametrize(
     ("images", "classes", "size", "bank", "topk", "warmup"),
     [

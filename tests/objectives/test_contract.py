@@ -336,6 +336,32 @@ def test_labels_of_no_class_are_refused(name, labels, text):
 
 
 @pytest.mark.parametrize("name", sorted(Objective.registry))
+def test_rows_of_three_classes_are_refused_where_two_are_read(name):
+    bench = Bench(name, {}, 0)
+    rows = torch.tensor([[0.5, 0.3, 0.2, 0.0]]).expand(3, -1)
+    reads_two = name in ("arcface", "cone", "cosface", "gpaco", "triplet", "varcon")
+    assert bench.objective.two_classes == reads_two
+    if reads_two:
+        with pytest.raises(ValueError, match=r"two largest of labels\[0\] sums to 0.8"):
+            bench.loss(bench.batch(rows))
+    else:
+        assert torch.isfinite(bench.loss(bench.batch(rows)).total)
+
+
+@pytest.mark.parametrize("name", sorted(Objective.registry))
+def test_a_negative_number_of_an_image_is_refused(name):
+    """A bank would not know the image's own copy by it."""
+    bench = Bench(name, {}, 0)
+    batch = bench.batch(LABELINGS["usual"])
+    index = batch.index.clone()
+    index[1] = -7
+    with pytest.raises(ValueError, match=r"index\[1\] is -7 but must be at least 0"):
+        bench.loss(batch._replace(index=index))
+    partners = torch.stack([batch.index, torch.full_like(batch.index, -1)], 1)
+    assert torch.isfinite(bench.loss(batch._replace(index=partners)).total)
+
+
+@pytest.mark.parametrize("name", sorted(Objective.registry))
 def test_a_stage_of_another_objective_is_refused(name):
     bench = Bench(name, {}, 0)
     bench.progress = bench.progress._replace(stage="pretrain")

@@ -414,6 +414,18 @@ def test_the_best_weights_so_far_may_be_those_of_an_earlier_epoch(tmp_path):
         ),
         ({"objective": "ce", "per_class": 8}, "nothing reads --per-class with --sampler shuffle"),
         (
+            {"objective": "ce", "per_class": 8, "sampler": "weighted"},
+            "nothing reads --per-class with --sampler weighted",
+        ),
+        (
+            {"objective": "ce", "optimizer": "adamw", "momentum": 0.5},
+            "nothing reads --momentum with --optimizer adamw",
+        ),
+        (
+            {"objective": "ce", "optimizer": "lamb", "nesterov": False},
+            "nothing reads --no-nesterov with --optimizer lamb",
+        ),
+        (
             {"objective": "attract-repulse", "objective.bank": 64},
             "nothing reads --objective.bank with --objective.negatives batch",
         ),
@@ -434,6 +446,20 @@ def test_options_without_effect_are_told(tmp_path, capsys, given, said):
     assert f"note: {said}" in capsys.readouterr().err
     job_of(quiet=False, weights=run, objective="supcon")
     assert "nothing reads" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("objective", "told"),
+    [("supcon", True), ("cone", True), ("schane", True), ("opl", True), ("ce", False)],
+)
+def test_a_contrast_of_frozen_features_is_told(tmp_path, capsys, objective, told):
+    run = run_of(tmp_path / "run", model="test_resnet").run
+    capsys.readouterr()
+    job_of(quiet=False, weights=run, objective=objective, freeze_backbone=True)
+    text = "nothing else learns from their contrast; --objective ce is the same"
+    assert (text in capsys.readouterr().err) == told
+    job_of(quiet=False, weights=run, objective=objective)
+    assert text not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["supcon", "attract-repulse", "ce"])

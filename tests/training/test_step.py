@@ -180,6 +180,18 @@ def test_the_momentum_of_a_teacher_follows_the_step_of_its_stage(tmp_path, monke
     assert given == pytest.approx([1 / 2, 2 / 3, 3 / 4])
 
 
+def test_a_stage_shorter_than_the_warm_up_ends_at_its_floor_too(tmp_path):
+    config = RunConfig(objective="ce", lr=0.2, warmup_epochs=9.0, min_lr_ratio=0.25)
+    trainer, _ = begun(tmp_path, config)
+    rates = []
+    for step in range(8):
+        trainer.stepper._set_lr(Progress("classify", step, 8, 0, 2))
+        rates.append(trainer.stepper.lr)
+    assert rates[:4] == sorted(rates[:4])
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[-1] == pytest.approx(0.05)
+
+
 def test_the_rate_warms_up_over_epochs_and_ends_at_its_floor(tmp_path):
     config = RunConfig(objective="ce", lr=0.2, warmup_epochs=1.0, min_lr_ratio=0.25)
     trainer, leg = begun(tmp_path, config)

@@ -6,6 +6,7 @@ asynchronous assertion instead, which does not synchronise and does not name the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -15,17 +16,17 @@ TOLERANCE = 0.01  # of lengths and sums: rounding to bf16 changes them by at mos
 
 
 def check_positive(name: str, value: float | int) -> None:
-    """Raise ValueError unless `value` is a number above 0."""
+    """Raise ValueError unless `value` is a finite number above 0."""
     _check_number(name, value)
-    if not value > 0:
-        raise ValueError(f"{name} is {value} but must be above 0.")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} is {value} but must be above 0 and finite.")
 
 
 def check_amount(name: str, value: float) -> None:
-    """Raise ValueError unless `value` is a number, 0 or above."""
+    """Raise ValueError unless `value` is a finite number, 0 or above."""
     _check_number(name, value)
-    if not value >= 0:
-        raise ValueError(f"{name} is {value} but must be 0 or above.")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} is {value} but must be 0 or above and finite.")
 
 
 def _check_number(name: str, value: object) -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from nearkin.functional._checks import check_labels, check_rows, check_smoothing
+from nearkin.functional._checks import check_amount, check_labels, check_rows, check_smoothing
 from nearkin.functional._common import Labels, PerAnchor, all_valid, class_rows, full_precision
 
 LEAST_PROBABILITY = 1e-7  # as published: predictions are clipped to [1e-7, 1]
@@ -91,10 +91,12 @@ def symmetric_ce(
     RCE is -sum_c p_ic log max(y_ic, 1e-4) for hard labels and linear in y for soft ones.
 
     logits: `[N, C]`, finite, p their softmax. labels: `[N]` integers or `[N, C]` rows that sum to 1.
-    All anchors are valid. Raises ValueError when the shape of labels is wrong.
+    All anchors are valid. Raises ValueError when a weight is negative or the shape of labels is wrong.
     Source: Wang et al. 2019 and their code; presets (alpha, beta) (0.1, 1) for about 10 classes, (6, 0.1) for 100.
     """
     check_labels(labels, len(logits), classes=logits.shape[1], validate=validate)
+    check_amount("alpha", alpha)
+    check_amount("beta", beta)
     target = class_rows(labels, logits.shape[1], logits.dtype)
     log_p = logits.log_softmax(1)
     forward = -(target * log_p).sum(1)

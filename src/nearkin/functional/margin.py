@@ -8,7 +8,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from nearkin.functional._checks import check_cosines, check_labels, check_unit
+from nearkin.functional._checks import (
+    check_amount,
+    check_cosines,
+    check_labels,
+    check_positive,
+    check_unit,
+)
 from nearkin.functional._common import Hard, class_rows, full_precision
 
 
@@ -67,6 +73,7 @@ def cosine_logits(
     features: `[N, d]` and weight: `[C, d]` rows of any length; a row of zeros has the cosine 0.
     Source: Wang et al. 2018 (CosFace), section 3.1.
     """
+    _check_scale(scale)
     return scale * F.normalize(features, dim=1) @ F.normalize(weight, dim=1).T
 
 
@@ -80,6 +87,8 @@ def cosface_margin(
     validate: bool = True,
 ) -> Float[Tensor, "n c"]:
     """`cosface_logits` from given cosines `[N, C]`, within [-1, 1]. Errors as there."""
+    _check_scale(scale)
+    check_amount("margin", margin)
     return scale * (cosine - margin * _own(cosine, labels, validate))
 
 
@@ -93,12 +102,20 @@ def arcface_margin(
     validate: bool = True,
 ) -> Float[Tensor, "n c"]:
     """`arcface_logits` from given cosines `[N, C]`, within [-1, 1]. Errors as there."""
+    _check_scale(scale)
+    check_amount("margin", margin)
     own = _own(cosine, labels, validate)
     square = (1 - cosine) * (1 + cosine)
     # The root has an infinite gradient at 0, and rounding may make the square negative: both give 0.
     sine = square.where(square > 0, 1).sqrt().where(square > 0, 0)
     shifted = cosine * math.cos(margin) - sine * math.sin(margin)
     return scale * shifted.where(own > 0, cosine)
+
+
+def _check_scale(scale: float | Tensor) -> None:
+    """Raises ValueError for a number that is not above 0. A tensor may be learned, and is not looked at."""
+    if not isinstance(scale, Tensor):
+        check_positive("scale", scale)
 
 
 def _cosines(features: Tensor, weight: Tensor, labels: Tensor, validate: bool) -> Tensor:

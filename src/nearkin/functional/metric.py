@@ -69,6 +69,7 @@ def orthogonal_projection(
     negative pairs. Without pairs of a kind their mean counts 0. Raises ValueError when the shape of labels is wrong.
     Source: Ranasinghe et al. 2021 and its code, without soft labels.
     """
+    check_amount("gamma", gamma)
     check_labels(labels, len(features), validate=validate)
     check_unit(validate, features=features)
     terms = Total("positives"), Count("positives"), Total("negatives"), Count("negatives")

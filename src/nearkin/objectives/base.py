@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nearkin.bank import NeighbourBank
 from nearkin.config import AutoShare, option
 from nearkin.functional import PerAnchor, cross_entropy, mean_valid, soft_pairs
-from nearkin.functional._checks import check_labels
+from nearkin.functional._checks import check_classes, check_labels
 from nearkin.functional._common import class_rows
 from nearkin.network import Head
 from nearkin.teacher import TeacherPolicy
@@ -83,12 +83,13 @@ class Objective(nn.Module):
     A subclass registers itself: `class CoNe(Objective, name="cone")`; it may be defined again. Without a name it is a
     base class of others. The first line of its docstring is shown by `nearkin list objectives`. Its nested frozen
     `Config` declares the options with defaults, ranges and descriptions, from which the command line, YAML and docs are
-    made.
+    made. `two_classes`: whether its loss takes rows of labels of at most two classes only.
     """
 
     registry: ClassVar[dict[str, type[Objective]]] = {}
     name: ClassVar[str]
     heads: dict[str, Head]
+    two_classes: ClassVar[bool] = False
 
     class Config(BaseModel):
         """Options that every objective has."""
@@ -184,10 +185,15 @@ class Objective(nn.Module):
     def __call__(
         self, batch: Batch, student: Outputs, teacher: Outputs | None, progress: Progress
     ) -> Loss:
-        """`forward`, for labels in [0, C) or rows that sum to 1, and a stage of `stages()`. Raises ValueError for
-        others, from which a loss would follow that trains something else; on a GPU it is an assertion for labels. A
-        loop that knows its labels may call `forward`, which does not look at them."""
+        """`forward`, for labels in [0, C) or rows that sum to 1 (of at most two classes where `two_classes`), image
+        numbers that are not negative, and a stage of `stages()`. Raises ValueError for others, from which a loss would
+        follow that trains something else; on a GPU it is an assertion for tensors. A loop that knows its batches may
+        call `forward`, which does not look at them."""
         check_labels(batch.labels, len(batch.labels), classes=self.classes, validate=True)
+        if self.two_classes and batch.labels.ndim == 2:
+            soft_pairs(batch.labels, validate=True)
+        # Of two numbers, as of a mixed image, the second may be missing: -1.
+        check_classes("index", batch.index.view(len(batch.labels), -1)[:, 0], None)
         names = [stage.name for stage in self.stages()]
         if progress.stage not in names:
             raise ValueError(

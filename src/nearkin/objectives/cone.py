@@ -46,6 +46,8 @@ class CoNe(Objective, name="cone"):
     teacher. Equations: docs/methods/cone.md.
     """
 
+    two_classes = True
+
     class Config(Objective.Config):
         """Temperatures as published; other defaults: docs/methods/cone.md."""
 
@@ -150,7 +152,11 @@ class CoNe(Objective, name="cone"):
             loss = combine(ce=(1.0, ce))
             if student.embedding is not None:
                 # Where the classifier reads the features: several processes wait for each weight's gradient.
-                loss = loss._replace(total=loss.total + 0.0 * student.embedding.sum())
+                # The sum of half-precision rows would overflow.
+                rows = student.embedding.to(
+                    torch.promote_types(student.embedding.dtype, torch.float32)
+                )
+                loss = loss._replace(total=loss.total + 0.0 * rows.sum())
             zero = torch.zeros_like(loss.total.detach())
             return loss._replace(terms=loss.terms | {"neighbour": zero, "consistency": zero})
         neighbour, target = bank_attention(

@@ -154,6 +154,8 @@ class VarCon(Contrastive, name="varcon"):
     Joint with CE, or in two stages as published. A mixed image is computed for both of its classes.
     """
 
+    two_classes = True
+
     term = "varcon"
 
     class Config(Contrastive.Config):

@@ -35,6 +35,8 @@ class GPaCo(Objective, name="gpaco"):
     Heads: a projection, and a linear classifier, side by side on the pooled features.
     """
 
+    two_classes = True
+
     class Config(Objective.Config):
         """Alpha and temperature as published for ImageNet."""
 

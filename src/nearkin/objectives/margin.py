@@ -19,6 +19,8 @@ class MarginSoftmax(Objective):
     without the margin (docs/decisions/008). A mixed image is computed for both of its classes.
     """
 
+    two_classes = True
+
     class Config(Objective.Config):
         """Scales of 30 to 64 are usual for many classes."""
 

@@ -59,6 +59,8 @@ class Triplet(Objective, name="triplet"):
     Heads: one linear classifier on the pooled features. A mixed image is computed for both of its classes.
     """
 
+    two_classes = True
+
     class Config(Objective.Config):
         """One crop per image, as published; the margin is for unit rows."""
 

@@ -75,9 +75,26 @@ def without_effect(settings: Settings, config: RunConfig) -> Iterator[tuple[str,
         if name in given and options.get(other) == value and other not in given:
             shown, reason = name.replace("_", "-"), other.replace("_", "-")
             yield f"--objective.{shown}", f"with --objective.{reason} {value}"
-    usual = type(config).model_fields["per_class"].default
-    if settings.sampler == "shuffle" and settings.per_class != usual:
-        yield "--per-class", "with --sampler shuffle"
+    usual = {name: field.default for name, field in type(config).model_fields.items()}
+    if settings.sampler != "balanced" and settings.per_class != usual["per_class"]:
+        yield "--per-class", f"with --sampler {settings.sampler}"
+    if settings.optimizer != "sgd":
+        for name, word in (("momentum", "--momentum"), ("nesterov", "--no-nesterov")):
+            if getattr(config, name) != usual[name]:
+                yield word, f"with --optimizer {settings.optimizer}"
+
+
+def idle_contrast(settings: Settings, built: Built) -> bool:
+    """Whether the backbone is frozen in a stage that pairs samples, and nothing but the classifier has weights."""
+    for stage in built.objective.stages():
+        frozen = settings.freeze_backbone or stage.freeze_backbone
+        heads = [built.network.heads[name] for name in stage.heads if name != "classifier"]
+        learns = any(
+            p.requires_grad for head in [*heads, built.objective] for p in head.parameters()
+        )
+        if frozen and stage.pairs != "none" and not learns:
+            return True
+    return False
 
 
 def check_learns(stage: Stage, modules: Iterable[nn.Module]) -> None:

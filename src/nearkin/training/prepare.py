@@ -83,7 +83,7 @@ def prepare(
     # A run that goes on may have fewer workers than it began with; its stored settings have no `auto`.
     fixed = config.workers != "auto" and classes is None
     settings, built = _resolve(data, dataset, runtime, load=not begun, workers_given=fixed)
-    _say_doubts(settings, config, quiet)
+    _say_doubts(settings, config, built, quiet)
     if settings.weights is not None and not begun:
         settings = _with_weights(settings, built, config, quiet)
     settings = _tuned(settings, config, built, runtime, quiet)
@@ -103,7 +103,7 @@ def prepare(
     return Prepared(settings, dataset, built, evaluator, _identity(settings, dataset))
 
 
-def _say_doubts(settings: Settings, config: RunConfig, quiet: bool) -> None:
+def _say_doubts(settings: Settings, config: RunConfig, built: Built, quiet: bool) -> None:
     """Where random weights are probably not meant, and of what went wrong elsewhere."""
     if settings.compile and settings.device == "cuda":
         text = "lost accuracy in its one trial on a GPU (docs/performance.md); compare a short run without it"
@@ -113,6 +113,9 @@ def _say_doubts(settings: Settings, config: RunConfig, quiet: bool) -> None:
     if defaults.named_from_scratch(config, settings):
         text = "starts from random weights, which takes many images and hours; --pretrained takes timm's weights"
         say(f"note: {settings.model} {text}, --from-scratch leaves this note out.", quiet)
+    if checks.idle_contrast(settings, built):
+        text = "keeps the features as they are, and nothing else learns from their contrast"
+        say(f"note: --freeze-backbone {text}; --objective ce is the same.", quiet)
     for names, reason in checks.without_effect(settings, config):
         say(f"note: nothing reads {names} {reason}.", quiet)
 

@@ -164,7 +164,8 @@ class Stepper:
     def _set_lr(self, progress: Progress) -> None:
         settings = self.settings
         steps, floor = progress.steps, settings.min_lr_ratio
-        warmup = min(round(settings.warmup_epochs * self.steps_per_epoch), steps)
+        # At most half of a stage, which would end at its highest rate otherwise.
+        warmup = min(round(settings.warmup_epochs * self.steps_per_epoch), steps // 2)
         factor = optim.lr_factor(progress.step, steps=steps, warmup=warmup, floor=floor)
         self.lr = settings.lr * self.stage.lr * factor
         optim.set_lr(self.optimizer, self.lr)
