@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import socket
 import sys
+import time
+from datetime import timedelta
 from subprocess import run
 
 import pytest
 import torch
-from tests.processes import free_port, ranks
+from tests.processes import finish, free_port, ranks, start
 from torch import nn
 
 from nearkin import distributed
 from nearkin.cli import run as command
 from nearkin.device import choose_precision
 from nearkin.distributed import Runtime
-from nearkin.errors import ConfigError
+from nearkin.errors import ConfigError, ProcessHangs
 from nearkin.process import GPU_THREADS, Launch
 from nearkin.types import Outputs
 
@@ -137,6 +139,26 @@ def test_a_failure_on_one_process_of_a_node_is_raised_on_all(monkeypatch):
 def meeting(address, port):
     """What process 0 of 2 does first."""
     return distributed._connect(Launch(1, 2, address=address, port=port), holds=True)
+
+
+def waiting():
+    distributed.STEP_TIMEOUT = timedelta(seconds=2)
+    try:
+        with Runtime(device="cpu", precision="fp32") as runtime:
+            if runtime.rank == 1:
+                time.sleep(60)
+            distributed.sum_over_ranks(torch.ones(2))
+    except ProcessHangs as error:
+        print(error, flush=True)
+        sys.exit(error.code)
+
+
+def test_a_process_that_hangs_in_a_step_ends_all_as_resumable(tmp_path):
+    """A scheduler starts the run again; it is no bug."""
+    logs = [tmp_path / name for name in ("0.txt", "1.txt")]
+    started = [start(waiting, env=env, log=log) for env, log in zip(ranks(2), logs, strict=True)]
+    assert finish(*started) == [75, 75]
+    assert "did not answer for 0.0333333 minutes" in logs[0].read_text()
 
 
 def test_a_port_that_is_in_use_is_said(monkeypatch):

@@ -180,10 +180,10 @@ def test_the_public_names():
 def test_all_that_ends_with_75_can_be_caught_at_once():
     """A caller may then start the same run again, as a scheduler does."""
     from nearkin.data.loader import WorkersDied
-    from nearkin.distributed import ProcessDied
+    from nearkin.errors import ProcessDied, ProcessHangs
     from nearkin.files import SaveFailed
 
-    for error in (nearkin.Stopped, SaveFailed, WorkersDied, ProcessDied):
+    for error in (nearkin.Stopped, SaveFailed, WorkersDied, ProcessDied, ProcessHangs):
         assert issubclass(error, nearkin.ResumableError)
         assert error.code == 75
 

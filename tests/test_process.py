@@ -52,10 +52,35 @@ def env(monkeypatch):
     return change
 
 
-def test_without_a_launcher_there_is_one_process(env):
+class _Terminal:
+    def __init__(self, there):
+        self.isatty = lambda: there
+
+
+def test_without_a_launcher_there_is_one_process(env, monkeypatch):
     assert launched() == Launch(nodes=1, per_node=1, rank=0, local_rank=0)
     env(SLURM | {"SLURM_JOB_NAME": "bash"})
+    monkeypatch.setattr(sys, "stdin", _Terminal(True))
     assert launched().world_size == 1
+
+
+@pytest.mark.parametrize("name", ["bash", "interactive"])
+def test_a_task_of_srun_inside_an_allocation_is_one_of_several(env, monkeypatch, name):
+    """It has the name of the job whose shell it was started from, but no terminal."""
+    env(SLURM | {"SLURM_JOB_NAME": name})
+    for stdin in (_Terminal(False), None):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert launched().world_size == 6
+
+
+def test_two_steps_of_a_job_do_not_meet(env):
+    env(SLURM | {"SLURM_NODELIST": "a[1-9]", "SLURM_STEP_NODELIST": "a[4-6]"})
+    first = launched()
+    env({"SLURM_STEP_ID": "1"})
+    second = launched()
+    assert (first.address, second.address) == ("a4", "a4")
+    assert first.port != second.port
+    assert (first.name, second.name) == ("4071234.0", "4071234.1")
 
 
 @pytest.mark.parametrize(
@@ -76,6 +101,12 @@ def test_processes_of_another_launcher_are_refused(env, capsys, rank, size):
     assert f"{size} says that this is one of 4 processes" in said
     assert said.count("\n") == 1
     assert launched() == Launch()  # predict and others may run so: each process its share
+    env({"SLURM_JOB_ID": "77"})  # without srun
+    if size == "PMI_SIZE":  # which a shell of Slurm may have
+        refuse_other_launchers()
+    else:
+        with pytest.raises(ConfigError, match="each would train for itself"):
+            refuse_other_launchers()
     for launcher in (SLURM, TORCHRUN):
         env(launcher)
         refuse_other_launchers()
@@ -139,7 +170,7 @@ def test_ranks_that_do_not_go_node_after_node_are_refused(env):
 
 def test_torchrun(env):
     env(TORCHRUN)
-    assert launched() == Launch(2, 4, 6, 2, "gpu1", 29500)
+    assert launched() == Launch(2, 4, 6, 2, "gpu1", 29500, "x")
     assert launched().world_size == 8
 
 
@@ -155,9 +186,9 @@ def test_torchrun(env):
 )
 def test_slurm(env, nodes, first):
     env(SLURM | {"SLURM_NODELIST": nodes})
-    assert launched() == Launch(3, 2, 5, 1, first, 16234)
+    assert launched() == Launch(3, 2, 5, 1, first, 16234, "4071234.0")
     env({"MASTER_ADDR": "other", "MASTER_PORT": "1234"})
-    assert launched()[-2:] == ("other", 1234)
+    assert launched()[4:6] == ("other", 1234)
 
 
 def test_each_process_gets_its_share_of_the_cores(env, monkeypatch):

@@ -24,7 +24,15 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 from torch.nn.parallel import DistributedDataParallel
 
 from nearkin.device import Precision
-from nearkin.errors import ConfigError, NearkinError, ResumableError, Stopped, first_line, printable
+from nearkin.errors import (
+    ConfigError,
+    NearkinError,
+    ProcessDied,
+    ProcessHangs,
+    Stopped,
+    first_line,
+    printable,
+)
 from nearkin.process import GPU_THREADS, Launch, agreed, exit_if_importing_main, gpu_of, launched
 from nearkin.types import Outputs
 
@@ -312,7 +320,8 @@ class Failures:
         self.callback: Callable[[str, int], None] | None = None
         self._launch = launch
         self._stopped = Event()
-        self._prefix = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{Failures.runs}"
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+        self._prefix = f"{launch.name}/{restart}/{Failures.runs}"
         Failures.runs += 1
         if launch.world_size > 1:
             self._store = PrefixStore(self._prefix, _store(launch))
@@ -396,15 +405,11 @@ class Failures:
             os._exit(code)
 
 
-class ProcessDied(ResumableError):
-    """Another process of the launch ended without an error of its own."""
-
-    def __init__(self) -> None:
-        super().__init__("Another process of this launch died; continue with --resume.")
-
-
 def named(error: BaseException) -> BaseException:
-    """ProcessDied in place of the errors that torch raises when another process is gone; other errors unchanged."""
+    """ProcessDied or ProcessHangs in place of the errors that torch raises when another process is gone or does not
+    answer; other errors unchanged."""
+    if isinstance(error, RuntimeError) and "Timed out waiting" in str(error):
+        return ProcessHangs(STEP_TIMEOUT.total_seconds() / 60)
     texts = ("closed by peer", "reset by peer", "remote process exited")
     lost = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
     return ProcessDied() if lost or isinstance(error, dist.DistError) else error

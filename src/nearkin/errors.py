@@ -48,6 +48,23 @@ class ResumableError(NearkinError):
     code = 75
 
 
+class ProcessDied(ResumableError):
+    """Another process of the launch ended without an error of its own."""
+
+    def __init__(self) -> None:
+        super().__init__("Another process of this launch died; continue with --resume.")
+
+
+class ProcessHangs(ResumableError):
+    """Another process of the launch did not take part in a step."""
+
+    def __init__(self, minutes: float) -> None:
+        super().__init__(
+            f"Another process of this launch did not answer for {minutes:g} minutes; look for a disk or a node that "
+            "hangs, and continue with --resume."
+        )
+
+
 class Stopped(ResumableError):
     """A signal stopped the run; it is saved and can be resumed (exit 75)."""
 

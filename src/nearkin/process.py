@@ -81,7 +81,17 @@ def stop_signals_recorded() -> Iterator[None]:
 def _record(number: int, _: FrameType | None) -> None:
     _received.append((number, time.monotonic()))
     if sum(each == signal.SIGINT for each, _ in _received) > 1:
+        if "ipykernel" in sys.modules:  # a notebook would lose its variables
+            raise KeyboardInterrupt
+        leave_terminal("nearkin: stopped at once.")
         os._exit(Stopped.code)
+
+
+def leave_terminal(text: str = "") -> None:
+    """Before this process ends without any clean-up: show the cursor, which a bar hides, and `text` on stderr."""
+    with suppress(OSError, ValueError, AttributeError):
+        if sys.stderr.isatty():
+            os.write(sys.stderr.fileno(), f"\x1b[?25h\n{text}\n".encode())
 
 
 def stop_requested(seconds: float = 0.0) -> bool:
@@ -134,7 +144,8 @@ SPECIAL_STEPS = 1 << 31  # Slurm's numbers of batch scripts and of interactive s
 class Launch(NamedTuple):
     """The processes that torchrun or srun started, and this one among them.
 
-    per_node: processes on each node. address, port: of the TCP store that process 0 or torchrun's agent holds.
+    per_node: processes on each node. address, port: of the TCP store that process 0 or torchrun's agent holds. name:
+    of the launch, by which the processes of two of them on one port stay apart.
     """
 
     nodes: int = 1
@@ -143,6 +154,7 @@ class Launch(NamedTuple):
     local_rank: int = 0
     address: str = "127.0.0.1"
     port: int = 0
+    name: str = ""
 
     @property
     def world_size(self) -> int:
@@ -172,7 +184,7 @@ def _read_launch(env: Mapping[str, str]) -> Launch:
                 f"There are {world} processes, {local} of them on this node; start equally many on each node "
                 "(--nproc-per-node)."
             )
-        return Launch(nodes, local, rank, local_rank, address, port)
+        return Launch(nodes, local, rank, local_rank, address, port, env["TORCHELASTIC_RUN_ID"])
     if not _started_by_srun(env):
         return Launch()
     if (tasks := _number("SLURM_NTASKS", "1")) == 1:
@@ -183,12 +195,14 @@ def _read_launch(env: Mapping[str, str]) -> Launch:
             f"There are {tasks} tasks on {nodes} nodes; start equally many on each node (--ntasks-per-node)."
         )
     # "gpu[007-009,12],cpu1" -> "gpu007"
-    first = re.sub(r"\[(\w+)[^]]*\]", r"\1", env.get("SLURM_NODELIST", "127.0.0.1")).split(",")[0]
-    # The same on all nodes, another in each job.
-    job = _number("SLURM_JOB_ID", "0")
-    port = _port(15_000 + job % 10_000)
+    listed = env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", "127.0.0.1"))
+    first = re.sub(r"\[(\w+)[^]]*\]", r"\1", listed).split(",")[0]
+    # The same on all nodes, another in each job and in each step of a job.
+    job, step = _number("SLURM_JOB_ID", "0"), _number("SLURM_STEP_ID")
+    port = _port(15_000 + (job + 997 * step) % 10_000)
     rank, local_rank = _number("SLURM_PROCID"), _number("SLURM_LOCALID")
-    return Launch(nodes, tasks // nodes, rank, local_rank, env.get("MASTER_ADDR", first), port)
+    address = env.get("MASTER_ADDR", first)
+    return Launch(nodes, tasks // nodes, rank, local_rank, address, port, f"{job}.{step}")
 
 
 def restarts() -> tuple[int, int]:
@@ -217,11 +231,11 @@ def refuse_other_launchers() -> None:
     """Raises ConfigError in one of several processes that neither torchrun nor srun started: each would train for
     itself."""
     env = os.environ
-    if (
-        "TORCHELASTIC_RUN_ID" in env or "SLURM_JOB_ID" in env
-    ):  # an interactive shell of Slurm may have PMI_SIZE
+    if "TORCHELASTIC_RUN_ID" in env or launched().world_size > 1:
         return
     for rank, size in OTHER_LAUNCHERS:
+        if size == "PMI_SIZE" and "SLURM_JOB_ID" in env:
+            continue  # an interactive shell of Slurm may have it
         number = env.get(size, "")
         if rank in env and number.isdecimal() and int(number) > 1:
             raise ConfigError(
@@ -232,11 +246,17 @@ def refuse_other_launchers() -> None:
 
 def _started_by_srun(env: Mapping[str, str]) -> bool:
     """Whether this process is a task of srun: a batch script and the shell of an allocation have the number of tasks as
-    well, but no step, or one of the last numbers."""
+    well, but no step, or one of the last numbers. So has `srun --pty bash`, in a terminal; a task of srun that is
+    started there has its job name, too, but no terminal."""
     step = env.get("SLURM_STEP_ID", "")
-    interactive = env.get("SLURM_JOB_NAME") in ("bash", "interactive")
     task = "SLURM_PROCID" in env and step.isdecimal() and int(step) < SPECIAL_STEPS
-    return task and not interactive
+    return task and not (env.get("SLURM_JOB_NAME") in ("bash", "interactive") and _in_terminal())
+
+
+def _in_terminal() -> bool:
+    with suppress(OSError, ValueError, AttributeError):
+        return sys.stdin.isatty()
+    return False
 
 
 def cores() -> int:

@@ -16,7 +16,8 @@ from nearkin.data.transforms import TrainSpec
 from nearkin.distributed import Runtime
 from nearkin.errors import ConfigError, ModelError
 from nearkin.evaluation.model import load_bundle
-from nearkin.training import defaults
+from nearkin.network import load_weights
+from nearkin.training import checks, defaults
 from nearkin.training.api import continue_run, start_run
 from nearkin.training.loop import legs
 from nearkin.training.plan import _candidates
@@ -160,6 +161,27 @@ def test_a_frozen_backbone_rests_in_every_stage(tmp_path, capsys, values):
         assert changed
         assert {n.split(".")[0] for n in changed} == {"heads"}
         assert {n.split(".")[1] for n in changed} == set(leg.stage.heads)
+
+
+@pytest.mark.parametrize("option", ["--blocks 1", "--epochs 0"])
+def test_random_weights_that_are_kept_are_told(option, capsys):
+    name, value = option.removeprefix("--").split()
+    job_of(quiet=False, objective="ce", **{name: int(value)})
+    assert f"note: {option} keeps random weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("batch", "parts", "at_once"), [(256, 4, 64), (256, 1, 256), (16, 1, 64)])
+def test_evaluation_takes_as_many_images_at_once_as_training(batch, parts, at_once):
+    given = settings(batch_size=batch).model_copy(update={"accumulate": parts})
+    assert checks.evaluated_at_once(given, ranks=1) == at_once
+    assert checks.evaluated_at_once(given, ranks=4) == 64
+
+
+def test_a_run_that_has_not_ended_gives_no_weights(tmp_path):
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.yaml").touch()
+    with pytest.raises(ModelError, match="begun has no model.safetensors; a run that has not end"):
+        load_weights(torch.nn.Linear(2, 2), tmp_path / "begun")
 
 
 def test_a_run_of_another_objective_and_other_classes_gives_its_backbone(tmp_path, capsys):
@@ -315,6 +337,7 @@ def test_a_stage_in_which_nothing_can_learn_is_refused(tmp_path, given):
     run = run_of(tmp_path / "run", model="test_resnet").run
     with pytest.raises(ConfigError, match="Nothing can learn in the stage contrast"):
         run_of(tmp_path / "other", weights=run, epochs=2, **TWO_STAGES | given)
+    assert not (tmp_path / "other").exists()
     job_of(weights=run, **TWO_STAGES, freeze_backbone=True, **{"objective.attach": "projection"})
 
 

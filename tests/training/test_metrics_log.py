@@ -107,6 +107,18 @@ def test_a_new_fit_of_the_classifier_is_recorded_once(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.jsonl").read_bytes() == whole
 
 
+def test_a_validation_that_is_made_again_is_recorded_once(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    for step in (1, 2):
+        journal.record("epoch", stage="classify", step=step, epoch=step)
+        journal.record("validation", stage="classify", step=step, epoch=step)
+    journal.cut_back(2)
+    assert len(journal.records()) == 4
+    journal.cut_back(2, validated=False)
+    kept = [(record["kind"], record["step"]) for record in journal.records()]
+    assert kept == [("epoch", 1), ("validation", 1), ("epoch", 2)]
+
+
 def test_cutting_back_without_a_file_makes_none(tmp_path: Path) -> None:
     Journal(tmp_path).cut_back(3)
     assert list(tmp_path.iterdir()) == []

@@ -70,7 +70,7 @@ def load_weights(module: nn.Module, file: Path, *, foreign: tuple[str, ...] = ()
     Raises ModelError when the file is no checkpoint or holds more than tensors and plain values, when no parameter fits
     or one is not finite; the module is then unchanged.
     """
-    file = file / WEIGHTS if file.is_dir() else file
+    file = _weights_of(file)
     own = module.state_dict(keep_vars=True)
     given = _renamed(read_file(file), own.keys())
     skipped = tuple(name for name in given if foreign and name.startswith(foreign))
@@ -105,6 +105,17 @@ def load_weights(module: nn.Module, file: Path, *, foreign: tuple[str, ...] = ()
         adapted={name: shapes for name, shapes in other.items() if name in loaded},
         foreign=skipped,
     )
+
+
+def _weights_of(given: Path) -> Path:
+    """The file, or that of a run folder. Raises ModelError for a folder without one."""
+    if not given.is_dir():
+        return given
+    if not (given / WEIGHTS).exists():
+        raise ModelError(
+            f"{shown(given)} has no {WEIGHTS}; a run that has not ended goes on with --resume."
+        )
+    return given / WEIGHTS
 
 
 def _known(name: str) -> bool:

@@ -13,7 +13,7 @@ from nearkin.data.loader import SHARED_MEMORY, fitting_workers
 from nearkin.data.sampling import Draws, Sampler
 from nearkin.errors import ConfigError
 from nearkin.evaluation.model import Built
-from nearkin.network import check_eval_size, names_layers
+from nearkin.network import Network, blocks_below_heads, check_eval_size, names_layers
 from nearkin.process import launched
 from nearkin.settings import Settings
 from nearkin.training.probe import readable
@@ -40,7 +40,11 @@ def check_built(settings: Settings, built: Built) -> None:
     _check_batchnorm(settings, built)
     stages, network = built.objective.stages(), built.network
     for stage in stages if settings.epochs > 0 else ():
-        if settings.freeze_backbone or stage.freeze_backbone:
+        if (
+            settings.freeze_backbone
+            or stage.freeze_backbone
+            or _blocks_learn_nothing(settings, network)
+        ):
             check_learns(stage, (network.heads[name] for name in stage.heads))
     if 0 < settings.epochs < len(stages):
         names = ", ".join(stage.name for stage in stages)
@@ -61,6 +65,13 @@ def check_built(settings: Settings, built: Built) -> None:
             f"--{option} needs a classifier that reads the features, and that of {settings.objective} does not; "
             "leave it out, or give --objective.classifier features where the objective has it."
         )
+
+
+def _blocks_learn_nothing(settings: Settings, network: Network) -> bool:
+    """Whether `--blocks 0` leaves nothing of the backbone, such as a normalisation behind its blocks."""
+    if settings.blocks != 0 or not names_layers(network.backbone):
+        return False
+    return all(number > 0 for number in blocks_below_heads(network.backbone).values())
 
 
 def without_effect(settings: Settings, config: RunConfig) -> Iterator[tuple[str, str]]:
@@ -103,7 +114,7 @@ def check_learns(stage: Stage, modules: Iterable[nn.Module]) -> None:
         return
     raise ConfigError(
         f"Nothing can learn in the stage {stage.name}: the backbone is frozen, and its features are contrasted as they "
-        "are. Leave out --freeze-backbone, give more --blocks, or --objective.attach projection."
+        "are. Leave out --freeze-backbone or --blocks 0, or give --objective.attach projection."
     )
 
 
@@ -134,6 +145,11 @@ def _has_batchnorm(module: nn.Module) -> bool:
     return any("BatchNorm" in type(each).__name__ for each in module.modules())
 
 
+def evaluated_at_once(settings: Settings, ranks: int) -> int:
+    """Images of a batch of evaluation in each process: as many as train at once there, at least 64."""
+    return max(64, settings.batch_size // (ranks * settings.accumulate))
+
+
 def fit_workers(settings: Settings, views: int, *, given: bool) -> Settings:
     """Lower an automatic `workers` to what has room in shared memory. views: of an image in a training batch.
 
@@ -141,7 +157,8 @@ def fit_workers(settings: Settings, views: int, *, given: bool) -> Settings:
     """
     launch, batch, workers = launched(), settings.batch_size, settings.workers
     train = views * batch // launch.nodes * settings.image_size**2
-    validation = launch.per_node * max(64, batch) * settings.eval_size**2
+    at_once = evaluated_at_once(settings, launch.world_size)
+    validation = launch.per_node * at_once * settings.eval_size**2
     # Bytes: uint8, and both loaders are open at the end of an epoch.
     size = settings.channels * (train + validation)
     fitting = fitting_workers(workers, size)

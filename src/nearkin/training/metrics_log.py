@@ -155,8 +155,9 @@ class Journal:
         now = _now()
         self._append(LOG, "\n".join(f"{now} {printable(line)}" for line in text.split("\n")))
 
-    def cut_back(self, step: int) -> None:
-        """Remove the lines of `metrics.jsonl` after `step`, those of a new fit at the end, and an incomplete last line.
+    def cut_back(self, step: int, *, validated: bool = True) -> None:
+        """Remove the lines of `metrics.jsonl` after `step`, those of a new fit at the end, and an incomplete last line;
+        unless `validated`, the validation of `step`, too.
 
         Resuming from a checkpoint of `step` then writes them again. Raises `ModelError` when
         another line is no JSON, and `SaveFailed` when the disk refuses.
@@ -166,7 +167,9 @@ class Journal:
             kept = [
                 line + b"\n"
                 for line, fields in _lines(path)
-                if fields["step"] <= step and fields.get("kind") != "refit"
+                if fields["step"] <= step
+                and fields.get("kind") != "refit"
+                and (validated or (fields.get("kind"), fields["step"]) != ("validation", step))
             ]
             write_atomic(path, b"".join(kept))
 

@@ -108,8 +108,14 @@ def _say_doubts(settings: Settings, config: RunConfig, built: Built, quiet: bool
     if settings.compile and settings.device == "cuda":
         text = "lost accuracy in its one trial on a GPU (docs/performance.md); compare a short run without it"
         say(f"warning: --compile {text}.", quiet)
-    if settings.freeze_backbone and not (settings.pretrained or settings.weights):
-        say("note: --freeze-backbone keeps random weights; give --pretrained or --weights.", quiet)
+    keeping = {
+        "--freeze-backbone": settings.freeze_backbone,
+        f"--blocks {settings.blocks}": settings.blocks != "all",
+        "--epochs 0": settings.epochs == 0,
+    }
+    for option, kept in keeping.items():
+        if kept and not (settings.pretrained or settings.weights):
+            say(f"note: {option} keeps random weights; give --pretrained or --weights.", quiet)
     if defaults.named_from_scratch(config, settings):
         text = "starts from random weights, which takes many images and hours; --pretrained takes timm's weights"
         say(f"note: {settings.model} {text}, --from-scratch leaves this note out.", quiet)
@@ -214,8 +220,10 @@ def _placed(settings: Settings, built: Built, runtime: Runtime) -> Evaluator:
     runtime.place(built.network)
     runtime.place(built.objective)
     built.network.set_memory_format(settings.memory_format)
-    spec, size = defaults.eval_spec(settings), max(64, settings.batch_size)
-    return Evaluator(runtime, spec, batch_size=size, workers=settings.workers)
+    size = checks.evaluated_at_once(settings, runtime.world_size)
+    return Evaluator(
+        runtime, defaults.eval_spec(settings), batch_size=size, workers=settings.workers
+    )
 
 
 def missing_positives(

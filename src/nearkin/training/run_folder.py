@@ -178,6 +178,7 @@ def stored_settings(run: Path) -> Settings:
     path = run / CONFIG_FILE
     if not path.is_file():
         what = "is no run folder (no config.yaml)" if run.is_dir() else "does not exist"
+        what = "is a file" if run.is_file() else what
         raise ModelError(
             f"The run {printable(str(run))} {what}; give the folder that train printed."
         )
@@ -241,6 +242,6 @@ def check_identity(run: Path, identity: dict[str, str], data: str) -> None:
             f"--weights {printable(str(run))}."
         )
     raise ModelError(
-        f"The settings in {printable(str(run / CONFIG_FILE))} have changed since the run was started; put the file "
-        "back, or start a new run."
+        f"The settings in {printable(str(run / CONFIG_FILE))} have changed since the run was started, or another "
+        "version of nearkin has other ones; put the file or the version back, or start a new run."
     )

@@ -149,7 +149,8 @@ class Trainer:
             same_run(snapshot, self.prepared.identity)
             bar.say(f"continuing at step {snapshot.step}")
         if self.runtime.is_main:
-            self.journal.cut_back(snapshot.step if snapshot else -1)
+            validated = snapshot is None or snapshot.state.get("validated", True)
+            self.journal.cut_back(snapshot.step if snapshot else -1, validated=validated)
             self.store.cut_back(snapshot.step if snapshot else 0)
         return snapshot
 
