@@ -118,5 +118,7 @@ def test_a_missing_compiler_is_one_sentence():
 )
 def test_a_gpu_is_warned_of_the_one_trial(capsys, device, compiled, warned):
     given = settings(100, 1000, device, compile=compiled)
-    _say_doubts(given, RunConfig(), quiet=False)
+    small = RunConfig(data="digits", objective="ce", model="test_resnet")
+    built = prepare(small, Runtime(device="cpu", precision="fp32"), quiet=True).built
+    _say_doubts(given, RunConfig(), built, quiet=False)
     assert ("--compile lost accuracy" in capsys.readouterr().err) == warned
