@@ -11,10 +11,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 
-from benchmarks.bench import Row, Table, alternate, fastest, ratio
+from benchmarks.bench import Call, Row, Table, alternate, fastest, ratio
+from nearkin.data import threads
+from nearkin.data.dataset import sizes_of
 from nearkin.data.decode import decoded, quiet_pillow
 from nearkin.data.images import Files
 from nearkin.data.look import Check, look
@@ -28,6 +32,7 @@ LARGE = FILES // 10
 LISTED = int(os.environ.get("NEARKIN_BENCH_LISTED", "1000000"))
 IMAGENET = 1_281_167
 RUNS = 3
+ANSWER = 0.0003  # seconds
 
 
 def photographs(root: Path, count: int, width: int, height: int) -> Path:
@@ -119,6 +124,25 @@ def starts(root: Path, store: Path, what: str) -> list[Row]:
     ]
 
 
+def from_afar(root: Path) -> Row:
+    """A later start where each question to the file system takes ANSWER seconds more, as over a network."""
+    own = os.stat
+
+    def slow(*given: Any, **options: Any) -> os.stat_result:
+        time.sleep(ANSWER)
+        return own(*given, **options)
+
+    def asking(count: int) -> None:
+        with mock.patch.object(os, "stat", slow), mock.patch.object(threads, "ASKING", count):
+            look({"train": listed(root)}, "auto")
+            sizes_of(list_folder(str(root)))
+
+    usual = threads.ASKING
+    calls: dict[str, Call] = {"one": lambda: asking(1), "several": lambda: asking(usual)}
+    what = f"{FILES} files, {1000 * ANSWER:g} ms an answer: {usual} questions at once / one"
+    return ratio(alternate(calls, RUNS), "several", "one", what)
+
+
 def listings(root: Path) -> list[Row]:
     """Listing of empty files, and what ImageNet takes at the same speed."""
     for number in range(LISTED):
@@ -151,6 +175,7 @@ def table() -> Table:
         root = Path(place)
         small = photographs(root / "small", FILES, 160, 120)
         rows = starts(small, store, f"{FILES} JPEGs of 160 x 120")
+        rows.append(from_afar(small))
         large = photographs(root / "large", LARGE, 500, 375)
         rows += starts(large, store, f"{LARGE} JPEGs of 500 x 375")
         rows += listings(root / "empty")

@@ -271,6 +271,30 @@ def test_a_verb_runs_outside_the_main_thread(capsys):
     assert codes == [0]
 
 
+TWICE = """
+import os, signal, time
+from nearkin.process import stop_signals_recorded
+with stop_signals_recorded():
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_a_second_ctrl_c_leaves_a_terminal_with_its_cursor():
+    import pty
+
+    ours, theirs = pty.openpty()
+    done = subprocess.run([sys.executable, "-c", TWICE], stderr=theirs, timeout=60)
+    os.close(theirs)
+    said = os.read(ours, 1000).decode()
+    os.close(ours)
+    assert done.returncode == 75
+    assert said.startswith("\x1b[?25h")  # shows it
+    assert "nearkin: stopped at once." in said
+
+
 CHILD = """
 import signal, subprocess, sys
 from nearkin.process import stop_signals_blocked

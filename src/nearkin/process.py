@@ -91,7 +91,8 @@ def leave_terminal(text: str = "") -> None:
     """Before this process ends without any clean-up: show the cursor, which a bar hides, and `text` on stderr."""
     with suppress(OSError, ValueError, AttributeError):
         if sys.stderr.isatty():
-            os.write(sys.stderr.fileno(), f"\x1b[?25h\n{text}\n".encode())
+            line = f"\n{text}\n" if text else ""
+            os.write(sys.stderr.fileno(), f"\x1b[?25h{line}".encode())
 
 
 def stop_requested(seconds: float = 0.0) -> bool:

@@ -8,7 +8,9 @@ import json
 import os
 import re
 import shutil
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet
@@ -19,6 +21,7 @@ from tests.pictures import write_classes
 
 import nearkin
 from nearkin.cli import run as command
+from nearkin.cli.predict import _say_coverage
 
 HEADER = "path,class,probability,top5,error,unlike,kin,guess,set"
 
@@ -315,6 +318,15 @@ def test_a_run_without_kin(run, here, capsys):
     for words in (["--reject", "0.1"], ["--sets", "0.9"], ["--explain", "why"]):
         refused(capsys, 4, "kin.safetensors", "predict", "bare", "new", *words)
     assert not Path("why").exists()
+
+
+def test_sets_that_take_long_to_measure_are_told(capsys, monkeypatch):
+    text = "the sets are measured on the run's test images"
+    for limit in (60.0, 0.0):
+        monkeypatch.setattr("nearkin.data.look.QUIET_SECONDS", limit)
+        slow = SimpleNamespace(coverage=lambda: time.sleep(0.2))
+        _say_coverage(slow, 0.9)
+        assert (text in capsys.readouterr().err) == (limit == 0.0)
 
 
 def test_coverage_that_cannot_be_measured_is_a_note(tmp_path, capsys, monkeypatch):

@@ -95,6 +95,12 @@ def test_a_second_folder_for_a_split_is_not_left_out(tmp_path, second):
     assert set(contents(tmp_path)) == {"train", "test"}
 
 
+def test_another_folder_beside_a_split_of_the_very_name_is_ignored(tmp_path):
+    folder(tmp_path, **{"train/a": 1, "train/b": 1, "test/a": 1, "train_small/a": 1})
+    assert set(contents(tmp_path)) == {"train", "test"}
+    assert "1 folder beside the splits is ignored: train_small" in notes(tmp_path)
+
+
 def test_images_of_a_split_without_class_folders_are_not_called_none(tmp_path):
     folder(tmp_path, **{"train/a": 1, "train/b": 1, "test": 3})
     assert set(contents(tmp_path)) == {"train"}

@@ -191,6 +191,11 @@ def test_the_sets_of_the_test_split_give_the_measured_coverage(run):
     assert coverage.share == pytest.approx(np.mean(held), abs=1e-9)
     assert coverage.classes == pytest.approx(np.mean([len(one.set) for one in found]))
     assert model.coverage() == coverage, "from the kept probabilities"
+    with pytest.MonkeyPatch.context() as patch:  # two processes with the same share
+        patch.setattr("nearkin.evaluation.sets.Runtime.collect", lambda _, value: [value, value])
+        assert model.coverage() == coverage._replace(
+            share=2 * coverage.share, classes=2 * coverage.classes
+        )
     assert (run / "cache").is_dir()
     assert coverage.share == pytest.approx(0.8, abs=0.1)  # 2.5 deviations of 143 and 360 images
     scores = load_file(run / KIN)["scores"]

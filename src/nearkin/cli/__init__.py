@@ -57,7 +57,9 @@ VERBS = {
     "list": "list_",
 }
 # Those that several processes would each do for themselves.
-ALONE = frozenset(("doctor", "predict", "embed", "export", "report", "fewshot", "import-cone"))
+ONE_PROCESS = frozenset(
+    ("doctor", "predict", "embed", "export", "report", "fewshot", "import-cone")
+)
 # What other tools call them.
 OTHERS = {
     **dict.fromkeys(("fit", "finetune", "fine-tune"), "train"),
@@ -139,7 +141,7 @@ def _run(argv: list[str]) -> int:
         if given.pop("help", False):
             sys.stdout.write(parser.help(given))
             return 0
-        if verb in ALONE and launched().world_size > 1:
+        if verb in ONE_PROCESS and launched().world_size > 1:
             raise ConfigError(f"nearkin {verb} is one process; start it without torchrun or srun.")
         code: int = module.main(given)
         return code

@@ -141,12 +141,11 @@ def _is_terminal() -> bool:
     return False
 
 
-QUIET_SECONDS = 2.0  # of measuring, before it is said
-
-
 def _say_coverage(model: Classifier, sets: float | None) -> None:
     if sets is None:
         return
+    from nearkin.data.look import QUIET_SECONDS
+
     words = "the sets are measured on the run's test images, once ..."
     slow = Timer(QUIET_SECONDS, _say, [words])
     slow.start()

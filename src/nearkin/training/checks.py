@@ -96,14 +96,13 @@ def without_effect(settings: Settings, config: RunConfig) -> Iterator[tuple[str,
 
 
 def idle_contrast(settings: Settings, built: Built) -> bool:
-    """Whether the backbone is frozen in a stage that pairs samples, and nothing but the classifier has weights."""
+    """Whether `--freeze-backbone` leaves a stage that pairs samples nothing but the classifier to learn."""
+    if not settings.freeze_backbone:
+        return False
     for stage in built.objective.stages():
-        frozen = settings.freeze_backbone or stage.freeze_backbone
         heads = [built.network.heads[name] for name in stage.heads if name != "classifier"]
-        learns = any(
-            p.requires_grad for head in [*heads, built.objective] for p in head.parameters()
-        )
-        if frozen and stage.pairs != "none" and not learns:
+        learning = [p for part in (*heads, built.objective) for p in part.parameters()]
+        if stage.pairs != "none" and not learning:
             return True
     return False
 

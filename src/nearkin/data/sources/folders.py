@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nearkin.data.sources.listing import (
+    SPLIT_NAMES,
     FileList,
     ListedSplit,
     Listing,
@@ -114,9 +115,12 @@ def _splits(walk: _Walk, top: list[str]) -> dict[str, str]:
         if split in splits:
             raise DataError(_twice(walk, split, splits[split], name))
         splits[split] = name
-    for name in set(top) - set(named):
-        meant = split_word(name)
-        if meant in splits and set(walk.folders(name)) & set(walk.folders(splits[meant])):
+    for name in top:
+        meant = None if name in named else split_word(name)
+        # Beside `train` itself `train_small` is a folder like others, beside `train_2020` it is not.
+        if meant not in splits or splits[meant].lower() in SPLIT_NAMES:
+            continue
+        if set(walk.folders(name)) & set(walk.folders(splits[meant])):
             raise DataError(_twice(walk, meant, splits[meant], name))
     for split, name in splits.items():
         if walk.folders(name) == [name] and not walk.holds_images(name):
